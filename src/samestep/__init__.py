@@ -1,0 +1,73 @@
+"""samestep: the optimizer step is a function of the effective batch alone.
+
+Importing this package is cheap: PyTorch is loaded when the first name that needs it is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from samestep.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    SamestepError,
+    StepError,
+)
+
+if TYPE_CHECKING:
+    from samestep.causal_lm import CausalLMLoss as CausalLMLoss
+    from samestep.evaluation import EvalReport as EvalReport
+    from samestep.evaluation import evaluate as evaluate
+    from samestep.losses.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from samestep.terms import Term as Term
+    from samestep.terms import constant as constant
+    from samestep.terms import target_weights as target_weights
+    from samestep.train_step import StepReport as StepReport
+    from samestep.train_step import backward as backward
+    from samestep.train_step import step as step
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CausalLMLoss": "samestep.causal_lm",
+    "EvalReport": "samestep.evaluation",
+    "StepReport": "samestep.train_step",
+    "Term": "samestep.terms",
+    "backward": "samestep.train_step",
+    "constant": "samestep.terms",
+    "evaluate": "samestep.evaluation",
+    "linear_cross_entropy": "samestep.losses.linear_cross_entropy",
+    "step": "samestep.train_step",
+    "target_weights": "samestep.terms",
+}
+
+__all__ = [
+    "CausalLMLoss",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EvalReport",
+    "SamestepError",
+    "StepError",
+    "StepReport",
+    "Term",
+    "__version__",
+    "backward",
+    "constant",
+    "evaluate",
+    "linear_cross_entropy",
+    "step",
+    "target_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'samestep' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,222 @@
+"""Cross entropy straight from hidden states: the logits are never whole in memory.
+
+Rows are taken a chunk at a time. Where gradients are wanted they are computed in the same pass
+(three matrix products a chunk, none repeated), so nothing of size [targets, vocabulary] lives
+longer than its chunk. Rows that are not targets are never multiplied.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from samestep.targets import IGNORE
+
+CHUNK_ELEMENTS = 2**24
+"""Logits held at once by default: 64 MB in float32."""
+
+
+class CrossEntropySums(NamedTuple):
+    """Sums over the targets of a micro-batch, each target times its weight, all 0-d.
+
+    Attributes:
+        loss: What to optimise, with a graph: (1 - s) nll + s * mean over the vocabulary of
+            -log p + z * logsumexp², for label smoothing s and z-loss z.
+        nll: Negative log likelihood in nats, detached.
+        correct: Targets that are the most likely token, detached.
+        entropy: Entropy of the predicted distributions in nats, detached; None unless asked.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    correct: Tensor
+    entropy: Tensor | None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    target_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    chunk: int | None = None,
+) -> CrossEntropySums:
+    """Cross entropy of ``hidden @ weight.T + bias``, summed over targets.
+
+    Label smoothing is that of Szegedy et al. 2016 (arXiv:1512.00567), z-loss that of PaLM
+    (arXiv:2204.02311), the soft cap that of Gemma 2 (arXiv:2408.00118): c * tanh(logits / c).
+    Low-precision inputs are multiplied as they are; softmax and sums are float32.
+
+    Args:
+        hidden: Hidden states [..., width].
+        weight: Output embedding [vocabulary, width].
+        targets: Class of each row [...], int64; ``IGNORE`` rows are never multiplied.
+        bias: [vocabulary], or None.
+        target_weights: Factor of each row [...], or None for 1.
+        label_smoothing: s, from 0 up to 1.
+        z_loss: z, the factor of the squared logsumexp.
+        softcap: c, or None.
+        entropy: Also sum the entropies (one more pass over each chunk, no matrix product).
+        chunk: Rows of logits held at once; None: as many as fill 64 MB in float32.
+
+    Returns:
+        The sums. With no target at all the loss is a zero that still has a graph.
+
+    Raises:
+        ValueError: ``targets`` or ``target_weights`` has another shape than the rows.
+    """
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets {tuple(targets.shape)} for hidden {tuple(hidden.shape)}")
+    if target_weights is not None and target_weights.shape != targets.shape:
+        raise ValueError(f"target_weights {tuple(target_weights.shape)}, not {targets.shape}")
+    rows = (targets.flatten() != IGNORE).nonzero().squeeze(1)
+    wanted = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    sums = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden.flatten(0, -2).index_select(0, rows),
+        weight.to(hidden.dtype),
+        None if bias is None else bias.to(hidden.dtype),
+        targets.flatten()[rows],
+        None if target_weights is None else target_weights.flatten()[rows].to(wanted),
+        _Options(
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            entropy=entropy,
+            chunk=chunk or max(1, CHUNK_ELEMENTS // weight.shape[0]),
+            gradients=torch.is_grad_enabled(),
+        ),
+    )
+    return CrossEntropySums(sums[0], sums[1], sums[2], sums[3] if entropy else None)
+
+
+class _Options(NamedTuple):
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    entropy: bool
+    chunk: int
+    gradients: bool
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        target_weights: Tensor | None,
+        options: _Options,
+    ) -> tuple[Tensor, ...]:
+        """Sums, and the gradients of the first one for a unit incoming gradient."""
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad, wide)
+        sums = torch.zeros(4, dtype=wide, device=hidden.device)
+        for start in range(0, len(hidden), options.chunk):
+            rows = slice(start, start + options.chunk)
+            scale = None if target_weights is None else target_weights[rows]
+            logits = (hidden[rows] @ weight.t()).to(wide)
+            if bias is not None:
+                logits += bias
+            found, slope = _chunk(logits, targets[rows], scale, options)
+            sums += found
+            if options.gradients:
+                gradients.add(rows, slope.to(hidden.dtype), scale)
+        ctx.save_for_backward(*gradients.finished())
+        results = tuple(sums.clone().unbind())
+        ctx.mark_non_differentiable(*results[1:])
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """The kept gradients times the incoming one."""
+        scaled = [
+            None if kept is None else kept * incoming.to(kept.dtype) for kept in ctx.saved_tensors
+        ]
+        return (*scaled, None, None, None)
+
+
+def _chunk(
+    logits: Tensor, targets: Tensor, scale: Tensor | None, options: _Options
+) -> tuple[Tensor, Tensor]:
+    """Sums of one chunk (loss, nll, correct, entropy), and d loss / d logits before ``scale``.
+
+    The slope overwrites the softmax. Each row's logsumexp is read off the softmax at the row's
+    maximum, where it is at least 1 / vocabulary and so loses no digits.
+    """
+    s, z, cap = options.label_smoothing, options.z_loss, options.softcap
+    if cap is not None:
+        logits = logits.div_(cap).tanh_().mul_(cap)
+    column = targets[:, None]
+    highest, best = logits.max(dim=-1)
+    slope = logits.softmax(dim=-1)
+    logsumexp = highest - slope.gather(1, best[:, None]).squeeze(1).log()
+    nll = logsumexp - logits.gather(1, column).squeeze(1)
+    loss = nll
+    if s:
+        loss = (1 - s) * nll + s * (logsumexp - logits.mean(dim=-1))
+    if z:
+        loss = loss + z * logsumexp.square()
+    entropy = torch.zeros_like(nll)
+    if options.entropy:
+        entropy = torch.special.entr(slope).sum(dim=-1)
+    found = torch.stack([loss, nll, (best == targets).to(nll), entropy])
+    found = found.sum(dim=1) if scale is None else found @ scale
+    if options.gradients:
+        if z:
+            slope.mul_((1 + 2 * z * logsumexp)[:, None])
+        if s:
+            slope.sub_(s / logits.shape[1])
+        slope.scatter_add_(1, column, torch.full_like(nll, s - 1)[:, None])
+        if cap is not None:
+            slope.mul_(1 - (logits / cap).square_())
+    return found, slope
+
+
+class _Gradients:
+    """Gradients of the inputs that need one, added up over chunks."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needed: tuple[bool, ...],
+        wide: torch.dtype,
+    ) -> None:
+        self.inputs = (hidden, weight, bias)
+        self.hidden = torch.zeros_like(hidden) if needed[0] else None
+        # Low-precision products add up in float32 over the chunks, as inside one product.
+        self.weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
+        self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needed[2] else None
+
+    def add(self, rows: slice, slope: Tensor, scale: Tensor | None) -> None:
+        hidden, weight, _ = self.inputs
+        # A row's factor is cheaper on its hidden state than on its logits.
+        column = None if scale is None else scale[:, None].to(hidden.dtype)
+        if self.hidden is not None:
+            product = slope @ weight
+            self.hidden[rows] = product if column is None else product * column
+        if self.weight is not None:
+            states = hidden[rows] if column is None else hidden[rows] * column
+            if self.weight.dtype == states.dtype:
+                self.weight.addmm_(slope.t(), states)
+            else:
+                self.weight += slope.t() @ states
+        if self.bias is not None:
+            self.bias += (slope if column is None else slope * column).sum(0)
+
+    def finished(self) -> tuple[Tensor | None, ...]:
+        return (
+            self.hidden,
+            None if self.weight is None else self.weight.to(self.inputs[1].dtype),
+            None if self.bias is None else self.bias.to(self.inputs[0].dtype),
+        )

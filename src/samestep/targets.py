@@ -1,0 +1,66 @@
+"""Which positions of a batch are targets: decided once, for counting and for the loss.
+
+The denominators (counted from the data before any forward) and the losses (summed
+over the same positions) must agree to the last token, so both call this module.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""The label of a position that is not a target (the convention of PyTorch and transformers)."""
+
+
+def shifted_targets(micro: Mapping[str, Any]) -> Tensor:
+    """The next token to predict at every position, or ``IGNORE``.
+
+    Position i predicts token i + 1 of the same sequence. A label is therefore no
+    target when it is ``IGNORE``, the first token of a sequence, the first token of a
+    pack, or predicted from padding.
+
+    Args:
+        micro: A micro-batch with ``labels`` [rows, length] (label i is token i itself,
+            not shifted); optionally ``position_ids`` [rows, length], in which a 0 starts
+            a new sequence (so that packs are cut), and ``attention_mask`` [rows, length],
+            in which a 0 is padding.
+
+    Returns:
+        Targets [rows, length], int64.
+    """
+    labels: Tensor = micro["labels"]
+    following = labels[:, 1:]
+    is_target = following != IGNORE
+    if micro.get("position_ids") is not None:
+        is_target = is_target & (micro["position_ids"][:, 1:] != 0)
+    if micro.get("attention_mask") is not None:
+        mask = micro["attention_mask"].bool()
+        is_target = is_target & mask[:, :-1] & mask[:, 1:]
+    targets = torch.full_like(labels, IGNORE)
+    targets[:, :-1] = torch.where(is_target, following, IGNORE)
+    return targets
+
+
+def sequence_ids(micro: Mapping[str, Any]) -> Tensor:
+    """The number of the sequence that each position belongs to, counted over the micro-batch.
+
+    Args:
+        micro: As for `shifted_targets`. Without ``position_ids`` each row is one sequence.
+            With them, a row is a pack where a 0 starts a sequence; rows that also have an
+            ``attention_mask`` are padded, one sequence each.
+
+    Returns:
+        Sequence numbers [rows, length], int64, from 0, in reading order.
+    """
+    labels: Tensor = micro["labels"]
+    rows = torch.arange(labels.shape[0], device=labels.device)[:, None].expand_as(labels)
+    if micro.get("position_ids") is None or micro.get("attention_mask") is not None:
+        return rows
+    starts = micro["position_ids"] == 0
+    # A row always starts a sequence, even one that continues elsewhere at position > 0.
+    starts = starts.clone()
+    starts[:, 0] = True
+    ids: Tensor = starts.flatten().cumsum(0) - 1
+    return ids.view_as(labels)
