@@ -1,0 +1,78 @@
+"""Examples to a micro-batch: concatenated without padding, or padded for comparison."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from samestep.data.examples import Example
+from samestep.targets import IGNORE
+
+Padding = Literal["none", "right", "left"]
+
+
+def collate(
+    examples: Sequence[Example], *, padding: Padding = "none", pad_id: int = 0
+) -> dict[str, Any]:
+    """One micro-batch, as a mapping that the model and the loss read.
+
+    Args:
+        examples: At least one.
+        padding: "none" concatenates into one row: ``position_ids`` restart at each sequence,
+            and the borders are given as ``cu_seq_lens_q``/``_k`` [sequences + 1] (int32) and
+            ``max_length_q``/``_k``, transformers' names. "right" and "left" give a row each and
+            an ``attention_mask``.
+        pad_id: What to fill padding with; no mask or label depends on it.
+
+    Returns:
+        ``input_ids``, ``labels``, ``position_ids`` [rows, length] int64, what ``padding`` adds,
+        ``example_ids`` [sequences] int64 (their rows in the source), and ``example_weights``
+        [sequences] float64 if any weight is not 1.
+    """
+    batch = _pack(examples) if padding == "none" else _pad(examples, padding, pad_id)
+    batch["example_ids"] = torch.tensor([example.row for example in examples])
+    if any(example.weight != 1 for example in examples):
+        weights = [example.weight for example in examples]
+        batch["example_weights"] = torch.tensor(weights, dtype=torch.float64)
+    return batch
+
+
+def _pack(examples: Sequence[Example]) -> dict[str, Any]:
+    lengths = torch.tensor([len(example.input_ids) for example in examples])
+    borders = torch.zeros(len(examples) + 1, dtype=torch.int32)
+    borders[1:] = lengths.cumsum(0)
+    longest = int(lengths.max())
+    return {
+        "input_ids": torch.cat([example.input_ids for example in examples])[None],
+        "labels": torch.cat([example.labels for example in examples])[None],
+        "position_ids": torch.cat([torch.arange(int(length)) for length in lengths])[None],
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _pad(
+    examples: Sequence[Example], side: Literal["right", "left"], pad_id: int
+) -> dict[str, Any]:
+    def padded(rows: list[Tensor], fill: int) -> Tensor:
+        return pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)
+
+    lengths = [len(example.input_ids) for example in examples]
+    return {
+        "input_ids": padded([example.input_ids for example in examples], pad_id),
+        "labels": padded([example.labels for example in examples], IGNORE),
+        "position_ids": padded([torch.arange(length) for length in lengths], 0),
+        "attention_mask": padded([torch.ones(length).long() for length in lengths], 0),
+    }
+
+
+def to_device(micro: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The micro-batch with its tensors on a device."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in micro.items()
+    }

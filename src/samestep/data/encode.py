@@ -1,0 +1,135 @@
+"""Marked text to masked tokens, in batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samestep.data.mask import Mask, Span, mask_from_borders, mask_from_offsets
+from samestep.data.problems import RowError
+
+
+@dataclass(frozen=True, slots=True)
+class MarkedText:
+    """A text and which of its characters are targets.
+
+    Attributes:
+        text: The whole text.
+        spans: The target characters; None: everything, with whatever the tokenizer adds.
+    """
+
+    text: str
+    spans: tuple[Span, ...] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Masked:
+    """Tokens and which of them are targets.
+
+    Attributes:
+        ids: [length], int64.
+        mask: [length], bool.
+    """
+
+    ids: NDArray[np.int64]
+    mask: Mask
+
+    def with_eos(self, eos_id: int | None) -> "Masked":
+        """The tokens closed by an end-of-sequence token, as a target, if they are not yet."""
+        if eos_id is None or (len(self.ids) and self.ids[-1] == eos_id):
+            return self
+        return Masked(np.append(self.ids, eos_id), np.append(self.mask, True))
+
+
+def encode(
+    marked: Sequence[MarkedText], tokenizer: Any, *, special_tokens: bool
+) -> list[Masked | RowError]:
+    """Tokenise texts in one call and mark their targets.
+
+    Args:
+        marked: The texts.
+        tokenizer: A tokenizer of transformers, fast or not.
+        special_tokens: Whether the tokenizer adds those that it adds to a text (such as BOS).
+
+    Returns:
+        For each text its tokens, or why it cannot be used.
+    """
+    problems = [_unreadable(one.text) for one in marked]
+    readable = [one for one, problem in zip(marked, problems, strict=True) if problem is None]
+    masked = iter(_encode_readable(readable, tokenizer, special_tokens))
+    return [next(masked) if problem is None else problem for problem in problems]
+
+
+def _unreadable(text: str) -> RowError | None:
+    # JSON can hold half of a surrogate pair; tokenizers crash on it without naming the text.
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return RowError(f"character {error.start} is half of a surrogate pair, which is no text")
+    return None
+
+
+def _encode_readable(
+    marked: Sequence[MarkedText], tokenizer: Any, special_tokens: bool
+) -> list[Masked | RowError]:
+    if not marked:
+        return []
+    encoded = call(tokenizer, [one.text for one in marked], special_tokens=special_tokens)
+    results: list[Masked | RowError] = []
+    for at, one in enumerate(marked):
+        ids = np.asarray(encoded["input_ids"][at], dtype=np.int64)
+        try:
+            if one.spans is None:
+                mask: Mask = np.ones(len(ids), dtype=np.bool_)
+            elif tokenizer.is_fast:
+                offsets = encoded["offset_mapping"][at]
+                mask = mask_from_offsets(offsets, one.spans, text_length=len(one.text))
+            else:
+                borders = _token_borders(one, ids, tokenizer, special_tokens)
+                mask = mask_from_borders(len(ids), borders)
+            results.append(Masked(ids, mask))
+        except RowError as error:
+            results.append(error)
+    return results
+
+
+def call(tokenizer: Any, texts: list[str], *, special_tokens: bool) -> Any:
+    """Tokenise texts, neither truncated nor padded, with offsets if the tokenizer has them."""
+    return tokenizer(
+        texts,
+        add_special_tokens=special_tokens,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=tokenizer.is_fast,
+        verbose=False,
+    )
+
+
+def _token_borders(
+    marked: MarkedText, ids: NDArray[np.int64], tokenizer: Any, special_tokens: bool
+) -> list[Span]:
+    """Spans in tokens without offsets: the text up to each border must give the same tokens."""
+    assert marked.spans is not None
+
+    def border(at: int) -> int:
+        if at == 0:
+            return 0
+        if at >= len(marked.text):
+            return len(ids)
+        before = call(tokenizer, [marked.text[:at]], special_tokens=special_tokens)
+        start: list[int] = list(before["input_ids"][0])
+        together: list[int] = ids[: len(start)].tolist()
+        if start and start[-1] == tokenizer.eos_token_id != together[-1]:
+            start.pop()  # added by the tokenizer, which took the part for the whole
+        if start != together[: len(start)]:
+            raise RowError(
+                f"the tokens of its first {at} characters change when the rest follows, and this "
+                "tokenizer gives no offsets to tell where the targets start: use a fast tokenizer"
+            )
+        return len(start)
+
+    return [(border(start), border(end)) for start, end in marked.spans]

@@ -1,0 +1,176 @@
+"""Rows from wherever they are: files, folders, the Hub, a data set in memory."""
+
+import difflib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from samestep.data.problems import raise_all
+from samestep.data.read import READERS
+from samestep.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+ACCEPTED = ", ".join(READERS)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a source.
+
+    Attributes:
+        values: The columns by name.
+        origin: Where the row is from, for messages: "train.jsonl:17" (a line, from 1) or
+            "train.parquet row 17" (from 1).
+    """
+
+    values: dict[str, Any]
+    origin: str
+
+
+def load_rows(
+    source: "str | Path | datasets.Dataset | Sequence[Mapping[str, Any]]",
+    *,
+    split: str = "train",
+) -> list[Row]:
+    """Read all rows of a source.
+
+    Args:
+        source: A .jsonl, .json, .csv or .parquet file; a folder of such files (taken in the
+            order of their names; subfolders are not read); the name of a data set on the Hub;
+            a `datasets.Dataset`; or a list of mappings.
+        split: Which split of a Hub data set.
+
+    Returns:
+        At least one row, in the order of the source.
+
+    Raises:
+        DataError: The source is missing or empty, or rows cannot be read; lists every problem.
+    """
+    if isinstance(source, (str, Path)):
+        return _from_name(source, split)
+    if isinstance(source, Sequence):
+        return _in_memory(source, "")
+    if isinstance(source, Mapping):
+        raise DataError(
+            f"the data set has the splits {', '.join(map(str, source))}: pass one of them"
+        )
+    # Whoever holds a Dataset has imported datasets already: no need to pay for it here.
+    if "datasets" in sys.modules:
+        import datasets
+
+        if isinstance(source, datasets.Dataset):
+            return _in_memory(source.with_format(None), "")
+    raise DataError(
+        f"data of type {type(source).__name__}: give a path, the name of a Hub data set, "
+        "a datasets.Dataset (not a streamed one) or a list of mappings"
+    )
+
+
+def _from_name(source: str | Path, split: str) -> list[Row]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _from_files(_data_files(path))
+    if path.exists():
+        return _from_files([path])
+    if isinstance(source, Path) or _looks_like_path(source):
+        raise DataError(f"{source}: no such file{_nearest(path)}")
+    return _from_hub(source, split)
+
+
+def _looks_like_path(source: str) -> bool:
+    """Whether a name cannot be one of the Hub, which are "name" or "owner/name"."""
+    return (
+        source.startswith((".", "/", "~"))
+        or source.count("/") > 1
+        or "\\" in source
+        or Path(source).suffix.lower() in READERS
+    )
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; the folder {path.parent} does not exist either"
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def _data_files(folder: Path) -> list[Path]:
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    names = {entry.name for entry in entries}
+    if {"state.json", "dataset_info.json"} <= names:
+        raise DataError(
+            f"{folder}: written by Dataset.save_to_disk; pass datasets.load_from_disk({folder!s}) "
+            "in Python, or write it with Dataset.to_parquet"
+        )
+    files = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in READERS]
+    if not files:
+        found = f"it has {', '.join(sorted(names)[:5])}" if names else "it is empty"
+        raise DataError(f"{folder}: no data file in this folder ({found}); accepted: {ACCEPTED}")
+    return files
+
+
+def _from_files(files: Sequence[Path]) -> list[Row]:
+    rows: list[Row] = []
+    problems: list[str] = []
+    for path in files:
+        reader = READERS.get(path.suffix.lower())
+        if reader is None:
+            problems.append(f"{path}: unknown extension {path.suffix!r}; accepted: {ACCEPTED}")
+            continue
+        before = len(rows) + len(problems)
+        try:
+            for origin, value, problem in reader(path):
+                if problem is not None:
+                    problems.append(f"{origin}: {problem}")
+                elif not isinstance(value, dict):
+                    problems.append(f"{origin}: {_not_an_object(value)}")
+                else:
+                    rows.append(Row(value, origin))
+        except OSError as error:
+            problems.append(f"{path}: cannot be read ({error.strerror or error})")
+        if len(rows) + len(problems) == before:
+            problems.append(f"{path}: empty, it has no rows")
+    raise_all(problems)
+    return rows
+
+
+def _in_memory(values: Iterable[Any], prefix: str) -> list[Row]:
+    rows = []
+    problems = []
+    for number, value in enumerate(values, 1):
+        origin = f"{prefix}row {number}"
+        if isinstance(value, Mapping):
+            rows.append(Row(dict(value), origin))
+        else:
+            problems.append(f"{origin}: {_not_an_object(value)}")
+    raise_all(problems)
+    if not rows:
+        raise DataError(f"{prefix or 'the data set '}has no rows")
+    return rows
+
+
+def _not_an_object(value: Any) -> str:
+    shown = repr(value)
+    shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
+    return f"a row must be an object with named columns, found {type(value).__name__} {shown}"
+
+
+def _from_hub(name: str, split: str) -> list[Row]:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the Hub client raises many kinds, all meaning "not loaded"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        offline = datasets.config.HF_HUB_OFFLINE
+        raise DataError(
+            f"{name}: no such file or folder, and the split {split!r} of a data set of this name "
+            f"cannot be loaded from the Hub ({'offline mode is on; ' if offline else ''}{reason})"
+            f"{_nearest(Path(name)) if Path(name).parent.is_dir() else ''}. "
+            "Give an existing name and split, or a local path such as ./data/train.jsonl"
+        ) from error
+    return _in_memory(data, f"{name}[{split}] ")

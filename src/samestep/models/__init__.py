@@ -1,0 +1,1 @@
+"""Models: loading them, and making their forward independent of the split."""

@@ -1,0 +1,151 @@
+"""Attention that stays inside each sequence of a pack, on CPU and GPU.
+
+A pack is one row in which sequences stand one after another. transformers' own attention sees
+their borders only as an L x L mask over the whole pack on CPU; here every sequence is attended by
+itself, so memory and time grow with the squares of the sequences, not with that of the pack.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from samestep.errors import ConfigError
+
+NAME = "samestep"
+"""The ``attn_implementation`` under which `register` makes it known to transformers."""
+
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+
+def register() -> None:
+    """Make "samestep" an attention implementation of transformers.
+
+    Micro-batches for it come from `samestep.data.collate` without padding: they carry
+    ``cu_seq_lens_q`` [sequences + 1], the borders. Registering twice is harmless.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """No mask tensor: the borders say it all."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each sequence of one pack, to transformers' attention interface.
+
+    Args:
+        module: The attention layer; its ``is_causal`` holds unless given here.
+        query: [1, heads, length, width].
+        key: [1, key heads, length, width]; the heads are a multiple of the key heads.
+        value: Like ``key``.
+        attention_mask: Must be None.
+        scaling: Factor of query times key; None: 1 / sqrt(width).
+        dropout: Must be 0: its random numbers would depend on the pack.
+        is_causal: Whether a position sees only itself and those before it.
+        sliding_window: How many positions back it sees, itself included; None: all.
+        cu_seq_lens_q: The borders [sequences + 1], int32, from 0 to length.
+        max_length_q: The longest sequence.
+        **others: Ignored, unless they change the attention.
+
+    Returns:
+        [1, length, heads, width], and None for the attention weights.
+
+    Raises:
+        ConfigError: There are no borders, or the model asks for something that this attention
+            does not do.
+    """
+    refused = [name for name in UNSUPPORTED if others.get(name) is not None]
+    if refused or dropout or attention_mask is not None or query.shape[0] != 1:
+        raise ConfigError(
+            f"attention over packs does not serve {type(module).__name__} "
+            f"({', '.join(refused) or 'dropout, a mask, or several rows'}): "
+            "use padding 'right' or 'left'"
+        )
+    if cu_seq_lens_q is None or max_length_q is None:
+        raise ConfigError(
+            "attention over packs needs the borders cu_seq_lens_q and max_length_q: collate "
+            "without padding, or set another attn_implementation on the model"
+        )
+    causal = bool(module.is_causal) if is_causal is None else is_causal
+    if query.is_cuda:
+        out = _varlen(
+            query, key, value, cu_seq_lens_q, max_length_q, scaling, causal, sliding_window
+        )
+        return out, None
+    borders = cu_seq_lens_q.tolist()
+    parts = [
+        scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            attn_mask=_window(end - start, sliding_window, causal, query.device),
+            is_causal=causal and (sliding_window is None or end - start <= sliding_window),
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        for start, end in itertools.pairwise(borders)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _window(
+    length: int, sliding_window: int | None, causal: bool, device: torch.device
+) -> Tensor | None:
+    """The band [length, length] of a sliding window, where the sequence is longer than it."""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    if not causal:
+        raise ConfigError("attention over packs serves sliding windows in causal models only")
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
+    return ones.tril() & ones.triu(1 - sliding_window)
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    borders: Tensor,
+    longest: int,
+    scaling: float | None,
+    causal: bool,
+    sliding_window: int | None,
+) -> Tensor:
+    """FlashAttention over ragged sequences, as PyTorch ships it; no padding, no mask."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    back = -1 if sliding_window is None else sliding_window - 1
+    out = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        borders,
+        borders,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(back, 0 if causal else -1),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out[None]

@@ -1,0 +1,123 @@
+"""Models and tokenizers from a Hub name, a folder or a GGUF file."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from samestep.errors import ConfigError
+from samestep.models.gguf import model_folder
+
+ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+"""What configs call the dropout of attention probabilities."""
+
+
+def resolve(model: str) -> str:
+    """The folder or Hub name that transformers loads; a .gguf file is converted first.
+
+    Raises:
+        ConfigError: A path that does not exist, or a GGUF file that cannot be read.
+    """
+    if model.endswith(".gguf"):
+        return str(model_folder(Path(model)))
+    looks_like_a_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_like_a_path and not Path(model).expanduser().is_dir():
+        raise ConfigError(f"model: there is no folder {model}")
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not (folder / "config.json").exists():
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise ConfigError(f"model: {model} has no config.json (it holds: {found})")
+    return str(folder) if folder.is_dir() else model
+
+
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer beside a model, or by itself.
+
+    Args:
+        source: What `resolve` gave.
+        trust_remote_code: Run Python code that comes with it.
+
+    Returns:
+        A transformers tokenizer.
+
+    Raises:
+        ConfigError: There is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"tokenizer: none could be loaded from {source}: {_first_line(error)}. "
+            "Name one by tokenizer (a folder or a Hub name)"
+        ) from error
+
+
+def load_model(
+    source: str,
+    *,
+    init: Literal["pretrained", "random"] = "pretrained",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A causal language model, its attention dropout off.
+
+    Dropout of attention probabilities happens inside fused kernels, where random numbers cannot be
+    tied to examples; it would make the step depend on the split. The other kinds stay.
+
+    Args:
+        source: What `resolve` gave.
+        init: "pretrained" weights (safetensors alone: pickles are not read) or "random" ones.
+        dtype: Of the weights.
+        seed: Of random weights.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Returns:
+        A transformers model on the CPU, in train mode.
+
+    Raises:
+        ConfigError: The config or the weights are missing, incomplete or of an unknown kind.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        for name in ATTENTION_DROPOUT:
+            if config.to_dict().get(name):
+                setattr(config, name, 0.0)
+        if init == "random":
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        else:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+            _check_complete(source, loading)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(
+            f"model: {source} could not be loaded: {_first_line(error)}. It takes a folder with "
+            "config.json and *.safetensors, a Hub name, or a .gguf file"
+            + (" (config.json is enough with init random)" if init == "pretrained" else "")
+        ) from error
+    return model.train()
+
+
+def _check_complete(source: str, loading: dict[str, Any]) -> None:
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"model: {source} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}"
+            f"{', …' if len(missing) > 3 else ''}): they would start from random values"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")

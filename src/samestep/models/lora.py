@@ -1,0 +1,45 @@
+"""LoRA adapters, by PEFT."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from samestep.errors import ConfigError
+
+
+def add_lora(
+    model: Any, rank: int, *, alpha: float, dropout: float, targets: Sequence[str], seed: int
+) -> Any:
+    """The model with LoRA adapters (arXiv:2106.09685); only they train.
+
+    Args:
+        model: A transformers model.
+        rank: Of the adapters.
+        alpha: The adapters' output is scaled by alpha / rank.
+        dropout: Before the adapters.
+        targets: Names of the modules that get one; ("all-linear",) means every linear layer but
+            the head.
+        seed: Of the adapters' random weights.
+
+    Returns:
+        A PEFT model around it.
+
+    Raises:
+        ConfigError: No module has such a name.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=rank,
+                lora_alpha=alpha,
+                lora_dropout=dropout,
+                target_modules="all-linear" if tuple(targets) == ("all-linear",) else list(targets),
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise ConfigError(f"lora_targets: {error}") from error
