@@ -1,0 +1,70 @@
+"""The command line: which command, and how errors end. Heavy imports stay inside commands."""
+
+import difflib
+import logging
+import sys
+from collections.abc import Sequence
+
+from samestep import __version__
+from samestep.errors import ConfigError, DataError, SamestepError
+
+USAGE = """\
+usage: samestep COMMAND ...
+
+Training steps that do not depend on how the batch was split.
+
+commands:
+  train [RUN.YAML] [--FIELD VALUE ...]   fine-tune a language model
+
+options:
+  -h, --help     this text; `samestep train --help` lists the fields
+  --version      the version
+  --debug        after a command: show the traceback of an error
+"""
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+"""Exit codes beside 0: the run failed; settings, flags or data are wrong; Ctrl-C."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: Those of the command line by default.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 bad settings or data, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    command, *rest = [argument for argument in arguments if argument != "--debug"] or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if command == "--version":
+        print(f"samestep {__version__}")
+        return 0
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("samestep").setLevel(logging.INFO)
+    try:
+        return _run(command, rest)
+    except SamestepError as error:
+        if debug:
+            raise
+        print(f"samestep: error: {error}", file=sys.stderr)
+        return BAD_INPUT if isinstance(error, ConfigError | DataError) else FAILED
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("samestep: interrupted; `--resume` continues from the checkpoint", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    if command == "train":
+        from samestep.train.command import run
+
+        return run(arguments)
+    near = difflib.get_close_matches(command, ["train"], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"there is no command {command!r}{hint} (`samestep --help` lists them)")

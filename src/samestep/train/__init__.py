@@ -1,0 +1,1 @@
+"""`samestep train`: from rows to a fine-tuned model."""

@@ -1,0 +1,211 @@
+"""The settings of a run: from YAML, from flags, or both; checked all at once."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from samestep.errors import ConfigError
+
+
+class TrainConfig(BaseModel):
+    """Fine-tune a causal language model, with a step that does not depend on the split."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    """Hub name, folder, or .gguf file."""
+    data: str
+    """Training rows: a .jsonl, .json, .csv or .parquet file, a folder of them, or a Hub name."""
+    out: str
+    """Folder for the log, the checkpoints and the trained model."""
+
+    tokenizer: str | None = None
+    """Hub name or folder, if it is not beside the model."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Start from the model's weights, or from random ones (needs its config alone)."""
+    eval_data: str | None = None
+    """Rows to evaluate on, before, after, and every --eval-every steps."""
+    train_on: Literal["completion", "all"] = "completion"
+    """Targets: completions and assistant turns, or every token."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Cut rows after this many tokens; by default where the model's positions end."""
+    append_eos: bool = True
+    """End texts and completions with the end-of-sequence token."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    batch_size: int | None = Field(default=None, ge=1)
+    """Examples a step (32, unless --batch-tokens is given)."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Input tokens a step, instead of --batch-size."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Sequences a micro-batch. Changes speed and memory, not the step."""
+    micro_tokens: int | Literal["auto"] = "auto"
+    """Tokens a micro-batch, unless --micro-batch is given. Not the step either."""
+    padding: Literal["auto", "none", "right", "left"] = "auto"
+    """How micro-batches are laid out; auto: none, where the model allows. Not the step either."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Steps to train, instead of --epochs."""
+    epochs: int | None = Field(default=None, ge=1)
+    """Passes over the data (1, unless --steps is given)."""
+    normalize: Literal["token", "sequence"] | float = "token"
+    """Every token weighs the same, every sequence does, or divide by this constant."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target probability that is spread over the vocabulary."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Factor of the squared logsumexp."""
+
+    optimizer: Literal["adamw", "sgd", "adafactor"] = "adamw"
+    """Update rule, PyTorch's own."""
+    lr: float = Field(default=2e-5, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after warm-up; linear and cosine end at 0."""
+    warmup: float = Field(default=0.0, ge=0)
+    """Warm-up: a share of the steps if below 1, else a number of steps."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay, on matrices only."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Clip the gradient's global norm; None: do not."""
+
+    lora_rank: int | None = Field(default=None, ge=1)
+    """Train LoRA adapters of this rank instead of all weights."""
+    lora_alpha: float | None = Field(default=None, gt=0)
+    """LoRA's scale; by default twice the rank."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the adapters; its masks belong to the examples, so the step stays exact."""
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    """Names of the modules that get adapters."""
+    merge: bool = False
+    """Fold the adapters into the saved model."""
+
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of the weights and of the computation; gradients add up in float32 at least."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, more time."""
+    device: str = "auto"
+    """cpu, cuda, mps; auto takes what there is."""
+    seed: int = Field(default=0, ge=0)
+    """Of the random weights, the order of the data, and dropout."""
+
+    eval_every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; by default only at the end."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints to keep."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also log to these."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+
+    def saved(self) -> dict[str, Any]:
+        """The settings that ``config.yaml`` keeps: all but how this call treats ``out``."""
+        return self.model_dump(mode="json", exclude={"resume", "overwrite"})
+
+
+REQUIRED = ("model", "data", "out")
+
+SAME_STEP = frozenset(
+    {
+        *("micro_batch", "micro_tokens", "padding", "gradient_checkpointing", "device"),
+        *("eval_data", "eval_every", "save_every", "keep", "track", "merge", "out"),
+    }
+)
+"""Settings that a resumed run may change, because they cannot change a step."""
+
+
+def read_config(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration that a command line asks for: flags over YAML over defaults.
+
+    Args:
+        arguments: ``[run.yaml] [--flag value ...]``.
+
+    Returns:
+        The configuration, checked.
+
+    Raises:
+        ConfigError: Everything that is wrong with the file or with the combination.
+        SystemExit: The flags cannot be parsed (2), or help was asked for (0).
+    """
+    arguments = list(arguments)
+    values: dict[str, Any] = {}
+    if arguments and not arguments[0].startswith("-"):
+        values = _read_yaml(Path(arguments.pop(0)))
+    missing = {name: tyro.MISSING for name in REQUIRED if name not in values}
+    start = TrainConfig.model_construct(**values, **missing)
+    config = tyro.cli(TrainConfig, args=arguments, default=start, prog="samestep train [RUN.YAML]")
+    return checked(config)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold 'field: value' lines, not {type(content).__name__}")
+    given = {str(key).replace("-", "_"): value for key, value in content.items()}
+    placeholders = {name: "" for name in REQUIRED if name not in given}
+    try:
+        validated = TrainConfig.model_validate({**placeholders, **given})
+    except ValidationError as error:
+        problems = [_describe(item, TrainConfig) for item in error.errors()]
+        raise ConfigError(f"{path}:\n" + "\n".join(f"  - {text}" for text in problems)) from None
+    return {name: getattr(validated, name) for name in given}
+
+
+def _describe(error: Any, model: type[BaseModel]) -> str:
+    """One problem of pydantic's, with the field, the value, and the nearest valid name."""
+    field = ".".join(str(part) for part in error["loc"][:1])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(field, model.model_fields, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{field}: no such field{hint}"
+    return f"{field}: {error['msg'].lower()}; found {error['input']!r}"
+
+
+def checked(config: TrainConfig) -> TrainConfig:
+    """The configuration with dependent defaults filled in, its fields checked against each other.
+
+    Raises:
+        ConfigError: All contradictions, in one message.
+    """
+    problems = []
+    if config.batch_size is not None and config.batch_tokens is not None:
+        problems.append("batch_size and batch_tokens are both given: keep one")
+    if config.steps is not None and config.epochs is not None:
+        problems.append("steps and epochs are both given: keep one")
+    if isinstance(config.normalize, float) and not 0 < config.normalize < float("inf"):
+        problems.append(f"normalize: a constant must be above 0, not {config.normalize}")
+    if isinstance(config.micro_tokens, int) and config.micro_tokens < 1:
+        problems.append(f"micro_tokens: at least 1, or 'auto', not {config.micro_tokens}")
+    if config.micro_batch is not None and config.micro_tokens != "auto":
+        problems.append("micro_batch and micro_tokens are both given: keep one")
+    if config.resume and config.overwrite:
+        problems.append("resume and overwrite contradict each other")
+    if config.lora_rank is None:
+        lora = ("lora_alpha", "lora_dropout", "lora_targets", "merge")
+        defaults = TrainConfig.model_fields
+        set_anyway = [name for name in lora if getattr(config, name) != defaults[name].default]
+        problems += [f"{name} is given without lora_rank" for name in set_anyway]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    filled: dict[str, Any] = {}
+    if config.batch_size is None and config.batch_tokens is None:
+        filled["batch_size"] = 32
+    if config.steps is None and config.epochs is None:
+        filled["epochs"] = 1
+    if config.lora_rank is not None and config.lora_alpha is None:
+        filled["lora_alpha"] = 2.0 * config.lora_rank
+    return config.model_copy(update=filled)

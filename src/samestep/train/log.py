@@ -1,0 +1,168 @@
+"""Where a run's numbers go: always JSONL, and the trackers that were asked for."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from samestep.errors import ConfigError
+from samestep.evaluation import EvalReport
+from samestep.files import write_atomically
+from samestep.train.config import TrainConfig
+from samestep.train.run_folder import RunFolder
+from samestep.train_step import StepReport
+
+
+class Tracker(Protocol):
+    """An optional writer of numbers by step."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Take the numbers of a step."""
+
+    def close(self) -> None:
+        """Flush and end."""
+
+
+class JsonLines:
+    """A file of one JSON object a line, flushed after each."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Journal:
+    """Everything that a run writes down while it goes.
+
+    Args:
+        folder: The run's folder, open for writing.
+        config: The settings; ``track`` names the trackers.
+        done: Steps that a resumed run has behind it; later lines of the logs are dropped.
+
+    Raises:
+        ConfigError: The package of a tracker is not installed.
+    """
+
+    def __init__(self, folder: RunFolder, config: TrainConfig, *, done: int) -> None:
+        self._trackers = open_trackers(
+            config.track, folder=folder.tracking, run=folder.root.name, config=config.saved()
+        )
+        for path in (folder.log, folder.evaluations):
+            keep_steps(path, done)
+        self._log = JsonLines(folder.log)
+        self._evaluations = JsonLines(folder.evaluations)
+
+    def step(self, report: StepReport, *, step: int, epoch: float, lr: float) -> None:
+        """Write a step down: a line with all of the report, scalars to the trackers."""
+        self._log.write({"step": step, "epoch": epoch, "lr": lr, **asdict(report)})
+        terms = {f"train/{name}": value for name, value in report.terms.items()}
+        scalars = {"loss": report.loss, "grad_norm": report.grad_norm, "lr": lr}
+        self._track(step, terms | {f"train/{name}": value for name, value in scalars.items()})
+
+    def evaluation(self, report: EvalReport, *, step: int) -> None:
+        """Write an evaluation down."""
+        self._evaluations.write({"step": step, **asdict(report)})
+        terms = {f"eval/{name}": value for name, value in report.terms.items()}
+        self._track(step, terms | {"eval/loss": report.loss})
+
+    def close(self) -> None:
+        """Close every file and tracker."""
+        self._log.close()
+        self._evaluations.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _track(self, step: int, values: dict[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.write(step, values)
+
+
+def keep_steps(path: Path, done: int) -> None:
+    """Cut a log back to its first ``done`` steps: a resumed run writes the later ones again."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+    write_atomically(path, "".join(line + "\n" for line in kept))
+
+
+def open_trackers(
+    names: Sequence[str], *, folder: Path, run: str, config: dict[str, Any]
+) -> list[Tracker]:
+    """Start the optional writers.
+
+    Args:
+        names: "tensorboard", "wandb", "trackio".
+        folder: Where they keep files.
+        run: A name for the run.
+        config: The settings, to show beside the curves.
+
+    Returns:
+        The writers.
+
+    Raises:
+        ConfigError: The package of a writer is not installed.
+    """
+    makers: dict[str, type[_TensorBoard | _Wandb | _Trackio]] = {
+        "tensorboard": _TensorBoard,
+        "wandb": _Wandb,
+        "trackio": _Trackio,
+    }
+    try:
+        return [makers[name](folder, run, config) for name in names]
+    except ImportError as error:
+        raise ConfigError(
+            f"track: a package is missing ({error}): pip install 'samestep[track]'"
+        ) from error
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, run: str, config: dict[str, Any]) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer.add_text("config", json.dumps(config))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, folder: Path, run: str, config: dict[str, Any]) -> None:
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(project="samestep", name=run, config=config, dir=str(folder))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Trackio:
+    def __init__(self, folder: Path, run: str, config: dict[str, Any]) -> None:
+        import trackio
+
+        self._trackio = trackio
+        trackio.init(project="samestep", name=run, config=config)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._trackio.log(values, step=step)
+
+    def close(self) -> None:
+        self._trackio.finish()

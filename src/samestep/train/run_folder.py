@@ -1,0 +1,98 @@
+"""The folder of a run: what stands where, and who may write there."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from samestep.errors import ConfigError
+from samestep.files import write_atomically
+from samestep.train.config import SAME_STEP, TrainConfig
+
+
+class RunFolder:
+    """Paths under ``--out``.
+
+    Attributes:
+        root: The folder itself.
+        config: ``config.yaml``, the settings.
+        log: ``log.jsonl``, a line a step.
+        evaluations: ``eval.jsonl``, a line an evaluation.
+        summary: ``summary.json``, written at the end.
+        checkpoints: ``checkpoints/``.
+        model: ``model/``, the trained model or adapter.
+        tracking: ``tracking/``, what optional writers keep on disk.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.yaml"
+        self.log = root / "log.jsonl"
+        self.evaluations = root / "eval.jsonl"
+        self.summary = root / "summary.json"
+        self.checkpoints = root / "checkpoints"
+        self.model = root / "model"
+        self.tracking = root / "tracking"
+
+    def holds_a_run(self) -> bool:
+        """Whether a run has written here."""
+        return any(path.exists() for path in self._contents())
+
+    def check(self, config: TrainConfig) -> None:
+        """Refuse a folder that this run must not write to; writes nothing.
+
+        Raises:
+            ConfigError: It holds another run, or one with other settings than those to resume.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise ConfigError(f"out: {self.root} is a file, not a folder")
+        if not self.holds_a_run() or config.overwrite:
+            return
+        if not config.resume:
+            raise ConfigError(
+                f"out: {self.root} already holds a run. Continue it with --resume, replace it "
+                "with --overwrite, or choose another folder"
+            )
+        if self.config.exists():
+            self._check_same(config)
+
+    def _check_same(self, config: TrainConfig) -> None:
+        before: dict[str, Any] = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
+        now = config.saved()
+        changed = [
+            f"  - {name}: was {before.get(name)!r}, is {now.get(name)!r}"
+            for name in sorted({*before, *now} - SAME_STEP)
+            if before.get(name) != now.get(name)
+        ]
+        if changed:
+            raise ConfigError(
+                f"resume: the run in {self.root} had other settings:\n"
+                + "\n".join(changed)
+                + "\nGive the same ones (only "
+                + ", ".join(sorted(SAME_STEP))
+                + " may change), or start anew with --overwrite"
+            )
+
+    def open(self, config: TrainConfig) -> None:
+        """Make the folder ready to write: clear it if asked, and save the settings."""
+        if config.overwrite:
+            for path in self._contents():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        self.root.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(config.saved(), sort_keys=False, allow_unicode=True)
+        write_atomically(self.config, text)
+
+    def _contents(self) -> tuple[Path, ...]:
+        return (
+            self.config,
+            self.log,
+            self.evaluations,
+            self.summary,
+            self.checkpoints,
+            self.model,
+            self.tracking,
+        )

@@ -1,0 +1,101 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from samestep.errors import CheckpointError
+from samestep.train import checkpoint
+from samestep.train.checkpoint import Progress
+
+
+def progress(step: int) -> Progress:
+    return Progress(step=step, tokens=step * 10, seconds=0.5, skipped=0, data="abc")
+
+
+def trained(kind: type[torch.optim.Optimizer]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    optimizer = kind(model.parameters(), lr=0.1)
+    for _ in range(3):
+        update(model, optimizer)
+    return model, optimizer
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.arange(12.0).view(3, 4).sin()).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
+def test_training_goes_on_bit_for_bit(tmp_path: Path, kind: type[torch.optim.Optimizer]) -> None:
+    model, optimizer = trained(kind)
+    path = checkpoint.save(tmp_path, model, optimizer, progress(3), keep=2)
+    update(model, optimizer)
+
+    other = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    other_optimizer = kind(other.parameters(), lr=0.1)
+    assert checkpoint.load(path, other, other_optimizer) == progress(3)
+    update(other, other_optimizer)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    model, optimizer = trained(torch.optim.SGD)
+    for step in (1, 2, 10):
+        checkpoint.save(tmp_path, model, optimizer, progress(step), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000010"]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000010"
+
+
+def test_nothing_there_is_none(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path / "none") is None
+
+
+def test_a_full_disk_leaves_the_previous_one_intact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained(torch.optim.AdamW)
+    before = checkpoint.save(tmp_path, model, optimizer, progress(1), keep=1)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"No space left.*step-00000001 is intact"):
+        checkpoint.save(tmp_path, model, optimizer, progress(2), keep=1)
+    assert list(tmp_path.iterdir()) == [before]
+    checkpoint.load(before, model, optimizer)
+
+
+def test_a_crash_while_writing_leaves_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained(torch.optim.AdamW)
+
+    def die(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "sync", die)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, model, optimizer, progress(1), keep=1)
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    model, optimizer = trained(torch.optim.SGD)
+    path = checkpoint.save(tmp_path, model, optimizer, progress(1), keep=1)
+    other = nn.Linear(4, 5)
+    with pytest.raises(CheckpointError, match="another model"):
+        checkpoint.load(path, other, torch.optim.SGD(other.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_truncated_file_is_refused(tmp_path: Path, name: str) -> None:
+    model, optimizer = trained(torch.optim.AdamW)
+    path = checkpoint.save(tmp_path, model, optimizer, progress(1), keep=1)
+    (path / name).write_bytes((path / name).read_bytes()[:-20])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.load(path, model, optimizer)

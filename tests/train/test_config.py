@@ -1,0 +1,135 @@
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from samestep.errors import ConfigError
+from samestep.train.config import SAME_STEP, TrainConfig, checked, read_config
+
+NEEDED = ["--model", "m", "--data", "d", "--out", "o"]
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_flags_alone_give_sane_defaults() -> None:
+    config = read_config(NEEDED)
+    assert (config.batch_size, config.epochs, config.steps) == (32, 1, None)
+    assert config.normalize == "token"
+    assert config.max_grad_norm == 1.0
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: a\ndata: d\nout: o\nlr: 1e-3\nbatch-size: 4\n")
+    config = read_config([path, "--model", "b", "--batch-size", "2"])
+    assert (config.model, config.data, config.lr, config.batch_size) == ("b", "d", 1e-3, 2)
+
+
+def test_required_fields_may_come_from_either_side(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: a\n")
+    assert read_config([path, "--data", "d", "--out", "o"]).model == "a"
+    with pytest.raises(SystemExit) as exit_:
+        read_config([path])
+    assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize("value", ["token", "sequence", "128"])
+def test_normalize_takes_a_unit_or_a_constant(value: str) -> None:
+    config = read_config([*NEEDED, "--normalize", value])
+    assert config.normalize == (128.0 if value == "128" else value)
+
+
+def test_every_problem_of_a_file_is_in_one_message(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: a\nlerning_rate: 1\nlabel_smooting: 0.1\nlr: fast\nsteps: 0\n")
+    with pytest.raises(ConfigError) as error:
+        read_config([path])
+    message = str(error.value)
+    assert "lerning_rate: no such field" in message
+    assert "did you mean 'label_smoothing'?" in message
+    assert "lr:" in message
+    assert "'fast'" in message
+    assert "steps:" in message
+
+
+def test_every_contradiction_is_in_one_message() -> None:
+    both = ["--batch-size", "4", "--batch-tokens", "9", "--steps", "1", "--epochs", "1"]
+    with pytest.raises(ConfigError, match=r"batch_tokens(.|\n)*epochs"):
+        read_config([*NEEDED, *both])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--micro-batch", "2", "--micro-tokens", "64"],
+        ["--micro-tokens", "0"],
+        ["--normalize", "-3"],
+        ["--normalize", "inf"],
+        ["--resume", "--overwrite"],
+        ["--merge"],
+        ["--lora-dropout", "0.1"],
+    ],
+)
+def test_contradictions_are_refused(flags: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        read_config([*NEEDED, *flags])
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "a: [1\n", "just words"])
+def test_files_that_are_no_settings_are_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        read_config([write(tmp_path, text)])
+
+
+def test_a_missing_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        read_config(["nowhere.yaml"])
+
+
+def test_lora_alpha_is_twice_the_rank() -> None:
+    assert read_config([*NEEDED, "--lora-rank", "8"]).lora_alpha == 16
+
+
+def test_what_may_change_on_resume_are_fields() -> None:
+    assert set(TrainConfig.model_fields) >= SAME_STEP
+
+
+@given(
+    st.fixed_dictionaries(
+        {"model": st.just("m"), "data": st.just("d"), "out": st.just("o")},
+        optional={
+            "batch_size": st.integers(1, 64),
+            "steps": st.integers(1, 10**6),
+            "lr": st.floats(1e-9, 1.0),
+            "normalize": st.sampled_from(["token", "sequence"]) | st.floats(0.5, 1e6),
+            "micro_tokens": st.just("auto") | st.integers(1, 9999),
+            "lora_targets": st.just(("q_proj", "v_proj")) | st.just(("all-linear",)),
+            "seed": st.integers(0, 2**32),
+        },
+    )
+)
+def test_saved_settings_read_back_the_same(values: dict[str, object]) -> None:
+    values = values if "lora_targets" not in values else {**values, "lora_rank": 4}
+    config = checked(TrainConfig.model_validate(values))
+    again = TrainConfig.model_validate(yaml.safe_load(yaml.safe_dump(config.saved())))
+    assert again == config
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*TrainConfig.model_fields, "nonsense", ""]),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text()),
+    )
+)
+def test_any_yaml_is_a_config_or_a_clear_error(values: dict[str, object]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder), yaml.safe_dump(values))
+        try:
+            read_config([path, *NEEDED])
+        except (ConfigError, SystemExit) as error:
+            assert str(error).strip() not in ("", "0")
