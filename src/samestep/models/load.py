@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from samestep.errors import ConfigError
 from samestep.models.gguf import model_folder
@@ -101,7 +102,7 @@ def load_model(
                 **options,
             )
             _check_complete(source, loading)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"model: {source} could not be loaded: {_first_line(error)}. It takes a folder with "
             "config.json and *.safetensors, a Hub name, or a .gguf file"

@@ -34,8 +34,10 @@ def choose_padding(model: Any, wanted: Literal["auto"] | Padding) -> Padding:
     """
     candidates: tuple[Padding, ...] = ("none", "right") if wanted == "auto" else (wanted,)
     reasons = []
+    found = model.config._attn_implementation
+    plain = "sdpa" if found == attention.NAME else found
     for padding in candidates:
-        reason = _why_not(model, padding)
+        reason = _why_not(model, padding, plain)
         if reason is None:
             return padding
         reasons.append(f"padding {padding!r}: {reason}")
@@ -47,14 +49,14 @@ def choose_padding(model: Any, wanted: Literal["auto"] | Padding) -> Padding:
 
 
 @torch.no_grad()
-def _why_not(model: Any, padding: Padding) -> str | None:
+def _why_not(model: Any, padding: Padding, plain: str) -> str | None:
     vocabulary = model.get_input_embeddings().num_embeddings
     sequences = [torch.tensor(ids) % vocabulary for ids in ([3, 1, 4], [1, 5, 9, 2, 6])]
     training = model.training
     model.eval()
     try:
-        if model.config._attn_implementation == attention.NAME:
-            model.set_attn_implementation("sdpa")
+        if model.config._attn_implementation != plain:
+            model.set_attn_implementation(plain)
         alone = [model(input_ids=one[None].to(model.device)).logits[0] for one in sequences]
         if padding == "none":
             attention.register()
