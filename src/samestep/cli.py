@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -53,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"samestep: error: {error}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, ConfigError | DataError) else FAILED
+    except BrokenPipeError:
+        # The reader of our output went away, as in `| head`: nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except KeyboardInterrupt:
         if debug:
             raise

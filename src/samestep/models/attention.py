@@ -5,7 +5,6 @@ their borders only as an L x L mask over the whole pack on CPU; here every seque
 itself, so memory and time grow with the squares of the sequences, not with that of the pack.
 """
 
-import itertools
 from typing import Any
 
 import torch
@@ -93,18 +92,20 @@ def packed_attention(
             query, key, value, cu_seq_lens_q, max_length_q, scaling, causal, sliding_window
         )
         return out, None
-    borders = cu_seq_lens_q.tolist()
+    lengths = cu_seq_lens_q.diff().tolist()
+    # split, not slices: the backward of a slice fills a tensor of the whole pack for each sequence.
+    sequences = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     parts = [
         scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            attn_mask=_window(end - start, sliding_window, causal, query.device),
-            is_causal=causal and (sliding_window is None or end - start <= sliding_window),
+            one_query,
+            one_key,
+            one_value,
+            attn_mask=_window(length, sliding_window, causal, query.device),
+            is_causal=causal and (sliding_window is None or length <= sliding_window),
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        for start, end in itertools.pairwise(borders)
+        for length, (one_query, one_key, one_value) in zip(lengths, sequences, strict=True)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 

@@ -33,7 +33,7 @@ class TrainConfig(BaseModel):
     train_on: Literal["completion", "all"] = "completion"
     """Targets: completions and assistant turns, or every token."""
     max_length: int | None = Field(default=None, ge=2)
-    """Cut rows after this many tokens; by default where the model's positions end."""
+    """Cut rows after this many tokens; by default not at all."""
     append_eos: bool = True
     """End texts and completions with the end-of-sequence token."""
     trust_remote_code: bool = False
