@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from samestep.errors import (
+    CheckError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -15,6 +16,9 @@ from samestep.errors import (
 )
 
 if TYPE_CHECKING:
+    from samestep.audit.api import assert_same_step as assert_same_step
+    from samestep.audit.api import check as check
+    from samestep.audit.check import CheckReport as CheckReport
     from samestep.causal_lm import CausalLMLoss as CausalLMLoss
     from samestep.evaluation import EvalReport as EvalReport
     from samestep.evaluation import evaluate as evaluate
@@ -30,10 +34,13 @@ __version__ = "0.1.0"
 
 _HOME = {
     "CausalLMLoss": "samestep.causal_lm",
+    "CheckReport": "samestep.audit.check",
     "EvalReport": "samestep.evaluation",
     "StepReport": "samestep.train_step",
     "Term": "samestep.terms",
+    "assert_same_step": "samestep.audit.api",
     "backward": "samestep.train_step",
+    "check": "samestep.audit.api",
     "constant": "samestep.terms",
     "evaluate": "samestep.evaluation",
     "linear_cross_entropy": "samestep.losses.linear_cross_entropy",
@@ -43,6 +50,8 @@ _HOME = {
 
 __all__ = [
     "CausalLMLoss",
+    "CheckError",
+    "CheckReport",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -52,7 +61,9 @@ __all__ = [
     "StepReport",
     "Term",
     "__version__",
+    "assert_same_step",
     "backward",
+    "check",
     "constant",
     "evaluate",
     "linear_cross_entropy",

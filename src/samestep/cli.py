@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from samestep import __version__
-from samestep.errors import ConfigError, DataError, SamestepError
+from samestep.errors import CheckError, ConfigError, DataError, SamestepError
 
 USAGE = """\
 usage: samestep COMMAND ...
@@ -16,9 +16,10 @@ Training steps that do not depend on how the batch was split.
 
 commands:
   train [RUN.YAML] [--FIELD VALUE ...]   fine-tune a language model
+  check FILE.py[:NAME]                   audit a training loop and name the cause
 
 options:
-  -h, --help     this text; `samestep train --help` lists the fields
+  -h, --help     this text; `samestep train --help` lists the fields of a command
   --version      the version
   --debug        after a command: show the traceback of an error
 """
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"samestep: error: {error}", file=sys.stderr)
-        return BAD_INPUT if isinstance(error, ConfigError | DataError) else FAILED
+        return BAD_INPUT if isinstance(error, ConfigError | DataError | CheckError) else FAILED
     except BrokenPipeError:
         # The reader of our output went away, as in `| head`: there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,6 +71,10 @@ def _run(command: str, arguments: list[str]) -> int:
         from samestep.train.command import run
 
         return run(arguments)
-    near = difflib.get_close_matches(command, ["train"], n=1)
+    if command == "check":
+        from samestep.audit.command import run
+
+        return run(arguments)
+    near = difflib.get_close_matches(command, ["train", "check"], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"there is no command {command!r}{hint} (`samestep --help` lists them)")

@@ -22,5 +22,9 @@ class StepError(SamestepError):
     """A step cannot be exact or finite: names the loss term at fault."""
 
 
+class CheckError(SamestepError):
+    """A subject cannot be audited: says what it lacks, or shows its own error."""
+
+
 class CheckpointError(SamestepError):
     """A checkpoint cannot be written or read: names the path and what survives."""

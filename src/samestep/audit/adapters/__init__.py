@@ -1,0 +1,1 @@
+"""Adapters: one for each kind of loop that users have."""

@@ -1,0 +1,283 @@
+"""The axes of the audit: what may not change the step, each judged by itself."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from samestep.audit.causes import advice
+from samestep.audit.diagnose import (
+    Diagnosis,
+    diagnose_empty,
+    diagnose_pack,
+    diagnose_padding,
+    diagnose_split,
+)
+from samestep.audit.runs import Runs, cuts
+from samestep.audit.subject import Cut
+from samestep.audit.vectors import Comparison, compare
+
+Verdict = Literal["exact", "inexact", "skipped"]
+
+
+@dataclass(frozen=True)
+class AxisResult:
+    """The verdict on one axis.
+
+    Attributes:
+        name: The axis.
+        verdict: "exact", "inexact" or "skipped".
+        reason: What was compared, or why it was skipped.
+        ratio: Norm of the gradient over the reference's.
+        cosine: Of the angle between them.
+        relative_difference: Norm of their difference over the reference's norm.
+        noise_floor: What arithmetic alone makes.
+        worst: The weights that differ most, with their relative differences.
+        cause: A name in `samestep.audit.causes.CAUSES`, "unexplained", or None.
+        residual: How far the cause's prediction is from what was seen.
+        evidence: Numbers behind the cause.
+        advice: What the cause is and what to change.
+    """
+
+    name: str
+    verdict: Verdict
+    reason: str = ""
+    ratio: float | None = None
+    cosine: float | None = None
+    relative_difference: float | None = None
+    noise_floor: float | None = None
+    worst: tuple[tuple[str, float], ...] = field(default=())
+    cause: str | None = None
+    residual: float | None = None
+    evidence: str = ""
+    advice: str = ""
+
+
+def judge(
+    name: str,
+    runs: Runs,
+    seen: Comparison,
+    *,
+    reason: str,
+    diagnose: Callable[[], Diagnosis],
+) -> AxisResult:
+    """A verdict from a comparison; the diagnosis is asked for only if it is needed."""
+    exact = seen.relative_difference <= runs.tolerance()
+    diagnosis = None if exact else diagnose()
+    return AxisResult(
+        name=name,
+        verdict="exact" if exact else "inexact",
+        reason=reason,
+        ratio=seen.ratio,
+        cosine=seen.cosine,
+        relative_difference=seen.relative_difference,
+        noise_floor=runs.floor(),
+        worst=() if exact else seen.worst,
+        cause=diagnosis.cause if diagnosis else None,
+        residual=diagnosis.residual if diagnosis else None,
+        evidence=diagnosis.evidence if diagnosis else "",
+        advice=advice(diagnosis.cause if diagnosis else None),
+    )
+
+
+def shape(cut: Cut) -> str:
+    """A cut in words: "2 x 4", or the sizes of a ragged one."""
+    sizes = [len(micro) for micro in cut]
+    if len(set(sizes)) == 1:
+        return f"{sizes[0]} x {len(sizes)}"
+    return "+".join(map(str, sizes))
+
+
+def micro_batch(runs: Runs) -> AxisResult:
+    """The micro-batch size, at the same effective batch."""
+    whole = runs.run(runs.whole).gradient
+    tried = cuts(runs.subject.size, uniform=runs.subject.uniform)
+    seen = [(compare(runs.run(cut).gradient, whole), cut) for cut in tried]
+    worst, cut = max(seen, key=lambda pair: _size(pair[0]))
+    # A ragged cut tells laws apart that coincide where all micro-batches are of one size.
+    telling = cut if runs.subject.uniform else tried[0]
+    return judge(
+        "micro-batch",
+        runs,
+        worst,
+        reason=f"{shape(cut)} against {shape(runs.whole)}, the worst of "
+        + ", ".join(shape(one) for one in tried),
+        diagnose=lambda: diagnose_split(runs, telling),
+    )
+
+
+def _size(seen: Comparison) -> float:
+    return seen.relative_difference if math.isfinite(seen.relative_difference) else math.inf
+
+
+def order(runs: Runs) -> AxisResult:
+    """The order of the micro-batches, and of the examples of the undivided batch."""
+    tried = cuts(runs.subject.size, uniform=runs.subject.uniform)
+    cut = tried[1] if runs.subject.uniform else tried[0]
+    pairs: list[tuple[Cut, Cut]] = [(runs.whole, (tuple(reversed(runs.whole[0])),))]
+    if not runs.subject.uniform or len({len(micro) for micro in cut}) == 1:
+        pairs.append((cut, tuple(reversed(cut))))
+    seen = [(compare(runs.run(b).gradient, runs.run(a).gradient), a) for a, b in pairs]
+    worst, at = max(seen, key=lambda pair: _size(pair[0]))
+    return judge(
+        "order",
+        runs,
+        worst,
+        reason=f"{shape(at)} forwards and backwards",
+        diagnose=lambda: diagnose_split(runs, cut),
+    )
+
+
+def padding(runs: Runs) -> AxisResult:
+    """Longer rows: more padding on the right; on the left where there is an attention mask."""
+    whole = runs.run(runs.whole).gradient
+    seen = [
+        (compare(runs.run(runs.whole, padding=5, side=side).gradient, whole), side)
+        for side in runs.subject.padding_sides()
+    ]
+    worst, side = max(seen, key=lambda pair: _size(pair[0]))
+    return judge(
+        "padding",
+        runs,
+        worst,
+        reason=f"5 more columns on the {side}",
+        diagnose=lambda: diagnose_padding(runs, columns=5, side=side),
+    )
+
+
+def packing(runs: Runs) -> AxisResult:
+    """Sequences side by side in one row against rows of their own."""
+    whole = runs.run(runs.whole).gradient
+    packed = runs.run(runs.whole, packed=True).gradient
+    singles = tuple((index,) for index in range(runs.subject.size))
+    return judge(
+        "packing",
+        runs,
+        compare(packed, whole),
+        reason="all examples in one pack against a row each",
+        diagnose=lambda: diagnose_pack(runs, singles),
+    )
+
+
+def short_window(runs: Runs) -> AxisResult:
+    """A last accumulation window that holds fewer micro-batches than the others."""
+    cut = cuts(runs.subject.size, uniform=True)[1]
+    window = len(cut) + 1
+    found = runs.run(cut, window=window).gradient
+    whole = runs.run(runs.whole).gradient
+    seen = compare(found, whole)
+
+    def diagnose() -> Diagnosis:
+        full = compare(runs.run(cut).gradient, whole)
+        if full.relative_difference > runs.tolerance():
+            return diagnose_split(runs, cut)  # inexact in full windows too: the same cause
+        expected = len(cut) / window
+        return Diagnosis(
+            "short-window",
+            abs(seen.ratio - expected),
+            f"{len(cut)} micro-batches in a window of {window}: x {seen.ratio:.6g}, "
+            f"{len(cut)}/{window} = {expected:.6g}",
+        )
+
+    return judge(
+        "short-window",
+        runs,
+        seen,
+        reason=f"{len(cut)} micro-batches where a full window has {window}",
+        diagnose=diagnose,
+    )
+
+
+def zero_target(runs: Runs) -> AxisResult:
+    """A micro-batch without any target."""
+    cut = cuts(runs.subject.size, uniform=runs.subject.uniform)[1 if runs.subject.uniform else 0]
+    masked = cut[1]
+    whole = runs.run(runs.whole, masked=masked).gradient
+    found = runs.run(cut, masked=masked).gradient
+    seen = compare(found, whole)
+    return judge(
+        "zero-target",
+        runs,
+        seen,
+        reason=f"{shape(cut)}, the second micro-batch without targets, against the whole",
+        diagnose=lambda: diagnose_empty(runs, cut, masked),
+    )
+
+
+def low_precision(runs: Runs) -> AxisResult:
+    """Whether rounding grows with the number of micro-batches, in bfloat16 weights."""
+    singles = tuple((index,) for index in range(runs.subject.size))
+    truth = runs.run(runs.whole).gradient
+    errors = [
+        compare(runs.run(cut, dtype=torch.bfloat16).gradient, truth)
+        for cut in (runs.whole, singles)
+    ]
+    growth = errors[1].relative_difference / errors[0].relative_difference
+    exact = growth <= 1.5
+    return AxisResult(
+        name="low-precision",
+        verdict="exact" if exact else "inexact",
+        reason="error of bfloat16 against float64, 1 micro-batch and many",
+        ratio=errors[1].ratio,
+        cosine=errors[1].cosine,
+        relative_difference=errors[1].relative_difference,
+        noise_floor=errors[0].relative_difference,
+        worst=() if exact else errors[1].worst,
+        cause=None if exact else "accumulation-dtype",
+        residual=None if exact else 0.0,
+        evidence=f"the error grows x {growth:.3g} from 1 to {len(singles)} micro-batches",
+        advice="" if exact else advice("accumulation-dtype"),
+    )
+
+
+def dropout(runs: Runs) -> AxisResult:
+    """The split with dropout on, from the same seed."""
+    cut = cuts(runs.subject.size, uniform=runs.subject.uniform)[-1]
+    seen = compare(
+        runs.run(cut, dropout=True).gradient, runs.run(runs.whole, dropout=True).gradient
+    )
+    return judge(
+        "dropout",
+        runs,
+        seen,
+        reason=f"{shape(cut)} against the whole with dropout on, same seed",
+        diagnose=lambda: Diagnosis("rng", seen.relative_difference, "the masks follow the split"),
+    )
+
+
+def evaluation_first(runs: Runs) -> AxisResult:
+    """An evaluation before the step."""
+    seen = compare(
+        runs.run(runs.whole, evaluate_first=True).gradient, runs.run(runs.whole).gradient
+    )
+    return judge(
+        "evaluation-first",
+        runs,
+        seen,
+        reason="the step after an evaluation against the step alone",
+        diagnose=lambda: Diagnosis("evaluation-side-effect", seen.relative_difference, ""),
+    )
+
+
+def terms(runs: Runs) -> AxisResult:
+    """Each loss term by itself; the worst one speaks."""
+    cut = cuts(runs.subject.size, uniform=runs.subject.uniform)[0]
+    results = []
+    for term in runs.subject.terms:
+        whole = runs.run(runs.whole, term=term).gradient
+        results.append(
+            judge(
+                "terms",
+                runs,
+                compare(runs.run(cut, term=term).gradient, whole),
+                reason=f"term {term!r} alone, {shape(cut)} against the whole",
+                diagnose=lambda term=term: diagnose_split(runs, cut, term=term),  # type: ignore[misc]
+            )
+        )
+    return max(results, key=lambda result: (result.verdict == "inexact", _number(result)))
+
+
+def _number(result: AxisResult) -> float:
+    return result.relative_difference or 0.0

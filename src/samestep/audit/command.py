@@ -1,0 +1,133 @@
+"""`samestep check` as a command: runs the subject in a child, shows and saves the report."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from samestep.audit.report import show
+from samestep.errors import CheckError
+from samestep.files import write_atomically
+
+TEMPLATE = Path(__file__).with_name("template.py")
+
+
+@dataclass(frozen=True)
+class CheckArguments:
+    """Audit a training loop: does its step depend on how the batch was split, and why?
+
+    Exit code 0: exact; 1: inexact; 2: the subject could not be run.
+    """
+
+    subject: Annotated[str | None, tyro.conf.Positional] = None
+    """FILE.py or FILE.py:NAME: the names of a custom loop."""
+    axes: str | None = None
+    """Axes to run, with commas between; by default all but dropout and low-precision."""
+    json: Path | None = None
+    """Write the report to this file."""
+    html: Path | None = None
+    """Write a page with the report to this file (needs samestep[report])."""
+    timeout: float = 300.0
+    """Seconds after which a subject that hangs is stopped."""
+    init: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write a commented subject file to start from, subject.py or the file named."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Check as the arguments say.
+
+    Args:
+        arguments: ``FILE.py[:NAME] [--flag value ...]``.
+
+    Returns:
+        0 exact, 1 inexact.
+
+    Raises:
+        CheckError: The subject could not be run.
+    """
+    given = tyro.cli(CheckArguments, args=list(arguments), prog="samestep check")
+    if given.init:
+        return _init(Path(given.subject or "subject.py"))
+    if given.subject is None:
+        raise CheckError("which loop? `samestep check FILE.py`; `--init` writes one to start from")
+    console = Console(stderr=True, highlight=False)
+    axes = given.axes.split(",") if given.axes else []
+    with console.status("starting", spinner="dots") as status:
+        report = _audit(
+            given.subject, axes, timeout=given.timeout, progress=lambda axis: status.update(axis)
+        )
+    show(report, Console(highlight=False))
+    if given.json is not None:
+        write_atomically(given.json, json.dumps(report, indent=2) + "\n")
+    if given.html is not None:
+        from samestep.audit.page import page
+
+        write_atomically(given.html, page(report))
+    return 0 if report["verdict"] == "exact" else 1
+
+
+def _init(path: Path) -> int:
+    if path.exists():
+        raise CheckError(f"{path} is there already: name another file")
+    path.write_text(TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
+    print(f"wrote {path}; edit it, then: samestep check {path}")
+    return 0
+
+
+def _audit(reference: str, axes: list[str], *, timeout: float, progress: Any) -> dict[str, Any]:
+    """The report of a child process that is always ended, whatever it does."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "report.json"
+        errors = Path(folder) / "stderr"
+        command = [sys.executable, "-m", "samestep.audit.worker", reference, str(result), *axes]
+        with errors.open("w") as stderr:
+            child = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
+            )
+        hung = threading.Event()
+
+        def stop() -> None:
+            hung.set()
+            _end(child)
+
+        timer = threading.Timer(timeout, stop)
+        timer.start()
+        last = "starting"
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                last = line.strip()
+                progress(last)
+            code = child.wait()
+        finally:
+            timer.cancel()
+            _end(child)
+            if child.stdout is not None:
+                child.stdout.close()
+        if hung.is_set():
+            raise CheckError(f"{reference} was stopped after {timeout:g} s, in: {last}")
+        if not result.exists():
+            tail = "\n".join(errors.read_text(errors="replace").splitlines()[-8:])
+            raise CheckError(f"{reference} ended with code {code}, in: {last}\n{tail}")
+        report: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    if "error" in report:
+        raise CheckError(report["error"])
+    return report
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """End the child and whatever it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()

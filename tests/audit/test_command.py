@@ -1,0 +1,37 @@
+from pathlib import Path
+
+import pytest
+
+from samestep.cli import main
+
+
+def test_the_template_runs_and_is_inexact(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "loop.py"
+    assert main(["check", "--init", str(file)]) == 0
+    page, data = tmp_path / "r.html", tmp_path / "r.json"
+    assert main(["check", str(file), "--html", str(page), "--json", str(data)]) == 1
+    assert "mean-of-means" in capsys.readouterr().out
+    assert '"verdict": "inexact"' in data.read_text(encoding="utf-8")
+    assert "<svg" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no file"),
+        ("1 / 0\n", "ZeroDivisionError"),
+        ("x = 1\n", "lacks"),
+        ("import os\nos._exit(7)\n", "ended with code 7"),
+        ("import time\ntime.sleep(60)\n", "stopped after"),
+    ],
+)
+def test_what_cannot_be_run_ends_with_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str
+) -> None:
+    file = tmp_path / "loop.py"
+    if text is not None:
+        file.write_text(text, encoding="utf-8")
+    assert main(["check", str(file), "--timeout", "12"]) == 2
+    assert message in capsys.readouterr().err
