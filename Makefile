@@ -44,7 +44,6 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 bench: $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt trl accelerate
 	$(BIN)/python benchmarks/run.py
 
 format: $(READY)

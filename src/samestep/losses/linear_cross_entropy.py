@@ -210,7 +210,7 @@ class _Gradients:
             if self.weight.dtype == states.dtype:
                 self.weight.addmm_(slope.t(), states)
             else:
-                self.weight += slope.t() @ states
+                self.weight += _wide_product(slope.t(), states, self.weight.dtype)
         if self.bias is not None:
             self.bias += (slope if column is None else slope * column).sum(0)
 
@@ -220,3 +220,13 @@ class _Gradients:
             None if self.weight is None else self.weight.to(self.inputs[1].dtype),
             None if self.bias is None else self.bias.to(self.inputs[0].dtype),
         )
+
+
+def _wide_product(one: Tensor, other: Tensor, wide: torch.dtype) -> Tensor:
+    """A product of low-precision matrices that is not rounded back to low precision.
+
+    Each chunk's share would else lose its last bits before it is added.
+    """
+    if one.is_cuda:
+        return torch.mm(one, other, out_dtype=wide)
+    return one.to(wide) @ other.to(wide)

@@ -1,0 +1,188 @@
+"""The central proof: no split changes the gradient, the weights or the loss."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from cases import build, cut, gradients, plain_objective, ragged, worst
+from torch import nn
+
+import samestep
+from samestep.terms import Term, count
+
+MODELS = ["llama", "llama-tied", "qwen2", "gpt2"]
+SPLITS = [
+    pytest.param([size], padding, id=f"{size}-{padding}")
+    for size in (1, 2, 4, 8, 32)
+    for padding in ("none", "right", "left")
+] + [pytest.param([3, 1, 7, 2], "none", id="ragged"), pytest.param([5, 11], "left", id="ragged-l")]
+
+
+def reference(model: Any, examples: list[Any], **options: Any) -> tuple[float, dict[str, Any]]:
+    model.zero_grad()
+    objective = plain_objective(model, examples, **options)
+    objective.backward()
+    return float(objective.detach()), gradients(model)
+
+
+@pytest.fixture(scope="module")
+def truths() -> dict[str, Any]:
+    return {name: reference(build(name), ragged(32)) for name in MODELS}
+
+
+@pytest.mark.parametrize(("sizes", "padding"), SPLITS)
+@pytest.mark.parametrize("name", MODELS)
+def test_float64(truths: dict[str, Any], name: str, sizes: list[int], padding: Any) -> None:
+    model = build(name)
+    loss, _ = samestep.backward(
+        model, cut(model, ragged(32), sizes, padding), samestep.CausalLMLoss()
+    )
+    assert loss == pytest.approx(truths[name][0], rel=1e-12)
+    assert worst(gradients(model), truths[name][1]) < 1e-12
+
+
+@pytest.mark.parametrize(("sizes", "padding"), SPLITS[::3] + SPLITS[-2:])
+@pytest.mark.parametrize("name", MODELS)
+def test_float32(truths: dict[str, Any], name: str, sizes: list[int], padding: Any) -> None:
+    """Against another split 2e-6 for every weight, or twice plain float32's own error."""
+    model = build(name)
+    model.load_state_dict(build(name).state_dict())
+    model.float()
+    _, plain = reference(model, ragged(32))
+    own_error = worst(plain, truths[name][1])
+    samestep.backward(model, cut(model, ragged(32), sizes, padding), samestep.CausalLMLoss())
+    found = gradients(model)
+    assert worst(found, truths[name][1]) < max(2e-6, 2 * own_error)
+
+
+@pytest.mark.parametrize("normalize", ["token", "sequence", 50.0])
+@pytest.mark.parametrize("terms", [{}, {"smoothing": 0.1}, {"z_loss": 0.01}], ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_normalisations_and_terms(normalize: Any, terms: dict[str, float], weighted: bool) -> None:
+    model, examples = build("llama"), ragged(12, weighted=weighted)
+    loss, wanted = reference(model, examples, normalize=normalize, **terms)
+    unit = samestep.constant(normalize) if isinstance(normalize, float) else normalize
+    loss_fn = samestep.CausalLMLoss(
+        normalize=unit,
+        label_smoothing=terms.get("smoothing", 0.0),
+        z_loss=terms.get("z_loss", 0.0),
+    )
+    for sizes, padding in (([12], "none"), ([1], "right"), ([5, 2], "left")):
+        found, _ = samestep.backward(model, cut(model, examples, sizes, padding), loss_fn)
+        assert found == pytest.approx(loss, rel=1e-12)
+        assert worst(gradients(model), wanted) < 1e-12
+
+
+def test_any_order_of_examples() -> None:
+    model, examples = build("gpt2"), ragged(12)
+    _, wanted = reference(model, examples)
+    turned = [examples[at] for at in torch.randperm(12).tolist()]
+    samestep.backward(model, cut(model, turned, [3, 4], "none"), samestep.CausalLMLoss())
+    assert worst(gradients(model), wanted) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_gradient_checkpointing(name: str) -> None:
+    model, examples = build(name), ragged(12)
+    _, wanted = reference(model, examples)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    samestep.backward(model, cut(model, examples, [5], "none"), samestep.CausalLMLoss())
+    assert worst(gradients(model), wanted) < 1e-12
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]], ids=str)
+def test_lora(targets: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(build("llama"), config).double()
+    examples = ragged(12)
+    _, wanted = reference(model, examples)
+    for sizes, padding in (([12], "none"), ([1], "right")):
+        samestep.backward(model, cut(model, examples, sizes, padding), samestep.CausalLMLoss())
+        assert worst(gradients(model), wanted) < 1e-12
+
+
+def three_steps(sizes: list[int], padding: Any, *, dtype: torch.dtype) -> dict[str, Any]:
+    model = build("llama-tied").to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for start, end in ((0, 16), (16, 32), (32, 37)):  # the last window is short
+        micros = cut(model, ragged(37)[start:end], sizes, padding)
+        samestep.step(model, optimizer, micros, samestep.CausalLMLoss(), max_grad_norm=0.5)
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_weights_after_three_steps(dtype: torch.dtype, bound: float) -> None:
+    wanted = three_steps([16], "right", dtype=dtype)
+    for sizes, padding in (([1], "none"), ([3, 1, 7], "left"), ([8], "none")):
+        assert worst(three_steps(sizes, padding, dtype=dtype), wanted) < bound
+
+
+def wrong_loss(kind: str) -> Any:
+    loss = samestep.CausalLMLoss()
+
+    def mean_of_means(model: nn.Module, micro: Any) -> Term:
+        own = max(count([micro])["token"], 1)
+        return Term(loss(model, micro)["nll"].total / own, "micro-batch")
+
+    def unscaled(model: nn.Module, micro: Any) -> Term:
+        own = max(count([micro])["token"], 1)
+        return Term(loss(model, micro)["nll"].total / own, samestep.constant(1))
+
+    def unshifted(model: nn.Module, micro: Any) -> Term:
+        return Term(loss(model, micro)["nll"].total, "label")
+
+    return {"mean-of-means": mean_of_means, "unscaled": unscaled, "unshifted": unshifted}[kind]
+
+
+@pytest.mark.parametrize("kind", ["mean-of-means", "unscaled", "unshifted"])
+def test_the_test_catches_wrong_steps(kind: str) -> None:
+    model, examples = build("llama"), ragged(12)
+    _, wanted = reference(model, examples)
+    micros = cut(model, examples, [3], "right")
+    counters = {
+        "micro-batch": lambda _: 1,
+        "label": lambda micro: float((micro["labels"] != -100).sum()),
+    }
+    samestep.backward(model, micros, wrong_loss(kind), counters=counters)
+    with pytest.raises(AssertionError):
+        assert worst(gradients(model), wanted) < 1e-2
+
+
+def test_the_evaluation_batch_size_changes_nothing() -> None:
+    model, examples = build("qwen2").float(), ragged(70)
+    loss = samestep.CausalLMLoss()
+    found = [
+        samestep.evaluate(model, cut(model, examples, sizes, padding), loss)
+        for sizes, padding in (([1], "right"), ([7], "right"), ([64], "left"), ([70], "none"))
+    ]
+    for report in found[1:]:
+        assert report.loss == pytest.approx(found[0].loss, rel=1e-6)
+        assert report.terms["accuracy"] == pytest.approx(found[0].terms["accuracy"], rel=1e-6)
+        assert report.counts == found[0].counts
+    assert model.training
+
+
+def test_low_precision_weights_add_up_in_float32() -> None:
+    """The error against float64 must not grow with accumulation; a plain bfloat16 sum's does."""
+    examples = ragged(32)
+    truth = build("llama").bfloat16().double()
+    low = copy.deepcopy(truth).bfloat16()
+    _, wanted = reference(truth, examples)
+
+    def error(sizes: list[int]) -> float:
+        samestep.backward(low, cut(low, examples, sizes, "right"), samestep.CausalLMLoss())
+        return worst(gradients(low), wanted)
+
+    def naive_error() -> float:
+        low.zero_grad()
+        loss, micros = samestep.CausalLMLoss(), cut(low, examples, [1], "right")
+        for micro in micros:
+            (loss(low, micro)["nll"].total / count(micros)["token"]).backward()
+        return worst(gradients(low), wanted)
+
+    whole, split, naive = error([32]), error([1]), naive_error()
+    assert split < 1.5 * whole
+    assert naive > split
