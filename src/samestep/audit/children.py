@@ -82,11 +82,9 @@ def _wait(children: Sequence[Any], folder: Path, seconds: float) -> None:
             [child.sentinel for child in running], timeout=max(0.0, end - time.monotonic())
         ):
             raise HungError(f"{len(children)} ranks did not finish within {seconds:.0f} s")
-        for rank, child in enumerate(children):
-            if child.exitcode:
-                error = _error(folder, rank)
-                text = error.read_text() if error.exists() else f"ended with {child.exitcode}"
-                raise CheckError(f"rank {rank} of {len(children)}: {text}")
+        if any(child.exitcode for child in children):
+            wait([child.sentinel for child in children], timeout=0.5)
+            raise CheckError(_first_failure(children, folder))
         running = [child for child in running if child.exitcode is None]
 
 
