@@ -83,9 +83,21 @@ def _wait(children: Sequence[Any], folder: Path, seconds: float) -> None:
         ):
             raise HungError(f"{len(children)} ranks did not finish within {seconds:.0f} s")
         if any(child.exitcode for child in children):
-            wait([child.sentinel for child in children], timeout=0.5)
+            for child in children:
+                child.join(timeout=0.5)
             raise CheckError(_first_failure(children, folder))
         running = [child for child in running if child.exitcode is None]
+
+
+def _first_failure(children: Sequence[Any], folder: Path) -> str:
+    """The error that came first: the other ranks then fail too, for they lost one of theirs."""
+    world = len(children)
+    for rank, child in enumerate(children):
+        if child.exitcode and not _error(folder, rank).exists():
+            return f"rank {rank} of {world}: ended with {child.exitcode}"
+    errors = [rank for rank in range(world) if _error(folder, rank).exists()]
+    first = min(errors, key=lambda rank: _error(folder, rank).stat().st_mtime_ns)
+    return f"rank {first} of {world}: {_error(folder, first).read_text()}"
 
 
 def _rank(work: Callable[[int], Any], rank: int, world: int, folder: Path, seconds: float) -> None:
