@@ -61,7 +61,7 @@ def judge(
 ) -> AxisResult:
     """A verdict from a comparison; the diagnosis is asked for only if it is needed."""
     exact = seen.relative_difference <= (tolerance or runs.tolerance)
-    diagnosis = None if exact else diagnose()
+    diagnosis = None if exact else _asked(diagnose, seen)
     return AxisResult(
         name=name,
         verdict="exact" if exact else "inexact",
@@ -76,6 +76,15 @@ def judge(
         evidence=diagnosis.evidence if diagnosis else "",
         advice=advice(diagnosis.cause if diagnosis else None),
     )
+
+
+def _asked(diagnose: Callable[[], Diagnosis], seen: Comparison) -> Diagnosis:
+    """A diagnosis; a subject that fails on the way to it is no less inexact."""
+    try:
+        return diagnose()
+    except Exception as error:  # the subject is the user's code: anything may come
+        reason = f"the subject failed in a run of the diagnosis: {type(error).__name__}: {error}"
+        return Diagnosis("unexplained", seen.relative_difference, reason)
 
 
 def shape(cut: Cut) -> str:

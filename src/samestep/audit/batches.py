@@ -140,27 +140,38 @@ def counts_of(batch: Any) -> dict[str, tuple[str, float]]:
         By what is counted: the name of the cause, and the count.
     """
     found: dict[str, tuple[str, float]] = {}
+    labels = batch["labels"] if _has(batch, "labels") else None
+    if isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
+        found["labels"] = "unshifted-count", float((labels != IGNORE).sum())
     for key, tensor in _tensors(batch):
         if not tensor.dim():
             continue
-        found[f"elements of {key}"] = "padding-counted", float(tensor.numel())
-        if tensor.dim() > 1 and tensor.shape[1] > 1:
+        layout = isinstance(labels, Tensor) and tensor.shape == labels.shape and tensor.dim() > 1
+        if tensor.dim() > 1:
+            found[f"elements of {key}"] = "padding-counted", float(tensor.numel())
             elements = float(tensor[:, 1:].numel())
             found[f"elements of {key}[:, 1:]"] = "padding-counted", elements
-        if tensor.is_floating_point():
-            found[f"sum of {key}"] = "example-weighted", float(tensor.sum())
-        elif key == "labels":
-            valid = tensor != IGNORE
-            cause = "unshifted-count" if tensor.dim() > 1 else "example-weighted"
-            found["labels"] = cause, float(valid.sum())
-            if tensor.dim() > 1:
-                found["labels[:, 1:]"] = "example-weighted", float(valid[:, 1:].sum())
-        else:
-            real = "mask" in key and _has(batch, "labels")
-            cause = "padding-counted" if real else "example-weighted"
+        if not tensor.is_floating_point():
+            # Tokens that are real but no targets, such as a prompt's, or any other unit.
+            cause = "padding-counted" if layout else "example-weighted"
             found[f"non-zeros of {key}"] = cause, float((tensor != 0).sum())
-            found[f"sum of {key}"] = "example-weighted", float(tensor.sum())
+        if not tensor.is_floating_point() and bool((tensor == IGNORE).any()):
+            found[f"labels of {key}"] = "example-weighted", float((tensor != IGNORE).sum())
+        found[f"sum of {key}"] = "example-weighted", float(tensor.sum())
     return found
+
+
+def own_side(single: Any, pair: Any) -> Literal["right", "left"]:
+    """The side on which a collator pads.
+
+    Args:
+        single: The batch of one example, a mapping with ``input_ids``.
+        pair: The batch of a longer example and it, in this order.
+    """
+    ids, row = single["input_ids"][0], pair["input_ids"][1]
+    at_the_start = bool((row[: len(ids)] == ids).all())
+    at_the_end = bool((row[-len(ids) :] == ids).all())
+    return "left" if at_the_end and not at_the_start else "right"
 
 
 def _has(batch: Any, key: str) -> bool:

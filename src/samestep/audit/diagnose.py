@@ -109,8 +109,7 @@ def _checked(
 
 def _nonlinear(runs: Runs, cut: Cut, case: Case, best: float, **changes: object) -> Diagnosis:
     """Causes that are no known combination of the micro-batches' own gradients."""
-    seeded = dict(changes, seed=runs.plain.seed + 1)
-    moved = compare(runs.gradient(cut, **seeded), case.split).relative_difference
+    moved = runs.moved_by_seed(cut, **changes)
     if moved > runs.small_tolerance:
         return Diagnosis("rng", moved, f"the same cut from another seed differs by {moved:.1e}")
     whole, split = fit(case.whole, case.alone), fit(case.split, case.alone)

@@ -70,10 +70,14 @@ def case_of(runs: Runs, cut: Cut, **changes: object) -> Case:
     return Case(
         split=runs.gradient(cut, **changes),
         whole=runs.gradient((everything,), **changes),
-        alone=[runs.gradient((micro,), **changes) for micro in cut],
+        # A loop need not know what to do with no target at all: alone it adds nothing.
+        alone=[
+            runs.gradient((micro,), **changes) if targets is None or targets[at] else {}
+            for at, micro in enumerate(cut)
+        ],
         examples=[len(micro) for micro in cut],
         targets=targets,
-        counts=[runs.subject.counts(micro) for micro in (*cut, everything)],
+        counts=[runs.counts(micro, **changes) for micro in (*cut, everything)],
         close=closeness(runs),
     )
 

@@ -20,6 +20,8 @@ def diagnose_padding(runs: Runs, *, side: str) -> Diagnosis:
     padded = runs.gradient(runs.whole, padding=COLUMNS, side=side)
     seen = compare(padded, runs.gradient(runs.whole))
     evidence = f"{COLUMNS} columns on the {side}: x {seen.ratio:.6g}, cosine {seen.cosine:.6f}"
+    if runs.moved_by_seed(runs.whole) > runs.small_tolerance:
+        return Diagnosis("rng", seen.relative_difference, evidence)
     if _same_direction(runs, seen):
         return Diagnosis("padding-counted", 1 - seen.cosine, evidence)
     other = runs.gradient(runs.whole, padding=COLUMNS, side=side, filler=1)
@@ -48,6 +50,8 @@ def diagnose_pack(runs: Runs) -> Diagnosis:
     whole = runs.gradient(runs.whole)
     seen = compare(runs.gradient(runs.whole, packed=True), whole)
     evidence = f"x {seen.ratio:.6g}, cosine {seen.cosine:.6f}"
+    if runs.moved_by_seed(runs.whole) > runs.small_tolerance:
+        return Diagnosis("rng", seen.relative_difference, evidence)
     if _same_direction(runs, seen):
         return Diagnosis(_count_of_pack(runs), 0.0, f"another scale only: {evidence}")
     masked = _with_borders_masked(runs)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -112,6 +112,10 @@ class Runs:
         """One step on several ranks, not remembered."""
         return self.subject.run_ranks(shares, replace(self.plain, **changes))  # type: ignore[arg-type]
 
+    def counts(self, micro: tuple[int, ...], **changes: object) -> Mapping[str, tuple[str, float]]:
+        """What the batch of these examples could be counted by."""
+        return self.subject.counts(micro, replace(self.plain, **changes))  # type: ignore[arg-type]
+
     def chained(self, cut: Cut, **changes: object) -> Observation | None:
         """The micro-batches as steps of their own; None if the loop never updates."""
         return self.subject.chained(cut, replace(self.plain, **changes))  # type: ignore[arg-type]
@@ -126,6 +130,11 @@ class Runs:
         first, second = self.run(self.whole), self.again(self.whole)
         seen = compare(second.gradient, first.gradient).relative_difference
         return seen <= 10 * max(self.coarsest, first.rounding)
+
+    def moved_by_seed(self, cut: Cut, **changes: object) -> float:
+        """How much another seed changes the gradient, relative."""
+        other = self.gradient(cut, **{**changes, "seed": self.plain.seed + 1})
+        return compare(other, self.gradient(cut, **changes)).relative_difference
 
     @cached_property
     def floor(self) -> float:

@@ -168,7 +168,9 @@ class Subject(Protocol):
     def padding_sides(self) -> tuple[Literal["right", "left"], ...]:
         """The sides on which more padding should be harmless."""
 
-    def counts(self, micro: tuple[int, ...]) -> Mapping[str, tuple[str, float]]:
+    def counts(
+        self, micro: tuple[int, ...], setting: Setting = PLAIN
+    ) -> Mapping[str, tuple[str, float]]:
         """What the batch of these examples could be counted by.
 
         Returns:

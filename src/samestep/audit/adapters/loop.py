@@ -29,6 +29,7 @@ from samestep.audit.batches import (
     length_of,
     mask_borders,
     mask_targets,
+    own_side,
     places,
 )
 from samestep.audit.children import alone, in_ranks
@@ -216,13 +217,17 @@ class LoopSubject:
         return Observation(combine([one.gradient for one in found], [1.0] * len(found)))
 
     def padding_sides(self) -> tuple[Literal["right", "left"], ...]:
-        """Both with an attention mask, else the right alone."""
-        batch = self._batch((0,), PLAIN)
-        return ("right", "left") if "attention_mask" in batch else ("right",)
+        """The one on which the subject's own collator pads."""
+        by_length = sorted(range(self.size), key=lambda index: self._lengths[index])
+        short, long = by_length[0], by_length[-1]
+        pair = self._batch((long, short), PLAIN)
+        return (own_side(self._batch((short,), PLAIN), pair),)
 
-    def counts(self, micro: tuple[int, ...]) -> Mapping[str, tuple[str, float]]:
+    def counts(
+        self, micro: tuple[int, ...], setting: Setting = PLAIN
+    ) -> Mapping[str, tuple[str, float]]:
         """Of every tensor of the batch."""
-        return counts_of(self._batch(micro, PLAIN))
+        return counts_of(self._batch(micro, setting))
 
     def shape(self, micro: tuple[int, ...]) -> tuple[int, int] | None:
         """That of ``input_ids``."""
@@ -350,7 +355,7 @@ def numbers(reported: Any) -> dict[str, float]:
         return {}
     values = reported if isinstance(reported, Mapping) else {"loss": reported}
     return {
-        str(name): float(value)
+        str(name): float(value.detach() if isinstance(value, Tensor) else value)
         for name, value in values.items()
         if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
     }
