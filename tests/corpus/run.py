@@ -13,9 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import ddp_scripts
 import models_and_batches
 import other_losses
+import precision
+import reports
 import token_loops
+import updates
 from kit import Case
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +31,10 @@ FAMILIES = {
     "token loops": token_loops.CASES,
     "other losses": other_losses.CASES,
     "models and batches": models_and_batches.CASES,
+    "reports": reports.CASES,
+    "updates": updates.CASES,
+    "precision": precision.CASES,
+    "DDP scripts": ddp_scripts.CASES,
 }
 FINAL_SEEDS = (100, 101, 102)
 """Not used while developing, and of other numbers of examples and lengths than seeds below 100."""
@@ -75,7 +83,7 @@ def run(seeds: Iterable[int], auditor: Auditor = audit, only: str = "") -> list[
     outcomes = []
     for family, cases in FAMILIES.items():
         for case in cases:
-            if only not in case.name:
+            if only not in f"{family}: {case.name}":
                 continue
             for seed in seeds:
                 start = time.perf_counter()

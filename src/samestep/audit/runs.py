@@ -13,7 +13,7 @@ from samestep.audit.subject import PLAIN, Cut, Gradient, Observation, Setting, S
 from samestep.audit.vectors import combine, compare, norm
 from samestep.errors import CheckError
 
-MULTIPLE = 30.0
+MULTIPLE = 10.0
 """How many noise floors a difference may be and still be exact."""
 
 SMALL = 2.0**-14
