@@ -87,6 +87,28 @@ class Runs:
             found = combine([found, self._offset], [1.0, -1.0])
         return combine([found], [1 / SMALL])
 
+    def gradient_of_ranks(self, shares: Sequence[Cut], **changes: object) -> Gradient:
+        """That of the first rank, as `gradient` has it."""
+        found = self.run_ranks(shares, **changes, scale=SMALL)[0].gradient
+        if self._offset is not None:
+            found = combine([found, self._offset], [1.0, -1.0])
+        return combine([found], [1 / SMALL])
+
+    def clear(self, cut: Cut, **changes: object) -> Gradient:
+        """The gradient, small where the loop clips it."""
+        return self.gradient(cut, **changes) if self.clips else self.run(cut, **changes).gradient
+
+    @cached_property
+    def clips(self) -> bool:
+        """Whether the whole batch's gradient is cut short."""
+        if not self.scalable:
+            return False
+        natural = self.run(self.whole).gradient
+        if self._offset is not None:
+            natural = combine([natural, self._offset], [1.0, -1.0])
+        seen = compare(self.gradient(self.whole), natural)
+        return seen.relative_difference > self.small_tolerance
+
     @cached_property
     def scalable(self) -> bool:
         """Whether the scale of a backward's gradient arrives in the step, to enough digits."""
