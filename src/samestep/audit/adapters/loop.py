@@ -1,6 +1,7 @@
 """A custom loop as a subject: four names in a file or on an object."""
 
 import contextlib
+import copy
 import inspect
 import random
 import time
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from samestep.audit.adapters.capture import (
+    WithoutDropout,
     observe,
     optimizer_steps,
     scaled_gradients,
@@ -145,12 +147,12 @@ class LoopSubject:
         seed_all(0)
         self._initial = {key: value.clone() for key, value in loop.model().state_dict().items()}
         self._slowest = 0.0
-        singles = [loop.collate([example]) for example in loop.examples]
+        singles = [self._collated([example]) for example in loop.examples]
         self._facts = facts_of(singles)
         self._lengths = [length_of(single) for single in singles]
         by_length = sorted(range(self.size), key=lambda index: self._lengths[index] or 0)
         short, long = (loop.examples[at] for at in (by_length[0], by_length[-1]))
-        self._padding = padding_of(loop.collate([short]), loop.collate([long, short]))
+        self._padding = padding_of(self._collated([short]), self._collated([long, short]))
 
     def facts(self) -> Sequence[Facts] | None:
         """From ``labels`` of each example's own batch."""
@@ -168,7 +170,7 @@ class LoopSubject:
             reasons["ranks"] = f"the subject has no {OPTIONAL['wrap']}"
         if not loop.terms:
             reasons["terms"] = f"the subject has no {OPTIONAL['terms']}"
-        if self._facts is None or loop.collate([loop.examples[0]])["labels"].is_floating_point():
+        if self._facts is None or self._collated(loop.examples[:1])["labels"].is_floating_point():
             reasons["zero-target"] = "batches have no tensor 'labels' of classes"
         if self._padding is None:
             reasons["padding"] = "collate does not pad rows [rows, length], as far as can be seen"
@@ -287,11 +289,7 @@ class LoopSubject:
 
     def _batch(self, micro: Sequence[int], setting: Setting) -> Any:
         examples = [self.loop.examples[index] for index in micro]
-        if setting.packed:
-            assert self.loop.pack is not None
-            batch = self.loop.pack(examples)
-        else:
-            batch = self.loop.collate(examples)
+        batch = self._collated(examples, packed=setting.packed)
         batch = self._edited(batch, micro, setting)
         if setting.padding:
             fills = None if self._padding is None else self._padding.fills
@@ -299,6 +297,11 @@ class LoopSubject:
                 batch, setting.padding, side=setting.side, filler=setting.filler, fills=fills
             )
         return batch if setting.dtype is None else cast(batch, setting.dtype)
+
+    def _collated(self, examples: Sequence[Any], *, packed: bool = False) -> Any:
+        function = self.loop.pack if packed else self.loop.collate
+        assert function is not None
+        return function(copy.deepcopy(list(examples)))  # it may change what it is given
 
     def _edited(self, batch: Any, micro: Sequence[int], setting: Setting) -> Any:
         changed = {at for at, index in enumerate(micro) if index in setting.altered}
@@ -324,7 +327,8 @@ class LoopSubject:
         if accepts(function, "accumulation"):
             options["accumulation"] = setting.window or len(micros)
         before = weights(inner)
-        with scaled_gradients(inner, setting.scale), optimizer_steps(inner) as steps:
+        dropping = contextlib.nullcontext() if setting.dropout else WithoutDropout()
+        with scaled_gradients(inner, setting.scale), optimizer_steps(inner) as steps, dropping:
             reported = function(model, micros, **options)
         return observe(inner, before, steps, numbers(reported))
 
