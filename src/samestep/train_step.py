@@ -20,6 +20,7 @@ from samestep.gradients import LOW_PRECISION, assign, clip_, float32_accumulatio
 from samestep.ranks import refuse_several_ranks
 from samestep.tally import Tally, objective_share
 from samestep.terms import Counter, Counts, LossFn, Micro, Unit, count, input_tokens, reduce_terms
+from samestep.two_pass import first_pass
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def step(
         model: The model, in the mode (train or eval) that you want.
         optimizer: Updates the weights, once.
         micro_batches: The effective batch, in micro-batches of any sizes.
-        loss_fn: Maps (model, micro-batch) to a `Term` or ``{name: Term}``: sums, not means.
+        loss_fn: Maps (model, micro-batch) to a `Term` or ``{name: Term}``: sums, not means. One
+            that returns `Coupled` terms is declared by `TwoPass`.
         max_grad_norm: Clip the global gradient norm to this, after normalisation; None: do not.
         normalize: What terms in tokens are normalised by: "token", "sequence" (each sequence
             weighs the same; needs totals [sequences]) or `constant`.
@@ -188,14 +190,17 @@ def accumulate(
     model.zero_grad()
     tally = Tally()
     with float32_accumulation(parameters) as gradients:
-        for micro in [] if nothing_counted(counts) else micros:
-            sums = reduce_terms(loss_fn(model, micro), micro, normalize=normalize)
+        micros = [] if nothing_counted(counts) else micros
+        gathered = first_pass(model, micros, loss_fn)
+        for index, micro in enumerate(micros):
+            loss = gathered.resolve(loss_fn(model, micro), index)
+            sums = reduce_terms(loss, micro, normalize=normalize)
             share = objective_share(sums, counts)
             if share is not None:
                 (share if scaler is None else scaler.scale(share)).backward()
             tally.add(sums)
-        loss, terms = tally.read(counts)
-    return loss, terms, gradients
+        objective, terms = tally.read(counts)
+    return objective, terms, gradients
 
 
 def nothing_counted(counts: Counts) -> bool:
