@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from samestep.errors import DataError
-from samestep.parallel import inner, is_sharded, prepare
-from samestep.ranks import agree, every_rank
+from samestep.parallel import inner, is_sharded, on_every_rank, prepare
+from samestep.ranks import agree, exchange
 from samestep.tally import Facts, Tally, read
 from samestep.terms import (
     Counter,
@@ -22,6 +22,7 @@ from samestep.terms import (
     input_tokens,
     reduce_terms,
 )
+from samestep.two_pass import Gathered, Shapes
 
 
 @dataclass(frozen=True)
@@ -76,32 +77,42 @@ def evaluate(
     started = time.perf_counter()
     prepare(model)
     training = {module: module.training for module in model.modules()}
-    tally, counted_here, tokens_here = Tally(), list[Counts](), list[int]()
+    tally, gathered = Tally(), Gathered()
+    counted_here, tokens_here = list[Counts](), list[int]()
 
-    def own_part() -> tuple[Facts, Counts, int, int]:
+    def own_part() -> tuple[Facts, Shapes, Counts, int, int]:
         for micro, counted in _turns(model, micro_batches):
-            sums = reduce_terms(loss_fn(inner(model), micro), micro, normalize=normalize)
-            if counted:
-                counted_here.append(count([micro], counters))
-                tokens_here.append(input_tokens(micro))
-                tally.add(sums)
-        return tally.facts(), add_counts(counted_here), sum(tokens_here), len(tokens_here)
+            result = loss_fn(inner(model), micro)
+            if not counted:
+                continue
+            terms = gathered.take(result)
+            if terms:
+                tally.add(reduce_terms(terms, micro, normalize=normalize))
+            counted_here.append(count([micro], counters))
+            tokens_here.append(input_tokens(micro))
+        sums = add_counts(counted_here)
+        return tally.facts(), gathered.shapes(), sums, sum(tokens_here), len(tokens_here)
 
     model.eval()
     try:
         with torch.no_grad():
-            parts = every_rank(own_part)
+            parts = on_every_rank(model, own_part)
     finally:
         for module, mode in training.items():
             module.training = mode
-    facts, counts_by_rank, tokens, pieces = zip(*parts, strict=True)
+    facts, shapes, counts_by_rank, tokens, pieces = zip(*parts, strict=True)
     if sum(pieces) == 0:
         raise DataError("nothing to evaluate: there is no micro-batch")
+    if any(shapes):
+        gathered.finish(shapes)
+        coupled = Tally()
+        coupled.add(gathered.values())
+        facts = (*facts, *exchange(coupled.facts()))
     counts = add_counts(counts_by_rank)
-    loss, terms = read(facts, counts)
+    loss, values = read(facts, counts)
     return EvalReport(
         loss=loss,
-        terms=terms,
+        terms=values,
         counts=counts,
         seconds=time.perf_counter() - started,
         tokens=sum(tokens),

@@ -8,7 +8,7 @@ Sharded weights (FSDP2) are summed by FSDP2 as each backward passes; the step as
 instead of means, and gives every rank the same number of backwards.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakSet
 
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from samestep.errors import ConfigError
-from samestep.ranks import exchange, world
+from samestep.ranks import Result, every_rank, exchange, world
 from samestep.terms import Micro, input_tokens
 
 _known_equal: WeakSet[nn.Module] = WeakSet()
@@ -110,21 +110,30 @@ def quiet(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def turns(model: nn.Module, micros: Sequence[Micro]) -> list[tuple[Micro, bool]]:
-    """What this rank runs, so that all ranks run FSDP2's collectives equally often.
+def on_every_rank(model: nn.Module, work: Callable[[], Result]) -> list[Result]:
+    """Run micro-batches on every rank and share what each found, as JSON.
+
+    An error on one rank is raised on all of them, but not under FSDP2: there the others wait in
+    the model's own collectives, where they cannot be told; they end with that rank's process.
+    """
+    return exchange(work()) if is_sharded(model) else every_rank(work)
+
+
+def turns(model: nn.Module, micros: Sequence[Micro]) -> list[tuple[int, bool]]:
+    """Which micro-batches this rank runs, so that all ranks run FSDP2's collectives equally often.
 
     Args:
         model: The model.
         micros: This rank's micro-batches.
 
     Returns:
-        Each micro-batch with True; under FSDP2 then, as often as others have more, the smallest
-        one again with False: its share of the objective counts 0 times.
+        The index of each micro-batch, with True; under FSDP2 then, as often as others have more,
+        that of the smallest one again, with False: it must count 0 times.
 
     Raises:
         ConfigError: Under FSDP2 a rank has no micro-batch to run.
     """
-    runs = [(micro, True) for micro in micros]
+    runs = [(index, True) for index in range(len(micros))]
     if world() == 1 or not is_sharded(model):
         return runs
     numbers = exchange(len(micros))
@@ -133,5 +142,5 @@ def turns(model: nn.Module, micros: Sequence[Micro]) -> list[tuple[Micro, bool]]
             f"rank {numbers.index(0)} has no micro-batch: under fully_shard every rank must run "
             "the model. Give it any micro-batch with all labels -100: that adds exactly nothing"
         )
-    missing = max(numbers) - len(micros)
-    return runs + [(min(micros, key=input_tokens), False)] * missing if missing else runs
+    smallest = min(range(len(micros)), key=lambda at: input_tokens(micros[at]), default=0)
+    return runs + [(smallest, False)] * (max(numbers) - len(micros))

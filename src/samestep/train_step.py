@@ -15,18 +15,10 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from samestep.errors import ConfigError, StepError
-from samestep.gradients import (
-    LOW_PRECISION,
-    assign,
-    clip_,
-    float32_accumulation,
-    is_finite,
-    missed,
-    sum_over_replicas,
-)
-from samestep.parallel import inner, is_sharded, prepare, quiet, turns
+from samestep.gradients import assign, clip_, float32_accumulation, missed, sum_over_replicas
+from samestep.parallel import inner, is_sharded, on_every_rank, prepare, quiet, turns
 from samestep.ranks import every_rank
+from samestep.refusals import not_finite, refuse_scaler, refuse_strangers
 from samestep.tally import Facts, Tally, objective_share, read
 from samestep.terms import (
     Counter,
@@ -39,6 +31,7 @@ from samestep.terms import (
     input_tokens,
     reduce_terms,
 )
+from samestep.two_pass import first_pass
 
 
 @dataclass(frozen=True)
@@ -87,8 +80,8 @@ def step(
         optimizer: Updates the weights, once.
         micro_batches: The effective batch, in micro-batches of any sizes; with several ranks, this
             rank's part of it, which may be empty (not under FSDP2).
-        loss_fn: Maps (model, micro-batch) to a `Term` or ``{name: Term}``: sums, not means. It
-            gets the module inside DDP.
+        loss_fn: Maps (model, micro-batch) to a `Term` or ``{name: Term}``: sums, not means. One
+            that returns `Coupled` terms is declared by `TwoPass`. It gets the module inside DDP.
         max_grad_norm: Clip the global gradient norm to this, after normalisation; None: do not.
         normalize: What terms in tokens are normalised by: "token", "sequence" (each sequence
             weighs the same; needs totals [sequences]) or `constant`.
@@ -101,13 +94,14 @@ def step(
     Raises:
         StepError: A unit was not counted, or a term or the gradient is not finite (the term is
             named). The weights are then unchanged and no gradient is left behind.
-        ConfigError: What the step cannot make exact: a scaler with weights of low precision, or
-            weights that lie on the ranks in an unknown way.
+        ConfigError: What the step cannot make exact: a scaler with weights of low precision, an
+            optimizer over weights that are not the model's, or weights that lie on the ranks in an
+            unknown way.
     """
     started = time.perf_counter()
     skipped, norm = None, 0.0
     micros, counts, tokens, pieces = survey(micro_batches, counters)
-    optimizer.zero_grad()
+    refuse_strangers(model, optimizer)
 
     loss, terms, gradients = accumulate(
         model, micros, loss_fn, counts=counts, normalize=normalize, scaler=scaler
@@ -124,7 +118,7 @@ def step(
         elif scaler is not None:
             skipped = "overflow"
         else:
-            raise _not_finite(model, gradients)
+            raise not_finite(model, gradients)
         if scaler is not None:
             scaler.update()
     model.zero_grad()
@@ -199,13 +193,16 @@ def accumulate(
         ConfigError: As for `step`.
     """
     parameters = prepare(model)
-    _check_scaler(model, parameters, scaler)
+    refuse_scaler(model, parameters, scaler)
+    model.zero_grad()
+    micros = [] if nothing_counted(counts) else micros
     tally, runs = Tally(), turns(model, micros)
 
     def own_part() -> tuple[Facts, list[int]]:
         """Run this rank's micro-batches: what they found, and the weights that they missed."""
-        for micro, counted in runs:
-            sums = reduce_terms(loss_fn(inner(model), micro), micro, normalize=normalize)
+        for index, counted in runs:
+            result = gathered.resolve(loss_fn(inner(model), micros[index]), index)
+            sums = reduce_terms(result, micros[index], normalize=normalize)
             share = objective_share(sums, counts)
             if share is not None:
                 share = share if counted else 0 * share
@@ -215,7 +212,8 @@ def accumulate(
         return tally.facts(), missed(parameters, gradients)
 
     with quiet(model), float32_accumulation(parameters) as gradients:
-        parts = [] if nothing_counted(counts) else every_rank(own_part)
+        gathered = first_pass(model, micros, loss_fn, runs=runs)
+        parts = on_every_rank(model, own_part)
         loss, terms = read([facts for facts, _ in parts], counts)
     if not is_sharded(model):
         sum_over_replicas(gradients, parameters, missed_by=[missing for _, missing in parts])
@@ -250,35 +248,3 @@ def survey(
 def nothing_counted(counts: Counts) -> bool:
     """Whether the batch was counted and holds nothing to learn from."""
     return bool(counts) and not any(counts.values())
-
-
-def _check_scaler(
-    model: nn.Module, parameters: list[nn.Parameter], scaler: GradScaler | None
-) -> None:
-    if scaler is None:
-        return
-    if any(parameter.dtype in LOW_PRECISION for parameter in parameters):
-        raise ConfigError(
-            "a gradient scaler serves float16 autocast over float32 weights; these weights are of "
-            "low precision themselves. Load the model in float32, or leave the scaler out"
-        )
-    if is_sharded(model):
-        raise ConfigError(
-            "a gradient scaler sees only its own rank's shards, so ranks would disagree on an "
-            "overflow: under fully_shard use bfloat16, which needs no scaler"
-        )
-
-
-def _not_finite(model: nn.Module, gradients: dict[nn.Parameter, Tensor]) -> StepError:
-    names = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter in gradients and not is_finite(gradients[parameter])
-    ]
-    model.zero_grad()
-    return StepError(
-        f"the step was not taken: the loss is finite but its gradient is not, in {names[0]}"
-        + (f" and {len(names) - 1} other weights" if len(names) > 1 else "")
-        + ". The weights are unchanged. Usual causes: an overflow in low precision, or a square "
-        "root or logarithm at 0"
-    )

@@ -85,3 +85,80 @@ def rank_local_gradient(mode: str, deal: str) -> tuple[float, dict[str, torch.Te
     if mode == "ddp":
         found = {name: ranks.sum_over_ranks(value) / ranks.world() for name, value in found.items()}
     return float(own), found
+
+
+class Moments(nn.Module):
+    """A small network for the coupled terms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Sequential(nn.Linear(5, 8), nn.Tanh())
+        self.outer = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(self.inner(x))
+
+
+def coupled_loss(net: nn.Module, micro: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A sum, a term coupled by its moments, and one by all its rows."""
+    out = net(micro["x"])
+    moments = torch.cat([out.new_tensor([len(out)]), out.sum(0), out.square().sum(0)])
+    return {
+        "square": samestep.Term(out.square().sum(), "row", 0.3),
+        "spread": samestep.Coupled(moments, spread_of, weight=0.7),
+        "contrast": samestep.Coupled(out, contrast_of, gather="rows", weight=-1.3),
+    }
+
+
+def spread_of(s: torch.Tensor) -> torch.Tensor:
+    return ((s[5:9] / s[0] - (s[1:5] / s[0]).square()).sum()).log()
+
+
+def contrast_of(s: torch.Tensor) -> torch.Tensor:
+    return (s @ s.t()).fill_diagonal_(-torch.inf).logsumexp(1).mean()
+
+
+ROWS = {"row": lambda micro: len(micro["x"])}
+
+
+def coupled_gradient(
+    mode: str, sizes: Sequence[Sequence[int]]
+) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """Loss, evaluation and gradient; ``sizes`` are the micro-batches of each rank."""
+    net: nn.Module = Moments().double()
+    if mode == "fsdp2":
+        fully_shard(net.inner)
+        fully_shard(net)
+    elif mode == "ddp":
+        net = DistributedDataParallel(net)
+    x = torch.randn(12, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    start = sum(map(sum, sizes[: ranks.rank()]))
+    own = sizes[ranks.rank()]
+    micros = [{"x": part} for part in x[start : start + sum(own)].split(list(own))] if own else []
+    loss_fn = samestep.TwoPass(coupled_loss)
+    evaluated = samestep.evaluate(net, micros, loss_fn, counters=ROWS)
+    loss, _ = samestep.backward(net, micros, loss_fn, counters=ROWS)
+    return loss, evaluated.loss, whole(gradients(net))
+
+
+def evaluation(mode: str, deal: str) -> Any:
+    """The report over a ragged set, without its time."""
+    model = spread(build("llama"), mode)
+    micros = cut(inner(model), share(ragged(22, weighted=True), mode, deal), [MICRO], "none")
+    report = samestep.evaluate(model, micros, samestep.CausalLMLoss())
+    return report.loss, report.terms, report.counts, report.tokens
+
+
+def three_steps(mode: str, dtype: torch.dtype) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """Three clipped AdamW steps with evaluations between them; the last batch is short."""
+    model = spread(build("llama", dtype), mode)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    reports = []
+    for start, end in ((0, 16), (16, 32), (32, 37)):
+        mine = ragged(37)[start:end][ranks.rank() :: ranks.world()]
+        micros = cut(inner(model), mine, [3], "none")
+        samestep.evaluate(model, micros, samestep.CausalLMLoss())
+        report = samestep.step(model, optimizer, micros, samestep.CausalLMLoss(), max_grad_norm=0.5)
+        reports.append((report.loss, report.grad_norm, report.counts, report.tokens))
+    return reports, whole({n: w.detach() for n, w in model.named_parameters()})
