@@ -144,7 +144,7 @@ def _logit_rule(
 ) -> LogitRule | None:
     """What turns the head's output into the model's logits; None if it is neither of the known."""
     with torch.no_grad():
-        plain, logits = head(hidden[:, :1]).double(), logits.double()
+        plain, logits = head(hidden[:, :1]).double(), logits.detach().double()
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(hidden.dtype, 2e-2)
 
     def fits(candidate: Tensor) -> bool:

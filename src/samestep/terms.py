@@ -54,6 +54,9 @@ def constant(value: float) -> Constant:
     Args:
         value: The divisor; finite and above 0.
 
+    Returns:
+        A unit for `Term` and for ``normalize``.
+
     Raises:
         ConfigError: The divisor is not finite or not above 0.
     """

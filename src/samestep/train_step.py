@@ -81,13 +81,13 @@ def step(
     Raises:
         StepError: A unit was not counted, or a term or the gradient is not finite (the term is
             named). The weights are then unchanged and no gradient is left behind.
-        ConfigError: What the step cannot make exact: several ranks, or a scaler with weights of
-            low precision.
+        ConfigError: What the step cannot make exact: several ranks, a scaler with weights of low
+            precision, or an optimizer over weights that are not the model's.
     """
     started = time.perf_counter()
     micros = list(micro_batches)
     counts, skipped, norm = count(micros, counters), None, 0.0
-    optimizer.zero_grad()
+    _refuse_strangers(model, optimizer)
 
     loss, terms, gradients = accumulate(
         model, micros, loss_fn, counts=counts, normalize=normalize, scaler=scaler
@@ -187,6 +187,7 @@ def accumulate(
             "a gradient scaler serves float16 autocast over float32 weights; these weights are of "
             "low precision themselves. Load the model in float32, or leave the scaler out"
         )
+    model.zero_grad()
     tally = Tally()
     with float32_accumulation(parameters) as gradients:
         micros = [] if nothing_counted(counts) else micros
@@ -205,6 +206,22 @@ def accumulate(
 def nothing_counted(counts: Counts) -> bool:
     """Whether the batch was counted and holds nothing to learn from."""
     return bool(counts) and not any(counts.values())
+
+
+def _refuse_strangers(model: nn.Module, optimizer: Optimizer) -> None:
+    own = set(model.parameters())
+    strangers = [
+        tuple(weight.shape)
+        for group in optimizer.param_groups
+        for weight in group["params"]
+        if weight not in own
+    ]
+    if strangers:
+        raise ConfigError(
+            f"the optimizer updates {len(strangers)} weights that are not the model's (shapes "
+            f"{strangers[:3]}): the step could neither clear nor clip their gradients. Register "
+            "them on the model, or build the optimizer from model.parameters()"
+        )
 
 
 def _not_finite(model: nn.Module, gradients: dict[nn.Parameter, Tensor]) -> StepError:

@@ -43,18 +43,19 @@ def facts_of(batches: Sequence[Any]) -> list[Facts] | None:
     return facts
 
 
-def add_padding(batch: Any, columns: int, *, side: Literal["right", "left"]) -> Any:
+def add_padding(
+    batch: Any, columns: int, *, side: Literal["right", "left"], filler: int = 0
+) -> Any:
     """A batch of [rows, length] tensors with more columns of padding.
 
-    Token ids are padded with 0, labels with ``IGNORE``, the rest with 0.
+    Token ids are padded with the filler, labels with ``IGNORE``, the rest with 0.
     """
+    fills = {"labels": IGNORE, "input_ids": filler}
     ids = batch["input_ids"]
     padded = dict(batch)
     for key, value in batch.items():
         if isinstance(value, Tensor) and value.shape[:2] == ids.shape[:2] and value.dim() >= 2:
-            fill = value.new_full(
-                (value.shape[0], columns, *value.shape[2:]), IGNORE if key == "labels" else 0
-            )
+            fill = value.new_full((value.shape[0], columns, *value.shape[2:]), fills.get(key, 0))
             padded[key] = torch.cat([value, fill] if side == "right" else [fill, value], dim=1)
     return padded
 

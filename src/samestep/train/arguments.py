@@ -1,13 +1,11 @@
 """The settings of a run: from YAML, from flags, or both; checked all at once."""
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 import yaml
-from pydantic import ValidationError
 
 from samestep.errors import ConfigError
 from samestep.train.config import TrainConfig, checked
@@ -69,18 +67,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _validated(path: Path, kind: type[TrainConfig], given: dict[str, Any]) -> dict[str, Any]:
     placeholders = {name: "" for name in REQUIRED if name not in given}
     try:
-        validated = kind.model_validate({**placeholders, **given})
-    except ValidationError as error:
-        problems = [_describe(item, kind) for item in error.errors()]
-        raise ConfigError(f"{path}:\n" + "\n".join(f"  - {text}" for text in problems)) from None
+        validated = kind(**placeholders, **given)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return {name: getattr(validated, name) for name in given}
-
-
-def _describe(error: Any, model: type[TrainConfig]) -> str:
-    """One problem of pydantic's, with the field, the value, and the nearest valid name."""
-    field = ".".join(str(part) for part in error["loc"][:1])
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, model.model_fields, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{field}: no such field{hint}"
-    return f"{field}: {error['msg'].lower()}; found {error['input']!r}"

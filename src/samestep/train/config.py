@@ -1,9 +1,10 @@
 """The settings of a run that do not depend on what it optimises, and how they fit together."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from samestep.errors import ConfigError
 
@@ -19,7 +20,19 @@ class TrainConfig(BaseModel):
     it trains, and what it optimises.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        """Check every field by itself; `checked` looks at combinations.
+
+        Raises:
+            ConfigError: All fields that are wrong, in one message.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            problems = _describe(error, type(self).model_fields)
+            raise ConfigError("\n".join(["the settings are wrong:", *problems])) from None
 
     objective: str
     """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
@@ -173,6 +186,22 @@ SAME_STEP = frozenset(
     }
 )
 """Settings that a resumed run may change, because they cannot change a step."""
+
+
+def _describe(error: ValidationError, known: Iterable[str]) -> list[str]:
+    """Pydantic's problems, a line a field: the value, and the nearest name of one that is not."""
+    lines: dict[str, str] = {}
+    for problem in error.errors():
+        field = str(problem["loc"][0])
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(field, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            lines[field] = f"  - {field}: no such field{hint}"
+        elif field in lines:  # another member of a union
+            lines[field] += f", or {problem['msg'].lower()}"
+        else:
+            lines[field] = f"  - {field}: found {problem['input']!r}; {problem['msg'].lower()}"
+    return list(lines.values())
 
 
 def checked(config: TrainConfig) -> TrainConfig:
