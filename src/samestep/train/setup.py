@@ -71,7 +71,7 @@ def set_up(config: TrainConfig) -> Run:
     tokenizer = load_tokenizer(resolve(config.tokenizer or source), trust_remote_code=trust)
     # Data first: they fail sooner than a model loads.
     train = _read(config.data, tokenizer, config)
-    evaluation = _read(config.eval_data, tokenizer, config) if config.eval_data else None
+    evaluation = _read(config.eval_data, tokenizer, config, train) if config.eval_data else None
     data = [train] if evaluation is None else [train, evaluation]
     model = config.load(source, data)
     _check_fit(model, train, evaluation)
@@ -84,10 +84,11 @@ def set_up(config: TrainConfig) -> Run:
             dropout=config.lora_dropout,
             targets=config.lora_targets,
             seed=config.seed,
+            task=config.task,
         )
     replace_dropout(model)
     model = model.to(device)
-    padding = choose_padding(model, config.padding)
+    padding = choose_padding(model, config.padding, config.outputs)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if padding == "right" and config.padding == "auto":
@@ -124,8 +125,8 @@ def _device(wanted: str) -> torch.device:
         raise ConfigError(f"device: {wanted!r} is not there ({first}); use auto or cpu") from None
 
 
-def _read(source: str, tokenizer: Any, config: TrainConfig) -> Records:
-    records = config.read(source, tokenizer)
+def _read(source: str, tokenizer: Any, config: TrainConfig, like: Records | None = None) -> Records:
+    records = config.read(source, tokenizer, like)
     for reason, rows in records.dropped.items():
         log.warning("%s: %d rows dropped: %s", source, rows, reason)
     return records

@@ -137,7 +137,7 @@ def _step(run: Run, config: TrainConfig, plan: StepPlan, *, lr: float) -> StepRe
     return step(
         run.model,
         run.optimizer,
-        run.micro_batches(plan.examples),
+        run.micro_batches(plan.examples, plan.step),
         TwoPass(keyed) if isinstance(run.objective.loss_fn, TwoPass) else keyed,
         max_grad_norm=config.max_grad_norm,
         counters=run.objective.counters,
@@ -150,7 +150,7 @@ def _evaluate(run: Run) -> EvalReport:
     everything = range(len(run.evaluation))
     return evaluate(
         run.model,
-        run.eval_micro_batches(everything),
+        run.eval_micro_batches(everything, 0),
         run.objective.loss_fn,
         counters=run.objective.counters,
     )
