@@ -1,0 +1,325 @@
+"""A factory of `transformers.Trainer`, or of any trainer derived from it, as a subject."""
+
+import contextlib
+import inspect
+import math
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor
+from transformers import Trainer
+
+from samestep.audit.adapters.loop import numbers, seed_all
+from samestep.audit.adapters.training import (
+    LEARNING_RATE,
+    Collator,
+    Recorder,
+    is_stream,
+    length,
+    make_plain,
+    networks,
+    quiet,
+    restrict,
+    sequential,
+    silenced,
+    tensors,
+    use_recorder,
+    widen,
+)
+from samestep.audit.adapters.widened import widened
+from samestep.audit.batches import add_padding, alter, cast, mask_targets
+from samestep.audit.subject import PLAIN, Cut, Facts, Gradient, Observation, Setting
+from samestep.errors import CheckError
+from samestep.targets import IGNORE
+
+EXAMPLES = 8
+"""Examples of the effective batch, if the trainer has as many."""
+
+SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""What a factory is called with."""
+
+OTHER_NUMBERS = ("grad_norm", "learning_rate", "epoch", "step", "total_flos")
+"""Logged numbers that are no measure of the model, beside those of time."""
+
+
+class TrainerSubject:
+    """Runs a trainer on its own first rows; see `samestep.audit.subject.Subject`.
+
+    Each run makes a new trainer, puts the first one's initial weights into it, and trains for one
+    epoch over a data set that holds one effective batch.
+
+    Args:
+        factory: ``make_trainer(*, per_device_train_batch_size, gradient_accumulation_steps)``.
+        name: For the report.
+
+    Raises:
+        CheckError: The factory raises, does not return a trainer, does not pass the sizes on, or
+            its data hold fewer than four rows.
+    """
+
+    uniform = True
+    terms: tuple[str, ...] = ()
+
+    def __init__(self, factory: Callable[..., Any], *, name: str) -> None:
+        parameters = inspect.signature(factory).parameters
+        open_ended = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+        missing = [one for one in SIZES if one not in parameters and not open_ended]
+        if missing:
+            raise CheckError(f"{name}: make_trainer must take the keyword {' and '.join(missing)}")
+        self.factory = factory
+        with quiet():
+            trainer = self._make(1, 1)
+            if trainer.train_dataset is None:
+                raise CheckError(f"{name}: the trainer has no train_dataset")
+            self.size = length(trainer.train_dataset, EXAMPLES)
+            if self.size < 4:
+                raise CheckError(
+                    f"{name}: {self.size} rows of training data are too few to cut: give 4 or "
+                    "more, of different lengths"
+                )
+            self.size = min(self.size, EXAMPLES)
+            self.name = f"{name} ({type(trainer).__name__}, {type(trainer.model).__name__})"
+            self._initial = {
+                key: value.detach().clone() for key, value in tensors(trainer.model).items()
+            }
+            self._stream = is_stream(trainer.train_dataset)
+            self._side: Literal["right", "left"] = _padding_side(trainer)
+            self._shifts = bool(trainer._loss_shifts_labels)
+            self._main_input = str(getattr(trainer.model, "main_input_name", "input_ids"))
+            self._singles = self._batches(range(self.size), 1)
+
+    def skips(self) -> Mapping[str, str]:
+        """What a trainer, or this one's batches, cannot do."""
+        reasons = {
+            "packing": "a trainer packs its data when it is made; compare two factories instead",
+            "terms": "a trainer does not expose its loss terms",
+            "ranks": "trainers are run in one process",
+        }
+        batch = self._batches(range(2), 2)[0]
+        rows = _rows(batch)
+        if rows is None or rows % 2:
+            reasons["padding"] = reasons["zero-target"] = (
+                "the collator does not give each example a row of its own"
+            )
+        if not isinstance(batch.get("input_ids"), Tensor):
+            reasons["padding"] = "batches have no 'input_ids' [rows, length]"
+        if not _has_class_labels(batch):
+            reasons["zero-target"] = "batches have no integer 'labels' to mask"
+        if self._stream:
+            reasons["short-window"] = "the training data are a stream, which has no last window"
+        return reasons
+
+    def facts(self) -> Sequence[Facts] | None:
+        """From ``labels`` of each example's own batch."""
+        found = []
+        for batch in self._singles:
+            labels = batch.get("labels") if isinstance(batch, Mapping) else None
+            if not isinstance(labels, Tensor):
+                return None
+            valid = labels != IGNORE
+            shifted = valid[..., 1:] if self._shifts and labels.dim() > 1 else valid
+            ids = batch.get("input_ids")
+            tokens = ids.numel() if isinstance(ids, Tensor) else labels.numel()
+            found.append(Facts(int(shifted.sum()), int(valid.sum()), tokens))
+        return found
+
+    def padding_sides(self) -> tuple[Literal["right", "left"], ...]:
+        """The side that the trainer's own tokenizer pads."""
+        return (self._side,)
+
+    def shape(self, micro: tuple[int, ...]) -> tuple[int, int] | None:
+        """That of ``input_ids``."""
+        ids = self._batches(micro, len(micro))[0].get("input_ids")
+        return (ids.shape[0], ids.shape[1]) if isinstance(ids, Tensor) and ids.dim() == 2 else None
+
+    def run(self, cut: Cut, setting: Setting = PLAIN) -> Observation:
+        """One update of a new trainer."""
+        return self._train(cut, setting, accumulation=setting.window or len(cut), updates=1)
+
+    def chained(self, cut: Cut, setting: Setting = PLAIN) -> Observation | None:
+        """One update for each micro-batch."""
+        return self._train(cut, setting, accumulation=1, updates=len(cut))
+
+    def evaluate(self, batch_size: int, setting: Setting = PLAIN) -> dict[str, float]:
+        """The trainer's own evaluation of its evaluation data, or else of its training data."""
+        with self._ready((range(self.size),), setting, accumulation=1, updates=1) as trainer:
+            return self._evaluate(trainer, batch_size)
+
+    def _train(self, cut: Cut, setting: Setting, *, accumulation: int, updates: int) -> Observation:
+        with self._ready(cut, setting, accumulation=accumulation, updates=updates) as trainer:
+            if setting.evaluate_first:
+                self._evaluate(trainer, 2)
+            recorder = use_recorder(trainer)
+            collator = trainer.data_collator
+            collator.seen = 0
+            seed_all(setting.seed)
+            trainer.train()
+            changed = setting.padding or setting.masked or setting.altered or setting.twins
+            if changed and not collator.seen:
+                raise CheckError("the trainer does not use its data_collator")
+            return self._observed(trainer, recorder)
+
+    def _observed(self, trainer: Any, recorder: Recorder) -> Observation:
+        if not recorder.updates:
+            raise CheckError("the trainer ended without an update by its optimizer")
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        reported = numbers(logs[-1]) if logs else {}
+        precision = torch.finfo(next(trainer.model.parameters()).dtype).eps
+        gradient = recorder.gradient
+        moved = self._moved(trainer, gradient)
+        if moved is not None:  # something else than the optimizer changed the weights
+            size = math.hypot(*(float(one.norm()) for one in moved.values()))
+            weights = math.hypot(*(float(self._initial[one].norm()) for one in moved))
+            precision, gradient = precision * weights / max(LEARNING_RATE * size, 1e-300), moved
+        return Observation(gradient, reported=_measures(reported), rounding=precision)
+
+    def _moved(self, trainer: Any, gradient: Gradient) -> Gradient | None:
+        """What the weights moved along, if that is not what the optimizer was given."""
+        moved, other = {}, False
+        for name, weight in trainer.model.named_parameters():
+            if not weight.requires_grad:
+                continue
+            before = self._initial[name].to(weight.dtype)
+            moved[name] = ((before - weight.detach()) / LEARNING_RATE).to("cpu", torch.float64)
+            given = gradient.get(name, torch.zeros_like(moved[name]))
+            rounding = torch.finfo(weight.dtype).eps * float(before.norm()) / LEARNING_RATE
+            error = float((moved[name] - given).norm())
+            other = other or error > 1e-3 * float(given.norm()) + 10 * rounding
+        return moved if other else None
+
+    def _evaluate(self, trainer: Any, batch_size: int) -> dict[str, float]:
+        trainer.args.per_device_eval_batch_size = batch_size
+        seed_all(0)
+        return _measures(numbers(trainer.evaluate()))
+
+    @contextlib.contextmanager
+    def _ready(
+        self, cut: Sequence[Sequence[int]], setting: Setting, *, accumulation: int, updates: int
+    ) -> Iterator[Any]:
+        """A new trainer over the examples of a cut, made plain, at the initial weights."""
+        wide = widened() if setting.dtype == torch.float64 else contextlib.nullcontext()
+        order = [index for micro in cut for index in micro]
+        with quiet():
+            seed_all(setting.seed)
+            trainer = self._make(len(cut[0]), accumulation)
+            make_plain(trainer, stream_steps=updates)
+            trainer.eval_dataset = _evaluation_rows(trainer, self.size)
+            trainer.train_dataset = restrict(trainer.train_dataset, order)
+            trainer.data_collator = Collator(
+                trainer.data_collator,
+                lambda batch, number, seen: self._change(
+                    batch, order[seen : seen + number], setting
+                ),
+            )
+            sequential(trainer)
+            held = networks(trainer)
+            self._restore(trainer, setting.dtype)
+            silence = silenced([] if setting.dropout else held)
+            with silence, wide:
+                yield trainer
+
+    def _make(self, batch_size: int, accumulation: int) -> Any:
+        """A new trainer of the user's."""
+        # Both are shared by all trainers of a process, and outlive one that failed.
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        sizes = dict(zip(SIZES, (batch_size, accumulation), strict=True))
+        try:
+            trainer = self.factory(**sizes)
+        except Exception as error:
+            raise CheckError(f"make_trainer failed: {located(error)}") from error
+        if not isinstance(trainer, Trainer):
+            raise CheckError(
+                f"make_trainer returned a {type(trainer).__name__}, not a transformers.Trainer or "
+                "a trainer derived from it; audit other loops by model, examples, collate and step"
+            )
+        ignored = [name for name, size in sizes.items() if getattr(trainer.args, name) != size]
+        if ignored:
+            raise CheckError(
+                f"make_trainer must pass its arguments on to the trainer: {', '.join(ignored)} "
+                "was not"
+            )
+        return trainer
+
+    def _restore(self, trainer: Any, dtype: torch.dtype | None) -> None:
+        """The initial weights, in a type; other networks keep theirs, in the type too."""
+        if dtype is not None:
+            trainer.accelerator.native_amp = False
+            for network in networks(trainer):
+                widen(network) if dtype == torch.float64 else network.to(dtype)
+        with torch.no_grad():
+            for name, tensor in tensors(trainer.model).items():
+                first = self._initial[name]
+                floating = dtype is not None and first.is_floating_point()
+                tensor.data = first.to(tensor.device, dtype if floating else first.dtype).clone()
+                tensor.grad = None
+
+    def _batches(self, indices: Sequence[int], size: int) -> list[Any]:
+        """The trainer's own batches of these examples."""
+        native = replace(PLAIN, dtype=None)
+        with self._ready((tuple(indices),), native, accumulation=1, updates=1) as trainer:
+            trainer._train_batch_size = size
+            return list(trainer.get_train_dataloader())
+
+    def _change(self, batch: Any, micro: Sequence[int], setting: Setting) -> Any:
+        altered = [at for at, index in enumerate(micro) if index in setting.altered]
+        if setting.twins:
+            altered += [at for at, index in enumerate(micro) if index in micro[:at]]
+        if altered:
+            batch = alter(batch, altered)
+        if setting.masked:
+            rows = [at for at, index in enumerate(micro) if index in setting.masked]
+            batch = mask_targets(batch, rows)
+        if setting.padding:
+            batch = add_padding(batch, setting.padding, side=setting.side)
+        return batch if setting.dtype is None else cast(batch, setting.dtype)
+
+
+def located(error: BaseException) -> str:
+    """An error with its type, its text, and the line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def _padding_side(trainer: Any) -> Literal["right", "left"]:
+    side = getattr(trainer.processing_class, "padding_side", "right")
+    return "left" if side == "left" else "right"
+
+
+def _evaluation_rows(trainer: Any, most: int) -> Any:
+    """The first rows of the evaluation data, of each set if there are several; else of training."""
+    given = trainer.eval_dataset
+    if given is None:
+        given = trainer.train_dataset
+    if isinstance(given, Mapping):
+        return {key: restrict(one, range(length(one, most))[:most]) for key, one in given.items()}
+    return restrict(given, range(length(given, most))[:most])
+
+
+def _rows(batch: Any) -> int | None:
+    if not isinstance(batch, Mapping):
+        return None
+    sizes = {
+        value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim()
+    }
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _has_class_labels(batch: Any) -> bool:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return isinstance(labels, Tensor) and not labels.is_floating_point()
+
+
+def _measures(values: Mapping[str, float]) -> dict[str, float]:
+    """Numbers that say something of the model: not of time, of progress, or of the optimizer."""
+    timed = ("_runtime", "_per_second", "_time")
+    return {
+        name: value
+        for name, value in values.items()
+        if not name.endswith(timed) and name.removeprefix("eval_") not in OTHER_NUMBERS
+    }
