@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import IterableDataset
-from trainers import V, causal, classifier, collate, factory, rows
+from trainers import causal, classifier, factory, rows
 from transformers import Trainer, TrainerCallback
 
 from samestep.audit.check import CheckReport, check_subject
@@ -115,7 +115,9 @@ def test_a_classifier_is_multiplied_by_the_accumulation() -> None:
     ],
 )
 def test_the_cause_is_named(options: dict[str, Any], cause: str) -> None:
-    assert found(audit(factory(**options), "micro-batch")) == {"micro-batch": cause}
+    report = audit(factory(**options), "micro-batch")
+    assert found(report) == {"micro-batch": cause}
+    assert report.dtype == "float64"
 
 
 class Stream(IterableDataset[Any]):

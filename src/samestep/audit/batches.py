@@ -43,19 +43,21 @@ def facts_of(batches: Sequence[Any]) -> list[Facts] | None:
     return facts
 
 
-def add_padding(batch: Any, columns: int, *, side: Literal["right", "left"]) -> Any:
-    """A batch of [rows, length] tensors with more columns of padding.
-
-    Token ids are padded with 0, labels with ``IGNORE``, the rest with 0.
-    """
+def add_padding(
+    batch: Any,
+    columns: int,
+    *,
+    side: Literal["right", "left"],
+    fill: Mapping[str, int] = {"labels": IGNORE},
+) -> Any:
+    """A batch of [rows, length] tensors with more columns of padding: by name, else 0."""
     ids = batch["input_ids"]
     padded = dict(batch)
     for key, value in batch.items():
         if isinstance(value, Tensor) and value.shape[:2] == ids.shape[:2] and value.dim() >= 2:
-            fill = value.new_full(
-                (value.shape[0], columns, *value.shape[2:]), IGNORE if key == "labels" else 0
-            )
-            padded[key] = torch.cat([value, fill] if side == "right" else [fill, value], dim=1)
+            shape = (value.shape[0], columns, *value.shape[2:])
+            more = value.new_full(shape, fill.get(key, 0))
+            padded[key] = torch.cat([value, more] if side == "right" else [more, value], dim=1)
     return padded
 
 

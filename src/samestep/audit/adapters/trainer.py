@@ -42,6 +42,8 @@ EXAMPLES = 8
 SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 """What a factory is called with."""
 
+NATIVE = replace(PLAIN, dtype=None)
+
 OTHER_NUMBERS = ("grad_norm", "learning_rate", "epoch", "step", "total_flos")
 """Logged numbers that are no measure of the model, beside those of time."""
 
@@ -71,26 +73,49 @@ class TrainerSubject:
         if missing:
             raise CheckError(f"{name}: make_trainer must take the keyword {' and '.join(missing)}")
         self.factory = factory
-        with quiet():
-            trainer = self._make(1, 1)
-            if trainer.train_dataset is None:
-                raise CheckError(f"{name}: the trainer has no train_dataset")
-            self.size = length(trainer.train_dataset, EXAMPLES)
-            if self.size < 4:
-                raise CheckError(
-                    f"{name}: {self.size} rows of training data are too few to cut: give 4 or "
-                    "more, of different lengths"
-                )
-            self.size = min(self.size, EXAMPLES)
-            self.name = f"{name} ({type(trainer).__name__}, {type(trainer.model).__name__})"
-            self._initial = {
-                key: value.detach().clone() for key, value in tensors(trainer.model).items()
-            }
-            self._stream = is_stream(trainer.train_dataset)
-            self._side: Literal["right", "left"] = _padding_side(trainer)
-            self._shifts = bool(trainer._loss_shifts_labels)
-            self._main_input = str(getattr(trainer.model, "main_input_name", "input_ids"))
-            self._singles = self._batches(range(self.size), 1)
+        self.rows = 1
+        trainer = self._first(name)
+        self.size = min(length(trainer.train_dataset, EXAMPLES * self.rows) // self.rows, EXAMPLES)
+        if self.size < 4:
+            raise CheckError(
+                f"{name}: {self.size * self.rows} rows of training data are too few to cut: give "
+                f"{4 * self.rows} or more, of different lengths"
+            )
+        kinds = f"{type(trainer).__name__}, {type(trainer.model).__name__}"
+        grouped = f", {self.rows} rows an example" if self.rows > 1 else ""
+        self.name = f"{name} ({kinds}{grouped})"
+        self._stream = is_stream(trainer.train_dataset)
+        self._side: Literal["right", "left"] = _padding_side(trainer)
+        self._fill = {"input_ids": _pad_id(trainer), "labels": IGNORE}
+        self._shifts = bool(trainer._loss_shifts_labels)
+        self._singles = [self._batch((index,)) for index in range(self.size)]
+
+    def _first(self, name: str) -> Any:
+        """The first trainer; finds how few rows it takes at once, and keeps its weights.
+
+        Some trainers refuse micro-batches of one row: they compare rows of one another. Then two
+        neighbouring rows, or four, are what the audit calls an example.
+        """
+        errors = []
+        for rows in (1, 2, 4):
+            self.rows = rows
+            try:
+                with quiet():
+                    trainer = self._make(rows, 1)
+                    if trainer.train_dataset is None:
+                        raise CheckError(f"{name}: the trainer has no train_dataset")
+                    self._initial = {
+                        key: value.detach().clone() for key, value in tensors(trainer.model).items()
+                    }
+                self.run(((0,),), NATIVE)
+            except Exception as error:  # the trainer is the user's code: anything may come
+                errors.append(error)
+            else:
+                return trainer
+        first = errors[0]
+        if isinstance(first, CheckError):
+            raise first
+        raise CheckError(f"{name} could not be run: {located(first)}") from first
 
     def skips(self) -> Mapping[str, str]:
         """What a trainer, or this one's batches, cannot do."""
@@ -99,9 +124,9 @@ class TrainerSubject:
             "terms": "a trainer does not expose its loss terms",
             "ranks": "trainers are run in one process",
         }
-        batch = self._batches(range(2), 2)[0]
+        batch = self._batch((0, 1))
         rows = _rows(batch)
-        if rows is None or rows % 2:
+        if rows is None or rows % (2 * self.rows):
             reasons["padding"] = reasons["zero-target"] = (
                 "the collator does not give each example a row of its own"
             )
@@ -133,7 +158,7 @@ class TrainerSubject:
 
     def shape(self, micro: tuple[int, ...]) -> tuple[int, int] | None:
         """That of ``input_ids``."""
-        ids = self._batches(micro, len(micro))[0].get("input_ids")
+        ids = self._batch(micro).get("input_ids")
         return (ids.shape[0], ids.shape[1]) if isinstance(ids, Tensor) and ids.dim() == 2 else None
 
     def run(self, cut: Cut, setting: Setting = PLAIN) -> Observation:
@@ -146,7 +171,8 @@ class TrainerSubject:
 
     def evaluate(self, batch_size: int, setting: Setting = PLAIN) -> dict[str, float]:
         """The trainer's own evaluation of its evaluation data, or else of its training data."""
-        with self._ready((range(self.size),), setting, accumulation=1, updates=1) as trainer:
+        whole = (tuple(range(self.size)),)
+        with self._ready(whole, setting, accumulation=1, updates=1) as trainer:
             return self._evaluate(trainer, batch_size)
 
     def _train(self, cut: Cut, setting: Setting, *, accumulation: int, updates: int) -> Observation:
@@ -192,9 +218,12 @@ class TrainerSubject:
         return moved if other else None
 
     def _evaluate(self, trainer: Any, batch_size: int) -> dict[str, float]:
-        trainer.args.per_device_eval_batch_size = batch_size
+        trainer.args.per_device_eval_batch_size = batch_size * self.rows
         seed_all(0)
         return _measures(numbers(trainer.evaluate()))
+
+    def _rows_of(self, index: int) -> range:
+        return range(index * self.rows, (index + 1) * self.rows)
 
     @contextlib.contextmanager
     def _ready(
@@ -202,12 +231,12 @@ class TrainerSubject:
     ) -> Iterator[Any]:
         """A new trainer over the examples of a cut, made plain, at the initial weights."""
         wide = widened() if setting.dtype == torch.float64 else contextlib.nullcontext()
-        order = [index for micro in cut for index in micro]
+        order = [row for micro in cut for index in micro for row in self._rows_of(index)]
         with quiet():
             seed_all(setting.seed)
-            trainer = self._make(len(cut[0]), accumulation)
+            trainer = self._make(len(cut[0]) * self.rows, accumulation)
             make_plain(trainer, stream_steps=updates)
-            trainer.eval_dataset = _evaluation_rows(trainer, self.size)
+            trainer.eval_dataset = _evaluation_rows(trainer, EXAMPLES * self.rows)
             trainer.train_dataset = restrict(trainer.train_dataset, order)
             trainer.data_collator = Collator(
                 trainer.data_collator,
@@ -258,24 +287,22 @@ class TrainerSubject:
                 tensor.data = first.to(tensor.device, dtype if floating else first.dtype).clone()
                 tensor.grad = None
 
-    def _batches(self, indices: Sequence[int], size: int) -> list[Any]:
-        """The trainer's own batches of these examples."""
-        native = replace(PLAIN, dtype=None)
-        with self._ready((tuple(indices),), native, accumulation=1, updates=1) as trainer:
-            trainer._train_batch_size = size
-            return list(trainer.get_train_dataloader())
+    def _batch(self, micro: Sequence[int]) -> Any:
+        """The trainer's own batch of these examples."""
+        with self._ready((micro,), NATIVE, accumulation=1, updates=1) as trainer:
+            return next(iter(trainer.get_train_dataloader()))
 
     def _change(self, batch: Any, micro: Sequence[int], setting: Setting) -> Any:
-        altered = [at for at, index in enumerate(micro) if index in setting.altered]
+        altered = [at for at, row in enumerate(micro) if row // self.rows in setting.altered]
         if setting.twins:
-            altered += [at for at, index in enumerate(micro) if index in micro[:at]]
+            altered += [at for at, row in enumerate(micro) if row in micro[:at]]
         if altered:
             batch = alter(batch, altered)
         if setting.masked:
-            rows = [at for at, index in enumerate(micro) if index in setting.masked]
-            batch = mask_targets(batch, rows)
+            masked = [at for at, row in enumerate(micro) if row // self.rows in setting.masked]
+            batch = mask_targets(batch, masked)
         if setting.padding:
-            batch = add_padding(batch, setting.padding, side=setting.side)
+            batch = add_padding(batch, setting.padding, side=setting.side, fill=self._fill)
         return batch if setting.dtype is None else cast(batch, setting.dtype)
 
 
@@ -289,6 +316,16 @@ def located(error: BaseException) -> str:
 def _padding_side(trainer: Any) -> Literal["right", "left"]:
     side = getattr(trainer.processing_class, "padding_side", "right")
     return "left" if side == "left" else "right"
+
+
+def _pad_id(trainer: Any) -> int:
+    """The token that the trainer's own batches are padded with, as far as it says."""
+    config = getattr(trainer.model, "config", None)
+    for owner in (trainer.processing_class, config):
+        found = getattr(owner, "pad_token_id", None)
+        if isinstance(found, int):
+            return found
+    return 0
 
 
 def _evaluation_rows(trainer: Any, most: int) -> Any:

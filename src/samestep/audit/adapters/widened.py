@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, autograd
 from torch.overrides import TorchFunctionMode
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
@@ -39,10 +39,20 @@ def _wide(value: Any) -> Any:
 @contextmanager
 def widened() -> Iterator[None]:
     """Within the block float64 is the default type, and no PyTorch call narrows to another."""
-    before = torch.get_default_dtype()
+    before, engine = torch.get_default_dtype(), vars(autograd)
+    run_backward = engine["_engine_run_backward"]
+
+    def run_backward_widened(*args: Any, **kwargs: Any) -> Any:
+        # A mode is off inside the calls that it handles, and so inside backward(), where
+        # checkpointed layers run their forward again.
+        with _Widened():
+            return run_backward(*args, **kwargs)
+
     torch.set_default_dtype(torch.float64)
+    engine["_engine_run_backward"] = run_backward_widened
     try:
         with _Widened():
             yield
     finally:
+        engine["_engine_run_backward"] = run_backward
         torch.set_default_dtype(before)
