@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from samestep.audit.api import check as check
     from samestep.audit.check import CheckReport as CheckReport
     from samestep.causal_lm import CausalLMLoss as CausalLMLoss
+    from samestep.coupled import Coupled as Coupled
     from samestep.evaluation import EvalReport as EvalReport
     from samestep.evaluation import evaluate as evaluate
     from samestep.losses.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
@@ -29,15 +30,18 @@ if TYPE_CHECKING:
     from samestep.train_step import StepReport as StepReport
     from samestep.train_step import backward as backward
     from samestep.train_step import step as step
+    from samestep.two_pass import TwoPass as TwoPass
 
 __version__ = "0.1.0"
 
 _HOME = {
     "CausalLMLoss": "samestep.causal_lm",
     "CheckReport": "samestep.audit.check",
+    "Coupled": "samestep.coupled",
     "EvalReport": "samestep.evaluation",
     "StepReport": "samestep.train_step",
     "Term": "samestep.terms",
+    "TwoPass": "samestep.two_pass",
     "assert_same_step": "samestep.audit.api",
     "backward": "samestep.train_step",
     "check": "samestep.audit.api",
@@ -54,12 +58,14 @@ __all__ = [
     "CheckReport",
     "CheckpointError",
     "ConfigError",
+    "Coupled",
     "DataError",
     "EvalReport",
     "SamestepError",
     "StepError",
     "StepReport",
     "Term",
+    "TwoPass",
     "__version__",
     "assert_same_step",
     "backward",

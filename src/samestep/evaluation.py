@@ -11,6 +11,7 @@ from samestep.errors import DataError
 from samestep.ranks import refuse_several_ranks
 from samestep.tally import Tally
 from samestep.terms import Counter, Counts, LossFn, Micro, Unit, count, input_tokens, reduce_terms
+from samestep.two_pass import Gathered
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,16 @@ def evaluate(
     refuse_several_ranks()
     training = {module: module.training for module in model.modules()}
     counts: Counts = {}
-    tally, tokens, micros = Tally(), 0, 0
+    tally, gathered, tokens, micros = Tally(), Gathered(), 0, 0
     model.eval()
     try:
         with torch.no_grad():
             for micro in micro_batches:
                 for unit, found in count([micro], counters).items():
                     counts[unit] = counts.get(unit, 0.0) + found
-                tally.add(reduce_terms(loss_fn(model, micro), micro, normalize=normalize))
+                terms = gathered.take(loss_fn(model, micro))
+                if terms:
+                    tally.add(reduce_terms(terms, micro, normalize=normalize))
                 tokens += input_tokens(micro)
                 micros += 1
     finally:
@@ -80,10 +83,12 @@ def evaluate(
             module.training = mode
     if micros == 0:
         raise DataError("nothing to evaluate: there is no micro-batch")
-    loss, terms = tally.read(counts)
+    gathered.finish()
+    tally.add(gathered.values())
+    loss, values = tally.read(counts)
     return EvalReport(
         loss=loss,
-        terms=terms,
+        terms=values,
         counts=counts,
         seconds=time.perf_counter() - started,
         tokens=tokens,

@@ -20,6 +20,7 @@ from samestep.gradients import LOW_PRECISION, assign, clip_, float32_accumulatio
 from samestep.ranks import refuse_several_ranks
 from samestep.tally import Tally, objective_share
 from samestep.terms import Counter, Counts, LossFn, Micro, Unit, count, input_tokens, reduce_terms
+from samestep.two_pass import first_pass
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def step(
         model: The model, in the mode (train or eval) that you want.
         optimizer: Updates the weights, once.
         micro_batches: The effective batch, in micro-batches of any sizes.
-        loss_fn: Maps (model, micro-batch) to a `Term` or ``{name: Term}``: sums, not means.
+        loss_fn: Maps (model, micro-batch) to a `Term` or ``{name: Term}``: sums, not means. One
+            that returns `Coupled` terms is declared by `TwoPass`.
         max_grad_norm: Clip the global gradient norm to this, after normalisation; None: do not.
         normalize: What terms in tokens are normalised by: "token", "sequence" (each sequence
             weighs the same; needs totals [sequences]) or `constant`.
@@ -79,13 +81,13 @@ def step(
     Raises:
         StepError: A unit was not counted, or a term or the gradient is not finite (the term is
             named). The weights are then unchanged and no gradient is left behind.
-        ConfigError: What the step cannot make exact: several ranks, or a scaler with weights of
-            low precision.
+        ConfigError: What the step cannot make exact: several ranks, a scaler with weights of low
+            precision, or an optimizer over weights that are not the model's.
     """
     started = time.perf_counter()
     micros = list(micro_batches)
     counts, skipped, norm = count(micros, counters), None, 0.0
-    optimizer.zero_grad()
+    _refuse_strangers(model, optimizer)
 
     loss, terms, gradients = accumulate(
         model, micros, loss_fn, counts=counts, normalize=normalize, scaler=scaler
@@ -185,21 +187,41 @@ def accumulate(
             "a gradient scaler serves float16 autocast over float32 weights; these weights are of "
             "low precision themselves. Load the model in float32, or leave the scaler out"
         )
+    model.zero_grad()
     tally = Tally()
     with float32_accumulation(parameters) as gradients:
-        for micro in [] if nothing_counted(counts) else micros:
-            sums = reduce_terms(loss_fn(model, micro), micro, normalize=normalize)
+        micros = [] if nothing_counted(counts) else micros
+        gathered = first_pass(model, micros, loss_fn)
+        for index, micro in enumerate(micros):
+            loss = gathered.resolve(loss_fn(model, micro), index)
+            sums = reduce_terms(loss, micro, normalize=normalize)
             share = objective_share(sums, counts)
             if share is not None:
                 (share if scaler is None else scaler.scale(share)).backward()
             tally.add(sums)
-        loss, terms = tally.read(counts)
-    return loss, terms, gradients
+        objective, terms = tally.read(counts)
+    return objective, terms, gradients
 
 
 def nothing_counted(counts: Counts) -> bool:
     """Whether the batch was counted and holds nothing to learn from."""
     return bool(counts) and not any(counts.values())
+
+
+def _refuse_strangers(model: nn.Module, optimizer: Optimizer) -> None:
+    own = set(model.parameters())
+    strangers = [
+        tuple(weight.shape)
+        for group in optimizer.param_groups
+        for weight in group["params"]
+        if weight not in own
+    ]
+    if strangers:
+        raise ConfigError(
+            f"the optimizer updates {len(strangers)} weights that are not the model's (shapes "
+            f"{strangers[:3]}): the step could neither clear nor clip their gradients. Register "
+            "them on the model, or build the optimizer from model.parameters()"
+        )
 
 
 def _not_finite(model: nn.Module, gradients: dict[nn.Parameter, Tensor]) -> StepError:

@@ -84,6 +84,7 @@ def test_a_causal_language_model_is_exact_but_for_its_evaluation() -> None:
     assert report.dtype == "float64"
     assert {name: cause for name, cause in found(report).items() if cause != "exact"} == {
         "packing": "skipped",
+        "ranks": "skipped",
         "terms": "skipped",
         "evaluation-batch": "eval-mean-of-means",
     }

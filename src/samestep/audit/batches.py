@@ -44,20 +44,19 @@ def facts_of(batches: Sequence[Any]) -> list[Facts] | None:
 
 
 def add_padding(
-    batch: Any,
-    columns: int,
-    *,
-    side: Literal["right", "left"],
-    fill: Mapping[str, int] = {"labels": IGNORE},
+    batch: Any, columns: int, *, side: Literal["right", "left"], filler: int = 0
 ) -> Any:
-    """A batch of [rows, length] tensors with more columns of padding: by name, else 0."""
+    """A batch of [rows, length] tensors with more columns of padding.
+
+    Token ids are padded with the filler, labels with ``IGNORE``, the rest with 0.
+    """
+    fills = {"labels": IGNORE, "input_ids": filler}
     ids = batch["input_ids"]
     padded = dict(batch)
     for key, value in batch.items():
         if isinstance(value, Tensor) and value.shape[:2] == ids.shape[:2] and value.dim() >= 2:
-            shape = (value.shape[0], columns, *value.shape[2:])
-            more = value.new_full(shape, fill.get(key, 0))
-            padded[key] = torch.cat([value, more] if side == "right" else [more, value], dim=1)
+            fill = value.new_full((value.shape[0], columns, *value.shape[2:]), fills.get(key, 0))
+            padded[key] = torch.cat([value, fill] if side == "right" else [fill, value], dim=1)
     return padded
 
 

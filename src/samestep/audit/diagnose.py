@@ -221,6 +221,13 @@ def _what_couples(
     return Diagnosis(cause, residual, evidence)
 
 
+def coupled(runs: Runs, pair: tuple[int, int], close: float, **changes: object) -> bool:
+    """Whether examples feel each other, as far as can be told: yes where it cannot."""
+    found = [_coupling(runs, example, **changes) for example in pair]
+    known = [one for one in found if one is not None]
+    return not known or max(known) > close
+
+
 def _coupling(runs: Runs, example: int, **changes: object) -> float | None:
     """How far a pair of examples of equal counts is from the sum of the two alone, relative."""
     changes = {key: value for key, value in changes.items() if key != "masked"}

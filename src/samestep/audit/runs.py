@@ -1,6 +1,7 @@
 """Runs of a subject, each done once, and the noise floor that they are judged by."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -61,6 +62,10 @@ class Runs:
         if (cut, setting) not in self._seen:
             self._seen[cut, setting] = self.subject.run(cut, setting)
         return self._seen[cut, setting]
+
+    def run_ranks(self, shares: Sequence[Cut], **changes: object) -> list[Observation]:
+        """One step on several ranks, not remembered."""
+        return self.subject.run_ranks(shares, replace(self.plain, **changes))  # type: ignore[arg-type]
 
     def again(self, cut: Cut, **changes: object) -> Observation:
         """The same run once more, not remembered."""

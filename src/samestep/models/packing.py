@@ -5,10 +5,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from samestep.causal_lm import NOT_FOR_THE_MODEL
 from samestep.data.collate import Padding, collate, to_device
 from samestep.data.examples import Example
 from samestep.errors import ConfigError
+from samestep.lm_head import NOT_FOR_THE_MODEL
 from samestep.models import attention
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}

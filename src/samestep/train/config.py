@@ -15,7 +15,18 @@ from samestep.errors import ConfigError
 class TrainConfig(BaseModel):
     """Fine-tune a causal language model, with a step that does not depend on the split."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        """Check every field by itself; `checked` looks at combinations.
+
+        Raises:
+            ConfigError: All fields that are wrong, in one message.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError("\n".join(["the settings are wrong:", *_describe(error)])) from None
 
     model: str
     """Hub name, folder, or .gguf file."""
@@ -158,21 +169,26 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     given = {str(key).replace("-", "_"): value for key, value in content.items()}
     placeholders = {name: "" for name in REQUIRED if name not in given}
     try:
-        validated = TrainConfig.model_validate({**placeholders, **given})
-    except ValidationError as error:
-        problems = [_describe(item, TrainConfig) for item in error.errors()]
-        raise ConfigError(f"{path}:\n" + "\n".join(f"  - {text}" for text in problems)) from None
+        validated = TrainConfig(**placeholders, **given)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return {name: getattr(validated, name) for name in given}
 
 
-def _describe(error: Any, model: type[BaseModel]) -> str:
-    """One problem of pydantic's, with the field, the value, and the nearest valid name."""
-    field = ".".join(str(part) for part in error["loc"][:1])
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, model.model_fields, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{field}: no such field{hint}"
-    return f"{field}: {error['msg'].lower()}; found {error['input']!r}"
+def _describe(error: ValidationError) -> list[str]:
+    """Pydantic's problems, a line a field: the value, and the nearest name of one that is not."""
+    lines: dict[str, str] = {}
+    for problem in error.errors():
+        field = str(problem["loc"][0])
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(field, TrainConfig.model_fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            lines[field] = f"  - {field}: no such field{hint}"
+        elif field in lines:  # another member of a union
+            lines[field] += f", or {problem['msg'].lower()}"
+        else:
+            lines[field] = f"  - {field}: found {problem['input']!r}; {problem['msg'].lower()}"
+    return list(lines.values())
 
 
 def checked(config: TrainConfig) -> TrainConfig:

@@ -18,7 +18,7 @@ from samestep.errors import ConfigError
 from samestep.evaluation import EvalReport, evaluate
 from samestep.files import write_atomically
 from samestep.models.dropout import key_dropout
-from samestep.terms import Term
+from samestep.terms import LossResult
 from samestep.train import checkpoint
 from samestep.train.checkpoint import Progress
 from samestep.train.config import TrainConfig
@@ -30,6 +30,7 @@ from samestep.train.optim import learning_rate, set_learning_rate
 from samestep.train.run_folder import RunFolder
 from samestep.train.setup import Run, set_up
 from samestep.train_step import StepReport, step
+from samestep.two_pass import TwoPass
 
 log = logging.getLogger("samestep")
 
@@ -128,7 +129,7 @@ def _plans(run: Run, config: TrainConfig, *, start: int) -> Iterator[StepPlan]:
 
 
 def _step(run: Run, config: TrainConfig, plan: StepPlan, *, lr: float) -> StepReport:
-    def loss_fn(model: Any, micro: dict[str, Any]) -> dict[str, Term]:
+    def keyed(model: Any, micro: dict[str, Any]) -> LossResult:
         key_dropout(model, micro, seed=config.seed, step=plan.step)
         return run.loss_fn(model, micro)
 
@@ -137,7 +138,7 @@ def _step(run: Run, config: TrainConfig, plan: StepPlan, *, lr: float) -> StepRe
         run.model,
         run.optimizer,
         run.micro_batches(plan.examples),
-        loss_fn,
+        TwoPass(keyed) if isinstance(run.loss_fn, TwoPass) else keyed,
         max_grad_norm=config.max_grad_norm,
     )
 

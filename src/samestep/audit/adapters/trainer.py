@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
 from transformers import Trainer
 
+from samestep.audit.adapters.capture import scaled_gradients, shift_weights
 from samestep.audit.adapters.loop import numbers, seed_all
 from samestep.audit.adapters.training import (
     LEARNING_RATE,
@@ -41,6 +42,8 @@ EXAMPLES = 8
 
 SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 """What a factory is called with."""
+
+RANKS = "trainers are run in one process"
 
 NATIVE = replace(PLAIN, dtype=None)
 
@@ -86,7 +89,7 @@ class TrainerSubject:
         self.name = f"{name} ({kinds}{grouped})"
         self._stream = is_stream(trainer.train_dataset)
         self._side: Literal["right", "left"] = _padding_side(trainer)
-        self._fill = {"input_ids": _pad_id(trainer), "labels": IGNORE}
+        self._filler = _pad_id(trainer)
         self._shifts = bool(trainer._loss_shifts_labels)
         self._singles = [self._batch((index,)) for index in range(self.size)]
 
@@ -122,7 +125,7 @@ class TrainerSubject:
         reasons = {
             "packing": "a trainer packs its data when it is made; compare two factories instead",
             "terms": "a trainer does not expose its loss terms",
-            "ranks": "trainers are run in one process",
+            "ranks": RANKS,
         }
         batch = self._batch((0, 1))
         rows = _rows(batch)
@@ -169,10 +172,23 @@ class TrainerSubject:
         """One update for each micro-batch."""
         return self._train(cut, setting, accumulation=1, updates=len(cut))
 
-    def evaluate(self, batch_size: int, setting: Setting = PLAIN) -> dict[str, float]:
+    def run_ranks(self, shares: Sequence[Cut], setting: Setting = PLAIN) -> list[Observation]:
+        """Not done: trainers are run in one process."""
+        raise CheckError(RANKS)
+
+    def sharded(self, examples: int, world: int) -> Sequence[tuple[int, ...]] | None:
+        """Not told."""
+        return None
+
+    def evaluate(
+        self, batch_size: int, setting: Setting = PLAIN, examples: Sequence[int] | None = None
+    ) -> dict[str, float]:
         """The trainer's own evaluation of its evaluation data, or else of its training data."""
         whole = (tuple(range(self.size)),)
         with self._ready(whole, setting, accumulation=1, updates=1) as trainer:
+            if examples is not None:
+                rows = [row for index in examples for row in self._rows_of(index)]
+                trainer.eval_dataset = _of_each(trainer.eval_dataset, rows)
             return self._evaluate(trainer, batch_size)
 
     def _train(self, cut: Cut, setting: Setting, *, accumulation: int, updates: int) -> Observation:
@@ -183,7 +199,8 @@ class TrainerSubject:
             collator = trainer.data_collator
             collator.seen = 0
             seed_all(setting.seed)
-            trainer.train()
+            with scaled_gradients(trainer.model, setting.scale):
+                trainer.train()
             changed = setting.padding or setting.masked or setting.altered or setting.twins
             if changed and not collator.seen:
                 raise CheckError("the trainer does not use its data_collator")
@@ -201,7 +218,12 @@ class TrainerSubject:
             size = math.hypot(*(float(one.norm()) for one in moved.values()))
             weights = math.hypot(*(float(self._initial[one].norm()) for one in moved))
             precision, gradient = precision * weights / max(LEARNING_RATE * size, 1e-300), moved
-        return Observation(gradient, reported=_measures(reported), rounding=precision)
+        return Observation(
+            gradient,
+            reported=_measures(reported),
+            rounding=precision,
+            updates=recorder.updates if moved is None else 0,
+        )
 
     def _moved(self, trainer: Any, gradient: Gradient) -> Gradient | None:
         """What the weights moved along, if that is not what the optimizer was given."""
@@ -246,7 +268,7 @@ class TrainerSubject:
             )
             sequential(trainer)
             held = networks(trainer)
-            self._restore(trainer, setting.dtype)
+            self._restore(trainer, setting)
             silence = silenced([] if setting.dropout else held)
             with silence, wide:
                 yield trainer
@@ -274,8 +296,9 @@ class TrainerSubject:
             )
         return trainer
 
-    def _restore(self, trainer: Any, dtype: torch.dtype | None) -> None:
+    def _restore(self, trainer: Any, setting: Setting) -> None:
         """The initial weights, in a type; other networks keep theirs, in the type too."""
+        dtype = setting.dtype
         if dtype is not None:
             trainer.accelerator.native_amp = False
             for network in networks(trainer):
@@ -286,6 +309,8 @@ class TrainerSubject:
                 floating = dtype is not None and first.is_floating_point()
                 tensor.data = first.to(tensor.device, dtype if floating else first.dtype).clone()
                 tensor.grad = None
+        if setting.shift is not None:
+            shift_weights(trainer.model, setting.shift.by)
 
     def _batch(self, micro: Sequence[int]) -> Any:
         """The trainer's own batch of these examples."""
@@ -302,7 +327,8 @@ class TrainerSubject:
             masked = [at for at, row in enumerate(micro) if row // self.rows in setting.masked]
             batch = mask_targets(batch, masked)
         if setting.padding:
-            batch = add_padding(batch, setting.padding, side=setting.side, fill=self._fill)
+            filler = setting.filler or self._filler
+            batch = add_padding(batch, setting.padding, side=setting.side, filler=filler)
         return batch if setting.dtype is None else cast(batch, setting.dtype)
 
 
@@ -329,13 +355,17 @@ def _pad_id(trainer: Any) -> int:
 
 
 def _evaluation_rows(trainer: Any, most: int) -> Any:
-    """The first rows of the evaluation data, of each set if there are several; else of training."""
-    given = trainer.eval_dataset
-    if given is None:
-        given = trainer.train_dataset
-    if isinstance(given, Mapping):
-        return {key: restrict(one, range(length(one, most))[:most]) for key, one in given.items()}
-    return restrict(given, range(length(given, most))[:most])
+    """The first rows of the evaluation data, or else of the training data."""
+    given = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
+    return _of_each(given, range(most))
+
+
+def _of_each(data: Any, rows: Sequence[int]) -> Any:
+    """These rows of a data set, or of each of several by name, as far as there are as many."""
+    if isinstance(data, Mapping):
+        return {key: _of_each(one, rows) for key, one in data.items()}
+    held = length(data, max(rows) + 1)
+    return restrict(data, [row for row in rows if row < held])
 
 
 def _rows(batch: Any) -> int | None:
