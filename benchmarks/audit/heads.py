@@ -1,8 +1,9 @@
 """Every trainable head of `transformers`, small, as a factory of trainers.
 
-    samestep check benchmarks/audit/heads.py:LlamaForCausalLM
+samestep check benchmarks/audit/heads.py:LlamaForCausalLM
 """
 
+import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -125,16 +126,16 @@ def build(name: str) -> nn.Module:
 def head(name: str, *, image: bool = False) -> Callable[..., hf.Trainer]:
     """A ``make_trainer`` of a class of `transformers`, of text alone or with a picture a row."""
     folder = tempfile.gettempdir()
+    model = functools.cache(lambda: build(name))  # the auditor restores it before every run
 
     def make_trainer(
         *, per_device_train_batch_size: int, gradient_accumulation_steps: int
     ) -> hf.Trainer:
-        model = build(name)
         task = task_of(name)
-        if task == "seq2seq" and not model.config.is_encoder_decoder:
+        if task == "seq2seq" and not model().config.is_encoder_decoder:
             task = "causal LM"
         return hf.Trainer(
-            model=model,
+            model=model(),
             args=hf.TrainingArguments(
                 output_dir=folder,
                 per_device_train_batch_size=per_device_train_batch_size,
@@ -142,7 +143,7 @@ def head(name: str, *, image: bool = False) -> Callable[..., hf.Trainer]:
                 report_to="none",
                 use_cpu=True,
             ),
-            train_dataset=rows(task, image=_side(model.config) if image else None),
+            train_dataset=rows(task, image=_side(model().config) if image else None),
             data_collator=collate,
         )
 

@@ -158,9 +158,7 @@ def _rope(value: dict[str, Any]) -> dict[str, Any]:
     for name in ("short_factor", "long_factor"):
         if isinstance(value.get(name), list):
             changed[name] = value[name][:half]
-    return {
-        key: _rope(one) if isinstance(one, dict) else one for key, one in changed.items()
-    }
+    return {key: _rope(one) if isinstance(one, dict) else one for key, one in changed.items()}
 
 
 def parameters(model: Any) -> int:

@@ -21,7 +21,7 @@ import torch
 from heads import TASKS, classes_of, head
 
 from samestep.audit.adapters.trainer import TrainerSubject
-from samestep.audit.check import check_subject
+from samestep.audit.axes import micro_batch
 from samestep.audit.runs import Runs
 from samestep.audit.vectors import compare
 from samestep.files import write_atomically
@@ -36,16 +36,14 @@ def audit(name: str) -> dict[str, Any]:
     for image in (False, True):
         try:
             subject = TrainerSubject(head(name, image=image), name=name)
-            [axis] = check_subject(subject, ["micro-batch"]).axes
+            runs = Runs.start(subject)
+            axis = micro_batch(runs)
         except Exception as error:  # a class that cannot be built, or run, is listed with why
             errors.append(_short(error))
             continue
-        if axis.verdict == "skipped":
-            errors.append(axis.reason)
-            continue
         return {
             "verdict": axis.verdict,
-            **_at_four(subject),
+            **_at_four(runs),
             "worst": axis.relative_difference,
             "cause": axis.cause,
             "inputs": "text and picture" if image else "text",
@@ -53,11 +51,10 @@ def audit(name: str) -> dict[str, Any]:
     return {"verdict": "not run", "why": errors[0]}
 
 
-def _at_four(subject: TrainerSubject) -> dict[str, Any]:
+def _at_four(runs: Runs) -> dict[str, Any]:
     """Accumulation 4 against 1, which is how these bugs are usually told."""
-    runs = Runs.start(subject)
-    indices = range(subject.size)
-    cut = tuple(tuple(indices[start : start + 2]) for start in range(0, subject.size, 2))
+    indices = range(runs.subject.size)
+    cut = tuple(tuple(indices[start : start + 2]) for start in range(0, len(indices), 2))
     seen = compare(runs.run(cut).gradient, runs.run(runs.whole).gradient)
     return {"ratio": seen.ratio, "cosine": seen.cosine, "difference": seen.relative_difference}
 
@@ -113,7 +110,9 @@ def main() -> None:
                 continue
             start = time.perf_counter()
             done["classes"][name] = {"task": task, **in_fork(name)}
-            print(f"{name}: {done['classes'][name]} {time.perf_counter() - start:.1f} s", flush=True)
+            print(
+                f"{name}: {done['classes'][name]} {time.perf_counter() - start:.1f} s", flush=True
+            )
             write_atomically(RESULTS, json.dumps(done, indent=1) + "\n")
 
 

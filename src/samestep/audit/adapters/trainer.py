@@ -32,7 +32,7 @@ from samestep.audit.adapters.training import (
     widen,
 )
 from samestep.audit.adapters.widened import widened
-from samestep.audit.batches import add_padding, alter, cast, mask_targets
+from samestep.audit.batches import Place, add_padding, alter, cast, counts_of, mask_targets
 from samestep.audit.subject import PLAIN, Cut, Facts, Gradient, Observation, Setting
 from samestep.errors import CheckError
 from samestep.targets import IGNORE
@@ -158,6 +158,12 @@ class TrainerSubject:
     def padding_sides(self) -> tuple[Literal["right", "left"], ...]:
         """The side that the trainer's own tokenizer pads."""
         return (self._side,)
+
+    def counts(
+        self, micro: tuple[int, ...], setting: Setting = PLAIN
+    ) -> Mapping[str, tuple[str, float]]:
+        """Of every tensor of the batch."""
+        return counts_of(self._batch(micro, setting))
 
     def shape(self, micro: tuple[int, ...]) -> tuple[int, int] | None:
         """That of ``input_ids``."""
@@ -312,24 +318,33 @@ class TrainerSubject:
         if setting.shift is not None:
             shift_weights(trainer.model, setting.shift.by)
 
-    def _batch(self, micro: Sequence[int]) -> Any:
+    def _batch(self, micro: Sequence[int], setting: Setting = NATIVE) -> Any:
         """The trainer's own batch of these examples."""
-        with self._ready((micro,), NATIVE, accumulation=1, updates=1) as trainer:
+        with self._ready((micro,), setting, accumulation=1, updates=1) as trainer:
             return next(iter(trainer.get_train_dataloader()))
 
-    def _change(self, batch: Any, micro: Sequence[int], setting: Setting) -> Any:
-        altered = [at for at, row in enumerate(micro) if row // self.rows in setting.altered]
+    def _change(self, batch: Any, rows: Sequence[int], setting: Setting) -> Any:
+        """A batch under a setting; the trainer's data hold its examples in these rows."""
+        altered = [at for at, row in enumerate(rows) if row // self.rows in setting.altered]
         if setting.twins:
-            altered += [at for at, row in enumerate(micro) if row in micro[:at]]
+            altered += [at for at, row in enumerate(rows) if row in rows[:at]]
+        masked = [at for at, row in enumerate(rows) if row // self.rows in setting.masked]
         if altered:
-            batch = alter(batch, altered)
-        if setting.masked:
-            masked = [at for at, row in enumerate(micro) if row // self.rows in setting.masked]
-            batch = mask_targets(batch, masked)
+            batch = alter(batch, _where(batch, altered, len(rows)))
+        if masked:
+            batch = mask_targets(batch, _where(batch, masked, len(rows)))
         if setting.padding:
             filler = setting.filler or self._filler
             batch = add_padding(batch, setting.padding, side=setting.side, filler=filler)
         return batch if setting.dtype is None else cast(batch, setting.dtype)
+
+
+def _where(batch: Any, chosen: Sequence[int], number: int) -> list[Place]:
+    """The places of some of a batch's examples: a row each, or a row in each of several parts."""
+    rows = _rows(batch)
+    if rows is None or rows % number:
+        raise CheckError("the collator does not give each example rows of its own")
+    return [(part + at,) for at in chosen for part in range(0, rows, number)]
 
 
 def located(error: BaseException) -> str:
