@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import Trainer
 
 from samestep.audit.adapters.capture import scaled_gradients, shift_weights
@@ -286,7 +287,9 @@ class TrainerSubject:
         GradientState._reset_state()
         sizes = dict(zip(SIZES, (batch_size, accumulation), strict=True))
         try:
-            trainer = self.factory(**sizes)
+            # Who watches the types of a run is not to see those of the untouched model.
+            with _disable_current_modes():
+                trainer = self.factory(**sizes)
         except Exception as error:
             raise CheckError(f"make_trainer failed: {located(error)}") from error
         if not isinstance(trainer, Trainer):
