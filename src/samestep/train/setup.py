@@ -15,6 +15,7 @@ from samestep.data.tokenize import tokenize_rows
 from samestep.errors import ConfigError
 from samestep.files import cache_folder
 from samestep.models.dropout import replace_dropout
+from samestep.models.linear import speed_up_linear
 from samestep.models.load import load_model, load_tokenizer, resolve
 from samestep.models.lora import add_lora
 from samestep.models.packing import choose_padding
@@ -94,6 +95,7 @@ def set_up(config: TrainConfig) -> Run:
             seed=config.seed,
         )
     replace_dropout(model)
+    speed_up_linear(model)
     model = model.to(device)
     padding = choose_padding(model, config.padding)
     if config.gradient_checkpointing:
