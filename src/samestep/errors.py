@@ -26,5 +26,9 @@ class CheckError(SamestepError):
     """A subject cannot be audited: says what it lacks, or shows its own error."""
 
 
+class HungError(CheckError):
+    """The ranks of a subject wait for each other for ever."""
+
+
 class CheckpointError(SamestepError):
     """A checkpoint cannot be written or read: names the path and what survives."""

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
+from samestep.audit import across_ranks, scalars
 from samestep.audit import axes as by_gradient
-from samestep.audit import scalars
 from samestep.audit.axes import AxisResult
 from samestep.audit.runs import Runs
 from samestep.audit.subject import Subject
@@ -22,6 +22,7 @@ AXES: dict[str, Callable[[Runs], AxisResult]] = {
     "short-window": by_gradient.short_window,
     "zero-target": by_gradient.zero_target,
     "terms": by_gradient.terms,
+    "ranks": across_ranks.ranks,
     "reported": scalars.reported,
     "evaluation-batch": scalars.evaluation_batch,
     "evaluation-first": by_gradient.evaluation_first,

@@ -14,6 +14,13 @@ Gradient: TypeAlias = dict[str, Tensor]
 """By the name of the weight; float64, on the CPU."""
 
 
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """A displacement of the weights, by name; two shifts are equal only if they are one object."""
+
+    by: Gradient
+
+
 @dataclass(frozen=True)
 class Setting:
     """How a run departs from the plain one.
@@ -31,6 +38,11 @@ class Setting:
         window: Micro-batches that a full accumulation window holds; None: as many as the cut has.
         term: Only this loss term.
         evaluate_first: Run an evaluation before the step.
+        shift: Added to the initial weights.
+        scale: Multiplies the gradient that every backward delivers to a weight, before anything
+            adds it up, clips it or updates with it. The observed gradient is not divided back.
+        filler: Token id of the columns that `padding` adds.
+        borders_masked: In a pack, mask the label of each sequence's first token.
     """
 
     dtype: torch.dtype | None = torch.float64
@@ -45,6 +57,10 @@ class Setting:
     window: int | None = None
     term: str | None = None
     evaluate_first: bool = False
+    shift: Shift | None = None
+    scale: float = 1.0
+    filler: int = 0
+    borders_masked: bool = False
 
 
 PLAIN = Setting()
@@ -55,16 +71,21 @@ class Observation:
     """What one step did.
 
     Attributes:
-        gradient: What the weights moved along: captured right before the optimizer, or, of a
-            loop that updates by itself, the weights before minus those after.
+        gradient: What the weights moved along: captured right before the optimizer (added up
+            over its steps), or, of a loop that updates by itself, the weights before minus those
+            after.
         reported: What the loop says of itself: "loss" and metrics, by name.
         rounding: Relative rounding of the gradient itself: of its type, or, where it is a
             difference of weights, of the weights over that difference.
+        updates: Optimizer steps that were seen.
+        after: The weights after the step; only of runs on several ranks.
     """
 
     gradient: Gradient
     reported: dict[str, float] = field(default_factory=dict)
     rounding: float = 0.0
+    updates: int = 0
+    after: Gradient | None = None
 
 
 @dataclass(frozen=True)
@@ -115,17 +136,46 @@ class Subject(Protocol):
             Exception: Whatever the subject raises.
         """
 
+    def run_ranks(self, shares: Sequence[Cut], setting: Setting = PLAIN) -> list[Observation]:
+        """One step on several ranks, in processes that are always ended.
+
+        Args:
+            shares: The micro-batches of each rank, as many for each.
+            setting: Departures from the plain run.
+
+        Returns:
+            What each rank saw.
+
+        Raises:
+            HungError: The ranks wait for each other for ever.
+            CheckError: A rank failed; shows its error.
+        """
+
+    def sharded(self, examples: int, world: int) -> Sequence[tuple[int, ...]] | None:
+        """How the subject itself deals the first examples out to ranks; None if it does not."""
+
     def chained(self, cut: Cut, setting: Setting = PLAIN) -> Observation | None:
         """The micro-batches as steps of their own, one after another; None if it never updates."""
 
-    def evaluate(self, batch_size: int, setting: Setting = PLAIN) -> dict[str, float]:
-        """Evaluation loss and metrics at the initial weights."""
+    def evaluate(
+        self, batch_size: int, setting: Setting = PLAIN, examples: Sequence[int] | None = None
+    ) -> dict[str, float]:
+        """Evaluation loss and metrics at the initial weights, of all examples or of these."""
 
     def facts(self) -> Sequence[Facts] | None:
         """What the data say of each example, or None if it cannot be told."""
 
     def padding_sides(self) -> tuple[Literal["right", "left"], ...]:
         """The sides on which more padding should be harmless."""
+
+    def counts(
+        self, micro: tuple[int, ...], setting: Setting = PLAIN
+    ) -> Mapping[str, tuple[str, float]]:
+        """What the batch of these examples could be counted by.
+
+        Returns:
+            By what is counted, the cause that it is if a loop divides by it, and the count.
+        """
 
     def shape(self, micro: tuple[int, ...]) -> tuple[int, int] | None:
         """Rows and length of the batch that these examples make; None if it cannot be told."""

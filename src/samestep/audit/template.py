@@ -50,10 +50,14 @@ def step(model: nn.Module, micro_batches: list[dict[str, torch.Tensor]]) -> floa
     return logged
 
 
-# Instead of step: train(model, micro_batches) that also updates, by plain SGD.
+# Instead of step: train(model, micro_batches) that also updates. The gradient is captured when a
+# torch optimizer steps; without one, it is how far the weights moved, so let them move plainly.
 # Optional, each opens more axes:
 #   evaluate(model, batches) -> loss, or {name: value}
 #   pack(rows) -> a batch without padding
-#   wrap(model) -> the model for several ranks, such as DistributedDataParallel
+#   wrap(model) -> the model for several ranks, such as DistributedDataParallel. Then every run is
+#     in a process group (gloo), of one process or of two, and each rank calls step or train with
+#     its own micro-batches. wrap = None if your step calls torch.distributed by itself.
+#   shard(indices, rank, world) -> the indices of one rank, as your sampler deals them
 #   terms = ("nll", "aux"), with step(model, micro_batches, term=None)
 #   step(model, micro_batches, accumulation) where accumulation is a full window's micro-batches

@@ -6,7 +6,6 @@ step stays a function of the effective batch, a resumed run needs no generator s
 checkpointing draws the same mask again.
 """
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from samestep.errors import ConfigError
+from samestep.targets import spans
 
 
 class ExampleDropout(nn.Module):
@@ -82,18 +82,8 @@ def key_dropout(model: nn.Module, micro: Mapping[str, Any], *, seed: int, step: 
     examples = micro["example_ids"].tolist()
     sequences: list[tuple[tuple[int, ...], int, slice]] = [
         ((seed, step, example), row, span)
-        for example, (row, span) in zip(examples, _spans(micro), strict=True)
+        for example, (row, span) in zip(examples, spans(micro), strict=True)
     ]
     for layer in layers:
         layer.shape = tuple(micro["input_ids"].shape)
         layer.sequences = sequences
-
-
-def _spans(micro: Mapping[str, Any]) -> list[tuple[int, slice]]:
-    """Where each sequence stands: (row, positions)."""
-    if "cu_seq_lens_q" in micro:
-        borders = micro["cu_seq_lens_q"].tolist()
-        return [(0, slice(a, b)) for a, b in itertools.pairwise(borders)]
-    mask = micro["attention_mask"]
-    starts, lengths = mask.argmax(dim=1).tolist(), mask.sum(dim=1).tolist()
-    return [(i, slice(a, a + n)) for i, (a, n) in enumerate(zip(starts, lengths, strict=True))]

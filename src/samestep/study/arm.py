@@ -77,7 +77,7 @@ class _Trial:
         self.run_ = set_up(job.config)
         self.model: nn.Module = self.run_.model
         self.device = next(self.model.parameters()).device
-        self.loss_fn = normalised(self.run_.loss_fn, job.normalisation)
+        self.loss_fn = normalised(self.run_.objective.loss_fn, job.normalisation)
         self.initial = [weight.detach().cpu().clone() for weight in self.model.parameters()]
         self.steps, self.evaluations = Steps(), Evaluations()
         self.gradients, self.noise = Gradients(), NoiseSums()
@@ -128,7 +128,7 @@ class _Trial:
         config = self.job.config
         lr = learning_rate(plan.step, total=self.run_.steps, config=config)
         set_learning_rate(self.run_.optimizer, lr)
-        micros = list(self.run_.micro_batches(plan.examples))
+        micros = list(self.run_.micro_batches(plan.examples, plan.step))
         loss_fn = self._keyed(self.loss_fn, plan.step)
         noisy = self.job.normalisation == "exact" and len(micros) > 1
         with micro_norms(self.model) if noisy else nullcontext() as norms:
@@ -160,18 +160,18 @@ class _Trial:
     def _evaluate(self, done: int) -> None:
         assert self.run_.evaluation is not None
         assert self.run_.eval_micro_batches is not None
-        micros = self.run_.eval_micro_batches(range(len(self.run_.evaluation)))
-        report = evaluate(self.model, micros, self.run_.loss_fn)
+        micros = self.run_.eval_micro_batches(range(len(self.run_.evaluation)), 0)
+        report = evaluate(self.model, micros, self.run_.objective.loss_fn)
         self.evaluations.step.append(done)
         self.evaluations.loss.append(report.terms["nll"])
 
     def _compare_gradients(self, plan: StepPlan) -> None:
         """The arm's gradient beside that of the undivided batch, at the same weights."""
-        micros = list(self.run_.micro_batches(plan.examples))
+        micros = list(self.run_.micro_batches(plan.examples, plan.step))
         backward(self.model, micros, self._keyed(self.loss_fn, plan.step), counters=COUNTERS)
         found = [_gradient(weight).clone() for weight in self.model.parameters()]
-        whole = list(self._undivided(plan.examples))
-        backward(self.model, whole, self._keyed(self.run_.loss_fn, plan.step))
+        whole = list(self._undivided(plan))
+        backward(self.model, whole, self._keyed(self.run_.objective.loss_fn, plan.step))
         wanted = [_gradient(weight) for weight in self.model.parameters()]
         difference, cosine, ratio = compared(found, wanted)
         self.model.zero_grad()
@@ -182,21 +182,21 @@ class _Trial:
         self.gradients.cosine.append(cosine)
         self.gradients.ratio.append(ratio)
 
-    def _undivided(self, examples: Sequence[int]) -> Any:
-        whole = self.job.config.model_copy(update={"micro_batch": len(examples)})
+    def _undivided(self, plan: StepPlan) -> Any:
+        whole = self.job.config.model_copy(update={"micro_batch": len(plan.examples)})
         return micro_batch_maker(
             self.run_.train,
             whole,
             padding=self._layout(),
             pad_id=self.run_.tokenizer.pad_token_id or 0,
             device=self.device,
-        )(examples)
+        )(plan.examples, plan.step)
 
     def _layout(self) -> Any:
         """The layout in use: "auto" was settled when the model was asked."""
         if self.job.config.padding != "auto":
             return self.job.config.padding
-        first = next(iter(self.run_.micro_batches([0])))
+        first = next(iter(self.run_.micro_batches([0], 0)))
         return "right" if "attention_mask" in first else "none"
 
     def _keyed(self, loss_fn: LossFn, step_: int) -> Callable[[nn.Module, Any], Any]:

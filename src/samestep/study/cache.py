@@ -45,7 +45,7 @@ def run_key(config: TrainConfig, **content: Any) -> str:
         32 hexadecimal digits.
     """
     versions = [version(package) for package in ("samestep", "torch", "transformers")]
-    settings = config.model_dump(mode="json", exclude=_NOT_CONTENT)
+    settings = config.model_dump(mode="json", exclude=_NOT_CONTENT, exclude_unset=True)
     everything = json.dumps([FORMAT, versions, settings, content], sort_keys=True)
     return hashlib.sha256(everything.encode()).hexdigest()[:32]
 

@@ -13,7 +13,7 @@ are unbiased whatever the n_i are; equal n_i give the paper's formulas. Both are
 steps before they are divided, as the paper advises.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from samestep.study.results import NoiseSums
 from samestep.study.statistics import Estimate, ratio_interval
-from samestep.terms import LossFn, Micro, Term
+from samestep.terms import LossFn, LossResult, Micro
 
 
 class MicroNorms:
@@ -34,7 +34,7 @@ class MicroNorms:
     def watch(self, loss_fn: LossFn) -> LossFn:
         """The loss, each call of which begins a new micro-batch."""
 
-        def watched(model: nn.Module, micro: Micro) -> Term | Mapping[str, Term]:
+        def watched(model: nn.Module, micro: Micro) -> LossResult:
             self._sums.append(torch.zeros((), dtype=torch.float64))
             return loss_fn(model, micro)
 

@@ -40,7 +40,9 @@ def normalised(loss: LossFn, normalisation: Normalisation) -> LossFn:
     def wrong(model: nn.Module, micro: Any) -> dict[str, Term]:
         terms = loss(model, micro)
         assert isinstance(terms, Mapping)
-        total = terms["nll"].total
+        nll = terms["nll"]
+        assert isinstance(nll, Term)
+        total = nll.total
         metric = Term(total.detach(), weight=0.0)
         if normalisation == "sum":
             return {"sum (wrong)": Term(total, constant(1)), "nll": metric}

@@ -5,6 +5,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -48,7 +49,7 @@ def run_study(spec: StudySpec, out: Path, *, jobs: int, say: Say) -> Results:
     references = reference_arms(grid)
     return Results(
         name=spec.name,
-        spec=spec.model_dump(mode="json"),
+        spec=_without_places(spec.model_dump(mode="json")),
         machine={
             "cores": os.cpu_count() or 1,
             "jobs": jobs,
@@ -75,6 +76,14 @@ def run_study(spec: StudySpec, out: Path, *, jobs: int, say: Say) -> Results:
         ],
         notes=notes,
     )
+
+
+def _without_places(spec: dict[str, Any]) -> dict[str, Any]:
+    """The spec with absolute paths cut to their names: results are passed on."""
+    return {
+        name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for name, value in spec.items()
+    }
 
 
 def _run_missing(tasks: Sequence[Task], grid: Sequence[Arm], *, jobs: int, say: Say) -> list[str]:

@@ -14,6 +14,7 @@ from samestep.study.results import Lengths
 from samestep.study.rows import cut_completions, lengths_of, read_examples, write_examples
 from samestep.study.spec import Arm, StudySpec
 from samestep.train.config import TrainConfig, checked
+from samestep.train.objectives.causal_lm import CausalLMConfig
 
 SHARED = (
     *("init", "steps", "optimizer", "schedule", "warmup", "weight_decay", "max_grad_norm"),
@@ -140,7 +141,7 @@ def _config(
 ) -> TrainConfig:
     data, evaluation = map(str, rows)
     return checked(
-        TrainConfig(
+        CausalLMConfig(
             model=source,
             tokenizer=spec.tokenizer,
             data=data,

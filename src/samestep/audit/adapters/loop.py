@@ -1,19 +1,40 @@
 """A custom loop as a subject: four names in a file or on an object."""
 
+import contextlib
 import inspect
-import math
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import ModuleType
+from dataclasses import dataclass, replace
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from samestep.audit.batches import add_padding, alter, cast, facts_of, mask_targets
-from samestep.audit.subject import PLAIN, Cut, Facts, Gradient, Observation, Setting
+from samestep.audit.adapters.capture import (
+    observe,
+    optimizer_steps,
+    scaled_gradients,
+    shift_weights,
+    weights,
+)
+from samestep.audit.batches import (
+    add_padding,
+    alter,
+    cast,
+    counts_of,
+    facts_of,
+    length_of,
+    mask_borders,
+    mask_targets,
+    own_side,
+    places,
+)
+from samestep.audit.children import alone, in_ranks
+from samestep.audit.subject import PLAIN, Cut, Facts, Observation, Setting
+from samestep.audit.vectors import combine, norm
 from samestep.errors import CheckError
 
 NAMES = {
@@ -21,14 +42,19 @@ NAMES = {
     "examples": "the examples of one effective batch, a sequence",
     "collate": "collate(list of examples) -> batch",
     "step": "step(model, micro_batches): leaves the gradient in .grad; or",
-    "train": "train(model, micro_batches): updates the weights, by plain SGD",
+    "train": "train(model, micro_batches): updates the weights",
 }
 OPTIONAL = {
     "pack": "pack(list of examples) -> batch, without padding",
     "evaluate": "evaluate(model, batches) -> loss, or {name: value}",
     "terms": "names of loss terms; step or train then takes term=",
-    "wrap": "wrap(model) -> model for several ranks, such as DistributedDataParallel",
+    "wrap": "wrap(model) -> model for several ranks, such as DistributedDataParallel; None where "
+    "step or train calls torch.distributed by itself",
+    "shard": "shard(indices, rank, world) -> the indices of one rank, as your sampler deals them",
 }
+
+PATIENCE = 10.0
+"""Seconds that ranks may take, and 40 single runs more, before they count as hung."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +70,9 @@ class LoopNames:
     evaluate: Callable[[nn.Module, list[Any]], Any] | None = None
     terms: tuple[str, ...] = ()
     wrap: Callable[[nn.Module], nn.Module] | None = None
+    shard: Callable[[list[int], int, int], Sequence[int]] | None = None
+    ranks: bool = False
+    """Whether it runs on several ranks: it names ``wrap``, or calls torch.distributed itself."""
 
     @classmethod
     def of(cls, source: Any) -> "LoopNames":
@@ -63,7 +92,23 @@ class LoopNames:
         examples = found["examples"]
         found["examples"] = list(examples() if callable(examples) else examples)
         found["terms"] = tuple(found.get("terms") or ())
-        return cls(**found)
+        function = found.get("step") or found.get("train")
+        return cls(**found, ranks="wrap" in found or _calls_distributed(function))
+
+
+def _calls_distributed(function: Any, seen: frozenset[str] = frozenset()) -> bool:
+    """Whether a function, or one of its own file that it calls, names torch.distributed."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        return False
+    inside = [const for const in code.co_consts if isinstance(const, CodeType)]
+    names = {name for one in (code, *inside) for name in one.co_names} - seen
+    known = function.__globals__
+    if "distributed" in names or any(known.get(name) is torch.distributed for name in names):
+        return True
+    called = [known[name] for name in names if isinstance(known.get(name), FunctionType)]
+    own = [one for one in called if one.__module__ == function.__module__]
+    return any(_calls_distributed(one, seen | names) for one in own)
 
 
 def _members(source: Any) -> dict[str, Any]:
@@ -99,7 +144,10 @@ class LoopSubject:
         self.terms = loop.terms
         seed_all(0)
         self._initial = {key: value.clone() for key, value in loop.model().state_dict().items()}
-        self._facts = facts_of([loop.collate([example]) for example in loop.examples])
+        self._slowest = 0.0
+        singles = [loop.collate([example]) for example in loop.examples]
+        self._facts = facts_of(singles)
+        self._lengths = [length_of(single) for single in singles]
 
     def facts(self) -> Sequence[Facts] | None:
         """From ``labels`` of each example's own batch."""
@@ -113,12 +161,12 @@ class LoopSubject:
         if loop.evaluate is None:
             for axis in ("evaluation-batch", "evaluation-first"):
                 reasons[axis] = f"the subject has no {OPTIONAL['evaluate']}"
-        if loop.wrap is None:
+        if not loop.ranks:
             reasons["ranks"] = f"the subject has no {OPTIONAL['wrap']}"
         if not loop.terms:
             reasons["terms"] = f"the subject has no {OPTIONAL['terms']}"
-        if self._facts is None:
-            reasons["zero-target"] = "batches are not mappings with a tensor 'labels'"
+        if self._facts is None or loop.collate([loop.examples[0]])["labels"].is_floating_point():
+            reasons["zero-target"] = "batches have no tensor 'labels' of classes"
         if not _has_rows_of_labels(loop.collate([loop.examples[0]])):
             reasons["padding"] = "batches have no 'input_ids' and 'labels' [rows, length]"
         function = loop.step or loop.train
@@ -131,26 +179,55 @@ class LoopSubject:
 
     def run(self, cut: Cut, setting: Setting = PLAIN) -> Observation:
         """One step on fresh weights."""
-        model = self._model(setting)
-        if setting.evaluate_first:
-            self._evaluate(model, 2, setting)
-            seed_all(setting.seed)
-        return self._step(model, [self._batch(micro, setting) for micro in cut], setting)
+        start = time.perf_counter()
+        with self._group():
+            found = self._run(cut, setting)
+        self._slowest = max(self._slowest, time.perf_counter() - start)
+        return found
+
+    def run_ranks(self, shares: Sequence[Cut], setting: Setting = PLAIN) -> list[Observation]:
+        """One step on each rank of a process group, each on its own share."""
+
+        def work(rank: int) -> Observation:
+            inner, model = self._models(setting)
+            found = self._step(inner, model, self._batches(shares[rank], setting), setting)
+            return replace(found, after=weights(inner))
+
+        return in_ranks(work, len(shares), seconds=PATIENCE + 40 * self._slowest)
+
+    def sharded(self, examples: int, world: int) -> Sequence[tuple[int, ...]] | None:
+        """What the subject's own ``shard`` says."""
+        if self.loop.shard is None:
+            return None
+        indices = list(range(examples))
+        return [tuple(map(int, self.loop.shard(indices, rank, world))) for rank in range(world)]
 
     def chained(self, cut: Cut, setting: Setting = PLAIN) -> Observation | None:
         """Each micro-batch as an effective batch of its own, on the weights of the one before."""
-        if self.loop.train is None:
-            return None
-        model = self._model(setting)
-        before = _weights(model)
-        for micro in cut:
-            self._step(model, [self._batch(micro, setting)], setting)
-        return Observation(_difference(before, _weights(model)))
+        with self._group():
+            inner, model = self._models(setting)
+            found = []
+            for micro in cut:
+                before = weights(inner)
+                found.append(self._step(inner, model, self._batches((micro,), setting), setting))
+                if not found[-1].updates and not norm(
+                    combine([before, weights(inner)], [1.0, -1.0])
+                ):
+                    return None
+        return Observation(combine([one.gradient for one in found], [1.0] * len(found)))
 
     def padding_sides(self) -> tuple[Literal["right", "left"], ...]:
-        """Both with an attention mask, else the right alone."""
-        batch = self._batch((0,), PLAIN)
-        return ("right", "left") if "attention_mask" in batch else ("right",)
+        """The one on which the subject's own collator pads."""
+        by_length = sorted(range(self.size), key=lambda index: self._lengths[index])
+        short, long = by_length[0], by_length[-1]
+        pair = self._batch((long, short), PLAIN)
+        return (own_side(self._batch((short,), PLAIN), pair),)
+
+    def counts(
+        self, micro: tuple[int, ...], setting: Setting = PLAIN
+    ) -> Mapping[str, tuple[str, float]]:
+        """Of every tensor of the batch."""
+        return counts_of(self._batch(micro, setting))
 
     def shape(self, micro: tuple[int, ...]) -> tuple[int, int] | None:
         """That of ``input_ids``."""
@@ -158,26 +235,55 @@ class LoopSubject:
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         return (ids.shape[0], ids.shape[1]) if isinstance(ids, Tensor) and ids.dim() == 2 else None
 
-    def evaluate(self, batch_size: int, setting: Setting = PLAIN) -> dict[str, float]:
+    def evaluate(
+        self, batch_size: int, setting: Setting = PLAIN, examples: Sequence[int] | None = None
+    ) -> dict[str, float]:
         """The subject's own evaluation, over batches of a size."""
-        return self._evaluate(self._model(setting), batch_size, setting)
+        with self._group():
+            _, model = self._models(setting)
+            return self._evaluate(model, batch_size, setting, examples)
 
-    def _evaluate(self, model: nn.Module, batch_size: int, setting: Setting) -> dict[str, float]:
+    def _evaluate(
+        self,
+        model: nn.Module,
+        batch_size: int,
+        setting: Setting,
+        examples: Sequence[int] | None = None,
+    ) -> dict[str, float]:
         assert self.loop.evaluate is not None
-        starts = range(0, self.size, batch_size)
-        cut = [tuple(range(start, min(start + batch_size, self.size))) for start in starts]
-        return numbers(self.loop.evaluate(model, [self._batch(micro, setting) for micro in cut]))
+        chosen = tuple(range(self.size) if examples is None else examples)
+        starts = range(0, len(chosen), batch_size)
+        cut = tuple(chosen[start : start + batch_size] for start in starts)
+        return numbers(self.loop.evaluate(model, self._batches(cut, setting)))
 
-    def _model(self, setting: Setting) -> nn.Module:
+    def _group(self) -> contextlib.AbstractContextManager[None]:
+        return alone() if self.loop.ranks else contextlib.nullcontext()
+
+    def _run(self, cut: Cut, setting: Setting) -> Observation:
+        inner, model = self._models(setting)
+        if setting.evaluate_first:
+            self._evaluate(model, 2, setting)
+            seed_all(setting.seed)
+        return self._step(inner, model, self._batches(cut, setting), setting)
+
+    def _models(self, setting: Setting) -> tuple[nn.Module, nn.Module]:
+        """The user's model with fresh weights, and the one that the loop gets."""
         seed_all(setting.seed)
-        model = self.loop.model()
-        model.load_state_dict(self._initial)
+        inner = self.loop.model()
+        inner.load_state_dict(self._initial)
         if setting.dtype is not None:
-            model.to(setting.dtype)
+            inner.to(setting.dtype)
+        if setting.shift is not None:
+            shift_weights(inner, setting.shift.by)
         if not setting.dropout:
-            silence_dropout(model)
+            silence_dropout(inner)
+        model = inner if self.loop.wrap is None else self.loop.wrap(inner)
+        model.zero_grad()
         seed_all(setting.seed)
-        return model
+        return inner, model
+
+    def _batches(self, cut: Cut, setting: Setting) -> list[Any]:
+        return [self._batch(micro, setting) for micro in cut]
 
     def _batch(self, micro: Sequence[int], setting: Setting) -> Any:
         examples = [self.loop.examples[index] for index in micro]
@@ -186,52 +292,37 @@ class LoopSubject:
             batch = self.loop.pack(examples)
         else:
             batch = self.loop.collate(examples)
-        changed = [at for at, index in enumerate(micro) if index in setting.altered]
-        if setting.twins:
-            changed += [at for at, index in enumerate(micro) if index in micro[:at]]
-        if changed:
-            batch = alter(batch, changed)
-        if setting.masked:
-            rows = [at for at, index in enumerate(micro) if index in setting.masked]
-            batch = mask_targets(batch, rows)
+        batch = self._edited(batch, micro, setting)
         if setting.padding:
-            batch = add_padding(batch, setting.padding, side=setting.side)
+            batch = add_padding(batch, setting.padding, side=setting.side, filler=setting.filler)
         return batch if setting.dtype is None else cast(batch, setting.dtype)
 
-    def _step(self, model: nn.Module, micros: list[Any], setting: Setting) -> Observation:
+    def _edited(self, batch: Any, micro: Sequence[int], setting: Setting) -> Any:
+        changed = {at for at, index in enumerate(micro) if index in setting.altered}
+        if setting.twins:
+            changed |= {at for at, index in enumerate(micro) if index in micro[:at]}
+        masked = {at for at, index in enumerate(micro) if index in setting.masked}
+        if not (changed or masked or setting.borders_masked):
+            return batch
+        where = places(batch, [self._lengths[index] for index in micro])
+        if changed:
+            batch = alter(batch, [where[at] for at in changed])
+        if masked:
+            batch = mask_targets(batch, [where[at] for at in masked])
+        return mask_borders(batch, where) if setting.borders_masked else batch
+
+    def _step(
+        self, inner: nn.Module, model: nn.Module, micros: list[Any], setting: Setting
+    ) -> Observation:
         function = self.loop.step or self.loop.train
         assert function is not None
         options: dict[str, Any] = {} if setting.term is None else {"term": setting.term}
         if accepts(function, "accumulation"):
             options["accumulation"] = setting.window or len(micros)
-        precision = torch.finfo(next(model.parameters()).dtype).eps
-        model.zero_grad()
-        if self.loop.step is not None:
+        before = weights(inner)
+        with scaled_gradients(inner, setting.scale), optimizer_steps(inner) as steps:
             reported = function(model, micros, **options)
-            gradient = {
-                name: weight.grad.detach().double().cpu().clone()
-                for name, weight in model.named_parameters()
-                if weight.grad is not None
-            }
-            return Observation(gradient, reported=numbers(reported), rounding=precision)
-        before = _weights(model)
-        reported = function(model, micros, **options)
-        moved = _difference(before, _weights(model))
-        return Observation(
-            moved, reported=numbers(reported), rounding=precision * _norm(before) / _norm(moved)
-        )
-
-
-def _norm(gradient: Gradient) -> float:
-    return max(math.hypot(*(float(tensor.norm()) for tensor in gradient.values())), 1e-300)
-
-
-def _weights(model: nn.Module) -> Gradient:
-    return {name: w.detach().double().cpu().clone() for name, w in model.named_parameters()}
-
-
-def _difference(before: Gradient, after: Gradient) -> Gradient:
-    return {name: before[name] - after[name] for name in before}
+        return observe(inner, before, steps, numbers(reported))
 
 
 def seed_all(seed: int) -> None:
@@ -264,7 +355,7 @@ def numbers(reported: Any) -> dict[str, float]:
         return {}
     values = reported if isinstance(reported, Mapping) else {"loss": reported}
     return {
-        str(name): float(value)
+        str(name): float(value.detach() if isinstance(value, Tensor) else value)
         for name, value in values.items()
         if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
     }
