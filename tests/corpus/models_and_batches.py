@@ -1,10 +1,10 @@
-"""Unusual models and collators: batch statistics, padding that is seen, packs, LoRA, tied weights."""
+"""Models that couple examples, batches that leak, and everything around the loss."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from kit import V, Case, Tiny, collate, lengths, nll, rows, targets, tokens
+from kit import Case, Tiny, V, collate, lengths, nll, targets, tokens
 from peft import LoraConfig, get_peft_model
 from token_loops import count_first, mean_of_means
 from torch import Tensor, nn
