@@ -1,28 +1,15 @@
 """The causal language model loss: next-token cross entropy through any transformers model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from samestep.errors import ConfigError
-from samestep.losses.cross_entropy import logits_cross_entropy, module_cross_entropy
-from samestep.losses.linear_cross_entropy import CrossEntropySums, linear_cross_entropy
+from samestep.lm_head import UpToHead
+from samestep.losses.linear_cross_entropy import CrossEntropySums
 from samestep.targets import shifted_targets
 from samestep.terms import Constant, Term, Unit, target_weights
-
-NOT_FOR_THE_MODEL = ("labels", "example_ids", "example_weights")
-
-
-@dataclass(frozen=True)
-class _LogitRule:
-    """How a model makes logits of its head's output: scale, then soft cap."""
-
-    scale: float = 1.0
-    softcap: float | None = None
 
 
 class CausalLMLoss:
@@ -32,10 +19,8 @@ class CausalLMLoss:
     The terms: "nll" (what is optimised; with smoothing or z-loss it is "regularised_nll", and
     "nll" a metric beside it) and "accuracy" (a metric: the most likely token is the target).
 
-    The model runs once, with its head on one position only; the head is then applied to the
-    targets alone, in chunks. That one position shows on the first micro-batch whether the model
-    does more than its head to make logits (a scale as in Granite, a soft cap as in Gemma 2); a
-    model that does something else is run with whole logits instead.
+    The model runs once, with its head on one position only (see `samestep.lm_head.UpToHead`); the
+    head is then applied to the targets alone, in chunks.
 
     Args:
         normalize: "token", "sequence" or `constant`: the unit of the terms. Each example's
@@ -61,7 +46,7 @@ class CausalLMLoss:
         self.normalize = normalize
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
-        self._rules: WeakKeyDictionary[nn.Module, _LogitRule | None] = WeakKeyDictionary()
+        self._up_to_head = UpToHead()
 
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over one micro-batch.
@@ -83,72 +68,9 @@ class CausalLMLoss:
         return {"nll": Term(sums.loss, self.normalize), "accuracy": accuracy}
 
     def _sums(self, model: nn.Module, micro: Mapping[str, Any]) -> CrossEntropySums:
-        inputs = {key: micro[key] for key in micro if key not in NOT_FOR_THE_MODEL}
-        inputs.setdefault("use_cache", False)  # keys and values kept for nothing
-        head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-        targets = shifted_targets(micro)
-        options: dict[str, Any] = {
-            "target_weights": target_weights(micro, self.normalize),
-            "label_smoothing": self.label_smoothing,
-            "z_loss": self.z_loss,
-        }
-        if head not in self._rules or self._rules[head] is not None:
-            hidden, logits = _split_at_head(model, head, inputs)
-            if head not in self._rules:
-                self._rules[head] = _logit_rule(model, head, hidden, logits)
-            rule = self._rules[head]
-            if rule is not None:
-                scaled = hidden if rule.scale == 1 else hidden * rule.scale
-                return _through_head(head, scaled, targets, softcap=rule.softcap, **options)
-        return logits_cross_entropy(model(**inputs).logits, targets, **options)
-
-
-def _through_head(
-    head: nn.Module, hidden: Tensor, targets: Tensor, **options: Any
-) -> CrossEntropySums:
-    if type(head) is nn.Linear:
-        return linear_cross_entropy(hidden, head.weight, targets, bias=head.bias, **options)
-    return module_cross_entropy(head, hidden, targets, **options)
-
-
-def _split_at_head(
-    model: nn.Module, head: nn.Module, inputs: Mapping[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """The head's input [rows, length, width], and the model's logits at the first position."""
-    seen: list[Tensor] = []
-
-    def keep_one_position(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-        seen.append(arguments[0])
-        return (arguments[0][:, :1],)
-
-    hook = head.register_forward_pre_hook(keep_one_position)
-    try:
-        logits = model(**inputs).logits
-    finally:
-        hook.remove()
-    if len(seen) != 1:
-        raise ConfigError(
-            f"{type(model).__name__} calls its output embedding {len(seen)} times a forward; "
-            "CausalLMLoss serves models that call it once"
+        return self._up_to_head(model, micro).cross_entropy(
+            shifted_targets(micro),
+            target_weights=target_weights(micro, self.normalize),
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
         )
-    return seen[0], logits
-
-
-def _logit_rule(
-    model: nn.Module, head: nn.Module, hidden: Tensor, logits: Tensor
-) -> _LogitRule | None:
-    """What turns the head's output into the model's logits; None if it is neither of the known."""
-    with torch.no_grad():
-        plain, logits = head(hidden[:, :1]).double(), logits.double()
-    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(hidden.dtype, 2e-2)
-
-    def fits(candidate: Tensor) -> bool:
-        return bool((candidate - logits).norm() <= tolerance * logits.norm())
-
-    if fits(plain):
-        return _LogitRule()
-    cap = model.config.get_text_config().to_dict().get("final_logit_softcapping")  # type: ignore
-    if cap and fits(cap * torch.tanh(plain / cap)):
-        return _LogitRule(softcap=cap)
-    scale = float((plain * logits).sum() / (plain * plain).sum())
-    return _LogitRule(scale=scale) if fits(plain * scale) else None

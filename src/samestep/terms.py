@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from samestep.coupled import Coupled
 from samestep.errors import ConfigError, StepError
 from samestep.targets import IGNORE, sequence_ids, shifted_targets
 
@@ -52,6 +53,9 @@ def constant(value: float) -> Constant:
 
     Args:
         value: The divisor; finite and above 0.
+
+    Returns:
+        A unit for `Term` and for ``normalize``.
 
     Raises:
         ConfigError: The divisor is not finite or not above 0.
@@ -90,8 +94,11 @@ class Term:
             raise ConfigError(f"a Term's weight must be finite, not {self.weight!r}")
 
 
-LossFn: TypeAlias = Callable[[nn.Module, Micro], Term | Mapping[str, Term]]
-"""A loss: sums over one micro-batch, as one `Term` or several by name."""
+LossResult: TypeAlias = Term | Coupled | Mapping[str, Term] | Mapping[str, Term | Coupled]
+"""What a loss gives for one micro-batch: one term, or several by name."""
+
+LossFn: TypeAlias = Callable[[nn.Module, Micro], LossResult]
+"""A loss: sums over one micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,15 @@ def count(micro_batches: Iterable[Micro], counters: Mapping[str, Counter] | None
     return counts
 
 
+def add_counts(parts: Iterable[Counts]) -> Counts:
+    """Counts of parts of a batch, added up; a unit may be missing in some of them."""
+    total: Counts = {}
+    for part in parts:
+        for unit, number in part.items():
+            total[unit] = total.get(unit, 0.0) + number
+    return total
+
+
 def divisor(name: str, unit: Unit, counts: Counts) -> float:
     """The number that a term of this unit is divided by.
 
@@ -241,9 +257,7 @@ def divisor(name: str, unit: Unit, counts: Counts) -> float:
     return counts[unit]
 
 
-def reduce_terms(
-    loss: Term | Mapping[str, Term], micro: Micro, *, normalize: Unit
-) -> dict[str, Sum]:
+def reduce_terms(loss: LossResult, micro: Micro, *, normalize: Unit) -> dict[str, Sum]:
     """What a loss returned, as one 0-d sum for each term (a single term is called "loss").
 
     Args:
@@ -257,20 +271,33 @@ def reduce_terms(
     Raises:
         StepError: The loss returned no terms, or the normalisation needs other totals.
     """
-    if isinstance(loss, Term):
-        loss = {"loss": loss}
+    return {name: _reduce(name, term, micro, normalize) for name, term in named_terms(loss).items()}
+
+
+def named_terms(loss: LossResult) -> Mapping[str, Term | Coupled]:
+    """What a loss returned, by name (a single term is called "loss").
+
+    Raises:
+        StepError: It is neither a term nor terms by name.
+    """
+    if isinstance(loss, Term | Coupled):
+        return {"loss": loss}
     if not isinstance(loss, Mapping) or not loss:
         raise StepError(
             f"the loss returned {type(loss).__name__}: return a Term(total, unit) or "
             "{name: Term}. A bare tensor has no unit, so it cannot be normalised"
         )
-    for name, term in loss.items():
-        if not isinstance(term, Term):
-            raise StepError(f"term {name!r} of the loss is {type(term).__name__}, not a Term")
-    return {name: _reduce(name, term, micro, normalize) for name, term in loss.items()}
+    return loss
 
 
-def _reduce(name: str, term: Term, micro: Micro, normalize: Unit) -> Sum:
+def _reduce(name: str, term: Any, micro: Micro, normalize: Unit) -> Sum:
+    if isinstance(term, Coupled):
+        raise StepError(
+            f"term {name!r} couples the examples of the whole batch, so it needs a pass over all "
+            "micro-batches first: declare it by passing samestep.TwoPass(loss_fn)"
+        )
+    if not isinstance(term, Term):
+        raise StepError(f"term {name!r} of the loss is {type(term).__name__}, not a Term")
     unit = normalize if term.unit == "token" else term.unit
     if term.total.dim() == 0:
         if term.unit == "token" and unit == "sequence":

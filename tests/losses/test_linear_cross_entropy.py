@@ -1,8 +1,8 @@
 import pytest
 import torch
+from largest import Largest
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from samestep.losses import linear_cross_entropy, logits_cross_entropy, module_cross_entropy
 
@@ -96,19 +96,6 @@ def test_masked_rows_are_never_multiplied() -> None:
     assert bool(loss.isfinite())
     assert bool(weight.grad.isfinite().all())
     assert float(poisoned.grad[targets == -100].abs().sum()) == 0
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the most elements of any tensor that an operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
 
 
 def test_the_logits_are_never_whole() -> None:

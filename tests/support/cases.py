@@ -63,11 +63,16 @@ def ragged(number: int, *, seed: int = 0, weighted: bool = False) -> list[Exampl
     return examples
 
 
+def plain_attention(model: Any) -> str:
+    """PyTorch's attention, or, where a model cannot use it, the one written out."""
+    return "eager" if model.config.model_type == "gemma2" else "sdpa"
+
+
 def cut(
     model: Any, examples: Sequence[Example], sizes: Sequence[int], padding: Padding
 ) -> list[dict[str, Any]]:
     """Micro-batches of these sizes, again and again, until the examples end."""
-    model.set_attn_implementation(attention.NAME if padding == "none" else "sdpa")
+    model.set_attn_implementation(attention.NAME if padding == "none" else plain_attention(model))
     micros, at, turn = [], 0, 0
     while at < len(examples):
         size = sizes[turn % len(sizes)]
@@ -85,7 +90,7 @@ def plain_objective(
     z_loss: float = 0.0,
 ) -> Tensor:
     """The objective from whole logits, each example alone, straight from its formula."""
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(plain_attention(model))
     total, count = torch.zeros((), dtype=model.dtype), 0.0
     for example in examples:
         targets = example.labels[1:]

@@ -18,7 +18,7 @@ from samestep.errors import ConfigError
 from samestep.evaluation import EvalReport, evaluate
 from samestep.files import write_atomically
 from samestep.models.dropout import key_dropout
-from samestep.terms import Term
+from samestep.terms import LossResult
 from samestep.train import checkpoint
 from samestep.train.checkpoint import Progress
 from samestep.train.config import TrainConfig
@@ -30,6 +30,7 @@ from samestep.train.optim import learning_rate, set_learning_rate
 from samestep.train.run_folder import RunFolder
 from samestep.train.setup import Run, set_up
 from samestep.train_step import StepReport, step
+from samestep.two_pass import TwoPass
 
 log = logging.getLogger("samestep")
 
@@ -38,7 +39,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Train a model as configured, into ``config.out``.
 
     Args:
-        config: The settings, as `samestep.train.config.read_config` or `checked` gives them.
+        config: The settings, as `samestep.train.arguments.read_config` or `checked` gives them.
 
     Returns:
         What ``summary.json`` holds.
@@ -128,17 +129,18 @@ def _plans(run: Run, config: TrainConfig, *, start: int) -> Iterator[StepPlan]:
 
 
 def _step(run: Run, config: TrainConfig, plan: StepPlan, *, lr: float) -> StepReport:
-    def loss_fn(model: Any, micro: dict[str, Any]) -> dict[str, Term]:
+    def keyed(model: Any, micro: dict[str, Any]) -> LossResult:
         key_dropout(model, micro, seed=config.seed, step=plan.step)
-        return run.loss_fn(model, micro)
+        return run.objective.loss_fn(model, micro)
 
     set_learning_rate(run.optimizer, lr)
     return step(
         run.model,
         run.optimizer,
-        run.micro_batches(plan.examples),
-        loss_fn,
+        run.micro_batches(plan.examples, plan.step),
+        TwoPass(keyed) if isinstance(run.objective.loss_fn, TwoPass) else keyed,
         max_grad_norm=config.max_grad_norm,
+        counters=run.objective.counters,
     )
 
 
@@ -146,7 +148,12 @@ def _evaluate(run: Run) -> EvalReport:
     assert run.evaluation is not None
     assert run.eval_micro_batches is not None
     everything = range(len(run.evaluation))
-    return evaluate(run.model, run.eval_micro_batches(everything), run.loss_fn)
+    return evaluate(
+        run.model,
+        run.eval_micro_batches(everything, 0),
+        run.objective.loss_fn,
+        counters=run.objective.counters,
+    )
 
 
 def _after(progress: Progress, report: StepReport) -> Progress:

@@ -1,0 +1,105 @@
+"""The plan: pure functions that lose no example and repeat none."""
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from samestep.data.plan import cut_epoch, cut_step, order, plan_steps
+from samestep.errors import ConfigError
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=50)
+
+
+@given(size=st.integers(1, 300), seed=st.integers(0, 2**40), epoch=st.integers(0, 99))
+def test_the_order_is_a_permutation_of_seed_and_epoch_alone(
+    size: int, seed: int, epoch: int
+) -> None:
+    one = order(size, seed=seed, epoch=epoch)
+    assert sorted(one) == list(range(size))
+    assert one == order(size, seed=seed, epoch=epoch)
+
+
+def test_epochs_and_seeds_differ() -> None:
+    orders = {tuple(order(50, seed=s, epoch=e)) for s in range(3) for e in range(3)}
+    assert len(orders) == 9
+
+
+@given(lengths=LENGTHS, batch_size=st.integers(1, 60))
+def test_batches_of_examples(lengths: list[int], batch_size: int) -> None:
+    epoch = order(len(lengths), seed=1, epoch=0)
+    batches = cut_epoch(epoch, lengths, batch_size=batch_size)
+    assert list(itertools.chain(*batches)) == epoch
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    assert 1 <= len(batches[-1]) <= batch_size
+
+
+@given(lengths=LENGTHS, batch_tokens=st.integers(1, 200))
+def test_batches_of_tokens(lengths: list[int], batch_tokens: int) -> None:
+    epoch = order(len(lengths), seed=1, epoch=0)
+    batches = cut_epoch(epoch, lengths, batch_tokens=batch_tokens)
+    assert list(itertools.chain(*batches)) == epoch
+    sums = [sum(lengths[one] for one in batch) for batch in batches]
+    for batch, total in zip(batches, sums, strict=True):
+        assert total <= batch_tokens or len(batch) == 1
+    for at in range(len(batches) - 1):  # no batch is cut too early
+        assert sums[at] + lengths[batches[at + 1][0]] > batch_tokens
+
+
+@given(lengths=LENGTHS, micro_batch=st.integers(1, 60))
+def test_micro_batches_of_sequences_keep_the_order(lengths: list[int], micro_batch: int) -> None:
+    cut = cut_step(lengths, micro_batch=micro_batch)
+    assert list(itertools.chain(*cut)) == list(range(len(lengths)))
+    assert all(len(micro) == micro_batch for micro in cut[:-1])
+
+
+@given(lengths=LENGTHS, budget=st.integers(1, 200), padded=st.booleans())
+def test_micro_batches_of_tokens_keep_the_budget(
+    lengths: list[int], budget: int, padded: bool
+) -> None:
+    cut = cut_step(lengths, micro_tokens=budget, padded=padded)
+    assert sorted(itertools.chain(*cut)) == list(range(len(lengths)))
+    for micro in cut:
+        sizes = [lengths[position] for position in micro]
+        cost = max(sizes) * len(sizes) if padded else sum(sizes)
+        assert cost <= budget or len(micro) == 1
+    if not padded:  # first-fit decreasing: two half-empty micro-batches would be one
+        loads = sorted(sum(lengths[position] for position in micro) for micro in cut)
+        assert len(loads) < 2 or loads[0] + loads[1] > budget
+
+
+def test_packs_depend_on_lengths_and_budget_alone() -> None:
+    lengths = [5, 9, 3, 9, 1, 7]
+    assert cut_step(lengths, micro_tokens=12) == cut_step(lengths, micro_tokens=12)
+    assert cut_step(lengths, micro_tokens=12) == [[1, 2], [3, 4], [5, 0]]
+
+
+@given(lengths=LENGTHS, batch_size=st.integers(1, 20), start=st.integers(0, 12))
+def test_a_resumed_plan_is_the_tail_of_the_whole(
+    lengths: list[int], batch_size: int, start: int
+) -> None:
+    def steps(start: int, number: int) -> list[Any]:
+        plans = plan_steps(lengths, seed=3, batch_size=batch_size, start=start)
+        return list(itertools.islice(plans, number))
+
+    assert steps(start, 4) == steps(0, start + 4)[start:]
+
+
+def test_progress_counts_epochs() -> None:
+    plans = plan_steps([1] * 5, seed=0, batch_size=2)
+    found = [(p.step, p.epoch, p.progress, len(p.examples)) for p in itertools.islice(plans, 4)]
+    assert found == [(0, 0, 0.4, 2), (1, 0, 0.8, 2), (2, 0, 1.0, 1), (3, 1, 1.4, 2)]
+
+
+@pytest.mark.parametrize("given_", [{}, {"batch_size": 2, "batch_tokens": 2}, {"batch_size": 0}])
+def test_exactly_one_batch_size(given_: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="exactly one"):
+        cut_epoch([0], [1], **given_)
+
+
+@pytest.mark.parametrize("given_", [{}, {"micro_batch": 2, "micro_tokens": 2}, {"micro_tokens": 0}])
+def test_exactly_one_micro_batch_size(given_: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="exactly one"):
+        cut_step([1], **given_)

@@ -1,0 +1,100 @@
+"""Dropout that belongs to the example: the same under any split, fresh in every step."""
+
+from typing import Any
+
+import pytest
+import torch
+from cases import build, gradients, ragged, worst
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import samestep
+from samestep.data.collate import Padding, collate
+from samestep.errors import ConfigError
+from samestep.models import attention
+from samestep.models.dropout import ExampleDropout, key_dropout, replace_dropout
+
+
+def gpt2() -> Any:
+    """With residual and embedding dropout; that of attention cannot be keyed and is off."""
+    attention.register()
+    torch.manual_seed(0)
+    size = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    drop = {"attn_pdrop": 0.0, "resid_pdrop": 0.3, "embd_pdrop": 0.3}
+    model = GPT2LMHeadModel(GPT2Config(**size, **drop, bos_token_id=0, eos_token_id=1))
+    return model.double().train()
+
+
+def gradient(
+    model: Any, size: int, padding: Padding, *, step: int = 0, keyed: bool = True
+) -> dict[str, Any]:
+    model.set_attn_implementation(attention.NAME if padding == "none" else "sdpa")
+    examples, loss = ragged(12), samestep.CausalLMLoss()
+    micros = [collate(examples[at : at + size], padding=padding) for at in range(0, 12, size)]
+
+    def loss_fn(model: Any, micro: Any) -> Any:
+        if keyed:
+            key_dropout(model, micro, seed=5, step=step)
+        return loss(model, micro)
+
+    torch.manual_seed(0)
+    samestep.backward(model, micros, loss_fn)
+    return gradients(model)
+
+
+def test_no_split_changes_the_masks() -> None:
+    model = gpt2()
+    assert replace_dropout(model) == 5
+    wanted = gradient(model, 12, "right")
+    for size, padding in ((1, "none"), (5, "left"), (12, "none"), (2, "right")):
+        assert worst(gradient(model, size, padding), wanted) < 1e-12
+
+
+def test_plain_dropout_would_fail_the_same_test() -> None:
+    model = gpt2()
+    wanted = gradient(model, 12, "right", keyed=False)
+    assert worst(gradient(model, 1, "right", keyed=False), wanted) > 1e-2
+
+
+def test_each_step_draws_other_masks_and_each_layer_its_own() -> None:
+    model = gpt2()
+    replace_dropout(model)
+    one, other = gradient(model, 4, "none", step=0), gradient(model, 4, "none", step=1)
+    assert worst(one, other) > 1e-2
+    layers = [module for module in model.modules() if isinstance(module, ExampleDropout)]
+    micro = collate(ragged(3))
+    key_dropout(model, micro, seed=5, step=0)
+    ones = torch.ones(*micro["input_ids"].shape, 16)
+    masks = [layer(ones) for layer in layers]
+    assert all(not torch.equal(masks[0], mask) for mask in masks[1:])
+
+
+def test_gradient_checkpointing_draws_the_same_masks_again() -> None:
+    model = gpt2()
+    replace_dropout(model)
+    wanted = gradient(model, 4, "none")
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    assert worst(gradient(model, 5, "right"), wanted) < 1e-12
+
+
+def test_the_share_that_is_kept_and_the_scale() -> None:
+    layer = ExampleDropout(0.25, 0)
+    layer.shape, layer.sequences = (1, 1000), [((0, 0, 0), 0, slice(0, 1000))]
+    out = layer(torch.ones(1, 1000, 20))
+    assert out.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
+    assert float((out > 0).float().mean()) == pytest.approx(0.75, abs=0.01)
+    assert torch.equal(layer.eval()(out), out)
+
+
+def test_states_that_hide_the_examples_are_refused() -> None:
+    layer = ExampleDropout(0.25, 0)
+    layer.shape = (2, 5)
+    with pytest.raises(ConfigError, match="Set this model's dropout to 0"):
+        layer(torch.ones(10, 4))
+
+
+def test_a_model_without_dropout_is_left_alone() -> None:
+    model = build("llama")
+    assert replace_dropout(model) == 0
+    key_dropout(model, {}, seed=0, step=0)
+    assert replace_dropout(nn.Sequential(nn.Dropout(0.0))) == 0
