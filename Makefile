@@ -9,12 +9,13 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test lint unit slow demo bench format clean
+.PHONY: help setup test lint unit slow demo bench corpus format clean
 
 help:
 	@echo "make demo    fine-tune a real 135 M-parameter model and prove the step (5 minutes)"
 	@echo "make test    lint, types, and every test, the slow ones too"
 	@echo "make bench   compare speed and memory with TRL (20 minutes)"
+	@echo "make corpus  audit the corpus of seeded bugs and sound loops (5 minutes)"
 	@echo "make format  put the code in its standard form"
 
 setup: $(READY)
@@ -45,6 +46,9 @@ demo: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+corpus: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/corpus/corpus_run.py --json benchmarks/results/corpus.json
 
 format: $(READY)
 	$(BIN)/ruff check --fix

@@ -1,10 +1,10 @@
-"""Losses that are not next-token cross entropy: classes, regression, pairs, contrast, CTC, boxes."""
+"""Other losses: classes, regression, preference pairs, contrast, CTC, several terms."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from kit import V, Case, Tiny, lengths, nll, rows, targets, tokens
+from kit import Case, Tiny, V, lengths, nll, rows, targets, tokens
 from torch import Tensor, nn
 from torch.nn import functional
 

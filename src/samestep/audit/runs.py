@@ -13,7 +13,7 @@ from samestep.audit.subject import PLAIN, Cut, Gradient, Observation, Setting, S
 from samestep.audit.vectors import combine, compare, norm
 from samestep.errors import CheckError
 
-MULTIPLE = 30.0
+MULTIPLE = 10.0
 """How many noise floors a difference may be and still be exact."""
 
 SMALL = 2.0**-14
@@ -86,6 +86,28 @@ class Runs:
         if self._offset is not None:
             found = combine([found, self._offset], [1.0, -1.0])
         return combine([found], [1 / SMALL])
+
+    def gradient_of_ranks(self, shares: Sequence[Cut], **changes: object) -> Gradient:
+        """That of the first rank, as `gradient` has it."""
+        found = self.run_ranks(shares, **changes, scale=SMALL)[0].gradient
+        if self._offset is not None:
+            found = combine([found, self._offset], [1.0, -1.0])
+        return combine([found], [1 / SMALL])
+
+    def clear(self, cut: Cut, **changes: object) -> Gradient:
+        """The gradient, small where the loop clips it."""
+        return self.gradient(cut, **changes) if self.clips else self.run(cut, **changes).gradient
+
+    @cached_property
+    def clips(self) -> bool:
+        """Whether the whole batch's gradient is cut short."""
+        if not self.scalable:
+            return False
+        natural = self.run(self.whole).gradient
+        if self._offset is not None:
+            natural = combine([natural, self._offset], [1.0, -1.0])
+        seen = compare(self.gradient(self.whole), natural)
+        return seen.relative_difference > self.small_tolerance
 
     @cached_property
     def scalable(self) -> bool:

@@ -102,7 +102,7 @@ def observe(
         total = combine(steps, [1.0] * len(steps))
         return Observation(total, reported=reported, rounding=precision, updates=updates)
     moved = combine([before, weights(model)], [1.0, -1.0])
-    if not norm(moved):
+    if norm(moved) <= 8 * precision * norm(before):  # at most there and back again
         return Observation(gradients(model), reported=reported, rounding=precision)
     rounding = precision * norm(before) / norm(moved)
     return Observation(moved, reported=reported, rounding=rounding)
