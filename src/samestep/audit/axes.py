@@ -10,7 +10,7 @@ import torch
 from samestep.audit.causes import Diagnosis, advice
 from samestep.audit.diagnose import diagnose_empty, diagnose_split, faulty
 from samestep.audit.layout import COLUMNS, diagnose_pack, diagnose_padding
-from samestep.audit.runs import Runs, cuts
+from samestep.audit.runs import Runs, cuts, uneven
 from samestep.audit.subject import Cut
 from samestep.audit.vectors import Comparison, compare, norm
 
@@ -100,15 +100,15 @@ def micro_batch(runs: Runs) -> AxisResult:
     whole = runs.run(runs.whole).gradient
     tried = cuts(runs.subject.size, uniform=runs.subject.uniform)
     # A ragged cut tells laws apart that coincide where all micro-batches are of one size.
-    telling = tried[0]
+    telling = uneven(runs.subject.size) if runs.subject.uniform else tried[0]
     seen = [(compare(runs.run(cut).gradient, whole), cut) for cut in tried]
     worst, cut = max(seen, key=lambda pair: _size(pair[0]))
     note = ""
     if worst.relative_difference <= runs.tolerance and runs.scalable:
         # A final clip to one norm hides a wrong scale; small gradients are not clipped.
-        free = compare(runs.gradient(telling), runs.gradient(runs.whole))
+        free = compare(runs.gradient(tried[0]), runs.gradient(runs.whole))
         if free.relative_difference > runs.small_tolerance:
-            worst, cut, note = free, telling, ", with gradients too small to be clipped"
+            worst, cut, note = free, tried[0], ", with gradients too small to be clipped"
     return judge(
         "micro-batch",
         runs,
@@ -173,7 +173,21 @@ def packing(runs: Runs) -> AxisResult:
 
 
 def short_window(runs: Runs) -> AxisResult:
-    """A last accumulation window that holds fewer micro-batches than the others."""
+    """The end of the data: a window with fewer micro-batches, and a smaller last micro-batch."""
+    result = _fewer_micro_batches(runs)
+    if result.verdict == "inexact" or not runs.subject.uniform:
+        return result  # where sizes are free, smaller ones are tried under micro-batch
+    cut = uneven(runs.subject.size)
+    return judge(
+        "short-window",
+        runs,
+        compare(runs.run(cut).gradient, runs.run(runs.whole).gradient),
+        reason=f"{result.reason}; and {shape(cut)}, where the last micro-batch is smaller",
+        diagnose=lambda: diagnose_split(runs, cut),
+    )
+
+
+def _fewer_micro_batches(runs: Runs) -> AxisResult:
     cut = cuts(runs.subject.size, uniform=True)[1]
     window = len(cut) + 1
     found = runs.run(cut, window=window).gradient

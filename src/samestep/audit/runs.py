@@ -222,15 +222,13 @@ def cuts(size: int, *, uniform: bool) -> list[Cut]:
 
     Args:
         size: Examples; at least 4.
-        uniform: Micro-batches must be of one size, but for the last.
+        uniform: Micro-batches are of one size; see `uneven` for a smaller last one.
 
     Returns:
         Different cuts, none of them whole.
     """
     examples = range(size)
     sizes = [1, 2] if size < 8 else [1, 2, size // 2]
-    if uniform and size >= 5:
-        sizes = [3, *sizes]  # the last is smaller: means and sums of examples differ
     regular = [
         tuple(tuple(examples[start : start + one]) for start in range(0, size, one))
         for one in sizes
@@ -241,3 +239,9 @@ def cuts(size: int, *, uniform: bool) -> list[Cut]:
     borders = sorted({0, third, third + 1, min(size, third + 1 + third), size})
     ragged = tuple(tuple(examples[a:b]) for a, b in itertools.pairwise(borders))
     return [ragged, *regular]
+
+
+def uneven(size: int) -> Cut:
+    """What a data set is cut into that no batch size divides: the last micro-batch is smaller."""
+    examples = range(size)
+    return tuple(tuple(examples[start : start + 3]) for start in range(0, size, 3))
