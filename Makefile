@@ -49,7 +49,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
 corpus: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/corpus/corpus_run.py --json benchmarks/results/corpus.json
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/corpus/corpus_run.py --json benchmarks/results/corpus.json
 
 study: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m samestep study studies/quick.yaml --out runs/study --jobs 2

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import ddp_scripts
 import models_and_batches
 import other_losses
 import precision
 import reports
 import token_loops
+import trainer_subclasses
 import updates
 from kit import Case
 from rich.console import Console
@@ -35,6 +34,7 @@ FAMILIES = {
     "updates": updates.CASES,
     "precision": precision.CASES,
     "DDP scripts": ddp_scripts.CASES,
+    "trainer subclasses": trainer_subclasses.CASES,
 }
 FINAL_SEEDS = (100, 101, 102)
 """Not used while developing, and of other numbers of examples and lengths than seeds below 100."""
