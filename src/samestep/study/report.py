@@ -7,8 +7,9 @@ from typing import Any
 from samestep.errors import ConfigError
 from samestep.files import write_atomically
 from samestep.study import words
+from samestep.study.advice import advise
 from samestep.study.charts import Figure, colours, figures
-from samestep.study.compare import advise, compare
+from samestep.study.compare import compare, in_short
 from samestep.study.results import Results
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -68,6 +69,7 @@ def page(results: Results, drawn: dict[str, Figure]) -> str:
         results=results,
         words=words,
         comparisons=compare(results),
+        in_short=in_short(results),
         advice=advise(results),
         drawn=drawn,
         colours=colours(results),
