@@ -11,6 +11,7 @@ from tiny import tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from samestep.train.config import TrainConfig, checked
+from samestep.train.objectives import config_class
 
 
 def llama_folder(folder: Path) -> Path:
@@ -84,7 +85,8 @@ def run_config(folder: Path, **changes: Any) -> TrainConfig:
         "lr": 1e-2,
         **changes,
     }
-    return checked(TrainConfig(**settings))
+    settings.setdefault("objective", "causal_lm")
+    return checked(config_class(settings["objective"])(**settings))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from samestep.data.collate import Padding, collate, to_device
 from samestep.data.examples import Example
 from samestep.errors import ConfigError
-from samestep.lm_head import NOT_FOR_THE_MODEL
+from samestep.lm_head import model_inputs
 from samestep.models import attention
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -76,8 +76,7 @@ def _why_not(model: Any, padding: Padding, plain: str) -> str | None:
 def _together(model: Any, sequences: list[Tensor], padding: Padding) -> list[Tensor]:
     """The logits of each sequence [length, vocabulary] when all run in one micro-batch."""
     micro = collate([Example(ids, ids) for ids in sequences], padding=padding)
-    micro = {key: micro[key] for key in micro if key not in NOT_FOR_THE_MODEL}
-    logits = model(**to_device(micro, model.device)).logits
+    logits = model(**to_device(model_inputs(micro), model.device)).logits
     if padding == "none":
         return list(logits[0].split([len(ids) for ids in sequences]))
     mask = micro["attention_mask"].bool()
