@@ -1,6 +1,7 @@
 """What the ranks of the distributed tests do: importable, so that another process finds it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -165,3 +166,12 @@ def three_steps(mode: str, dtype: torch.dtype) -> tuple[list[Any], dict[str, tor
         report = samestep.step(model, optimizer, micros, samestep.CausalLMLoss(), max_grad_norm=0.5)
         reports.append((report.loss, report.grad_norm, report.counts, report.tokens))
     return reports, whole({n: w.detach() for n, w in model.named_parameters()})
+
+
+def training(folder: str, **changes: Any) -> Any:
+    """A run of the trainer on these ranks: its summary."""
+    from runs import run_config
+
+    from samestep.train.trainer import train
+
+    return train(run_config(Path(folder), **changes))
