@@ -1,8 +1,9 @@
 """Records: examples of several sequences (a pair), or with more than tokens (a class, a margin)."""
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, overload
 
@@ -11,6 +12,10 @@ from torch import Tensor
 
 from samestep.data.collate import Padding, collate
 from samestep.data.examples import Example, Examples
+from samestep.targets import IGNORE, spans
+
+MODEL_INPUTS = ("token_type_ids",)
+"""Token fields that are inputs of the model."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,10 +25,12 @@ class Record:
     Attributes:
         sequences: Its sequences; all records of a data set have as many.
         fields: What else belongs to it, by name: tensors of any shape.
+        token_fields: What else belongs to each token, by name: for each sequence [length].
     """
 
     sequences: tuple[Example, ...]
     fields: Mapping[str, Tensor]
+    token_fields: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 class Records(Sequence[Record]):
@@ -33,6 +40,8 @@ class Records(Sequence[Record]):
         sequences: All sequences, those of a record side by side.
         width: Sequences a record.
         fields: By name, [records, ...].
+        token_fields: By name, [tokens], over all sequences in order.
+        meta: What belongs to all records, such as the names of the classes.
         dropped: How many rows of the source are missing, by reason.
         derived: The fields that were computed from the records.
     """
@@ -43,6 +52,8 @@ class Records(Sequence[Record]):
         *,
         width: int = 1,
         fields: Mapping[str, Tensor] | None = None,
+        token_fields: Mapping[str, Tensor] | None = None,
+        meta: Mapping[str, Any] | None = None,
         dropped: Mapping[str, int] | None = None,
         derived: Set[str] = frozenset(),
     ) -> None:
@@ -50,9 +61,13 @@ class Records(Sequence[Record]):
         self.sequences = sequences
         self.width = width
         self.fields = dict(fields or {})
+        self.token_fields = dict(token_fields or {})
+        self.meta = dict(meta or {})
         self.derived = frozenset(derived)
         self.dropped = dict(sequences.dropped if dropped is None else dropped)
-        assert all(len(field) == len(self) for field in self.fields.values())
+        assert all(len(values) == len(self) for values in self.fields.values())
+        tokens = len(sequences.ids)
+        assert all(len(values) == tokens for values in self.token_fields.values())
 
     def __len__(self) -> int:
         return len(self.sequences) // self.width
@@ -67,9 +82,15 @@ class Records(Sequence[Record]):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         at = range(len(self))[index]
+        first, last = at * self.width, (at + 1) * self.width
+        borders = self.sequences.offsets[first : last + 1].tolist()
         return Record(
-            tuple(self.sequences[at * self.width : (at + 1) * self.width]),
-            {name: field[at] for name, field in self.fields.items()},
+            tuple(self.sequences[first:last]),
+            {name: values[at] for name, values in self.fields.items()},
+            {
+                name: tuple(values[a:b] for a, b in itertools.pairwise(borders))
+                for name, values in self.token_fields.items()
+            },
         )
 
     @cached_property
@@ -97,17 +118,20 @@ class Records(Sequence[Record]):
             self.sequences,
             width=self.width,
             fields={**self.fields, **fields},
+            token_fields=self.token_fields,
+            meta=self.meta,
             dropped=self.dropped,
             derived=self.derived | set(fields),
         )
 
     def fingerprint(self) -> str:
         """SHA-256 of the records (not of ``dropped`` and ``derived``), hexadecimal."""
-        digest = hashlib.sha256(f"{self.sequences.fingerprint()} {self.width}".encode())
-        for name in sorted(self.fields.keys() - self.derived):
-            field = self.fields[name]
-            digest.update(f"{name} {field.dtype} {tuple(field.shape)} ".encode())
-            digest.update(field.contiguous().view(torch.uint8).numpy().data)
+        head = f"{self.sequences.fingerprint()} {self.width} {self.meta}"
+        digest = hashlib.sha256(head.encode())
+        kept = {name: values for name, values in self.fields.items() if name not in self.derived}
+        for name, values in sorted([*kept.items(), *self.token_fields.items()]):
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)} ".encode())
+            digest.update(values.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
@@ -122,14 +146,27 @@ def collate_records(
         pad_id: As for `collate`.
 
     Returns:
-        What `collate` gives for all sequences of the records, in order; and ``fields``, each
-        stacked [records, ...], if there are any.
+        What `collate` gives for all sequences of the records, in order; and ``fields``, if there
+        are any: those of records stacked [records, ...], those of tokens [rows, length].
     """
     sequences = [sequence for record in records for sequence in record.sequences]
     micro = collate(sequences, padding=padding, pad_id=pad_id)
-    if records[0].fields:
-        names = records[0].fields
-        micro["fields"] = {
-            name: torch.stack([record.fields[name] for record in records]) for name in names
-        }
-    return micro
+    fields = {
+        name: torch.stack([record.fields[name] for record in records]) for name in records[0].fields
+    }
+    for name in records[0].token_fields:
+        parts = [part for record in records for part in record.token_fields[name]]
+        if name in MODEL_INPUTS:
+            micro[name] = _laid_out(parts, micro).clamp(min=0)
+        else:
+            fields[name] = _laid_out(parts, micro)
+    return {**micro, "fields": fields} if fields else micro
+
+
+def _laid_out(parts: Sequence[Tensor], micro: Mapping[str, Any]) -> Tensor:
+    """Values of tokens in the layout of the micro-batch; ``IGNORE`` or 0 in padding."""
+    fill = 0 if parts[0].is_floating_point() else IGNORE
+    out = parts[0].new_full(micro["input_ids"].shape, fill)
+    for part, (row, span) in zip(parts, spans(micro), strict=True):
+        out[row, span] = part
+    return out

@@ -33,7 +33,7 @@ def annotated(
     found: dict[str, list[Tensor]] = {}
     training = model.training
     model.eval()
-    for micro in micro_batches.of(range(len(records))):
+    for micro in micro_batches.of(range(len(records)), 0):
         order += [place[row] for row in micro["example_ids"][:: records.width].tolist()]
         for name, values in annotate(model, micro).items():
             found.setdefault(name, []).append(values.cpu())

@@ -7,7 +7,7 @@ import torch
 
 from samestep.data.collate import Padding, to_device
 from samestep.data.plan import cut_step, deal
-from samestep.data.records import Records, collate_records
+from samestep.data.records import Records
 from samestep.parallel import Idle
 from samestep.ranks import rank, world
 from samestep.train.config import TrainConfig
@@ -22,7 +22,7 @@ class MicroBatches:
 
     Args:
         records: The data set.
-        config: ``micro_batch`` and ``micro_tokens``.
+        config: ``micro_batch``, ``micro_tokens``, ``seed``, and how it collates.
         padding: The layout that the model takes.
         pad_id: What to fill padding with.
         device: Where the tensors go.
@@ -38,6 +38,7 @@ class MicroBatches:
         device: torch.device,
     ) -> None:
         self._records = records
+        self._config = config
         self._padding = padding
         self._pad_id = pad_id
         self._device = device
@@ -45,22 +46,23 @@ class MicroBatches:
         self._by_number = config.micro_batch is not None
         self._budget = config.micro_batch or tokens
 
-    def of_this_rank(self, indices: Sequence[int]) -> Iterator[dict[str, Any] | Idle]:
+    def of_this_rank(self, indices: Sequence[int], step: int) -> Iterator[dict[str, Any] | Idle]:
         """This rank's part of the records: over all ranks each is there exactly once.
 
         Args:
             indices: Of records.
+            step: Its number: what is random about a record depends on it.
 
         Yields:
             Micro-batches; one that is `Idle` on a rank that gets no record.
         """
         hand = deal([self._records.lengths[index] for index in indices], ranks=world())[rank()]
-        yield from self.of([indices[position] for position in hand])
+        yield from self.of([indices[position] for position in hand], step)
         if not hand:
             shortest = min(indices, key=lambda index: self._records.lengths[index])
-            yield Idle(self._collate([shortest]))
+            yield Idle(self._collate([shortest], step))
 
-    def of(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def of(self, indices: Sequence[int], step: int) -> Iterator[dict[str, Any]]:
         """The micro-batches of the records, all of them on this rank."""
         cut = cut_step(
             [self._records.lengths[index] for index in indices],
@@ -69,14 +71,19 @@ class MicroBatches:
             padded=self._padding != "none",
         )
         for positions in cut:
-            yield self._collate([indices[position] for position in positions])
+            yield self._collate([indices[position] for position in positions], step)
 
     def halve(self) -> str:
         """Halve the budget of every micro-batch from here on, and say what it is now."""
         self._budget = max(1, self._budget // 2)
         return f"{self._budget} {'records' if self._by_number else 'tokens'}"
 
-    def _collate(self, indices: Sequence[int]) -> dict[str, Any]:
-        chosen = [self._records[index] for index in indices]
-        micro = collate_records(chosen, padding=self._padding, pad_id=self._pad_id)
+    def _collate(self, indices: Sequence[int], step: int) -> dict[str, Any]:
+        micro = self._config.collate(
+            self._records,
+            indices,
+            padding=self._padding,
+            pad_id=self._pad_id,
+            key=(self._config.seed, step),
+        )
         return to_device(micro, self._device)

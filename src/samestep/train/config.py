@@ -2,13 +2,16 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from samestep.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from samestep.data.collate import Padding
     from samestep.data.records import Records
     from samestep.objective import Objective
 
@@ -131,12 +134,18 @@ class TrainConfig(BaseModel):
     overwrite: bool = False
     """Replace the run in --out."""
 
-    def read(self, source: str, tokenizer: Any) -> "Records":
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    """The class of transformers that loads the model."""
+    task: ClassVar[str] = "CAUSAL_LM"
+    """What PEFT calls the kind of the model; it decides which heads train beside adapters."""
+
+    def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """The records of a data source.
 
         Args:
             source: A value of ``data`` or ``eval_data``.
             tokenizer: The model's tokenizer.
+            like: The training records, when those to evaluate on are read.
 
         Returns:
             At least one record.
@@ -154,19 +163,64 @@ class TrainConfig(BaseModel):
             data: The training records, then those to evaluate on if there are any.
 
         Returns:
-            A causal language model, unless an objective needs another kind.
+            A model of ``auto_class``.
         """
+        return self.load_with(source)
+
+    def load_with(self, source: str, **settings: Any) -> Any:
+        """The model, with settings of its config such as the number of classes."""
         import torch
 
         from samestep.models.load import load_model
 
         return load_model(
             source,
+            auto_class=self.auto_class,
             init=self.init,
             dtype=getattr(torch, self.dtype),
             seed=self.seed,
             trust_remote_code=self.trust_remote_code,
+            settings=settings,
         )
+
+    def collate(
+        self,
+        data: "Records",
+        indices: Sequence[int],
+        *,
+        padding: "Padding",
+        pad_id: int,
+        key: tuple[int, int],
+    ) -> dict[str, Any]:
+        """One micro-batch of records.
+
+        Args:
+            data: The data set.
+            indices: Which of its records; at least one.
+            padding: The layout.
+            pad_id: What to fill padding with.
+            key: (seed, step): what is random about an example is a function of this and its row.
+
+        Returns:
+            What the model and the objective read.
+        """
+        from samestep.data.records import collate_records
+
+        return collate_records([data[at] for at in indices], padding=padding, pad_id=pad_id)
+
+    def outputs(self, model: Any, micro: dict[str, Any]) -> "Tensor":
+        """What the model makes of a micro-batch: a sequence must not change its neighbour's part.
+
+        Args:
+            model: The model.
+            micro: At least ``input_ids``.
+
+        Returns:
+            [rows, length, ...] by token, or [sequences, width].
+        """
+        from samestep.models.packing import logits_of
+
+        return logits_of(model, micro)
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """What to optimise.

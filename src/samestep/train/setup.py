@@ -11,6 +11,7 @@ from samestep.data.plan import cut_epoch, order
 from samestep.data.records import Records
 from samestep.errors import ConfigError
 from samestep.models.dropout import replace_dropout
+from samestep.models.linear import speed_up_linear
 from samestep.models.load import load_tokenizer, resolve
 from samestep.models.lora import add_lora
 from samestep.models.packing import choose_padding
@@ -75,7 +76,7 @@ def set_up(config: TrainConfig) -> Run:
     model = together(lambda: _load_model(config, data))
     layout = together(lambda: choose_layout(model, config, device))
     model = shard(model, config, device) if layout == "fsdp2" else model.to(device)
-    padding = choose_padding(model, config.padding)
+    padding = choose_padding(model, config.padding, config.outputs)
     prepare(model)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -112,7 +113,7 @@ def _load_data(config: TrainConfig) -> tuple[Any, list[Records]]:
     tokenizer = load_tokenizer(resolve(config.tokenizer or source), trust_remote_code=trust)
     data = [_read(config.data, tokenizer, config)]
     if config.eval_data:
-        data.append(_read(config.eval_data, tokenizer, config))
+        data.append(_read(config.eval_data, tokenizer, config, data[0]))
     return tokenizer, data
 
 
@@ -129,8 +130,10 @@ def _load_model(config: TrainConfig, data: list[Records]) -> Any:
             dropout=config.lora_dropout,
             targets=config.lora_targets,
             seed=config.seed,
+            task=config.task,
         )
     replace_dropout(model)
+    speed_up_linear(model)
     return model
 
 
@@ -145,8 +148,8 @@ def _device(wanted: str) -> torch.device:
         raise ConfigError(f"device: {wanted!r} is not there ({first}); use auto or cpu") from None
 
 
-def _read(source: str, tokenizer: Any, config: TrainConfig) -> Records:
-    records = config.read(source, tokenizer)
+def _read(source: str, tokenizer: Any, config: TrainConfig, like: Records | None = None) -> Records:
+    records = config.read(source, tokenizer, like)
     for reason, rows in records.dropped.items():
         log.warning("%s: %d rows dropped: %s", source, rows, reason)
     return records

@@ -179,7 +179,7 @@ class Loop:
             lambda: step(
                 self.run.model,
                 self.run.optimizer,
-                micro_batches.of_this_rank(plan.examples),
+                micro_batches.of_this_rank(plan.examples, plan.step),
                 self._watched(objective.loss_fn, step_number=plan.step),
                 max_grad_norm=self.config.max_grad_norm,
                 counters=objective.counters,
@@ -198,7 +198,7 @@ class Loop:
             batches,
             lambda: evaluate(
                 self.run.model,
-                batches.of_this_rank(everything),
+                batches.of_this_rank(everything, 0),
                 self._watched(objective.loss_fn),
                 counters=objective.counters,
             ),

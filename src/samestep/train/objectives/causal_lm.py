@@ -26,7 +26,7 @@ class CausalLMConfig(TrainConfig):
     z_loss: float = Field(default=0.0, ge=0)
     """Factor of the squared logsumexp."""
 
-    def read(self, source: str, tokenizer: Any) -> "Records":
+    def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of text, prompt and completion, messages, or token ids."""
         from samestep.data.load import load_rows
         from samestep.data.records import Records

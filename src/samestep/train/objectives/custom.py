@@ -23,7 +23,7 @@ class CustomConfig(TrainConfig):
     rows: Literal["completions", "pairs"] = "completions"
     """Which rows it takes: those of causal_lm, or those of dpo."""
 
-    def read(self, source: str, tokenizer: Any) -> "Records":
+    def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows as of the objective whose form was chosen."""
         shared = self.model_dump(include=set(TrainConfig.model_fields) - {"objective"})
         if self.rows == "pairs":

@@ -34,7 +34,7 @@ DPOLoss = Literal[
 class PairConfig(TrainConfig):
     """Rows of a prompt with a chosen and a rejected completion."""
 
-    def read(self, source: str, tokenizer: Any) -> "Records":
+    def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of prompt, chosen and rejected."""
         from samestep.data.load import load_rows
         from samestep.data.preference import pair_records
