@@ -79,6 +79,7 @@ def run(
     auditor: Auditor = audit,
     *,
     choose: Callable[[Case], bool] = lambda case: True,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Outcome]:
     """Audit the subjects that are chosen.
 
@@ -102,6 +103,7 @@ def run(
                 }
                 seconds = time.perf_counter() - start
                 outcomes.append(Outcome(family, case, seed, found, seconds))
+                say(f"{'good' if outcomes[-1].good else 'BAD '} {family}: {case.name} ({seed})")
     return outcomes
 
 
@@ -153,8 +155,9 @@ def main() -> int:
     parser.add_argument("--only", default="")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    outcomes = run(given.seeds, choose=lambda case: given.only in case.name)
-    show(outcomes, Console(highlight=False, width=120))
+    console = Console(highlight=False, width=120)
+    outcomes = run(given.seeds, choose=lambda case: given.only in case.name, say=console.print)
+    show(outcomes, console)
     counts = totals(outcomes)
     if given.json:
         record = {
