@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from samestep.audit.adapters.loop import LoopNames, LoopSubject
+from samestep.audit.adapters.loop import LoopSubject
+from samestep.audit.adapters.names import LoopNames
 from samestep.audit.noise import FloatsSeen, along_a_line, trembling
 from samestep.audit.runs import Runs, cuts
 from samestep.audit.vectors import compare

@@ -160,6 +160,9 @@ def _by_labels(runs: Runs, case: Case, **changes: object) -> Diagnosis | None:
     """Labels that the collator loses or repeats where examples share a batch."""
     if changes.get("packed") or "labels" not in case.counts[-1]:
         return None
+    shapes = [runs.subject.shape(micro) for micro in runs.singles]
+    if any(shape is not None and shape[0] != 1 for shape in shapes):
+        return None  # even alone they are not what they are
     alone = sum(runs.counts(one, **changes)["labels"][1] for one in runs.singles)
     together = runs.counts(runs.whole[0], **changes)["labels"][1]
     padded = runs.counts(runs.whole[0], **changes, padding=1).get("labels", ("", 0.0))[1]
