@@ -9,13 +9,14 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test lint unit slow demo bench corpus format clean
+.PHONY: help setup test lint unit slow demo bench corpus audit format clean
 
 help:
 	@echo "make demo    fine-tune a real 135 M-parameter model and prove the step (5 minutes)"
 	@echo "make test    lint, types, and every test, the slow ones too"
 	@echo "make bench   compare speed and memory with TRL (20 minutes)"
 	@echo "make corpus  audit the corpus of seeded bugs and sound loops (5 minutes)"
+	@echo "make audit   audit the trainers of transformers and TRL (an hour; it resumes)"
 	@echo "make format  put the code in its standard form"
 
 setup: $(READY)
@@ -49,6 +50,9 @@ bench: $(READY)
 
 corpus: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/corpus/corpus_run.py --json benchmarks/results/corpus.json
+
+audit: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/audit/run.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix
