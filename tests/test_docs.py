@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from objective_rows import ROWS, write_rows_of
-from runs import llama_folder, read_lines
+from runs import bert_folder, llama_folder, read_lines
 
 from samestep.train.arguments import read_config
 from samestep.train.trainer import train
@@ -18,6 +18,11 @@ CONFIGS: list[dict[str, Any]] = [
 ]
 
 
+def tiny_model(folder: Path, name: str) -> Path:
+    """A tiny model of the same kind."""
+    return bert_folder(folder) if "bert" in name else llama_folder(folder)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config["objective"])
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]) -> None:
     monkeypatch.chdir(tmp_path)
@@ -25,7 +30,7 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[s
         "import samestep\n\nloss = samestep.CausalLMLoss()\n", encoding="utf-8"
     )
     tiny = {
-        "model": str(llama_folder(tmp_path / "tiny")),
+        "model": str(tiny_model(tmp_path / "tiny", config["model"])),
         "data": write_rows_of(config["objective"], tmp_path / "rows.jsonl", 8),
         "out": "out",
         "steps": 1,

@@ -101,12 +101,26 @@ class TrainConfig(BaseModel):
 
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the weights and of the computation; gradients add up in float32 at least."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward: less memory, more time."""
+    gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """What the backward computes again: nothing, all but matrix products and attention, or whole
+    layers. auto: selective on CPUs. Changes speed and memory, not the step."""
     device: str = "auto"
     """cpu, cuda, mps; auto takes what there is."""
     seed: int = Field(default=0, ge=0)
     """Of the random weights, the order of the data, and dropout."""
+
+    ranks: int | None = Field(default=None, ge=1)
+    """Processes to start on this machine. Under torchrun it is torchrun that says how many."""
+    parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """Weights on every rank (ddp), or sharded over them (fsdp2); auto: ddp where they fit."""
+    mixed_precision: bool = False
+    """fsdp2: compute in bfloat16 over weights of --dtype; gradients add up in float32."""
+    cpu_offload: bool = False
+    """fsdp2: keep shards and optimizer state in the CPU's memory."""
+    rank_timeout: float = Field(default=600.0, ge=1)
+    """Seconds without progress after which a run on several ranks gives up, naming the rank."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite: end the run, or go on without it."""
 
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between evaluations."""
@@ -236,6 +250,7 @@ class TrainConfig(BaseModel):
 SAME_STEP = frozenset(
     {
         *("micro_batch", "micro_tokens", "padding", "gradient_checkpointing", "device"),
+        *("ranks", "parallel", "cpu_offload", "rank_timeout", "not_finite"),
         *("eval_data", "eval_every", "save_every", "keep", "track", "merge", "out"),
     }
 )
