@@ -8,11 +8,8 @@ import torch
 from samestep.data.collate import Padding, to_device
 from samestep.data.plan import cut_step
 from samestep.data.records import Records
+from samestep.train.budget import DEFAULT
 from samestep.train.config import TrainConfig
-
-AUTO_MICRO_TOKENS = 2048
-"""Tokens a micro-batch under ``micro_tokens: auto``: large enough to keep the matrix products
-busy, small enough for the activations of a billion-parameter model to fit beside its weights."""
 
 MakeMicroBatches = Callable[[Sequence[int], int], Iterator[dict[str, Any]]]
 """Maps indices of records, and the number of the step, to the micro-batches that hold them."""
@@ -38,7 +35,7 @@ def micro_batch_maker(
     Returns:
         A function from indices of records and the step to their micro-batches.
     """
-    budget = AUTO_MICRO_TOKENS if config.micro_tokens == "auto" else config.micro_tokens
+    budget = DEFAULT if config.micro_tokens == "auto" else config.micro_tokens
     lengths = records.lengths
 
     def make(indices: Sequence[int], step: int) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from samestep.data.plan import cut_epoch, order
+from samestep.data.plan import cut_epoch, order, plan_steps
 from samestep.data.records import Records
 from samestep.errors import ConfigError
 from samestep.models.checkpointing import checkpoint_activations
@@ -17,8 +17,10 @@ from samestep.models.load import load_tokenizer, resolve
 from samestep.models.lora import add_lora
 from samestep.models.packing import choose_padding
 from samestep.objective import Objective
+from samestep.ranks import world
 from samestep.train.annotate import annotated
 from samestep.train.batches import MakeMicroBatches, micro_batch_maker
+from samestep.train.calibrate import micro_token_budget
 from samestep.train.config import TrainConfig
 from samestep.train.optim import build_optimizer
 
@@ -97,12 +99,21 @@ def set_up(config: TrainConfig) -> Run:
         log.warning("this model cannot take packs without padding: padding to the right")
     pad_id = tokenizer.pad_token_id or 0
 
-    def micro_batches(records: Records) -> MakeMicroBatches:
+    def micro_batches(records: Records, config: TrainConfig = config) -> MakeMicroBatches:
         return micro_batch_maker(records, config, padding=padding, pad_id=pad_id, device=device)
 
     objective = config.build(model, data)
     if objective.annotate is not None:
         data = [annotated(model, one, micro_batches(one), objective.annotate) for one in data]
+    if config.micro_tokens == "auto" and config.micro_batch is None and world() == 1:
+        first = _first_step(data[0], config)
+        budget = micro_token_budget(
+            model,
+            objective,
+            config,
+            cut=lambda budget: list(micro_batches(data[0], _under(config, budget))(first, 0)),
+        )
+        config = _under(config, budget)
     return Run(
         model=model,
         tokenizer=tokenizer,
@@ -110,10 +121,24 @@ def set_up(config: TrainConfig) -> Run:
         objective=objective,
         train=data[0],
         evaluation=data[1] if data[1:] else None,
-        micro_batches=micro_batches(data[0]),
-        eval_micro_batches=micro_batches(data[1]) if data[1:] else None,
+        micro_batches=micro_batches(data[0], config),
+        eval_micro_batches=micro_batches(data[1], config) if data[1:] else None,
         steps=_total_steps(data[0], config),
     )
+
+
+def _under(config: TrainConfig, budget: int) -> TrainConfig:
+    return config.model_copy(update={"micro_tokens": budget})
+
+
+def _first_step(records: Records, config: TrainConfig) -> tuple[int, ...]:
+    plans = plan_steps(
+        records.lengths,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
+    )
+    return next(plans).examples
 
 
 def _device(wanted: str) -> torch.device:
