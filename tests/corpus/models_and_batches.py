@@ -1,4 +1,4 @@
-"""Models that couple examples, batches that leak, and everything around the loss."""
+"""Models and collators: batch statistics, padding that is seen, packs, LoRA, tied weights."""
 
 from collections.abc import Callable
 from typing import Any

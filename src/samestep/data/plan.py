@@ -1,9 +1,11 @@
 """The plan: which examples make a step, and how a step is cut into micro-batches.
 
 All pure functions. What a step holds depends on (seed, epoch) and the batch size alone; how it is
-cut depends on the lengths and the budget alone, and cannot change the step.
+dealt out to ranks and cut depends on the lengths, the number of ranks and the budget alone, and
+cannot change the step.
 """
 
+import heapq
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -117,6 +119,33 @@ def plan_steps(
             if step >= start:
                 yield StepPlan(step, epoch, epoch + seen / len(lengths), batch)
             step += 1
+
+
+def deal(lengths: Sequence[int], *, ranks: int) -> list[list[int]]:
+    """Deal a step's sequences out to ranks, so that all work about equally long.
+
+    A sequence costs its share of all tokens (matrix products) plus its share of all squared
+    lengths (attention). The costliest goes first, each to the rank that has the least (longest
+    processing time first: at most 4/3 of the best possible, Graham 1969).
+
+    Args:
+        lengths: The lengths of the step's sequences, in tokens.
+        ranks: At least 1.
+
+    Returns:
+        Positions in ``lengths``, ascending, each exactly once, by rank; none for some ranks if
+        there are fewer sequences than ranks.
+    """
+    tokens = max(1, sum(lengths))
+    squares = max(1, sum(length**2 for length in lengths))
+    costs = [length / tokens + length**2 / squares for length in lengths]
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    piles = [(0.0, rank) for rank in range(ranks)]
+    for position in sorted(range(len(lengths)), key=lambda at: (-costs[at], at)):
+        load, rank = heapq.heappop(piles)
+        hands[rank].append(position)
+        heapq.heappush(piles, (load + costs[position], rank))
+    return [sorted(hand) for hand in hands]
 
 
 def cut_step(

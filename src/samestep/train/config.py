@@ -111,6 +111,19 @@ class TrainConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     """Of the random weights, the order of the data, and dropout."""
 
+    ranks: int | None = Field(default=None, ge=1)
+    """Processes to start on this machine. Under torchrun it is torchrun that says how many."""
+    parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """Weights on every rank (ddp), or sharded over them (fsdp2); auto: ddp where they fit."""
+    mixed_precision: bool = False
+    """fsdp2: compute in bfloat16 over weights of --dtype; gradients add up in float32."""
+    cpu_offload: bool = False
+    """fsdp2: keep shards and optimizer state in the CPU's memory."""
+    rank_timeout: float = Field(default=600.0, ge=1)
+    """Seconds without progress after which a run on several ranks gives up, naming the rank."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite: end the run, or go on without it."""
+
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between evaluations."""
     save_every: int | None = Field(default=None, ge=1)
@@ -240,6 +253,7 @@ SAME_STEP = frozenset(
     {
         *("micro_batch", "micro_tokens", "memory_limit", "padding", "gradient_checkpointing"),
         "device",
+        *("ranks", "parallel", "cpu_offload", "rank_timeout", "not_finite"),
         *("eval_data", "eval_every", "save_every", "keep", "track", "merge", "out"),
     }
 )

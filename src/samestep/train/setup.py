@@ -17,11 +17,14 @@ from samestep.models.load import load_tokenizer, resolve
 from samestep.models.lora import add_lora
 from samestep.models.packing import choose_padding
 from samestep.objective import Objective
-from samestep.ranks import world
+from samestep.parallel import prepare
+from samestep.ranks import together, world
 from samestep.train.annotate import annotated
-from samestep.train.batches import MakeMicroBatches, micro_batch_maker
+from samestep.train.batches import MicroBatches
 from samestep.train.calibrate import micro_token_budget
 from samestep.train.config import TrainConfig
+from samestep.train.group import first_of_this_machine
+from samestep.train.layout import choose_layout, shard
 from samestep.train.optim import build_optimizer
 
 log = logging.getLogger("samestep")
@@ -49,8 +52,8 @@ class Run:
     objective: Objective
     train: Records
     evaluation: Records | None
-    micro_batches: MakeMicroBatches
-    eval_micro_batches: MakeMicroBatches | None
+    micro_batches: MicroBatches
+    eval_micro_batches: MicroBatches | None
     steps: int
 
 
@@ -67,51 +70,35 @@ def set_up(config: TrainConfig) -> Run:
         ConfigError: A setting does not fit the model or the machine.
         DataError: The data cannot be used.
     """
-    device = _device(config.device)
-    source = resolve(config.model)
-    trust = config.trust_remote_code
-    if trust:
-        log.warning("trust_remote_code: Python code that comes with the model will run")
-    tokenizer = load_tokenizer(resolve(config.tokenizer or source), trust_remote_code=trust)
-    # Data first: they fail sooner than a model loads.
-    train = _read(config.data, tokenizer, config)
-    evaluation = _read(config.eval_data, tokenizer, config, train) if config.eval_data else None
-    data = [train] if evaluation is None else [train, evaluation]
-    model = config.load(source, data)
-    _check_fit(model, train, evaluation)
-    if config.lora_rank is not None:
-        assert config.lora_alpha is not None
-        model = add_lora(
-            model,
-            config.lora_rank,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            targets=config.lora_targets,
-            seed=config.seed,
-            task=config.task,
-        )
-    replace_dropout(model)
-    speed_up_linear(model)
-    model = model.to(device)
+    device = together(lambda: _device(config.device))
+    # First once a machine: the other ranks find converted weights and tokens in the cache.
+    if world() > 1:
+        together(lambda: _load_data(config) if first_of_this_machine() else None)
+    tokenizer, data = together(lambda: _load_data(config))
+    model = together(lambda: _load_model(config, data))
+    layout = together(lambda: choose_layout(model, config, device))
+    model = shard(model, config, device) if layout == "fsdp2" else model.to(device)
     padding = choose_padding(model, config.padding, config.outputs)
+    prepare(model)
     checkpoint_activations(model, config.gradient_checkpointing)
     if padding == "right" and config.padding == "auto":
         log.warning("this model cannot take packs without padding: padding to the right")
     pad_id = tokenizer.pad_token_id or 0
 
-    def micro_batches(records: Records, config: TrainConfig = config) -> MakeMicroBatches:
-        return micro_batch_maker(records, config, padding=padding, pad_id=pad_id, device=device)
+    def micro_batches(records: Records, config: TrainConfig = config) -> MicroBatches:
+        return MicroBatches(records, config, padding=padding, pad_id=pad_id, device=device)
 
     objective = config.build(model, data)
     if objective.annotate is not None:
         data = [annotated(model, one, micro_batches(one), objective.annotate) for one in data]
+        prepare(model)
     if config.micro_tokens == "auto" and config.micro_batch is None and world() == 1:
         first = _first_step(data[0], config)
         budget = micro_token_budget(
             model,
             objective,
             config,
-            cut=lambda budget: list(micro_batches(data[0], _under(config, budget))(first, 0)),
+            cut=lambda budget: list(micro_batches(data[0], _under(config, budget)).of(first, 0)),
         )
         config = _under(config, budget)
     return Run(
@@ -139,6 +126,39 @@ def _first_step(records: Records, config: TrainConfig) -> tuple[int, ...]:
         batch_tokens=config.batch_tokens,
     )
     return next(plans).examples
+
+
+def _load_data(config: TrainConfig) -> tuple[Any, list[Records]]:
+    """The tokenizer, and the records to train on, then those to evaluate on if there are any."""
+    source = resolve(config.model)
+    trust = config.trust_remote_code
+    if trust:
+        log.warning("trust_remote_code: Python code that comes with the model will run")
+    tokenizer = load_tokenizer(resolve(config.tokenizer or source), trust_remote_code=trust)
+    data = [_read(config.data, tokenizer, config)]
+    if config.eval_data:
+        data.append(_read(config.eval_data, tokenizer, config, data[0]))
+    return tokenizer, data
+
+
+def _load_model(config: TrainConfig, data: list[Records]) -> Any:
+    """The model, with adapters if asked for, and its dropout tied to the examples."""
+    model = config.load(resolve(config.model), data)
+    _check_fit(model, data[0], data[1] if data[1:] else None)
+    if config.lora_rank is not None:
+        assert config.lora_alpha is not None
+        model = add_lora(
+            model,
+            config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            targets=config.lora_targets,
+            seed=config.seed,
+            task=config.task,
+        )
+    replace_dropout(model)
+    speed_up_linear(model)
+    return model
 
 
 def _device(wanted: str) -> torch.device:
