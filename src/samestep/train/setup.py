@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from samestep.data.plan import cut_epoch, order, plan_steps
+from samestep.data.plan import plan_steps, steps_of
 from samestep.data.records import Records
 from samestep.errors import ConfigError
 from samestep.models.checkpointing import checkpoint_activations
@@ -207,14 +207,10 @@ def _total_steps(records: Records, config: TrainConfig) -> int:
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
-    return sum(
-        len(
-            cut_epoch(
-                order(len(records), seed=config.seed, epoch=epoch),
-                records.lengths,
-                batch_size=config.batch_size,
-                batch_tokens=config.batch_tokens,
-            )
-        )
-        for epoch in range(config.epochs)
+    return steps_of(
+        records.lengths,
+        seed=config.seed,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
     )
