@@ -10,11 +10,8 @@ from samestep.data.plan import cut_step, deal
 from samestep.data.records import Records
 from samestep.parallel import Idle
 from samestep.ranks import rank, world
+from samestep.train.budget import DEFAULT
 from samestep.train.config import TrainConfig
-
-AUTO_MICRO_TOKENS = 2048
-"""Tokens a micro-batch under ``micro_tokens: auto``: large enough to keep the matrix products
-busy, small enough for the activations of a billion-parameter model to fit beside its weights."""
 
 
 class MicroBatches:
@@ -42,7 +39,7 @@ class MicroBatches:
         self._padding = padding
         self._pad_id = pad_id
         self._device = device
-        tokens = AUTO_MICRO_TOKENS if config.micro_tokens == "auto" else config.micro_tokens
+        tokens = DEFAULT if config.micro_tokens == "auto" else config.micro_tokens
         self._by_number = config.micro_batch is not None
         self._budget = config.micro_batch or tokens
 
