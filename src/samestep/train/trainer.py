@@ -42,6 +42,7 @@ from samestep.train.optim import learning_rate, set_learning_rate
 from samestep.train.recorder import Recorder
 from samestep.train.run_folder import RunFolder
 from samestep.train.setup import Run, set_up
+from samestep.train.watch import Watch, watched
 from samestep.train_step import StepReport, step
 from samestep.two_pass import TwoPass
 
@@ -78,8 +79,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
             with (
                 Recorder(folder, config, total=run.steps, done=progress.step) as recorder,
                 interruptible(recorder.say) as stop_asked,
+                watched(config.rank_timeout) as watch,
             ):
-                loop = Loop(config, folder, run, recorder, stop_asked, progress)
+                loop = Loop(config, folder, run, recorder, stop_asked, watch, progress)
                 loop.run_to_the_end()
             save_model(run.model, run.tokenizer, folder.model, merge=config.merge)
             summary = _summary(run, folder, loop)
@@ -119,6 +121,7 @@ class Loop:
         run: The model, the data, the optimizer.
         recorder: Logs and shows.
         stop_asked: The number of the signal that asked to stop, or 0.
+        watch: Told where this rank is.
         progress: How far the run is.
         evaluations: Those of this call, in order.
     """
@@ -128,6 +131,7 @@ class Loop:
     run: Run
     recorder: Recorder
     stop_asked: Callable[[], int]
+    watch: Watch
     progress: Progress
     evaluations: list[EvalReport] = field(default_factory=list)
 
@@ -180,7 +184,7 @@ class Loop:
                 self.run.model,
                 self.run.optimizer,
                 micro_batches.of_this_rank(plan.examples, plan.step),
-                self._watched(objective.loss_fn, step_number=plan.step),
+                self._looked_after(objective.loss_fn, step_number=plan.step),
                 max_grad_norm=self.config.max_grad_norm,
                 counters=objective.counters,
             ),
@@ -199,7 +203,7 @@ class Loop:
             lambda: evaluate(
                 self.run.model,
                 batches.of_this_rank(everything, 0),
-                self._watched(objective.loss_fn),
+                self._looked_after(objective.loss_fn),
                 counters=objective.counters,
             ),
         )
@@ -208,6 +212,7 @@ class Loop:
         self.recorder.evaluated.add(done)
 
     def _save(self) -> None:
+        self.watch.moves("saving", hurried=False)
         checkpoint.save(
             self.folder.checkpoints,
             self.run.model,
@@ -216,19 +221,22 @@ class Loop:
             keep=self.config.keep,
         )
 
-    def _watched(self, loss_fn: LossFn, *, step_number: int | None = None) -> LossFn:
+    def _looked_after(self, loss_fn: LossFn, *, step_number: int | None = None) -> LossFn:
         """The loss, after a look at whether to stop; dropout keyed to the step if it has one."""
         # Under FSDP2 a rank must not leave a step alone: there a signal waits for the step's end.
         may_stop = not is_sharded(self.run.model)
+        numbers = itertools.count()
+        what = "evaluation" if step_number is None else f"step {step_number + 1}"
 
-        def watched(model: Any, micro: Any) -> LossResult:
+        def looked_after(model: Any, micro: Any) -> LossResult:
             if may_stop and self.stop_asked():
                 raise StopAskedError("asked to stop")
+            self.watch.moves(f"{what}, micro-batch {next(numbers) + 1}")
             if step_number is not None:
                 key_dropout(model, micro, seed=self.config.seed, step=step_number)
             return loss_fn(model, micro)
 
-        return TwoPass(watched) if isinstance(loss_fn, TwoPass) else watched
+        return TwoPass(looked_after) if isinstance(loss_fn, TwoPass) else looked_after
 
     def _within_memory(self, micro_batches: MicroBatches, work: Callable[[], Report]) -> Report:
         """Do it again with smaller micro-batches as long as memory does not suffice."""
