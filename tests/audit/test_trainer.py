@@ -95,7 +95,7 @@ def test_a_classifier_is_multiplied_by_the_accumulation() -> None:
     assert found(report)["micro-batch"] == "unscaled-sum"
     by_name = {axis.name: axis for axis in report.axes}
     assert by_name["micro-batch"].ratio == pytest.approx(8)
-    assert by_name["short-window"].ratio == pytest.approx(8)
+    assert by_name["short-window"].ratio == pytest.approx(4)
     assert by_name["evaluation-batch"].verdict == "exact"
 
 

@@ -1,4 +1,4 @@
-"""Unusual models and collators: batch statistics, padding that is seen, packs, LoRA, tied weights."""
+"""Models and collators: batch statistics, padding that is seen, packs, LoRA, tied weights."""
 
 from collections.abc import Callable
 from typing import Any

@@ -59,7 +59,8 @@ def test_a_run_leaves_everything_that_the_docs_promise(tmp_path: Path) -> None:
         {"micro_batch": 8, "padding": "right"},
         {"micro_tokens": 70},
         {"micro_tokens": 200, "padding": "right"},
-        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": "none"},
+        {"gradient_checkpointing": "full"},
     ],
     ids=str,
 )

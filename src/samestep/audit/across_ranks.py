@@ -73,10 +73,22 @@ def _try(
         comparison = compare(seen[-1].gradient, seen[0].gradient)
         return judge("ranks", runs, comparison, reason=reason, diagnose=lambda: diagnosis)
     found = seen[0].gradient
+    natural = compare(found, whole)
+    if runs.clips:
+        found = runs.gradient_of_ranks(given, masked=masked)
+        whole = runs.gradient((everything,), masked=masked)
+        free = compare(found, whole)
+        if free.relative_difference > runs.small_tolerance:
+            natural = free
+            reason += ", with gradients too small to be clipped"
+        elif natural.relative_difference > runs.tolerance:
+            evidence = f"with gradients too small to be clipped: {free.relative_difference:.1e}"
+            clipped = Diagnosis("clip-per-micro-batch", free.relative_difference, evidence)
+            return judge("ranks", runs, natural, reason=reason, diagnose=lambda: clipped)
     return judge(
         "ranks",
         runs,
-        compare(found, whole),
+        natural,
         reason=reason,
         diagnose=lambda: diagnose_ranks(runs, given, found, whole, masked),
     )
@@ -111,7 +123,7 @@ def diagnose_ranks(
     close = closeness(runs)
     if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
         return Diagnosis("rank-local-count", 0.0, "the rank without targets divides 0 by 0")
-    own = [runs.run(share, masked=masked).gradient for share in given]
+    own = [runs.clear(share, masked=masked) for share in given]
     law = fit(found, own)
     evidence = (
         f"on the ranks' own gradients: {' '.join(f'{one:.4g}' for one in law.coefficients)} "
@@ -140,7 +152,7 @@ def _repeated(
     """Examples that several ranks, or one twice, were dealt."""
     dealt = tuple(index for share in given for micro in share for index in micro)
     if len(set(dealt)) < len(dealt):
-        yield "duplicated-examples", runs.run((dealt,), masked=masked).gradient
+        yield "duplicated-examples", runs.clear((dealt,), masked=masked)
 
 
 def _local(given: Sequence[Cut], own: Sequence[Gradient]) -> Iterator[tuple[str, Gradient]]:

@@ -9,7 +9,7 @@ from statistics import median
 
 from samestep.audit.causes import Diagnosis
 from samestep.audit.laws import Case, Law, case_of, closeness, laws
-from samestep.audit.layout import padding_is_seen
+from samestep.audit.layout import padding_seen
 from samestep.audit.neighbours import coupled, leak
 from samestep.audit.runs import Runs
 from samestep.audit.subject import Cut
@@ -141,8 +141,9 @@ def _inside(runs: Runs, cut: Cut, case: Case, **changes: object) -> Diagnosis | 
     repeated = _by_example(runs, cut, case, **changes)
     if repeated is not None:
         return repeated
-    if not changes and padding_is_seen(runs):
-        return Diagnosis("padding-attended", 0.0, "more padding alone changes the gradient")
+    padded = None if changes else padding_seen(runs)
+    if padded is not None:
+        return padded
     apart = coupled(runs, cut, **changes)
     if apart is not None and apart <= case.close:
         return None
@@ -210,4 +211,16 @@ def diagnose_empty(runs: Runs, cut: Cut, masked: tuple[int, ...]) -> Diagnosis:
     found = runs.run(cut, masked=masked).gradient
     if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
         return Diagnosis("mean-of-means", 0.0, "the empty micro-batch divides 0 by 0")
-    return diagnose_split(runs, cut, masked=masked)
+    return (
+        diagnose_split(runs, cut) if faulty(runs, cut) else diagnose_split(runs, cut, masked=masked)
+    )
+
+
+def faulty(runs: Runs, cut: Cut) -> bool:
+    """Whether the cut is inexact by itself; then it has the same fault under any setting."""
+    whole = (tuple(index for micro in cut for index in micro),)
+    gradients = (
+        (runs.run(cut).gradient, runs.run(whole).gradient, runs.tolerance),
+        (runs.gradient(cut), runs.gradient(whole), runs.small_tolerance),
+    )
+    return any(compare(a, b).relative_difference > most for a, b, most in gradients)

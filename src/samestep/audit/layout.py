@@ -32,13 +32,16 @@ def diagnose_padding(runs: Runs, *, side: str) -> Diagnosis:
     return Diagnosis("padding-attended", seen.relative_difference, evidence)
 
 
-def padding_is_seen(runs: Runs) -> bool:
-    """Whether more padding on the right changes more than the scale of the gradient."""
+def padding_seen(runs: Runs) -> Diagnosis | None:
+    """Why padding changes more than the scale of the gradient; None if it does not."""
     if "padding" in runs.subject.skips():
-        return False
-    padded = runs.gradient(runs.whole, padding=COLUMNS)
-    seen = compare(padded, runs.gradient(runs.whole))
-    return seen.relative_difference > runs.small_tolerance and not _same_direction(runs, seen)
+        return None
+    for side in runs.subject.padding_sides():
+        padded = runs.gradient(runs.whole, padding=COLUMNS, side=side)
+        seen = compare(padded, runs.gradient(runs.whole))
+        if seen.relative_difference > runs.small_tolerance and not _same_direction(runs, seen):
+            return diagnose_padding(runs, side=side)
+    return None
 
 
 def _same_direction(runs: Runs, seen: Comparison) -> bool:
@@ -82,7 +85,10 @@ def _count_of_pack(runs: Runs) -> str:
     """What the scale of a pack says of the denominator: padding, that it lacks, or labels."""
     padded = runs.subject.skips().get("padding") is None
     if padded:
-        wider = compare(runs.gradient(runs.whole, padding=COLUMNS), runs.gradient(runs.whole))
+        wider = compare(
+            runs.gradient(runs.whole, padding=COLUMNS, side=runs.subject.padding_sides()[0]),
+            runs.gradient(runs.whole),
+        )
         if wider.relative_difference > runs.small_tolerance:
             return "padding-counted"
     return "unshifted-count"

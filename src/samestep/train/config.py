@@ -101,8 +101,9 @@ class TrainConfig(BaseModel):
 
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the weights and of the computation; gradients add up in float32 at least."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward: less memory, more time."""
+    gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """What the backward computes again: nothing, all but matrix products and attention, or whole
+    layers. auto: selective on CPUs. Changes speed and memory, not the step."""
     device: str = "auto"
     """cpu, cuda, mps; auto takes what there is."""
     seed: int = Field(default=0, ge=0)

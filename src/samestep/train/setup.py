@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from samestep.data.plan import cut_epoch, order
 from samestep.data.records import Records
 from samestep.errors import ConfigError
+from samestep.models.checkpointing import checkpoint_activations
 from samestep.models.dropout import replace_dropout
 from samestep.models.linear import speed_up_linear
 from samestep.models.load import load_tokenizer, resolve
@@ -78,8 +79,7 @@ def set_up(config: TrainConfig) -> Run:
     model = shard(model, config, device) if layout == "fsdp2" else model.to(device)
     padding = choose_padding(model, config.padding, config.outputs)
     prepare(model)
-    if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model, config.gradient_checkpointing)
     if padding == "right" and config.padding == "auto":
         log.warning("this model cannot take packs without padding: padding to the right")
     pad_id = tokenizer.pad_token_id or 0

@@ -1,6 +1,7 @@
 """A custom loop as a subject: four names in a file or on an object."""
 
 import contextlib
+import copy
 import inspect
 import random
 import time
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from samestep.audit.adapters.capture import (
+    WithoutDropout,
     observe,
     optimizer_steps,
     scaled_gradients,
@@ -29,7 +31,7 @@ from samestep.audit.batches import (
     length_of,
     mask_borders,
     mask_targets,
-    own_side,
+    padding_of,
     places,
 )
 from samestep.audit.children import alone, in_ranks
@@ -145,11 +147,12 @@ class LoopSubject:
         seed_all(0)
         self._initial = {key: value.clone() for key, value in loop.model().state_dict().items()}
         self._slowest = 0.0
-        singles = [loop.collate([example]) for example in loop.examples]
+        singles = [self._collated([example]) for example in loop.examples]
         self._facts = facts_of(singles)
         self._lengths = [length_of(single) for single in singles]
-        by_length = sorted(range(self.size), key=lambda index: self._lengths[index])
-        self._unequal = (by_length[-1], by_length[0])
+        by_length = sorted(range(self.size), key=lambda index: self._lengths[index] or 0)
+        short, long = (loop.examples[at] for at in (by_length[0], by_length[-1]))
+        self._padding = padding_of(self._collated([short]), self._collated([long, short]))
 
     def facts(self) -> Sequence[Facts] | None:
         """From ``labels`` of each example's own batch."""
@@ -167,10 +170,10 @@ class LoopSubject:
             reasons["ranks"] = f"the subject has no {OPTIONAL['wrap']}"
         if not loop.terms:
             reasons["terms"] = f"the subject has no {OPTIONAL['terms']}"
-        if self._facts is None or loop.collate([loop.examples[0]])["labels"].is_floating_point():
+        if self._facts is None or self._collated(loop.examples[:1])["labels"].is_floating_point():
             reasons["zero-target"] = "batches have no tensor 'labels' of classes"
-        if not _has_rows_of_labels(self._batch(self._unequal, PLAIN)):
-            reasons["padding"] = "batches have no 'input_ids' and 'labels' [rows, length]"
+        if self._padding is None:
+            reasons["padding"] = "collate does not pad rows [rows, length], as far as can be seen"
         function = loop.step or loop.train
         if function is not None and not accepts(function, "accumulation"):
             reasons["short-window"] = (
@@ -220,8 +223,7 @@ class LoopSubject:
 
     def padding_sides(self) -> tuple[Literal["right", "left"], ...]:
         """The one on which the subject's own collator pads."""
-        pair = self._batch(self._unequal, PLAIN)
-        return (own_side(self._batch(self._unequal[1:], PLAIN), pair),)
+        return () if self._padding is None else (self._padding.side,)
 
     def counts(
         self, micro: tuple[int, ...], setting: Setting = PLAIN
@@ -287,15 +289,19 @@ class LoopSubject:
 
     def _batch(self, micro: Sequence[int], setting: Setting) -> Any:
         examples = [self.loop.examples[index] for index in micro]
-        if setting.packed:
-            assert self.loop.pack is not None
-            batch = self.loop.pack(examples)
-        else:
-            batch = self.loop.collate(examples)
+        batch = self._collated(examples, packed=setting.packed)
         batch = self._edited(batch, micro, setting)
         if setting.padding:
-            batch = add_padding(batch, setting.padding, side=setting.side, filler=setting.filler)
+            fills = None if self._padding is None else self._padding.fills
+            batch = add_padding(
+                batch, setting.padding, side=setting.side, filler=setting.filler, fills=fills
+            )
         return batch if setting.dtype is None else cast(batch, setting.dtype)
+
+    def _collated(self, examples: Sequence[Any], *, packed: bool = False) -> Any:
+        function = self.loop.pack if packed else self.loop.collate
+        assert function is not None
+        return function(copy.deepcopy(list(examples)))  # it may change what it is given
 
     def _edited(self, batch: Any, micro: Sequence[int], setting: Setting) -> Any:
         changed = {at for at, index in enumerate(micro) if index in setting.altered}
@@ -304,7 +310,8 @@ class LoopSubject:
         masked = {at for at, index in enumerate(micro) if index in setting.masked}
         if not (changed or masked or setting.borders_masked):
             return batch
-        where = places(batch, [self._lengths[index] for index in micro])
+        side = "right" if self._padding is None else self._padding.side
+        where = places(batch, [self._lengths[index] for index in micro], side)
         if changed:
             batch = alter(batch, [where[at] for at in changed])
         if masked:
@@ -320,7 +327,8 @@ class LoopSubject:
         if accepts(function, "accumulation"):
             options["accumulation"] = setting.window or len(micros)
         before = weights(inner)
-        with scaled_gradients(inner, setting.scale), optimizer_steps(inner) as steps:
+        dropping = contextlib.nullcontext() if setting.dropout else WithoutDropout()
+        with scaled_gradients(inner, setting.scale), optimizer_steps(inner) as steps, dropping:
             reported = function(model, micros, **options)
         return observe(inner, before, steps, numbers(reported))
 
@@ -340,19 +348,6 @@ def silence_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def _has_rows_of_labels(batch: Any) -> bool:
-    """Whether the batch of two examples is padded rows of tokens, each with a label."""
-    if not isinstance(batch, Mapping):
-        return False
-    ids, labels = batch.get("input_ids"), batch.get("labels")
-    return (
-        isinstance(ids, Tensor)
-        and isinstance(labels, Tensor)
-        and ids.shape == labels.shape
-        and len(ids) == 2
-    )
 
 
 def numbers(reported: Any) -> dict[str, float]:

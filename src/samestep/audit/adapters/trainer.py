@@ -79,10 +79,11 @@ class TrainerSubject:
         self.factory = factory
         self.rows = 1
         trainer = self._first(name)
-        self.size = min(length(trainer.train_dataset, EXAMPLES * self.rows) // self.rows, EXAMPLES)
+        held = length(trainer.train_dataset, EXAMPLES * self.rows) // self.rows
+        self.size = min(held, EXAMPLES) // 2 * 2  # an even number is cut into equal parts
         if self.size < 4:
             raise CheckError(
-                f"{name}: {self.size * self.rows} rows of training data are too few to cut: give "
+                f"{name}: {held * self.rows} rows of training data are too few to cut: give "
                 f"{4 * self.rows} or more, of different lengths"
             )
         kinds = f"{type(trainer).__name__}, {type(trainer.model).__name__}"
