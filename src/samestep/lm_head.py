@@ -23,7 +23,14 @@ NOT_FOR_THE_MODEL = ("labels", "example_ids", "example_weights", "fields", "mism
 
 
 def model_inputs(micro: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a micro-batch goes into the model: all but labels, weights, ids and fields."""
+    """What of a micro-batch goes into the model: all but labels, weights, ids and fields.
+
+    Args:
+        micro: A micro-batch of `samestep.data.collate.collate`, or another mapping.
+
+    Returns:
+        The tensors that the model is called with.
+    """
     return {key: micro[key] for key in micro if key not in NOT_FOR_THE_MODEL}
 
 

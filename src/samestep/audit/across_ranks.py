@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 from samestep.audit.axes import AxisResult, judge
-from samestep.audit.causes import advice
-from samestep.audit.diagnose import LINEAR, Diagnosis, coupled
+from samestep.audit.causes import Diagnosis, advice
+from samestep.audit.laws import closeness
+from samestep.audit.neighbours import coupled
 from samestep.audit.runs import Runs
 from samestep.audit.subject import Cut, Gradient, Observation
 from samestep.audit.vectors import combine, compare, fit
@@ -66,7 +67,7 @@ def _try(
             "ranks", "inexact", reason, cause=cause, evidence=str(error), advice=advice(cause)
         )
     apart = _apart(seen)
-    if apart > runs.tolerance():
+    if apart > runs.tolerance:
         evidence = f"the ranks' own results differ by {apart:.1e} after the step"
         diagnosis = Diagnosis("ranks-not-synchronised", 0.0, evidence)
         comparison = compare(seen[-1].gradient, seen[0].gradient)
@@ -107,7 +108,7 @@ def diagnose_ranks(
     Returns:
         The law that predicts the gradient.
     """
-    close = max(LINEAR, 100 * runs.floor())
+    close = closeness(runs)
     if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
         return Diagnosis("rank-local-count", 0.0, "the rank without targets divides 0 by 0")
     own = [runs.run(share, masked=masked).gradient for share in given]
@@ -122,8 +123,8 @@ def diagnose_ranks(
     if best > close:
         return Diagnosis("unexplained", best, evidence)
     if name in ("rank-local-count", "world-scaled") and fit(whole, own).residual > close:
-        pair = (given[0][0][0], given[-1][-1][-1])
-        if coupled(runs, pair, close, masked=masked):
+        apart = coupled(runs, given[0] + given[-1], masked=masked)
+        if apart is None or apart > close:
             return Diagnosis("batch-coupled-term", best, evidence)
     return Diagnosis(name, best, evidence)
 

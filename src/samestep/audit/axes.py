@@ -7,14 +7,9 @@ from typing import Literal
 
 import torch
 
-from samestep.audit.causes import advice
-from samestep.audit.diagnose import (
-    Diagnosis,
-    diagnose_empty,
-    diagnose_pack,
-    diagnose_padding,
-    diagnose_split,
-)
+from samestep.audit.causes import Diagnosis, advice
+from samestep.audit.diagnose import diagnose_empty, diagnose_split
+from samestep.audit.layout import COLUMNS, diagnose_pack, diagnose_padding
 from samestep.audit.runs import Runs, cuts
 from samestep.audit.subject import Cut
 from samestep.audit.vectors import Comparison, compare
@@ -62,10 +57,11 @@ def judge(
     *,
     reason: str,
     diagnose: Callable[[], Diagnosis],
+    tolerance: float | None = None,
 ) -> AxisResult:
     """A verdict from a comparison; the diagnosis is asked for only if it is needed."""
-    exact = seen.relative_difference <= runs.tolerance()
-    diagnosis = None if exact else diagnose()
+    exact = seen.relative_difference <= (tolerance or runs.tolerance)
+    diagnosis = None if exact else _asked(diagnose, seen)
     return AxisResult(
         name=name,
         verdict="exact" if exact else "inexact",
@@ -73,13 +69,22 @@ def judge(
         ratio=seen.ratio,
         cosine=seen.cosine,
         relative_difference=seen.relative_difference,
-        noise_floor=runs.floor(),
+        noise_floor=runs.floor,
         worst=() if exact else seen.worst,
         cause=diagnosis.cause if diagnosis else None,
         residual=diagnosis.residual if diagnosis else None,
         evidence=diagnosis.evidence if diagnosis else "",
         advice=advice(diagnosis.cause if diagnosis else None),
     )
+
+
+def _asked(diagnose: Callable[[], Diagnosis], seen: Comparison) -> Diagnosis:
+    """A diagnosis; a subject that fails on the way to it is no less inexact."""
+    try:
+        return diagnose()
+    except Exception as error:  # the subject is the user's code: anything may come
+        reason = f"the subject failed in a run of the diagnosis: {type(error).__name__}: {error}"
+        return Diagnosis("unexplained", seen.relative_difference, reason)
 
 
 def shape(cut: Cut) -> str:
@@ -94,16 +99,23 @@ def micro_batch(runs: Runs) -> AxisResult:
     """The micro-batch size, at the same effective batch."""
     whole = runs.run(runs.whole).gradient
     tried = cuts(runs.subject.size, uniform=runs.subject.uniform)
+    # A ragged cut tells laws apart that coincide where all micro-batches are of one size.
+    telling = tried[0]
     seen = [(compare(runs.run(cut).gradient, whole), cut) for cut in tried]
     worst, cut = max(seen, key=lambda pair: _size(pair[0]))
-    # A ragged cut tells laws apart that coincide where all micro-batches are of one size.
-    telling = cut if runs.subject.uniform else tried[0]
+    note = ""
+    if worst.relative_difference <= runs.tolerance and runs.scalable:
+        # A final clip to one norm hides a wrong scale; small gradients are not clipped.
+        free = compare(runs.gradient(telling), runs.gradient(runs.whole))
+        if free.relative_difference > runs.small_tolerance:
+            worst, cut, note = free, telling, ", with gradients too small to be clipped"
     return judge(
         "micro-batch",
         runs,
         worst,
         reason=f"{shape(cut)} against {shape(runs.whole)}, the worst of "
-        + ", ".join(shape(one) for one in tried),
+        + ", ".join(shape(one) for one in tried)
+        + note,
         diagnose=lambda: diagnose_split(runs, telling),
     )
 
@@ -134,7 +146,7 @@ def padding(runs: Runs) -> AxisResult:
     """Longer rows: more padding on the right; on the left where there is an attention mask."""
     whole = runs.run(runs.whole).gradient
     seen = [
-        (compare(runs.run(runs.whole, padding=5, side=side).gradient, whole), side)
+        (compare(runs.run(runs.whole, padding=COLUMNS, side=side).gradient, whole), side)
         for side in runs.subject.padding_sides()
     ]
     worst, side = max(seen, key=lambda pair: _size(pair[0]))
@@ -142,8 +154,8 @@ def padding(runs: Runs) -> AxisResult:
         "padding",
         runs,
         worst,
-        reason=f"5 more columns on the {side}",
-        diagnose=lambda: diagnose_padding(runs, columns=5, side=side),
+        reason=f"{COLUMNS} more columns on the {side}",
+        diagnose=lambda: diagnose_padding(runs, side=side),
     )
 
 
@@ -151,13 +163,12 @@ def packing(runs: Runs) -> AxisResult:
     """Sequences side by side in one row against rows of their own."""
     whole = runs.run(runs.whole).gradient
     packed = runs.run(runs.whole, packed=True).gradient
-    singles = tuple((index,) for index in range(runs.subject.size))
     return judge(
         "packing",
         runs,
         compare(packed, whole),
         reason="all examples in one pack against a row each",
-        diagnose=lambda: diagnose_pack(runs, singles),
+        diagnose=lambda: diagnose_pack(runs),
     )
 
 
@@ -171,7 +182,7 @@ def short_window(runs: Runs) -> AxisResult:
 
     def diagnose() -> Diagnosis:
         full = compare(runs.run(cut).gradient, whole)
-        if full.relative_difference > runs.tolerance():
+        if full.relative_difference > runs.tolerance:
             return diagnose_split(runs, cut)  # inexact in full windows too: the same cause
         expected = len(cut) / window
         return Diagnosis(
@@ -238,12 +249,19 @@ def dropout(runs: Runs) -> AxisResult:
     seen = compare(
         runs.run(cut, dropout=True).gradient, runs.run(runs.whole, dropout=True).gradient
     )
+
+    def diagnose() -> Diagnosis:
+        moved = compare(runs.run(cut, dropout=True).gradient, runs.run(cut).gradient)
+        if moved.relative_difference <= runs.tolerance:
+            return diagnose_split(runs, cut)  # there is no dropout: the same cause as without
+        return Diagnosis("rng", seen.relative_difference, "the masks follow the split")
+
     return judge(
         "dropout",
         runs,
         seen,
         reason=f"{shape(cut)} against the whole with dropout on, same seed",
-        diagnose=lambda: Diagnosis("rng", seen.relative_difference, "the masks follow the split"),
+        diagnose=diagnose,
     )
 
 

@@ -1,5 +1,23 @@
 """The causes that the auditor can name: what each is, and what to change."""
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A cause and how well it predicts what was seen.
+
+    Attributes:
+        cause: A name in `samestep.audit.causes.CAUSES`, or "unexplained".
+        residual: Norm of observed minus predicted gradient, over the observed one's.
+        evidence: One line of numbers for the reader.
+    """
+
+    cause: str
+    residual: float
+    evidence: str
+
+
 CAUSES: dict[str, str] = {
     "mean-of-means": (
         "Each micro-batch is divided by its own number of targets, then the results are averaged, "
@@ -25,12 +43,13 @@ CAUSES: dict[str, str] = {
         "only the last loss is propagated. Clear gradients once, before the first micro-batch."
     ),
     "padding-counted": (
-        "The denominator counts padding positions, so the step depends on how long the rows were "
-        "padded. Count labels that are not -100."
+        "The denominator, or the weight of a micro-batch, counts positions that are no targets: "
+        "padding, so that the step depends on how long the rows were padded, or masked tokens such "
+        "as the prompt's. Count labels that are not -100."
     ),
     "unshifted-count": (
-        "The denominator counts labels before the shift: one too many for every sequence whose "
-        "first token has a label. Count labels[:, 1:]."
+        "The denominator, or the weight of a micro-batch, counts labels before the shift: one too "
+        "many for every sequence whose first token has a label. Count labels[:, 1:]."
     ),
     "clip-per-micro-batch": (
         "Gradients are clipped after each micro-batch, so large ones are shortened before they are "
@@ -47,6 +66,10 @@ CAUSES: dict[str, str] = {
     "duplicated-examples": (
         "Some examples enter the step more than once, as when a sampler repeats rows to fill the "
         "last batch or to even out ranks. Let the last batch be short, or give repeats no weight."
+    ),
+    "dropped-examples": (
+        "Some examples never reach the step, as when a loop or a sampler drops what does not fill "
+        "a batch. Let the last batch be short."
     ),
     "world-scaled": (
         "The gradient is multiplied by the number of ranks: it is summed over ranks but normalised "

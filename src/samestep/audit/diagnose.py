@@ -1,72 +1,19 @@
-"""Names the law behind a difference: predict the gradient that each bug would give, and score it.
+"""Names the law behind a split's difference: predict the gradient of each bug, and score it.
 
 No reference is needed. The micro-batches of a cut are run alone, each as if it were the effective
 batch; known bugs combine those gradients in known ways. The whole batch run undivided tells what
 the loop itself thinks the answer is.
 """
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeGuard
+from statistics import median
 
+from samestep.audit.causes import Diagnosis
+from samestep.audit.laws import Case, Law, case_of, closeness, laws
+from samestep.audit.layout import padding_is_seen
+from samestep.audit.neighbours import coupled, leak
 from samestep.audit.runs import Runs
-from samestep.audit.subject import Cut, Gradient
-from samestep.audit.vectors import Fit, combine, compare, fit, flatten
-
-LINEAR = 1e-5
-"""Residual below which a prediction explains a gradient, or 100 noise floors if that is more."""
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """A cause and how well it predicts what was seen.
-
-    Attributes:
-        cause: A name in `samestep.audit.causes.CAUSES`, or "unexplained".
-        residual: Norm of observed minus predicted gradient, over the observed one's.
-        evidence: One line of numbers for the reader.
-    """
-
-    cause: str
-    residual: float
-    evidence: str
-
-
-@dataclass(frozen=True)
-class Case:
-    """Everything that is known about one difference.
-
-    Attributes:
-        split: The gradient of the cut.
-        whole: The gradient of the undivided batch.
-        alone: The gradient of each micro-batch alone.
-        examples: How many examples each micro-batch holds.
-        targets: How many targets each holds, or None.
-        close: Residual that counts as explained.
-    """
-
-    split: Gradient
-    whole: Gradient
-    alone: Sequence[Gradient]
-    examples: Sequence[int]
-    targets: Sequence[int] | None
-    close: float
-
-
-def case_of(runs: Runs, cut: Cut, **changes: object) -> Case:
-    """Run what a diagnosis needs."""
-    facts = runs.subject.facts()
-    return Case(
-        split=runs.run(cut, **changes).gradient,
-        whole=runs.run((tuple(index for micro in cut for index in micro),), **changes).gradient,
-        alone=[runs.run((micro,), **changes).gradient for micro in cut],
-        examples=[len(micro) for micro in cut],
-        targets=None
-        if facts is None
-        else [sum(facts[index].targets for index in micro) for micro in cut],
-        close=max(LINEAR, 100 * runs.floor()),
-    )
+from samestep.audit.subject import Cut
+from samestep.audit.vectors import Fit, across, compare, fit
 
 
 def diagnose_split(runs: Runs, cut: Cut, **changes: object) -> Diagnosis:
@@ -80,180 +27,167 @@ def diagnose_split(runs: Runs, cut: Cut, **changes: object) -> Diagnosis:
     Returns:
         The cause that predicts the gradient best, if it predicts it at all.
     """
+    if not runs.repeats:
+        return Diagnosis("rng", 0.0, "the same run from the same seed gives another gradient")
+    stepped = _by_updates(runs, cut, **changes)
+    if stepped is not None:
+        return stepped
     case = case_of(runs, cut, **changes)
-    clipped = _by_clipping(case)
-    if clipped is not None:
-        return clipped
-    predictions = [*_linear_laws(case), *_padding_laws(runs, cut, case)]
-    chained = runs.subject.chained(cut, replace(runs.plain, **changes))  # type: ignore[arg-type]
-    if chained is not None:
-        predictions.append(("optimizer-step-per-micro-batch", chained.gradient))
-    scored = [
-        (compare(prediction, case.split).relative_difference, name)
-        for name, prediction in predictions
+    difference = compare(case.split, case.whole).relative_difference
+    if difference <= runs.small_tolerance:
+        # With small gradients the cut is exact: what remains is what is done to large ones.
+        return Diagnosis("clip-per-micro-batch", difference, _evidence(case))
+    if _bent(runs, cut, **changes):
+        also = _by_law(runs, cut, case, difference, **changes)
+        evidence = f"gradients are cut short before they are added; besides, {also.cause}: "
+        return Diagnosis("clip-per-micro-batch", 0.0, evidence + also.evidence)
+    return _by_law(runs, cut, case, difference, **changes)
+
+
+def _bent(runs: Runs, cut: Cut, **changes: object) -> bool:
+    """Whether large gradients point elsewhere than small ones in the cut, but not in the whole."""
+    if not runs.scalable:
+        return False
+    whole = tuple(index for micro in cut for index in micro)
+    turned = [
+        across(compare(runs.run(one, **changes).gradient, runs.gradient(one, **changes)))
+        for one in (cut, (whole,))
     ]
-    best, _ = min(scored, default=(math.inf, "unexplained"))
-    if best <= case.close:
-        # The first law in the list wins among equals, as where all micro-batches are of one size.
-        first = next(law for residual, law in scored if residual <= max(case.close, 10 * best))
-        return Diagnosis(first, best, _evidence(case))
-    other = _nonlinear(runs, cut, case, **changes)
-    return other or Diagnosis("unexplained", best, _evidence(case))
+    return turned[0] > closeness(runs) >= turned[1]
 
 
-def _linear_laws(case: Case) -> Iterator[tuple[str, Gradient]]:
-    """What each linear bug would give, the commonest first."""
-    alone, number = case.alone, len(case.alone)
-    yield "mean-of-means", combine(alone, [1 / number] * number)
-    yield "unscaled-sum", combine(alone, [1.0] * number)
-    yield "example-weighted", combine(alone, _shares(case.examples))
-    if _any(case.targets):
-        yield "example-weighted", combine(alone, _shares(case.targets))
-    yield "unscaled-sum", combine([case.whole], [float(number)])
-    yield "divided-twice", combine([case.whole], [1 / number])
-    for kept in (number - 1, 0):
-        shares = [1.0, 1 / number, case.examples[kept] / sum(case.examples)]
-        if _any(case.targets):
-            shares.append(case.targets[kept] / sum(case.targets))
-        for share in shares:
-            yield "last-micro-batch-only", combine([alone[kept]], [share])
+def _by_law(runs: Runs, cut: Cut, case: Case, difference: float, **changes: object) -> Diagnosis:
+    best = min(
+        ((compare(law.gradient, case.split).relative_difference, law) for law in laws(case)),
+        key=lambda pair: pair[0],
+    )
+    if best[0] <= min(case.close, 0.1 * difference):
+        residual, law = _first_of_equals(case, best[0])
+        return _checked(runs, cut, case, residual, law, **changes)
+    return _nonlinear(runs, cut, case, best[0], **changes)
 
 
-def _any(counts: Sequence[int] | None) -> TypeGuard[Sequence[int]]:
-    return counts is not None and sum(counts) > 0
+def _first_of_equals(case: Case, best: float) -> tuple[float, Law]:
+    """The first law in the list wins among equals, as where all micro-batches are of one size."""
+    allowed = max(10 * best, 1e-3 * case.close)
+    scored = ((compare(law.gradient, case.split).relative_difference, law) for law in laws(case))
+    return next((residual, law) for residual, law in scored if residual <= allowed)
 
 
-def _shares(counts: Sequence[int]) -> list[float]:
-    return [one / sum(counts) for one in counts]
-
-
-def _padding_laws(runs: Runs, cut: Cut, case: Case) -> Iterator[tuple[str, Gradient]]:
-    """Division by padded positions, which a cut changes: of all of them, or of the shifted ones."""
-    everything = tuple(index for micro in cut for index in micro)
-    shapes = [runs.subject.shape(micro) for micro in (*cut, everything)]
-    known = [one for one in shapes if one is not None]
-    if len(known) < len(shapes):
-        return
-    for shift in (0, 1):
-        *parts, whole = [rows * (length - shift) for rows, length in known]
-        if sum(parts) != whole:
-            yield "padding-counted", combine([case.whole], [whole / sum(parts)])
-
-
-def _by_clipping(case: Case) -> Diagnosis | None:
-    """Clipping, seen by gradients of different batches that have exactly the same norm.
-
-    Then only directions can be read. A clip at the end leaves the ratio of split to whole
-    coefficients of the bug that it hides; a clip of each micro-batch leaves another.
-    """
-    norms = [_norm(one) for one in (*case.alone, case.whole)]
-    if sum(norm >= max(norms) * (1 - 1e-5) for norm in norms) < 2:
+def _by_updates(runs: Runs, cut: Cut, **changes: object) -> Diagnosis | None:
+    """Whether weights move between the micro-batches."""
+    whole = tuple(index for micro in cut for index in micro)
+    split, undivided = runs.run(cut, **changes), runs.run((whole,), **changes)
+    if split.updates > undivided.updates:
+        evidence = f"{split.updates} optimizer steps for {len(cut)} micro-batches"
+        return Diagnosis("optimizer-step-per-micro-batch", 0.0, evidence)
+    if split.updates:
         return None
-    whole, split = fit(case.whole, case.alone), fit(case.split, case.alone)
-    if max(whole.residual, split.residual) > case.close or case.targets is None:
+    chained = runs.chained(cut, **changes)
+    if chained is None:
         return None
-    ratios = [
-        s / w if w else 0.0 for s, w in zip(split.coefficients, whole.coefficients, strict=True)
-    ]
-    patterns = [("mean-of-means", [1 / max(n, 1) for n in case.targets])]
-    if len(set(case.examples)) > 1:
-        shares = zip(case.examples, case.targets, strict=True)
-        patterns.append(("example-weighted", [b / max(n, 1) for b, n in shares]))
-    for name, pattern in patterns:
-        if _proportional(ratios, pattern):
-            return Diagnosis(name, split.residual, "under a final clip; " + _evidence(case))
-    return Diagnosis("clip-per-micro-batch", split.residual, _evidence(case))
+    residual = compare(chained.gradient, split.gradient).relative_difference
+    alone = [runs.run((micro,), **changes).gradient for micro in cut]
+    straight = fit(split.gradient, alone).residual
+    if residual > closeness(runs) or residual > 0.1 * straight:
+        return None
+    evidence = "the micro-batches as steps of their own, one after another, give this update"
+    return Diagnosis("optimizer-step-per-micro-batch", residual, evidence)
 
 
-def _proportional(one: Sequence[float], other: Sequence[float]) -> bool:
-    quotients = [a / b for a, b in zip(one, other, strict=True) if b]
-    return max(quotients) - min(quotients) <= 1e-5 * max(map(abs, quotients))
+def _checked(
+    runs: Runs, cut: Cut, case: Case, residual: float, law: Law, **changes: object
+) -> Diagnosis:
+    """A law that fits, unless the micro-batches' own gradients already hold the fault."""
+    evidence = f"micro-batches weighted {law.words}; {_evidence(case)}"
+    if not law.of_whole and fit(case.whole, case.alone).residual > case.close:
+        inner = _inside(runs, cut, case, **changes)
+        if inner is not None:
+            return inner
+    if law.cause == "example-weighted":
+        # The unit of the whole may be no count but a size of the micro-batch as a whole.
+        apart = coupled(runs, cut, **changes)
+        if apart is not None and apart > case.close:
+            return Diagnosis("batch-coupled-term", apart, evidence)
+    return Diagnosis(law.cause, residual, evidence)
 
 
-def _norm(gradient: Gradient) -> float:
-    return float(flatten(gradient, gradient).norm()) if gradient else 0.0
-
-
-def _nonlinear(runs: Runs, cut: Cut, case: Case, **changes: object) -> Diagnosis | None:
-    """Causes that are no combination of the micro-batches' own gradients."""
-    repeat = compare(runs.again(cut, **changes).gradient, case.split).relative_difference
-    if repeat > case.close:
-        return Diagnosis("rng", repeat, f"the same cut twice differs by {repeat:.1e}")
+def _nonlinear(runs: Runs, cut: Cut, case: Case, best: float, **changes: object) -> Diagnosis:
+    """Causes that are no known combination of the micro-batches' own gradients."""
+    moved = runs.moved_by_seed(cut, **changes)
+    if moved > runs.small_tolerance:
+        return Diagnosis("rng", moved, f"the same cut from another seed differs by {moved:.1e}")
     whole, split = fit(case.whole, case.alone), fit(case.split, case.alone)
     if whole.residual <= case.close and split.residual <= case.close:
-        return _by_coefficients(whole, split, case)
-    return _what_couples(runs, cut, max(whole.residual, split.residual), case.close, **changes)
+        lost = _lost(whole, split, case)
+        if lost is not None:
+            return lost
+    inner = _inside(runs, cut, case, **changes)
+    if inner is not None:
+        return inner
+    residual = max(whole.residual, split.residual)
+    if residual > case.close:
+        return Diagnosis(
+            "second-term-per-micro-batch",
+            residual,
+            f"{residual:.1e} of the gradient is no sum of the micro-batches' own, though examples "
+            f"of equal counts add up; {_evidence(case)}",
+        )
+    return Diagnosis("unexplained", best, _evidence(case))
 
 
-def _by_coefficients(whole: Fit, split: Fit, case: Case) -> Diagnosis | None:
-    """Micro-batches that are lost or entered several times."""
-    ratios = [
-        s / w if abs(w) > 1e-9 else 1.0
-        for s, w in zip(split.coefficients, whole.coefficients, strict=True)
+def _inside(runs: Runs, cut: Cut, case: Case, **changes: object) -> Diagnosis | None:
+    """A fault within micro-batches: repeats, padding that is seen, examples that feel others."""
+    repeated = _by_example(runs, cut, case, **changes)
+    if repeated is not None:
+        return repeated
+    if not changes and padding_is_seen(runs):
+        return Diagnosis("padding-attended", 0.0, "more padding alone changes the gradient")
+    apart = coupled(runs, cut, **changes)
+    if apart is not None and apart <= case.close:
+        return None
+    if leak(runs, cut, **changes) is not None:
+        return Diagnosis(str(leak(runs, cut, **changes)), apart or 0.0, _evidence(case))
+    evidence = "" if apart is None else f"two equal examples miss the sum by {apart:.1e}; "
+    return Diagnosis("batch-coupled-term", apart or 0.0, evidence + _evidence(case))
+
+
+def _lost(whole: Fit, split: Fit, case: Case) -> Diagnosis | None:
+    """Micro-batches that do not reach the update."""
+    kept = [
+        number
+        for number, (s, w) in enumerate(zip(split.coefficients, whole.coefficients, strict=True))
+        if abs(w) < 1e-9 or abs(s / w) > 1e-6
     ]
-    if any(abs(ratio) < 1e-6 for ratio in ratios):
-        return Diagnosis("last-micro-batch-only", split.residual, _evidence(case))
-    return None
-
-
-def _what_couples(
-    runs: Runs, cut: Cut, residual: float, close: float, **changes: object
-) -> Diagnosis:
-    """Whether examples feel each other, or terms in different units are mixed.
-
-    An example and a copy of it with other tokens count the same in every unit. So however many
-    terms there are, if each is a sum over examples the pair's gradient is parallel to the sum of
-    the two's own.
-    """
-    evidence = f"{residual:.1e} of the gradient is no sum of the micro-batches' own"
-    one, other = cut[0][0], cut[-1][-1]
-    coupled = _coupling(runs, one, **changes)
-    if coupled is None:
-        return Diagnosis("batch-coupled-term", residual, evidence)
-    evidence += f"; two examples of equal counts miss the sum of their own by {coupled:.1e}"
-    if coupled <= close:
-        return Diagnosis("second-term-per-micro-batch", residual, evidence)
-    shape = runs.subject.shape((one, other))
-    if not changes.get("packed") and (shape is None or shape[0] != 1):
-        return Diagnosis("batch-coupled-term", residual, evidence)
-    moved = _moved_by_neighbour(runs, neighbour=one, kept=other, **changes)
-    cause = "position-leak" if moved is not None and moved <= close else "attention-leak"
-    return Diagnosis(cause, residual, evidence)
-
-
-def coupled(runs: Runs, pair: tuple[int, int], close: float, **changes: object) -> bool:
-    """Whether examples feel each other, as far as can be told: yes where it cannot."""
-    found = [_coupling(runs, example, **changes) for example in pair]
-    known = [one for one in found if one is not None]
-    return not known or max(known) > close
-
-
-def _coupling(runs: Runs, example: int, **changes: object) -> float | None:
-    """How far a pair of examples of equal counts is from the sum of the two alone, relative."""
-    changes = {key: value for key, value in changes.items() if key != "masked"}
-    try:
-        pair = runs.run(((example, example),), **changes, twins=True).gradient
-        own = runs.run(((example,),), **changes).gradient
-        twin = runs.run(((example,),), **changes, altered=(example,)).gradient
-    except Exception:  # the subject has no tokens to change
+    if len(kept) == len(case.alone):
         return None
-    if not _norm(combine([own, twin], [1.0, -1.0])):
-        return None
-    return fit(pair, [combine([own, twin], [1.0, 1.0])]).residual
+    cause = "last-micro-batch-only" if len(kept) <= 1 else "dropped-examples"
+    return Diagnosis(cause, split.residual, _evidence(case))
 
 
-def _moved_by_neighbour(
-    runs: Runs, *, neighbour: int, kept: int, **changes: object
-) -> float | None:
-    """How much the tokens of a neighbour without targets change the gradient, relative."""
-    changes = {**changes, "masked": (neighbour,)}
-    cut = ((neighbour, kept),)
-    try:
-        base = runs.run(cut, **changes).gradient
-        changed = runs.run(cut, **{**changes, "altered": (neighbour,)}).gradient
-    except Exception:  # the subject has no tokens to change, or no targets to mask
+def _by_example(runs: Runs, cut: Cut, case: Case, **changes: object) -> Diagnosis | None:
+    """Examples that weigh more or less than those that share their micro-batch."""
+    members = [index for micro in cut for index in micro]
+    own = [runs.gradient(((index,),), **changes) for index in members]
+    whole, split = fit(case.whole, own), fit(case.split, own)
+    if max(whole.residual, split.residual) > case.close:
         return None
-    return compare(changed, base).relative_difference
+    ratios = {
+        index: s / w if abs(w) > 1e-9 else 1.0
+        for index, s, w in zip(members, split.coefficients, whole.coefficients, strict=True)
+    }
+    off = [
+        (index, ratios[index] / median(ratios[other] for other in micro))
+        for micro in cut
+        for index in micro
+        if median(ratios[other] for other in micro)
+    ]
+    odd = [(index, times) for index, times in off if abs(times - 1) > 1e-4]
+    if not odd:
+        return None
+    words = ", ".join(f"example {index} x {times:.4g}" for index, times in odd)
+    cause = "dropped-examples" if all(abs(t) < 1e-6 for _, t in odd) else "duplicated-examples"
+    return Diagnosis(cause, split.residual, f"within their micro-batch: {words}")
 
 
 def _evidence(case: Case) -> str:
@@ -269,36 +203,6 @@ def _evidence(case: Case) -> str:
         f"(residual {whole.residual:.0e}), split = [{shown(split)}] "
         f"(residual {split.residual:.0e}); examples {' '.join(map(str, case.examples))}{counts}"
     )
-
-
-def diagnose_padding(runs: Runs, *, columns: int, side: str) -> Diagnosis:
-    """Why padding changes the gradient: it is counted, or it is seen."""
-    plain = runs.run(runs.whole)
-    padded = runs.run(runs.whole, padding=columns, side=side)
-    seen = compare(padded.gradient, plain.gradient)
-    evidence = f"{columns} columns on the {side}: x {seen.ratio:.6g}, cosine {seen.cosine:.6f}"
-    if 1 - seen.cosine <= max(LINEAR, 100 * runs.floor()):
-        return Diagnosis("padding-counted", 1 - seen.cosine, evidence)
-    cause = "position-leak" if side == "left" else "padding-attended"
-    return Diagnosis(cause, seen.relative_difference, evidence)
-
-
-def diagnose_pack(runs: Runs, singles: Cut) -> Diagnosis:
-    """Why a pack of all examples gives another gradient than a row each."""
-    whole = runs.run(runs.whole).gradient
-    packed = runs.run(runs.whole, packed=True).gradient
-    seen = compare(packed, whole)
-    scale = f"x {seen.ratio:.6g}, cosine {seen.cosine:.6f}"
-    if 1 - seen.cosine <= max(LINEAR, 100 * runs.floor()):
-        return Diagnosis("unshifted-count", 1 - seen.cosine, f"another scale only: {scale}")
-    one, other = singles[0][0], singles[-1][0]
-    moved = _moved_by_neighbour(runs, neighbour=one, kept=other, packed=True)
-    if moved is None:
-        return Diagnosis("attention-leak", seen.relative_difference, scale)
-    evidence = f"{scale}; a neighbour's tokens move a sequence's gradient by {moved:.1e}"
-    if moved <= max(LINEAR, 100 * runs.floor()):
-        return Diagnosis("position-leak", seen.relative_difference, evidence)
-    return Diagnosis("attention-leak", seen.relative_difference, evidence)
 
 
 def diagnose_empty(runs: Runs, cut: Cut, masked: tuple[int, ...]) -> Diagnosis:

@@ -1,20 +1,23 @@
 """Runs of a subject, each done once, and the noise floor that they are judged by."""
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
-from samestep.audit.subject import PLAIN, Cut, Observation, Setting, Subject
-from samestep.audit.vectors import compare
+from samestep.audit.noise import FloatsSeen, along_a_line, trembling
+from samestep.audit.subject import PLAIN, Cut, Gradient, Observation, Setting, Shift, Subject
+from samestep.audit.vectors import combine, compare, norm
 from samestep.errors import CheckError
 
-MULTIPLE = 50.0
+MULTIPLE = 30.0
 """How many noise floors a difference may be and still be exact."""
 
-EFFECT = 1e-4
-"""A difference between two orders of the examples above this is an effect, not noise."""
+SMALL = 2.0**-14
+"""Scale at which no gradient is large enough to be clipped; a power of two, so nothing rounds."""
 
 
 @dataclass
@@ -24,32 +27,41 @@ class Runs:
     Attributes:
         subject: The loop under audit.
         plain: The setting that the others depart from.
+        coarsest: The largest relative rounding of any type that takes part.
     """
 
     subject: Subject
     plain: Setting = PLAIN
+    coarsest: float = 0.0
     _seen: dict[tuple[Cut, Setting], Observation] = field(default_factory=dict)
 
     @classmethod
     def start(cls, subject: Subject) -> "Runs":
-        """Find the widest type that the subject runs in: float64, or its own.
+        """Find the widest type that the subject runs in: float64, float32, or its own.
 
         Raises:
-            CheckError: It runs in neither; shows the subject's own error.
+            CheckError: It runs in none, shows the subject's own error; or it leaves no gradient.
         """
         errors = []
-        for dtype in (torch.float64, None):
+        for dtype in (torch.float64, torch.float32, None):
             runs = cls(subject, replace(PLAIN, dtype=dtype))
             try:
-                runs.run(runs.whole)
+                with FloatsSeen() as seen:
+                    runs.run(runs.whole)
                 runs.run(tuple((index,) for index in range(subject.size)))
             except Exception as error:  # the subject is the user's code: anything may come
                 errors.append(error)
-            else:
-                return runs
+                continue
+            if not norm(runs.run(runs.whole).gradient):
+                raise CheckError(
+                    f"{subject.name} leaves no gradient in .grad, steps no optimizer and moves no "
+                    "weight of the model that it was given"
+                )
+            runs.coarsest = seen.coarsest()
+            return runs
         raise CheckError(
-            f"{subject.name} could not be run: {type(errors[-1]).__name__}: {errors[-1]}"
-        ) from errors[-1]
+            f"{subject.name} could not be run: {type(errors[0]).__name__}: {errors[0]}"
+        ) from errors[0]
 
     @property
     def whole(self) -> Cut:
@@ -63,30 +75,110 @@ class Runs:
             self._seen[cut, setting] = self.subject.run(cut, setting)
         return self._seen[cut, setting]
 
+    def gradient(self, cut: Cut, **changes: object) -> Gradient:
+        """The loop's gradient where it is small enough that nothing is clipped, scaled back.
+
+        Without what the loop adds to it that is no gradient of the loss, such as weight decay.
+        """
+        if not self.scalable:
+            return self.run(cut, **changes).gradient
+        found = self.run(cut, **changes, scale=SMALL).gradient
+        if self._offset is not None:
+            found = combine([found, self._offset], [1.0, -1.0])
+        return combine([found], [1 / SMALL])
+
+    @cached_property
+    def scalable(self) -> bool:
+        """Whether the scale of a backward's gradient arrives in the step, to enough digits."""
+        natural = self.run(self.whole).gradient
+        small = self.run(self.whole, scale=SMALL)
+        if self._offset is not None:
+            small = replace(small, gradient=combine([small.gradient, self._offset], [1.0, -1.0]))
+            natural = combine([natural, self._offset], [1.0, -1.0])
+        size, reference = norm(small.gradient), norm(natural)
+        if not reference or not math.isfinite(size) or size / reference > 0.5:
+            return False
+        return small.rounding < 1e-8 or small.rounding <= 2 * self.run(self.whole).rounding
+
+    @cached_property
+    def _offset(self) -> Gradient | None:
+        """What the step does without any gradient, or None if nothing."""
+        found = self.run(self.whole, scale=0.0).gradient
+        natural = self.run(self.whole).gradient
+        same = compare(found, natural).relative_difference < 1e-3  # the scale does not arrive
+        return None if same or not norm(found) else found
+
     def run_ranks(self, shares: Sequence[Cut], **changes: object) -> list[Observation]:
         """One step on several ranks, not remembered."""
         return self.subject.run_ranks(shares, replace(self.plain, **changes))  # type: ignore[arg-type]
+
+    def counts(self, micro: tuple[int, ...], **changes: object) -> Mapping[str, tuple[str, float]]:
+        """What the batch of these examples could be counted by."""
+        return self.subject.counts(micro, replace(self.plain, **changes))  # type: ignore[arg-type]
+
+    def chained(self, cut: Cut, **changes: object) -> Observation | None:
+        """The micro-batches as steps of their own; None if the loop never updates."""
+        return self.subject.chained(cut, replace(self.plain, **changes))  # type: ignore[arg-type]
 
     def again(self, cut: Cut, **changes: object) -> Observation:
         """The same run once more, not remembered."""
         return self.subject.run(cut, replace(self.plain, **changes))  # type: ignore[arg-type]
 
+    @cached_property
+    def repeats(self) -> bool:
+        """Whether the same run gives the same gradient again, up to rounding."""
+        first, second = self.run(self.whole), self.again(self.whole)
+        seen = compare(second.gradient, first.gradient).relative_difference
+        return seen <= 10 * max(self.coarsest, first.rounding)
+
+    def moved_by_seed(self, cut: Cut, **changes: object) -> float:
+        """How much another seed changes the gradient, relative."""
+        other = self.gradient(cut, **{**changes, "seed": self.plain.seed + 1})
+        return compare(other, self.gradient(cut, **changes)).relative_difference
+
+    @cached_property
     def floor(self) -> float:
         """Relative difference that arithmetic alone makes, measured on this subject.
 
-        The same cut twice, and the examples of the whole batch in another order, but at least the
-        rounding of the numbers themselves.
+        The trembling of the gradient of the whole batch and of the finest cut when the weights
+        move by a rounding; then, where they are of that size, the same cut twice and the examples
+        of the whole batch in another order. At least the rounding of the numbers themselves.
         """
         first = self.run(self.whole)
-        repeat = compare(self.again(self.whole).gradient, first.gradient).relative_difference
+        base = max(first.rounding, *(self._trembling(cut) for cut in (self.whole, self.singles)))
         turned = (tuple(reversed(self.whole[0])),)
-        order = compare(self.run(turned).gradient, first.gradient).relative_difference
-        found = [repeat if repeat < EFFECT else 0.0, order if order < EFFECT else 0.0]
-        return max(*found, first.rounding)
+        others = [self.again(self.whole), self.run(turned)]
+        seen = [compare(other.gradient, first.gradient).relative_difference for other in others]
+        return max(base, *(one for one in seen if one <= MULTIPLE * base), 0.0)
 
+    @property
+    def singles(self) -> Cut:
+        """Each example as a micro-batch."""
+        return tuple((index,) for index in range(self.subject.size))
+
+    def _trembling(self, cut: Cut) -> float:
+        if not self.repeats:  # then a difference of runs measures their dice
+            return self.coarsest
+        found = [self.run(cut, shift=shift).gradient for shift in (None, *self._shifts)]
+        return trembling(found)
+
+    @cached_property
+    def _shifts(self) -> tuple[Shift, ...]:
+        line = along_a_line(self.run(self.whole).gradient, self.coarsest)
+        return tuple(Shift(by) for by in line)
+
+    @property
     def tolerance(self) -> float:
         """The largest relative difference that still counts as exact."""
-        return MULTIPLE * self.floor()
+        return MULTIPLE * self.floor
+
+    @cached_property
+    def small_tolerance(self) -> float:
+        """The same of `gradient`: small updates of weights lose digits."""
+        if not self.scalable:
+            return self.tolerance
+        rounding = self.run(self.whole, scale=SMALL).rounding
+        return MULTIPLE * max(self.floor, rounding)
 
 
 def cuts(size: int, *, uniform: bool) -> list[Cut]:
@@ -94,13 +186,15 @@ def cuts(size: int, *, uniform: bool) -> list[Cut]:
 
     Args:
         size: Examples; at least 4.
-        uniform: Micro-batches must be of one size.
+        uniform: Micro-batches must be of one size, but for the last.
 
     Returns:
         Different cuts, none of them whole.
     """
     examples = range(size)
     sizes = [1, 2] if size < 8 else [1, 2, size // 2]
+    if uniform and size >= 5:
+        sizes = [3, *sizes]  # the last is smaller: means and sums of examples differ
     regular = [
         tuple(tuple(examples[start : start + one]) for start in range(0, size, one))
         for one in sizes

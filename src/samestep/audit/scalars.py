@@ -51,7 +51,7 @@ def _judge(
     loss_cause: str,
 ) -> AxisResult:
     """The worst relative change of any number; numbers that only time or count are left out."""
-    floor = max(runs.run(runs.whole).rounding, runs.floor())
+    floor = max(runs.run(runs.whole).rounding, runs.floor)
     changes = {
         key: max((_relative(other[key], value) for other in others if key in other), default=0.0)
         for key, value in reference.items()

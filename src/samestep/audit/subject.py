@@ -168,5 +168,14 @@ class Subject(Protocol):
     def padding_sides(self) -> tuple[Literal["right", "left"], ...]:
         """The sides on which more padding should be harmless."""
 
+    def counts(
+        self, micro: tuple[int, ...], setting: Setting = PLAIN
+    ) -> Mapping[str, tuple[str, float]]:
+        """What the batch of these examples could be counted by.
+
+        Returns:
+            By what is counted, the cause that it is if a loop divides by it, and the count.
+        """
+
     def shape(self, micro: tuple[int, ...]) -> tuple[int, int] | None:
         """Rows and length of the batch that these examples make; None if it cannot be told."""

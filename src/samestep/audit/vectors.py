@@ -58,6 +58,13 @@ def compare(found: Gradient, reference: Gradient, *, most: int = 40) -> Comparis
     )
 
 
+def across(seen: Comparison) -> float:
+    """The part of the relative difference that is at right angles to the reference, no scale."""
+    if not math.isfinite(seen.relative_difference):
+        return math.inf
+    return math.sqrt(max(0.0, 1 - seen.cosine**2)) * seen.ratio
+
+
 def flatten(gradient: Gradient, layout: Gradient) -> Tensor:
     """One vector, in the order of the layout's names; zeros where the gradient has no such name."""
     return torch.cat([_get(gradient, name, like).flatten() for name, like in layout.items()])
@@ -74,6 +81,11 @@ def combine(gradients: Sequence[Gradient], factors: Sequence[float]) -> Gradient
         for name, tensor in gradient.items():
             total[name] = total[name] + factor * tensor if name in total else factor * tensor
     return total
+
+
+def norm(gradient: Gradient) -> float:
+    """Over all weights together."""
+    return math.hypot(*(float(tensor.norm()) for tensor in gradient.values()))
 
 
 @dataclass(frozen=True)

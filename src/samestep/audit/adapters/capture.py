@@ -1,6 +1,5 @@
 """What a loop does to a model: the gradients that its optimizer saw, or how far weights moved."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from samestep.audit.subject import Gradient, Observation
-from samestep.audit.vectors import combine
+from samestep.audit.vectors import combine, norm
 
 
 def copied(tensors: Mapping[str, Tensor]) -> Gradient:
@@ -107,8 +106,3 @@ def observe(
         return Observation(gradients(model), reported=reported, rounding=precision)
     rounding = precision * norm(before) / norm(moved)
     return Observation(moved, reported=reported, rounding=rounding)
-
-
-def norm(gradient: Gradient) -> float:
-    """Over all weights together."""
-    return math.hypot(*(float(tensor.norm()) for tensor in gradient.values()))

@@ -14,17 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from samestep.audit.adapters.capture import (
-    norm,
     observe,
     optimizer_steps,
     scaled_gradients,
     shift_weights,
     weights,
 )
-from samestep.audit.batches import add_padding, alter, cast, facts_of, mask_targets
+from samestep.audit.batches import (
+    add_padding,
+    alter,
+    cast,
+    counts_of,
+    facts_of,
+    length_of,
+    mask_borders,
+    mask_targets,
+    own_side,
+    places,
+)
 from samestep.audit.children import alone, in_ranks
 from samestep.audit.subject import PLAIN, Cut, Facts, Observation, Setting
-from samestep.audit.vectors import combine
+from samestep.audit.vectors import combine, norm
 from samestep.errors import CheckError
 
 NAMES = {
@@ -135,7 +145,11 @@ class LoopSubject:
         seed_all(0)
         self._initial = {key: value.clone() for key, value in loop.model().state_dict().items()}
         self._slowest = 0.0
-        self._facts = facts_of([loop.collate([example]) for example in loop.examples])
+        singles = [loop.collate([example]) for example in loop.examples]
+        self._facts = facts_of(singles)
+        self._lengths = [length_of(single) for single in singles]
+        by_length = sorted(range(self.size), key=lambda index: self._lengths[index])
+        self._unequal = (by_length[-1], by_length[0])
 
     def facts(self) -> Sequence[Facts] | None:
         """From ``labels`` of each example's own batch."""
@@ -153,9 +167,9 @@ class LoopSubject:
             reasons["ranks"] = f"the subject has no {OPTIONAL['wrap']}"
         if not loop.terms:
             reasons["terms"] = f"the subject has no {OPTIONAL['terms']}"
-        if self._facts is None:
-            reasons["zero-target"] = "batches are not mappings with a tensor 'labels'"
-        if not _has_rows_of_labels(loop.collate([loop.examples[0]])):
+        if self._facts is None or loop.collate([loop.examples[0]])["labels"].is_floating_point():
+            reasons["zero-target"] = "batches have no tensor 'labels' of classes"
+        if not _has_rows_of_labels(self._batch(self._unequal, PLAIN)):
             reasons["padding"] = "batches have no 'input_ids' and 'labels' [rows, length]"
         function = loop.step or loop.train
         if function is not None and not accepts(function, "accumulation"):
@@ -205,9 +219,15 @@ class LoopSubject:
         return Observation(combine([one.gradient for one in found], [1.0] * len(found)))
 
     def padding_sides(self) -> tuple[Literal["right", "left"], ...]:
-        """Both with an attention mask, else the right alone."""
-        batch = self._batch((0,), PLAIN)
-        return ("right", "left") if "attention_mask" in batch else ("right",)
+        """The one on which the subject's own collator pads."""
+        pair = self._batch(self._unequal, PLAIN)
+        return (own_side(self._batch(self._unequal[1:], PLAIN), pair),)
+
+    def counts(
+        self, micro: tuple[int, ...], setting: Setting = PLAIN
+    ) -> Mapping[str, tuple[str, float]]:
+        """Of every tensor of the batch."""
+        return counts_of(self._batch(micro, setting))
 
     def shape(self, micro: tuple[int, ...]) -> tuple[int, int] | None:
         """That of ``input_ids``."""
@@ -272,17 +292,24 @@ class LoopSubject:
             batch = self.loop.pack(examples)
         else:
             batch = self.loop.collate(examples)
-        changed = [at for at, index in enumerate(micro) if index in setting.altered]
-        if setting.twins:
-            changed += [at for at, index in enumerate(micro) if index in micro[:at]]
-        if changed:
-            batch = alter(batch, changed)
-        if setting.masked:
-            rows = [at for at, index in enumerate(micro) if index in setting.masked]
-            batch = mask_targets(batch, rows)
+        batch = self._edited(batch, micro, setting)
         if setting.padding:
             batch = add_padding(batch, setting.padding, side=setting.side, filler=setting.filler)
         return batch if setting.dtype is None else cast(batch, setting.dtype)
+
+    def _edited(self, batch: Any, micro: Sequence[int], setting: Setting) -> Any:
+        changed = {at for at, index in enumerate(micro) if index in setting.altered}
+        if setting.twins:
+            changed |= {at for at, index in enumerate(micro) if index in micro[:at]}
+        masked = {at for at, index in enumerate(micro) if index in setting.masked}
+        if not (changed or masked or setting.borders_masked):
+            return batch
+        where = places(batch, [self._lengths[index] for index in micro])
+        if changed:
+            batch = alter(batch, [where[at] for at in changed])
+        if masked:
+            batch = mask_targets(batch, [where[at] for at in masked])
+        return mask_borders(batch, where) if setting.borders_masked else batch
 
     def _step(
         self, inner: nn.Module, model: nn.Module, micros: list[Any], setting: Setting
@@ -316,10 +343,16 @@ def silence_dropout(model: nn.Module) -> None:
 
 
 def _has_rows_of_labels(batch: Any) -> bool:
+    """Whether the batch of two examples is padded rows of tokens, each with a label."""
     if not isinstance(batch, Mapping):
         return False
     ids, labels = batch.get("input_ids"), batch.get("labels")
-    return isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.shape == labels.shape
+    return (
+        isinstance(ids, Tensor)
+        and isinstance(labels, Tensor)
+        and ids.shape == labels.shape
+        and len(ids) == 2
+    )
 
 
 def numbers(reported: Any) -> dict[str, float]:
@@ -328,7 +361,7 @@ def numbers(reported: Any) -> dict[str, float]:
         return {}
     values = reported if isinstance(reported, Mapping) else {"loss": reported}
     return {
-        str(name): float(value)
+        str(name): float(value.detach() if isinstance(value, Tensor) else value)
         for name, value in values.items()
         if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
     }

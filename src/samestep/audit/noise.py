@@ -1,0 +1,63 @@
+"""The noise of a computation, measured: how its gradient trembles when nothing should move it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from samestep.audit.subject import Gradient
+from samestep.audit.vectors import combine, norm
+
+
+class FloatsSeen(TorchDispatchMode):
+    """Collects the floating types of everything that is computed while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for one in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(one, Tensor) and one.is_floating_point() and one.dim():
+                self.dtypes.add(one.dtype)
+        return result
+
+    def coarsest(self) -> float:
+        """The largest relative rounding of any type that was seen."""
+        return max((torch.finfo(dtype).eps for dtype in self.dtypes), default=0.0)
+
+
+def along_a_line(weights: Gradient, step: float) -> list[Gradient]:
+    """Three displacements of the weights: 1, 2 and 3 steps along a random line.
+
+    Args:
+        weights: Any gradient or weights that give names and shapes.
+        step: Size of a step, of each element.
+    """
+    draw = torch.Generator().manual_seed(0)
+    line = {
+        name: torch.randn(tensor.shape, generator=draw, dtype=torch.float64) * step
+        for name, tensor in weights.items()
+    }
+    return [combine([line], [float(number)]) for number in (1, 2, 3)]
+
+
+def trembling(gradients: Sequence[Gradient]) -> float:
+    """Relative noise of a gradient: its third difference along a line of tiny steps.
+
+    What is smooth cancels to the third order of the step; what rounds at random does not
+    (Moré and Wild, Estimating computational noise, 2011: the variance of a third difference of
+    independent noise is 20 times the noise's).
+
+    Args:
+        gradients: At four points with equal steps between.
+    """
+    third = combine(gradients, [-1.0, 3.0, -3.0, 1.0])
+    size = norm(gradients[0])
+    return norm(third) / math.sqrt(20) / size if size else 0.0
