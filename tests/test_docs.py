@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from experts import MIXTURES, mixture_folder
 from objective_rows import ROWS, write_rows_of
 from runs import bert_folder, llama_folder, read_lines
 
@@ -20,6 +21,9 @@ CONFIGS: list[dict[str, Any]] = [
 
 def tiny_model(folder: Path, name: str) -> Path:
     """A tiny model of the same kind."""
+    for mixture in MIXTURES:
+        if mixture.replace("_", "") in name.lower().replace("-", ""):
+            return mixture_folder(folder, mixture)
     return bert_folder(folder) if "bert" in name else llama_folder(folder)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from kit import V, Case, Tiny, collate, lengths, nll, rows, targets, tokens
+from kit import Case, Tiny, V, collate, lengths, nll, targets, tokens
 from peft import LoraConfig, get_peft_model
 from token_loops import count_first, mean_of_means
 from torch import Tensor, nn

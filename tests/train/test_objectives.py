@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from experts import MIXTURES, mixture_folder
 from objective_rows import write_rows_of
 from runs import bert_folder, read_lines, run_config
 from safetensors.torch import load_file
@@ -13,6 +14,12 @@ from samestep.train.trainer import train
 
 CASES: dict[str, tuple[dict[str, Any], str, bool]] = {
     # objective: settings, the metric that must move, whether up
+    "causal_lm mixtral": ({"router_loss": "window"}, "nll", False),
+    "causal_lm deepseek_v3": (
+        {"router_loss": "sequence", "router_z_loss": 1e-3, "router_bias_rate": 0.01},
+        "nll",
+        False,
+    ),
     "dpo": ({"beta": 0.5}, "margin", True),
     "dpo mixture": ({"loss": ("aot", "sft"), "loss_weights": (1, 0.1)}, "margin", True),
     "simpo": ({}, "margin", True),
@@ -31,6 +38,9 @@ CASES: dict[str, tuple[dict[str, Any], str, bool]] = {
 
 def configured(folder: Path, case: str, **changes: Any) -> Any:
     objective, settings = case.split()[0], CASES[case][0]
+    kind = case.split()[-1]
+    if kind in MIXTURES:
+        settings = {**settings, "model": str(mixture_folder(folder / kind, kind))}
     if "bert" in case:
         settings = {**settings, "model": str(bert_folder(folder / "bert"))}
     data = {
@@ -66,7 +76,9 @@ def test_memory_knobs_do_not_change_the_weights(tmp_path: Path, case: str) -> No
     for other in found[1:]:
         # A weight that the loss does not depend on (a bias inside a softmax) holds only noise.
         pairs = [(w, other[name], max(float(w.norm()), 1e-3)) for name, w in found[0].items()]
-        assert max(float((one - two).norm()) / norm for one, two, norm in pairs) < 1e-12
+        # transformers' routers compute in float32, whatever the weights are.
+        bound = 1e-6 if case.split()[-1] in MIXTURES else 1e-12
+        assert max(float((one - two).norm()) / norm for one, two, norm in pairs) < bound
 
 
 def test_the_reference_may_be_live_run_once_or_read_from_rows(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from samestep.train.config import TrainConfig
 if TYPE_CHECKING:
     from samestep.data.records import Records
     from samestep.objective import Objective
+    from samestep.terms import LossFn
 
 
 class CausalLMConfig(TrainConfig):
@@ -25,6 +26,15 @@ class CausalLMConfig(TrainConfig):
     """Share of the target probability that is spread over the vocabulary."""
     z_loss: float = Field(default=0.0, ge=0)
     """Factor of the squared logsumexp."""
+
+    router_loss: Literal["window", "sequence"] | None = None
+    """Balance a mixture of experts over the effective batch (two passes) or in each sequence."""
+    router_weight: float = Field(default=0.001, gt=0)
+    """Weight of that loss."""
+    router_z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared logsumexp of the routers' logits."""
+    router_bias_rate: float = Field(default=0.0, ge=0)
+    """Balance by biases instead: how far they move a step (DeepSeek-V3, MiniMax-M2)."""
 
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of text, prompt and completion, messages, or token ids."""
@@ -45,18 +55,42 @@ class CausalLMConfig(TrainConfig):
         )
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
-        """Cross entropy, normalised as asked."""
+        """Cross entropy, normalised as asked, and the terms of routers."""
         from samestep.causal_lm import CausalLMLoss
         from samestep.objective import Objective
         from samestep.terms import constant
 
         normalize = self.normalize
+        loss = CausalLMLoss(
+            normalize=constant(normalize) if isinstance(normalize, float) else normalize,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+        )
+        if self.router_loss or self.router_z_loss or self.router_bias_rate:
+            return self._with_routers(loss, model)
+        return Objective(loss)
+
+    def _with_routers(self, loss: "LossFn", model: Any) -> "Objective":
+        from samestep.objective import Objective
+        from samestep.objectives import routers
+        from samestep.two_pass import TwoPass
+
+        routers.routers_of(model)
+        bias = None
+        if self.router_bias_rate:
+            routers.router_biases(model)
+            bias = routers.BiasBalance(self.router_bias_rate)
+        whole = routers.WithRouters(
+            loss,
+            balance=self.router_loss,
+            balance_weight=self.router_weight,
+            z_weight=self.router_z_loss,
+            bias=bias,
+        )
         return Objective(
-            CausalLMLoss(
-                normalize=constant(normalize) if isinstance(normalize, float) else normalize,
-                label_smoothing=self.label_smoothing,
-                z_loss=self.z_loss,
-            )
+            TwoPass(whole) if self.router_loss == "window" else whole,
+            routers.ROUTER_COUNTERS,
+            after_step=bias.after_step if bias else None,
         )
 
     def problems(self) -> list[str]:
