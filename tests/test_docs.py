@@ -8,7 +8,7 @@ import pytest
 import yaml
 from experts import MIXTURES, mixture_folder
 from objective_rows import ROWS, write_rows_of
-from runs import bert_folder, llama_folder, read_lines
+from runs import bert_folder, llama_folder, read_lines, t5_folder
 
 from samestep.train.arguments import read_config
 from samestep.train.trainer import train
@@ -24,6 +24,8 @@ def tiny_model(folder: Path, name: str) -> Path:
     for mixture in MIXTURES:
         if mixture.replace("_", "") in name.lower().replace("-", ""):
             return mixture_folder(folder, mixture)
+    if "t5" in name:
+        return t5_folder(folder)
     return bert_folder(folder) if "bert" in name else llama_folder(folder)
 
 

@@ -59,6 +59,17 @@ def asked(draw: random.Random) -> dict[str, Any]:
     return {"question": "How many?", "context": context, "answers": answers}
 
 
+def alike(draw: random.Random) -> dict[str, Any]:
+    """An anchor and its positive share a number."""
+    number = draw.randint(100, 999)
+    return {"anchor": f"{number} forks" + "." * draw.randint(0, 4), "positive": f"more: {number}"}
+
+
+def text(draw: random.Random) -> dict[str, Any]:
+    """A sentence of a few words."""
+    return {"text": "Emma had " + " and ".join(["16 forks"] * draw.randint(1, 5)) + "."}
+
+
 ROWS: dict[str, Rows] = {
     "causal_lm": completion,
     "dpo": pair,
@@ -71,6 +82,9 @@ ROWS: dict[str, Rows] = {
     "regression": size,
     "token_classification": tagged,
     "question_answering": asked,
+    "embedding": alike,
+    "masked_lm": text,
+    "seq2seq": completion,
 }
 """A maker of rows for each objective."""
 

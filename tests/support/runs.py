@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import tiny_tokenizer
+from tiny import build_tokenizer, tiny_tokenizer
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -15,6 +15,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from samestep.train.config import TrainConfig, checked
@@ -69,6 +71,27 @@ def bert_folder(folder: Path) -> Path:
         pad_token_id=1,
     )
     BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer = build_tokenizer(mask="<|im_start|>")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def t5_folder(folder: Path) -> Path:
+    """A folder with a T5 of two layers a side, and its tokenizer."""
+    tokenizer = tiny_tokenizer(chat=True)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        pad_token_id=1,
+        eos_token_id=3,
+        decoder_start_token_id=1,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from experts import MIXTURES, mixture_folder
 from objective_rows import write_rows_of
-from runs import bert_folder, read_lines, run_config
+from runs import bert_folder, read_lines, run_config, t5_folder
 from safetensors.torch import load_file
 
 from samestep.train.trainer import train
@@ -32,6 +32,10 @@ CASES: dict[str, tuple[dict[str, Any], str, bool]] = {
     "classification bert": ({"lr": 3e-3}, "cross_entropy", False),
     "regression": ({}, "squared_error", False),
     "token_classification": ({}, "accuracy", True),
+    "embedding": ({"temperature": 0.2}, "contrastive", False),
+    "embedding bert": ({"symmetric": True}, "contrastive", False),
+    "masked_lm bert": ({}, "nll", False),
+    "seq2seq t5": ({"label_smoothing": 0.1}, "nll", False),
     "question_answering bert": ({}, "cross_entropy", False),
 }
 
@@ -41,6 +45,8 @@ def configured(folder: Path, case: str, **changes: Any) -> Any:
     kind = case.split()[-1]
     if kind in MIXTURES:
         settings = {**settings, "model": str(mixture_folder(folder / kind, kind))}
+    if kind == "t5":
+        settings = {**settings, "model": str(t5_folder(folder / kind))}
     if "bert" in case:
         settings = {**settings, "model": str(bert_folder(folder / "bert"))}
     data = {
@@ -69,8 +75,8 @@ def test_memory_knobs_do_not_change_the_weights(tmp_path: Path, case: str) -> No
     for at, knob in enumerate(knobs):
         out = tmp_path / str(at)
         common = {"dtype": "float64", "steps": 2, "optimizer": "sgd", "lr": 0.1, "eval_data": None}
-        if case == "classification bert" and "padding" in knob:
-            knob = {**knob, "padding": "right"}  # its class token must be the first
+        if case in ("classification bert", "seq2seq t5") and "padding" in knob:
+            knob = {**knob, "padding": "right"}  # some can only be padded there
         train(configured(tmp_path, case, out=str(out), **{**common, **knob}))
         found.append(load_file(out / "model" / "model.safetensors"))
     for other in found[1:]:

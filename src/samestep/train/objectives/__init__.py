@@ -17,6 +17,9 @@ HOME = {
     "classification": "classification:ClassificationConfig",
     "regression": "classification:RegressionConfig",
     "token_classification": "classification:TokenClassificationConfig",
+    "embedding": "texts:EmbeddingConfig",
+    "masked_lm": "texts:MaskedLMConfig",
+    "seq2seq": "texts:Seq2SeqConfig",
     "question_answering": "classification:QuestionAnsweringConfig",
 }
 """Where the settings of each objective are defined, beside this file."""
