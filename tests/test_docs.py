@@ -39,6 +39,7 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[s
         "model": str(tiny_model(tmp_path / "tiny", config["model"])),
         "data": write_rows_of(config["objective"], tmp_path / "rows.jsonl", 8),
         "out": "out",
+        **({"teacher": "tiny"} if "teacher" in config else {}),
         "steps": 1,
     }
     Path("run.yaml").write_text(yaml.safe_dump({**config, **tiny}), encoding="utf-8")

@@ -31,6 +31,14 @@ def judged(draw: random.Random) -> dict[str, Any]:
     return {"prompt": row["prompt"], "completion": completion, "label": good}
 
 
+def rollout(draw: random.Random) -> dict[str, Any]:
+    """Of four prompts; politeness is rewarded."""
+    row, good = pair(draw), draw.random() < 0.5
+    completion = row["chosen"] if good else row["rejected"]
+    prompt = f"What is {draw.randint(1, 4)}? "
+    return {"prompt": prompt, "completion": completion, "reward": float(good)}
+
+
 def sum_class(draw: random.Random) -> dict[str, Any]:
     """The class is told by the words, not by the length."""
     kind = draw.choice(["forks", "euros", "treats"])
@@ -77,6 +85,8 @@ ROWS: dict[str, Rows] = {
     "cpo": pair,
     "orpo": pair,
     "kto": judged,
+    "policy": rollout,
+    "distillation": completion,
     "reward": pair,
     "classification": sum_class,
     "regression": size,

@@ -23,10 +23,10 @@ from samestep.train.config import TrainConfig, checked
 from samestep.train.objectives import config_class
 
 
-def llama_folder(folder: Path) -> Path:
-    """A folder with a two-layer Llama and its tokenizer."""
+def llama_folder(folder: Path, *, seed: int = 0, scale: float = 1) -> Path:
+    """A folder with a two-layer Llama, its head scaled, and its tokenizer."""
     tokenizer = tiny_tokenizer(chat=True)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -39,7 +39,9 @@ def llama_folder(folder: Path) -> Path:
         eos_token_id=3,
         pad_token_id=1,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data *= scale
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -13,6 +13,8 @@ HOME = {
     "cpo": "preference:CPOConfig",
     "orpo": "preference:ORPOConfig",
     "kto": "kto:KTOConfig",
+    "policy": "policy:PolicyConfig",
+    "distillation": "distillation:DistillationConfig",
     "reward": "classification:RewardConfig",
     "classification": "classification:ClassificationConfig",
     "regression": "classification:RegressionConfig",
