@@ -174,6 +174,9 @@ class Loop:
             if self.config.not_finite == "stop":
                 raise NotFiniteError(problem) from None
             report = _skipped(problem, seconds=time.perf_counter() - started)
+        after = self.run.objective.after_step
+        if after is not None and report.skipped is None:
+            after(self.run.model)
         self.progress = _after(self.progress, report)
         done = self.progress.step
         on_rank_0(lambda: self.recorder.step(report, step=done, epoch=plan.progress, lr=lr))
