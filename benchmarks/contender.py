@@ -46,11 +46,12 @@ class Work:
 
 def run_samestep(work: Work, steps: int, setting: str) -> list[float]:
     """`samestep train` with its defaults, or with a budget in tokens."""
-    from samestep.train.config import TrainConfig, checked
+    from samestep.train.config import checked
+    from samestep.train.objectives.causal_lm import CausalLMConfig
     from samestep.train.trainer import train
 
     out = Path(tempfile.mkdtemp()) / "out"
-    config = TrainConfig(
+    config = CausalLMConfig(
         model=work.model,
         data=str(work.rows),
         out=str(out),

@@ -23,7 +23,8 @@ from samestep.data.tokenize import tokenize_rows
 from samestep.models import attention
 from samestep.models.gguf import model_folder
 from samestep.terms import count
-from samestep.train.config import TrainConfig, checked
+from samestep.train.config import checked
+from samestep.train.objectives.causal_lm import CausalLMConfig
 from samestep.train.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +51,7 @@ def fine_tune(model: Path) -> None:
     few.parent.mkdir(parents=True, exist_ok=True)
     rows = (ROOT / "data" / "gsm_eval.jsonl").read_text(encoding="utf-8").splitlines()[:24]
     few.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    config = TrainConfig(
+    config = CausalLMConfig(
         model=str(model),
         data=str(ROOT / "data" / "gsm_train.jsonl"),
         eval_data=str(few),

@@ -9,8 +9,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src"
 PACKAGES = {
     "data": {"errors", "files", "targets"},
-    "losses": {"errors", "targets"},
-    "models": {"errors", "files", "data", "losses", "lm_head", "targets", "terms"},
+    "losses": {"errors", "products", "targets"},
+    "models": {"errors", "files", "data", "losses", "lm_head", "products", "targets", "terms"},
     "audit": {"errors", "files", "targets"},
 }
 """What each package may import of samestep, beside itself. The others may import anything below."""
@@ -19,14 +19,17 @@ CORE = {
     "errors": set(),
     "targets": set(),
     "files": set(),
+    "products": set(),
     "coupled": {"errors"},
     "terms": {"coupled", "errors", "targets"},
     "tally": {"errors", "terms"},
     "gradients": set(),
     "ranks": {"errors"},
-    "two_pass": {"coupled", "errors", "ranks", "terms"},
-    "train_step": {"errors", "gradients", "ranks", "tally", "terms", "two_pass"},
-    "evaluation": {"errors", "ranks", "tally", "terms", "two_pass"},
+    "parallel": {"errors", "ranks", "terms"},
+    "refusals": {"errors", "gradients", "parallel"},
+    "two_pass": {"coupled", "errors", "parallel", "ranks", "terms"},
+    "train_step": {"gradients", "parallel", "ranks", "refusals", "tally", "terms", "two_pass"},
+    "evaluation": {"errors", "parallel", "ranks", "tally", "terms", "two_pass"},
     "lm_head": {"errors", "losses", "targets", "terms"},
     "causal_lm": {"errors", "lm_head", "losses", "targets", "terms"},
 }

@@ -11,6 +11,7 @@ import pytest
 import samestep
 
 FUNCTIONS = [name for name in samestep.__all__ if inspect.isfunction(getattr(samestep, name))]
+RAISE_NOTHING = {"model_inputs"}
 CLASSES = [name for name in samestep.__all__ if inspect.isclass(getattr(samestep, name))]
 
 
@@ -27,7 +28,7 @@ def test_functions_document_arguments_results_and_errors(name: str) -> None:
     text = inspect.getdoc(function) or ""
     for argument in inspect.signature(function).parameters:
         assert re.search(rf"^\s+{argument}: ", text, re.MULTILINE), f"{name}: {argument}"
-    assert "Raises:" in text, name
+    assert "Raises:" in text or name in RAISE_NOTHING, name
     if inspect.signature(function).return_annotation is not None:
         assert "Returns:" in text, name
 

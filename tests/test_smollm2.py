@@ -13,7 +13,8 @@ from samestep.data.load import load_rows
 from samestep.data.tokenize import tokenize_rows
 from samestep.models import attention
 from samestep.models.gguf import model_folder
-from samestep.train.config import TrainConfig, checked
+from samestep.train.config import checked
+from samestep.train.objectives.causal_lm import CausalLMConfig
 from samestep.train.trainer import train
 
 ROWS = Path(__file__).parent.parent / "data" / "gsm_train.jsonl"
@@ -26,7 +27,7 @@ def test_two_steps_lower_the_evaluation_loss(tmp_path: Path) -> None:
     few = tmp_path / "eval.jsonl"
     rows = EVALUATION.read_text(encoding="utf-8").splitlines(keepends=True)[:8]
     few.write_text("".join(rows), encoding="utf-8")
-    config = TrainConfig(
+    config = CausalLMConfig(
         model=str(packaged_model()),
         data=str(ROWS),
         eval_data=str(few),

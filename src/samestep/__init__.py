@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from samestep.coupled import Coupled as Coupled
     from samestep.evaluation import EvalReport as EvalReport
     from samestep.evaluation import evaluate as evaluate
+    from samestep.lm_head import model_inputs as model_inputs
     from samestep.losses.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from samestep.objective import Objective as Objective
     from samestep.terms import Term as Term
     from samestep.terms import constant as constant
     from samestep.terms import target_weights as target_weights
@@ -39,6 +41,7 @@ _HOME = {
     "CheckReport": "samestep.audit.check",
     "Coupled": "samestep.coupled",
     "EvalReport": "samestep.evaluation",
+    "Objective": "samestep.objective",
     "StepReport": "samestep.train_step",
     "Term": "samestep.terms",
     "TwoPass": "samestep.two_pass",
@@ -48,6 +51,7 @@ _HOME = {
     "constant": "samestep.terms",
     "evaluate": "samestep.evaluation",
     "linear_cross_entropy": "samestep.losses.linear_cross_entropy",
+    "model_inputs": "samestep.lm_head",
     "step": "samestep.train_step",
     "target_weights": "samestep.terms",
 }
@@ -61,6 +65,7 @@ __all__ = [
     "Coupled",
     "DataError",
     "EvalReport",
+    "Objective",
     "SamestepError",
     "StepError",
     "StepReport",
@@ -73,6 +78,7 @@ __all__ = [
     "constant",
     "evaluate",
     "linear_cross_entropy",
+    "model_inputs",
     "step",
     "target_weights",
 ]

@@ -1,17 +1,28 @@
 """Evaluation by the same algebra as the step: sums over everything, divided once."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from samestep.errors import DataError
-from samestep.ranks import refuse_several_ranks
-from samestep.tally import Tally
-from samestep.terms import Counter, Counts, LossFn, Micro, Unit, count, input_tokens, reduce_terms
-from samestep.two_pass import Gathered
+from samestep.parallel import inner, is_sharded, on_every_rank, prepare
+from samestep.ranks import agree, exchange
+from samestep.tally import Facts, Tally, read
+from samestep.terms import (
+    Counter,
+    Counts,
+    LossFn,
+    Micro,
+    Unit,
+    add_counts,
+    count,
+    input_tokens,
+    reduce_terms,
+)
+from samestep.two_pass import Gathered, Shapes
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,8 @@ def evaluate(
     """The objective and every term over a whole data set, without gradients.
 
     The model is put in eval mode, and each of its modules back in its own mode afterwards.
-    Micro-batches are taken one at a time, so an iterator needs no memory for all of them.
+    Micro-batches are taken one at a time, so an iterator needs no memory for all of them. With
+    several ranks each gives its own part of the data, and gets the report over all of it.
 
     Args:
         model: The model.
@@ -63,34 +75,60 @@ def evaluate(
         DataError: There is no micro-batch.
     """
     started = time.perf_counter()
-    refuse_several_ranks()
+    prepare(model)
     training = {module: module.training for module in model.modules()}
-    counts: Counts = {}
-    tally, gathered, tokens, micros = Tally(), Gathered(), 0, 0
+    tally, gathered = Tally(), Gathered()
+    counted_here, tokens_here = list[Counts](), list[int]()
+
+    def own_part() -> tuple[Facts, Shapes, Counts, int, int]:
+        for micro, counted in _turns(model, micro_batches):
+            result = loss_fn(inner(model), micro)
+            if not counted:
+                continue
+            terms = gathered.take(result)
+            if terms:
+                tally.add(reduce_terms(terms, micro, normalize=normalize))
+            counted_here.append(count([micro], counters))
+            tokens_here.append(input_tokens(micro))
+        sums = add_counts(counted_here)
+        return tally.facts(), gathered.shapes(), sums, sum(tokens_here), len(tokens_here)
+
     model.eval()
     try:
         with torch.no_grad():
-            for micro in micro_batches:
-                for unit, found in count([micro], counters).items():
-                    counts[unit] = counts.get(unit, 0.0) + found
-                terms = gathered.take(loss_fn(model, micro))
-                if terms:
-                    tally.add(reduce_terms(terms, micro, normalize=normalize))
-                tokens += input_tokens(micro)
-                micros += 1
+            parts = on_every_rank(model, own_part)
     finally:
         for module, mode in training.items():
             module.training = mode
-    if micros == 0:
+    facts, shapes, counts_by_rank, tokens, pieces = zip(*parts, strict=True)
+    if sum(pieces) == 0:
         raise DataError("nothing to evaluate: there is no micro-batch")
-    gathered.finish()
-    tally.add(gathered.values())
-    loss, values = tally.read(counts)
+    if any(shapes):
+        gathered.finish(shapes)
+        coupled = Tally()
+        coupled.add(gathered.values())
+        facts = (*facts, *exchange(coupled.facts()))
+    counts = add_counts(counts_by_rank)
+    loss, values = read(facts, counts)
     return EvalReport(
         loss=loss,
         terms=values,
         counts=counts,
         seconds=time.perf_counter() - started,
-        tokens=tokens,
-        micro_batches=micros,
+        tokens=sum(tokens),
+        micro_batches=sum(pieces),
     )
+
+
+def _turns(model: nn.Module, micro_batches: Iterable[Micro]) -> Iterator[tuple[Micro, bool]]:
+    """The micro-batches; under FSDP2 the last one again until no rank has any left."""
+    last = None
+    for micro in micro_batches:
+        if is_sharded(model):
+            agree(True)
+        last = micro
+        yield micro, True
+    while is_sharded(model) and agree(False):
+        if last is None:
+            raise DataError("under fully_shard every rank needs a micro-batch to evaluate")
+        yield last, False

@@ -1,12 +1,17 @@
-"""Gradients over an effective batch: where they add up, and clipping once at the end."""
+"""Gradients over an effective batch: where they add up, over ranks too, and clipping at the end."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+BUCKET = 2**25
+"""Elements that one all-reduce of gradients carries, at most (128 MB in float32)."""
 
 
 @contextmanager
@@ -64,22 +69,89 @@ def _mover(
     return move
 
 
+def missed(
+    parameters: Sequence[nn.Parameter], gradients: Mapping[nn.Parameter, Tensor]
+) -> list[int]:
+    """Positions of the weights that no backward has reached.
+
+    Args:
+        parameters: The weights.
+        gradients: What `float32_accumulation` yields.
+    """
+    return [
+        position
+        for position, weight in enumerate(parameters)
+        if weight.grad is None and weight not in gradients
+    ]
+
+
+def sum_over_replicas(
+    gradients: dict[nn.Parameter, Tensor],
+    parameters: Sequence[nn.Parameter],
+    *,
+    missed_by: Sequence[Sequence[int]],
+) -> None:
+    """Add the gradients of replicated weights up over the ranks, in place.
+
+    Args:
+        gradients: This rank's gradients; zeros are added for those that only other ranks have.
+        parameters: The weights that train, in the same order on every rank.
+        missed_by: What `missed` gave on each rank. A weight that all missed gets no gradient.
+    """
+    if len(missed_by) < 2:
+        return
+    by_all = set.intersection(*map(set, missed_by))
+    reached = [weight for i, weight in enumerate(parameters) if i not in by_all]
+    for weight in reached:
+        if weight not in gradients:
+            dtype = torch.float32 if weight.dtype in LOW_PRECISION else weight.dtype
+            gradients[weight] = torch.zeros_like(weight, dtype=dtype)
+    for bucket in _buckets([gradients[weight] for weight in reached]):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        for gradient, part in zip(bucket, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Neighbours of one dtype and device, up to `BUCKET` elements together."""
+    buckets: list[list[Tensor]] = []
+    room, kind = 0, None
+    for gradient in gradients:
+        if gradient.numel() > room or (gradient.dtype, gradient.device) != kind:
+            buckets.append([])
+            room, kind = BUCKET, (gradient.dtype, gradient.device)
+        buckets[-1].append(gradient)
+        room -= gradient.numel()
+    return buckets
+
+
 def clip_(gradients: Sequence[Tensor], max_norm: float | None) -> Tensor:
     """Scale the gradients in place so that their global norm is at most ``max_norm``.
 
     Args:
-        gradients: The normalised gradients of the whole effective batch.
+        gradients: The normalised gradients of the whole effective batch; of sharded weights,
+            this rank's shards (DTensor).
         max_norm: The bound; None only measures.
 
     Returns:
-        The 2-norm over all gradients before clipping, 0-d.
+        The 2-norm over all gradients before clipping, 0-d, the same on every rank.
     """
     norm = nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
             gradient.mul_(factor.to(gradient.device, gradient.dtype))
     return norm
+
+
+def is_finite(gradient: Tensor) -> bool:
+    """Whether every element is finite, over all shards."""
+    finite = gradient.isfinite().all()
+    return bool(finite.full_tensor() if isinstance(finite, DTensor) else finite)
 
 
 def assign(gradients: dict[nn.Parameter, Tensor]) -> None:

@@ -22,6 +22,18 @@ NOT_FOR_THE_MODEL = ("labels", "example_ids", "example_weights", "fields")
 """What a micro-batch holds beside the model's inputs."""
 
 
+def model_inputs(micro: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a micro-batch goes into the model: all but labels, weights, ids and fields.
+
+    Args:
+        micro: A micro-batch of `samestep.data.collate.collate`, or another mapping.
+
+    Returns:
+        The tensors that the model is called with.
+    """
+    return {key: micro[key] for key in micro if key not in NOT_FOR_THE_MODEL}
+
+
 @dataclass(frozen=True)
 class LogitRule:
     """How a model makes logits of its head's output: scale, then soft cap."""
@@ -97,7 +109,7 @@ class UpToHead:
         Raises:
             ConfigError: The model calls its output embedding more than once.
         """
-        inputs = {key: micro[key] for key in micro if key not in NOT_FOR_THE_MODEL} | extra
+        inputs = model_inputs(micro) | extra
         inputs.setdefault("use_cache", False)  # keys and values kept for nothing
         head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         if head not in self._rules or self._rules[head] is not None:

@@ -1,20 +1,155 @@
-"""What the step knows of other ranks: so far, to refuse them."""
+"""What samestep knows of other ranks: the sums, gathers and agreements that a step needs.
 
-import torch.distributed
+With no process group, or one rank, everything here is the identity and costs nothing.
 
-from samestep.errors import ConfigError
+Small facts (counts, totals, errors) travel as JSON in one all-gather of a fixed number of bytes and
+are added up by every rank in the same order: the result is the same on all of them, names need no
+agreement beforehand (a rank that holds no example does not know which units the others count), and
+nothing is unpickled.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from samestep import errors
+from samestep.errors import SamestepError, StepError
+
+ENVELOPE = 1024
+"""Bytes that each rank sends in the one collective of an `exchange`; longer facts take two."""
+
+Result = TypeVar("Result")
 
 
-def refuse_several_ranks() -> None:
-    """Refuse to run where counts would have to be added up over ranks.
+def world() -> int:
+    """The number of ranks; 1 without a process group."""
+    return dist.get_world_size() if _together() else 1
+
+
+def rank() -> int:
+    """The number of this rank, from 0."""
+    return dist.get_rank() if _together() else 0
+
+
+def exchange(value: Any) -> list[Any]:
+    """What each rank gave, in the order of the ranks, on every rank.
+
+    Args:
+        value: Anything small that JSON holds; floats arrive to the last bit.
+    """
+    if world() == 1:
+        return [value]
+    message = json.dumps(value).encode()
+    sizes_and_heads = _gather_bytes(len(message).to_bytes(8, "little") + message, ENVELOPE)
+    sizes = [int.from_bytes(part[:8], "little") for part in sizes_and_heads]
+    longest = max(sizes)
+    if longest > ENVELOPE - 8:
+        bodies = _gather_bytes(message, longest)
+    else:
+        bodies = [part[8:] for part in sizes_and_heads]
+    return [json.loads(body[:size]) for body, size in zip(bodies, sizes, strict=True)]
+
+
+def every_rank(work: Callable[[], Result]) -> list[Result]:
+    """Do something on every rank, and share the results; fail on all ranks if it fails on one.
+
+    Without this, a rank that fails would leave the others waiting in their next collective.
+
+    Args:
+        work: Returns anything small that JSON holds.
+
+    Returns:
+        The results in the order of the ranks, on every rank.
 
     Raises:
-        ConfigError: ``torch.distributed`` runs with more than one rank.
+        SamestepError: What was raised on another rank (of the same class if it is one of
+            samestep's own errors, else a `StepError`); the message names that rank.
+        Exception: What was raised on this rank.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
-        if ranks > 1:
-            raise ConfigError(
-                f"{ranks} ranks: this version counts targets on one rank only, so the step would "
-                "not be exact. Run one process"
-            )
+    if world() == 1:
+        return [work()]
+    try:
+        outcome: dict[str, Any] = {"result": work()}
+    except Exception as error:
+        exchange({"error": type(error).__name__, "message": str(error)})
+        raise
+    outcomes = exchange(outcome)
+    failed = [number for number, found in enumerate(outcomes) if "error" in found]
+    if failed:
+        raise _of_another_rank(failed[0], **outcomes[failed[0]])
+    return [found["result"] for found in outcomes]
+
+
+def _of_another_rank(number: int, *, error: str, message: str) -> SamestepError:
+    kind = getattr(errors, error, None)
+    if isinstance(kind, type) and issubclass(kind, SamestepError):
+        return kind(f"rank {number}: {message}")
+    return StepError(f"rank {number}: {error}: {message}")
+
+
+def agree(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    return any(exchange(flag))
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over the ranks, in its own dtype; ranks must agree on the shape.
+
+    Args:
+        tensor: Any shape; not changed, and no gradient flows through the sum.
+    """
+    if world() == 1:
+        return tensor
+    total = tensor.detach().clone().contiguous()
+    dist.all_reduce(total)
+    return total
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all ranks, in the order of the ranks.
+
+    Args:
+        rows: [rows, ...]; the number of rows may differ between ranks, and be 0. No gradient
+            flows through.
+
+    Returns:
+        [all rows, ...]; this rank's start at `rows_before`.
+    """
+    if world() == 1:
+        return rows
+    numbers = exchange(len(rows))
+    padded = rows.new_zeros((max(numbers), *rows.shape[1:]))
+    padded[: len(rows)] = rows.detach()
+    parts = [torch.empty_like(padded) for _ in numbers]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])
+
+
+def rows_before(number: int) -> int:
+    """How many rows lower ranks hold together, if this one holds ``number``."""
+    return sum(exchange(number)[: rank()])
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _gather_bytes(message: bytes, size: int) -> list[bytes]:
+    """The first ``size`` bytes of every rank's message, filled up with zeros."""
+    device = _control_device()
+    own = torch.frombuffer(bytearray(message[:size].ljust(size, b"\0")), dtype=torch.uint8)
+    own = own.to(device)
+    parts = [torch.empty_like(own) for _ in range(world())]
+    dist.all_gather(parts, own)
+    return [part.cpu().numpy().tobytes() for part in parts]
+
+
+def _control_device() -> torch.device:
+    """Where small messages travel: the CPU, unless the group serves an accelerator alone."""
+    if "cpu" in dist.get_backend_config():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")

@@ -4,6 +4,7 @@ The denominators (counted from the data before any forward) and the losses (summ
 over the same positions) must agree to the last token, so both call this module.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,3 +65,24 @@ def sequence_ids(micro: Mapping[str, Any]) -> Tensor:
     starts[:, 0] = True
     ids: Tensor = starts.flatten().cumsum(0) - 1
     return ids.view_as(labels)
+
+
+def spans(micro: Mapping[str, Any]) -> list[tuple[int, slice]]:
+    """Where each sequence stands: its row, and its positions there.
+
+    Args:
+        micro: A micro-batch of `samestep.data.collate.collate`; with ``input_ids`` alone each row
+            is one sequence.
+
+    Returns:
+        A place for each sequence, in reading order.
+    """
+    if "cu_seq_lens_q" in micro:
+        borders = micro["cu_seq_lens_q"].tolist()
+        return [(0, slice(a, b)) for a, b in itertools.pairwise(borders)]
+    mask = micro.get("attention_mask")
+    if mask is None:
+        rows, length = micro["input_ids"].shape
+        return [(row, slice(0, length)) for row in range(rows)]
+    starts, lengths = mask.argmax(dim=1).tolist(), mask.sum(dim=1).tolist()
+    return [(i, slice(a, a + n)) for i, (a, n) in enumerate(zip(starts, lengths, strict=True))]

@@ -222,6 +222,15 @@ def count(micro_batches: Iterable[Micro], counters: Mapping[str, Counter] | None
     return counts
 
 
+def add_counts(parts: Iterable[Counts]) -> Counts:
+    """Counts of parts of a batch, added up; a unit may be missing in some of them."""
+    total: Counts = {}
+    for part in parts:
+        for unit, number in part.items():
+            total[unit] = total.get(unit, 0.0) + number
+    return total
+
+
 def divisor(name: str, unit: Unit, counts: Counts) -> float:
     """The number that a term of this unit is divided by.
 

@@ -2,8 +2,8 @@
 
     objective = sum over terms of  weight * total / count(unit over the whole effective batch)
 
-The counts come from the data before any backward, so each micro-batch's share is final when
-its gradient is made, and the micro-batches may be of any size and number.
+The counts come from the data before any backward, over all ranks, so each micro-batch's share is
+final when its gradient is made, and the micro-batches may be of any size and number, on any rank.
 """
 
 import math
@@ -15,11 +15,22 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from samestep.errors import ConfigError, StepError
-from samestep.gradients import LOW_PRECISION, assign, clip_, float32_accumulation
-from samestep.ranks import refuse_several_ranks
-from samestep.tally import Tally, objective_share
-from samestep.terms import Counter, Counts, LossFn, Micro, Unit, count, input_tokens, reduce_terms
+from samestep.gradients import assign, clip_, float32_accumulation, missed, sum_over_replicas
+from samestep.parallel import inner, is_sharded, on_every_rank, prepare, quiet, turns
+from samestep.ranks import every_rank
+from samestep.refusals import not_finite, refuse_scaler, refuse_strangers
+from samestep.tally import Facts, Tally, objective_share, read
+from samestep.terms import (
+    Counter,
+    Counts,
+    LossFn,
+    Micro,
+    Unit,
+    add_counts,
+    count,
+    input_tokens,
+    reduce_terms,
+)
 from samestep.two_pass import first_pass
 
 
@@ -34,7 +45,7 @@ class StepReport:
         grad_norm: Global 2-norm of the gradient before clipping.
         seconds: Wall-clock time of the step.
         tokens: Input tokens without padding (0 where the micro-batches have no ``input_ids``).
-        micro_batches: How many micro-batches the batch was split into.
+        micro_batches: How many micro-batches the batch was split into, over all ranks.
         skipped: Why the weights were left alone ("no targets", "overflow"), or None.
     """
 
@@ -64,11 +75,13 @@ def step(
     Gradients left from before are cleared first, and those of this step at the end.
 
     Args:
-        model: The model, in the mode (train or eval) that you want.
+        model: The model, in the mode (train or eval) that you want. With several ranks: a plain
+            module (the same on every rank), DDP, or a module after FSDP2's ``fully_shard``.
         optimizer: Updates the weights, once.
-        micro_batches: The effective batch, in micro-batches of any sizes.
+        micro_batches: The effective batch, in micro-batches of any sizes; with several ranks, this
+            rank's part of it, which may be empty (not under FSDP2).
         loss_fn: Maps (model, micro-batch) to a `Term` or ``{name: Term}``: sums, not means. One
-            that returns `Coupled` terms is declared by `TwoPass`.
+            that returns `Coupled` terms is declared by `TwoPass`. It gets the module inside DDP.
         max_grad_norm: Clip the global gradient norm to this, after normalisation; None: do not.
         normalize: What terms in tokens are normalised by: "token", "sequence" (each sequence
             weighs the same; needs totals [sequences]) or `constant`.
@@ -81,13 +94,14 @@ def step(
     Raises:
         StepError: A unit was not counted, or a term or the gradient is not finite (the term is
             named). The weights are then unchanged and no gradient is left behind.
-        ConfigError: What the step cannot make exact: several ranks, a scaler with weights of low
-            precision, or an optimizer over weights that are not the model's.
+        ConfigError: What the step cannot make exact: a scaler with weights of low precision, an
+            optimizer over weights that are not the model's, or weights that lie on the ranks in an
+            unknown way.
     """
     started = time.perf_counter()
-    micros = list(micro_batches)
-    counts, skipped, norm = count(micros, counters), None, 0.0
-    _refuse_strangers(model, optimizer)
+    skipped, norm = None, 0.0
+    micros, counts, tokens, pieces = survey(micro_batches, counters)
+    refuse_strangers(model, optimizer)
 
     loss, terms, gradients = accumulate(
         model, micros, loss_fn, counts=counts, normalize=normalize, scaler=scaler
@@ -104,7 +118,7 @@ def step(
         elif scaler is not None:
             skipped = "overflow"
         else:
-            raise _not_finite(model, gradients)
+            raise not_finite(model, gradients)
         if scaler is not None:
             scaler.update()
     model.zero_grad()
@@ -114,8 +128,8 @@ def step(
         counts=counts,
         grad_norm=norm,
         seconds=time.perf_counter() - started,
-        tokens=sum(input_tokens(micro) for micro in micros),
-        micro_batches=len(micros),
+        tokens=tokens,
+        micro_batches=pieces,
         skipped=skipped,
     )
 
@@ -145,10 +159,8 @@ def backward(
     Raises:
         StepError: As for `step`.
     """
-    micros = list(micro_batches)
-    loss, terms, gradients = accumulate(
-        model, micros, loss_fn, counts=count(micros, counters), normalize=normalize
-    )
+    micros, counts, _, _ = survey(micro_batches, counters)
+    loss, terms, gradients = accumulate(model, micros, loss_fn, counts=counts, normalize=normalize)
     assign(gradients)
     return loss, terms
 
@@ -166,74 +178,73 @@ def accumulate(
 
     Args:
         model: The model.
-        micros: The micro-batches of one effective batch; none is run if nothing was counted.
+        micros: This rank's micro-batches; none is run if nothing was counted on any rank.
         loss_fn: As for `step`.
-        counts: The counts over all of them.
+        counts: The counts over the whole effective batch, all ranks included.
         normalize: As for `step`.
         scaler: As for `step`.
 
     Returns:
         The objective, each term's total / count, and the gradient of each weight that got one
-        (float32 for weights of low precision).
+        (float32 for weights of low precision), added up over the ranks.
 
     Raises:
         StepError: As for `step`.
         ConfigError: As for `step`.
     """
-    refuse_several_ranks()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if scaler is not None and any(parameter.dtype in LOW_PRECISION for parameter in parameters):
-        raise ConfigError(
-            "a gradient scaler serves float16 autocast over float32 weights; these weights are of "
-            "low precision themselves. Load the model in float32, or leave the scaler out"
-        )
+    parameters = prepare(model)
+    refuse_scaler(model, parameters, scaler)
     model.zero_grad()
-    tally = Tally()
-    with float32_accumulation(parameters) as gradients:
-        micros = [] if nothing_counted(counts) else micros
-        gathered = first_pass(model, micros, loss_fn)
-        for index, micro in enumerate(micros):
-            loss = gathered.resolve(loss_fn(model, micro), index)
-            sums = reduce_terms(loss, micro, normalize=normalize)
+    micros = [] if nothing_counted(counts) else micros
+    tally, runs = Tally(), turns(model, micros)
+
+    def own_part() -> tuple[Facts, list[int]]:
+        """Run this rank's micro-batches: what they found, and the weights that they missed."""
+        for index, counted in runs:
+            result = gathered.resolve(loss_fn(inner(model), micros[index]), index)
+            sums = reduce_terms(result, micros[index], normalize=normalize)
             share = objective_share(sums, counts)
             if share is not None:
+                share = share if counted else 0 * share
                 (share if scaler is None else scaler.scale(share)).backward()
-            tally.add(sums)
-        objective, terms = tally.read(counts)
-    return objective, terms, gradients
+            if counted:
+                tally.add(sums)
+        return tally.facts(), missed(parameters, gradients)
+
+    with quiet(model), float32_accumulation(parameters) as gradients:
+        gathered = first_pass(model, micros, loss_fn, runs=runs)
+        parts = on_every_rank(model, own_part)
+        loss, terms = read([facts for facts, _ in parts], counts)
+    if not is_sharded(model):
+        sum_over_replicas(gradients, parameters, missed_by=[missing for _, missing in parts])
+    return loss, terms, gradients
+
+
+def survey(
+    micro_batches: Iterable[Micro], counters: Mapping[str, Counter] | None
+) -> tuple[list[Micro], Counts, int, int]:
+    """This rank's micro-batches, and what the effective batch holds over all ranks.
+
+    Args:
+        micro_batches: As for `step`.
+        counters: As for `step`.
+
+    Returns:
+        The micro-batches of this rank; the counts, input tokens and micro-batches of all.
+
+    Raises:
+        StepError: As for `samestep.terms.count`.
+    """
+    micros: list[Micro] = []
+
+    def own_part() -> tuple[Counts, int, int]:
+        micros.extend(micro_batches)
+        return count(micros, counters), sum(map(input_tokens, micros)), len(micros)
+
+    counts, tokens, pieces = zip(*every_rank(own_part), strict=True)
+    return micros, add_counts(counts), sum(tokens), sum(pieces)
 
 
 def nothing_counted(counts: Counts) -> bool:
     """Whether the batch was counted and holds nothing to learn from."""
     return bool(counts) and not any(counts.values())
-
-
-def _refuse_strangers(model: nn.Module, optimizer: Optimizer) -> None:
-    own = set(model.parameters())
-    strangers = [
-        tuple(weight.shape)
-        for group in optimizer.param_groups
-        for weight in group["params"]
-        if weight not in own
-    ]
-    if strangers:
-        raise ConfigError(
-            f"the optimizer updates {len(strangers)} weights that are not the model's (shapes "
-            f"{strangers[:3]}): the step could neither clear nor clip their gradients. Register "
-            "them on the model, or build the optimizer from model.parameters()"
-        )
-
-
-def _not_finite(model: nn.Module, gradients: dict[nn.Parameter, Tensor]) -> StepError:
-    names = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter in gradients and not gradients[parameter].isfinite().all()
-    ]
-    model.zero_grad()
-    return StepError(
-        f"the step was not taken: the loss is finite but its gradient is not, in {names[0]}"
-        + (f" and {len(names) - 1} other weights" if len(names) > 1 else "")
-        + ". The weights are unchanged. Usual causes: an overflow in low precision, or a square "
-        "root or logarithm at 0"
-    )

@@ -6,19 +6,25 @@ micro-batch's objective, whose gradient is by the chain rule that of value(s). T
 GradCache (arXiv:2101.06983), here for any statistic.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from samestep.coupled import Coupled
 from samestep.errors import StepError
+from samestep.parallel import inner, on_every_rank
+from samestep.ranks import gather_rows, rank, rows_before, sum_over_ranks
 from samestep.terms import LossFn, LossResult, Micro, Sum, Term, constant, named_terms
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 LOW_PRECISION_TOLERANCE = 5e-2
 """Relative difference between the passes above which they cannot have run the same model."""
+
+Shapes: TypeAlias = dict[str, tuple[str, list[int], str]]
+"""How each coupled term is gathered, and the shape and device of its first part."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,10 @@ class TwoPass:
 
 
 class Gathered:
-    """Coupled terms over a whole effective batch: their parts, then their values and slopes."""
+    """Coupled terms over a whole effective batch: their parts, then their values and slopes.
+
+    With several ranks each takes its own micro-batches; `finish` brings the parts together.
+    """
 
     def __init__(self) -> None:
         self._parts: dict[str, list[Tensor]] = {}
@@ -46,6 +55,7 @@ class Gathered:
         self._slopes: dict[str, list[Tensor]] = {}
         self._values: dict[str, Tensor] = {}
         self._micros = 0
+        self._reports = True
 
     def take(self, loss: LossResult) -> dict[str, Term]:
         """Keep the parts of one micro-batch.
@@ -66,30 +76,49 @@ class Gathered:
         self._micros += 1
         return terms
 
-    def finish(self) -> None:
+    def shapes(self) -> Shapes:
+        """What this rank coupled, as JSON: for `finish`, of every rank."""
+        return {
+            name: (term.gather, list(parts[0].shape), parts[0].device.type)
+            for (name, term), parts in zip(self._first.items(), self._parts.values(), strict=True)
+        }
+
+    def finish(self, shapes: Sequence[Shapes]) -> None:
         """Compute each term's value at the whole statistic, and its slope at every part.
 
+        Args:
+            shapes: `shapes` of every rank; those without a micro-batch have none, but take part.
+
         Raises:
-            StepError: A value is not one finite number.
+            StepError: A value is not one finite number, or ranks do not have the same terms.
         """
-        for name, parts in self._parts.items():
-            term = self._first[name]
-            whole, own = _over_ranks(parts, term.gather)
-            with torch.enable_grad():
-                leaf = whole.requires_grad_()
-                value = term.value(leaf)
-                _check_value(name, value)
-                slope = torch.zeros_like(whole)
-                if value.requires_grad:
-                    (slope,) = torch.autograd.grad(value, leaf)
-            self._values[name] = value.detach()
-            if term.gather == "sum":
-                self._slopes[name] = [slope] * len(parts)
-            else:
-                self._slopes[name] = list(slope[own].split([len(part) for part in parts]))
+        known = [found for found in shapes if found]
+        for name in known[0] if known else ():
+            whole, before = _over_ranks(self._parts.get(name, []), *known[0][name])
+            if name in self._first:
+                self._differentiate(name, whole, before)
+        self._reports = bool(self._first) and not any(shapes[: rank()])
+
+    def _differentiate(self, name: str, whole: Tensor, before: int) -> None:
+        term, parts = self._first[name], self._parts[name]
+        with torch.enable_grad():
+            leaf = whole.requires_grad_()
+            value = term.value(leaf)
+            _check_value(name, value)
+            slope = torch.zeros_like(whole)
+            if value.requires_grad:
+                (slope,) = torch.autograd.grad(value, leaf)
+        self._values[name] = value.detach()
+        if term.gather == "sum":
+            self._slopes[name] = [slope] * len(parts)
+        else:
+            sizes = [len(part) for part in parts]
+            self._slopes[name] = list(slope[before : before + sum(sizes)].split(sizes))
 
     def values(self) -> dict[str, Sum]:
-        """The terms' values over the whole batch, without a graph, to be added up once."""
+        """The terms' values over the whole batch, without a graph, on the one rank that reports."""
+        if not self._reports:
+            return {}
         return {
             name: Sum(value, constant(1), self._first[name].weight)
             for name, value in self._values.items()
@@ -115,7 +144,9 @@ class Gathered:
         for name, term in coupled.items():
             _check_repeatable(name, self._parts[name][index], term.part)
             share = (self._slopes[name][index] * term.part.double()).sum()
-            value = self._values[name] if index == 0 else torch.zeros_like(self._values[name])
+            value = self._values[name]
+            if index > 0 or not self._reports:
+                value = torch.zeros_like(value)
             # The share counts for its gradient alone; the reported number is the value itself.
             terms[name] = Term(value + (share - share.detach()), constant(1), term.weight)
         return terms
@@ -129,13 +160,16 @@ class Gathered:
             )
 
 
-def first_pass(model: nn.Module, micros: Iterable[Micro], loss_fn: LossFn) -> Gathered:
+def first_pass(
+    model: nn.Module, micros: Sequence[Micro], loss_fn: LossFn, *, runs: Iterable[tuple[int, bool]]
+) -> Gathered:
     """Gather what a `TwoPass` loss couples; nothing is run for any other loss.
 
     Args:
         model: The model, in the mode of the step.
-        micros: The micro-batches of one effective batch.
+        micros: This rank's micro-batches.
         loss_fn: The loss.
+        runs: Which of them to run, as `samestep.parallel.turns` gives them.
 
     Returns:
         What `Gathered.resolve` needs in the second pass.
@@ -144,18 +178,30 @@ def first_pass(model: nn.Module, micros: Iterable[Micro], loss_fn: LossFn) -> Ga
         StepError: The coupled terms do not fit together, or have no finite value.
     """
     gathered = Gathered()
+
+    def own_part() -> Shapes:
+        for index, counted in runs:
+            result = loss_fn(inner(model), micros[index])
+            if counted:
+                gathered.take(result)
+        return gathered.shapes()
+
     if isinstance(loss_fn, TwoPass):
         with torch.no_grad():
-            for micro in micros:
-                gathered.take(loss_fn(model, micro))
-        gathered.finish()
+            gathered.finish(on_every_rank(model, own_part))
     return gathered
 
 
-def _over_ranks(parts: list[Tensor], gather: str) -> tuple[Tensor, slice]:
-    """The whole statistic, and which of its rows are this process's own."""
-    whole = torch.stack(parts).sum(0) if gather == "sum" else torch.cat(parts)
-    return whole, slice(0, len(whole) if gather == "rows" else None)
+def _over_ranks(
+    parts: list[Tensor], gather: str, shape: list[int], device: str
+) -> tuple[Tensor, int]:
+    """The whole statistic, and how many of its rows stand before this rank's own."""
+    shape = shape if gather == "sum" else [0, *shape[1:]]
+    nothing = torch.zeros(shape, dtype=torch.float64, device=device)
+    if gather == "sum":
+        return sum_over_ranks(torch.stack(parts).sum(0) if parts else nothing), 0
+    own = torch.cat(parts) if parts else nothing
+    return gather_rows(own), rows_before(len(own))
 
 
 def _split(loss: LossResult) -> tuple[dict[str, Term], dict[str, Coupled]]:

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from samestep.errors import ConfigError
-from samestep.train.config import SAME_STEP, TrainConfig, checked, read_config
+from samestep.train.arguments import read_config
+from samestep.train.config import SAME_STEP, checked
+from samestep.train.objectives.causal_lm import CausalLMConfig
 
 NEEDED = ["--model", "m", "--data", "d", "--out", "o"]
 
@@ -96,7 +98,7 @@ def test_lora_alpha_is_twice_the_rank() -> None:
 
 
 def test_what_may_change_on_resume_are_fields() -> None:
-    assert set(TrainConfig.model_fields) >= SAME_STEP
+    assert set(CausalLMConfig.model_fields) >= SAME_STEP
 
 
 @given(
@@ -115,14 +117,14 @@ def test_what_may_change_on_resume_are_fields() -> None:
 )
 def test_saved_settings_read_back_the_same(values: dict[str, object]) -> None:
     values = values if "lora_targets" not in values else {**values, "lora_rank": 4}
-    config = checked(TrainConfig.model_validate(values))
-    again = TrainConfig.model_validate(yaml.safe_load(yaml.safe_dump(config.saved())))
+    config = checked(CausalLMConfig.model_validate(values))
+    again = CausalLMConfig.model_validate(yaml.safe_load(yaml.safe_dump(config.saved())))
     assert again == config
 
 
 @given(
     st.dictionaries(
-        st.sampled_from([*TrainConfig.model_fields, "nonsense", ""]),
+        st.sampled_from([*CausalLMConfig.model_fields, "nonsense", ""]),
         st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text()),
     )
 )

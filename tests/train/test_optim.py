@@ -2,12 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from samestep.train.config import TrainConfig, checked
+from samestep.train.config import checked
+from samestep.train.objectives.causal_lm import CausalLMConfig
 from samestep.train.optim import build_optimizer, learning_rate, set_learning_rate
 
 
-def config(**changes: object) -> TrainConfig:
-    return checked(TrainConfig.model_validate({"model": "m", "data": "d", "out": "o", **changes}))
+def config(**changes: object) -> CausalLMConfig:
+    return checked(
+        CausalLMConfig.model_validate({"model": "m", "data": "d", "out": "o", **changes})
+    )
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])

@@ -3,13 +3,14 @@ from pathlib import Path
 import pytest
 
 from samestep.errors import ConfigError
-from samestep.train.config import TrainConfig, checked
+from samestep.train.config import checked
+from samestep.train.objectives.causal_lm import CausalLMConfig
 from samestep.train.run_folder import RunFolder
 
 
-def config(folder: Path, **changes: object) -> TrainConfig:
+def config(folder: Path, **changes: object) -> CausalLMConfig:
     needed = {"model": "m", "data": "d", "out": str(folder)}
-    return checked(TrainConfig.model_validate({**needed, **changes}))
+    return checked(CausalLMConfig.model_validate({**needed, **changes}))
 
 
 def test_a_new_folder_is_made_with_the_settings(tmp_path: Path) -> None:

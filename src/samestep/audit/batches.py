@@ -1,8 +1,9 @@
 """Changes to a batch that must not change the step, and what a batch says of its targets."""
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,14 +15,30 @@ from samestep.targets import IGNORE
 
 
 def cast(batch: Any, dtype: torch.dtype) -> Any:
-    """A batch with its floating tensors in a type."""
+    """A batch with its floating tensors in a type, of the type of batch that it was."""
     if isinstance(batch, Tensor):
         return batch.to(dtype) if batch.is_floating_point() else batch
     if isinstance(batch, Mapping):
-        return {key: cast(value, dtype) for key, value in batch.items()}
+        return like(batch, {key: cast(value, dtype) for key, value in batch.items()})
     if isinstance(batch, list | tuple):
-        return type(batch)(cast(value, dtype) for value in batch)
+        return like(batch, [cast(value, dtype) for value in batch])
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{one.name: cast(getattr(batch, one.name), dtype)
+                                 for one in fields(batch)})  # fmt: skip
     return batch
+
+
+def like(batch: Any, values: Any) -> Any:
+    """These values in a batch of the same type: a mapping, a list, a tuple, a named tuple."""
+    if type(batch) is dict:
+        return values
+    if isinstance(batch, Mapping):
+        other: Any = copy.copy(batch)
+        for key, value in values.items():
+            other[key] = value
+        return other
+    named = isinstance(batch, tuple) and type(batch) is not tuple
+    return type(batch)(*values) if named else type(batch)(values)
 
 
 def facts_of(batches: Sequence[Any]) -> list[Facts] | None:
@@ -172,7 +189,7 @@ def mask_targets(batch: Any, where: Sequence[Place]) -> Any:
         raise CheckError("labels that are no classes cannot be masked")
     for row, *stretch in where:
         labels[(row, *stretch) if labels.shape[0] == 1 and labels.dim() > 1 else row] = IGNORE
-    return {**batch, "labels": labels}
+    return like(batch, {**batch, "labels": labels})
 
 
 def mask_borders(batch: Any, where: Sequence[Place]) -> Any:
@@ -180,7 +197,7 @@ def mask_borders(batch: Any, where: Sequence[Place]) -> Any:
     labels = batch["labels"].clone()
     for place in where:
         labels[place].view(-1)[0] = IGNORE
-    return {**batch, "labels": labels}
+    return like(batch, {**batch, "labels": labels})
 
 
 def alter(batch: Any, where: Sequence[Place]) -> Any:
@@ -213,10 +230,10 @@ def _replaced(batch: Any, changed: Mapping[str, Tensor]) -> Any:
     if isinstance(batch, Tensor):
         return next(iter(changed.values()), batch)
     if isinstance(batch, Mapping):
-        return {**batch, **changed}
+        return like(batch, {**batch, **changed})
     names = {f"batch[{number}]": number for number in range(len(batch))}
     others = {names[key]: tensor for key, tensor in changed.items()}
-    return type(batch)(others.get(number, value) for number, value in enumerate(batch))
+    return like(batch, [others.get(number, value) for number, value in enumerate(batch)])
 
 
 def counts_of(batch: Any) -> dict[str, tuple[str, float]]:

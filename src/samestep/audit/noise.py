@@ -35,7 +35,7 @@ class FloatsSeen(TorchDispatchMode):
 
     def coarsest(self) -> float:
         """The largest relative rounding of any type that was seen."""
-        return max((torch.finfo(dtype).eps for dtype in self.dtypes), default=0.0)
+        return max((float(torch.finfo(dtype).eps) for dtype in self.dtypes), default=0.0)
 
 
 def _is_floating(value: Any) -> bool:

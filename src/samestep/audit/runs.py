@@ -19,10 +19,13 @@ MULTIPLE = 10.0
 SMALL = 2.0**-14
 """Scale at which no gradient is large enough to be clipped; a power of two, so nothing rounds."""
 
+REMEMBERED = 24
+"""Runs of which the gradient is kept."""
+
 
 @dataclass
 class Runs:
-    """Runs a subject and remembers.
+    """Runs a subject and remembers the latest runs.
 
     Attributes:
         subject: The loop under audit.
@@ -46,8 +49,7 @@ class Runs:
         for dtype in (torch.float64, torch.float32, None):
             runs = cls(subject, replace(PLAIN, dtype=dtype))
             try:
-                with FloatsSeen() as seen:
-                    runs.run(runs.whole)
+                runs.run(runs.whole)
                 runs.run(tuple((index,) for index in range(subject.size)))
             except Exception as error:  # the subject is the user's code: anything may come
                 errors.append(error)
@@ -57,7 +59,7 @@ class Runs:
                     f"{subject.name} leaves no gradient in .grad, steps no optimizer and moves no "
                     "weight of the model that it was given"
                 )
-            runs.coarsest = seen.coarsest()
+            runs.coarsest = max(_coarsest(runs), torch.finfo(torch.float64).eps)
             return runs
         raise CheckError(
             f"{subject.name} could not be run: {type(errors[0]).__name__}: {errors[0]}"
@@ -71,9 +73,11 @@ class Runs:
     def run(self, cut: Cut, **changes: object) -> Observation:
         """One step on a cut, under the plain setting with changes; remembered."""
         setting = replace(self.plain, **changes)  # type: ignore[arg-type]
-        if (cut, setting) not in self._seen:
-            self._seen[cut, setting] = self.subject.run(cut, setting)
-        return self._seen[cut, setting]
+        found = self._seen.pop((cut, setting), None) or self.subject.run(cut, setting)
+        self._seen[cut, setting] = found  # the latest last
+        if len(self._seen) > REMEMBERED:
+            del self._seen[next(iter(self._seen))]
+        return found
 
     def gradient(self, cut: Cut, **changes: object) -> Gradient:
         """The loop's gradient where it is small enough that nothing is clipped, scaled back.
@@ -201,6 +205,16 @@ class Runs:
             return self.tolerance
         rounding = self.run(self.whole, scale=SMALL).rounding
         return MULTIPLE * max(self.floor, rounding)
+
+
+def _coarsest(runs: Runs) -> float:
+    """The largest rounding that takes part, or that of the gradient if it cannot be watched."""
+    try:
+        with FloatsSeen() as seen:
+            runs.again(runs.whole)
+    except Exception:  # some compiled code cannot run under a watch
+        return runs.run(runs.whole).rounding
+    return float(seen.coarsest())
 
 
 def cuts(size: int, *, uniform: bool) -> list[Cut]:

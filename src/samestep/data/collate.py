@@ -71,8 +71,11 @@ def _pad(
 
 
 def to_device(micro: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The micro-batch with its tensors on a device."""
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for key, value in micro.items()
-    }
+    """The micro-batch with its tensors on a device, those inside ``fields`` too."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return to_device(value, device)
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    return {key: moved(value) for key, value in micro.items()}

@@ -6,8 +6,7 @@ step stays a function of the effective batch, a resumed run needs no generator s
 checkpointing draws the same mask again.
 """
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from samestep.errors import ConfigError
+from samestep.targets import spans
 
 
 class ExampleDropout(nn.Module):
@@ -28,20 +28,25 @@ class ExampleDropout(nn.Module):
         self.sequences: list[tuple[tuple[int, ...], int, slice]] = []
 
     def forward(self, states: Tensor) -> Tensor:
-        """Drop elements of states [rows, length, ...]; none in eval mode."""
+        """Drop elements of states [rows, length, ...] or [sequences, width]; none in eval mode."""
         if not self.training:
             return states
+        if states.dim() == 2 and len(states) == len(self.sequences):
+            return self._drop(states, [(key, at) for at, (key, _, _) in enumerate(self.sequences)])
         if states.shape[:2] != self.shape:
             raise ConfigError(
                 f"dropout saw {tuple(states.shape)} in a micro-batch of {self.shape} tokens: it "
                 "cannot tell the examples apart, so the step would depend on the split. Set this "
                 "model's dropout to 0"
             )
+        return self._drop(states, [(key, (row, span)) for key, row, span in self.sequences])
+
+    def _drop(self, states: Tensor, places: Sequence[tuple[tuple[int, ...], Any]]) -> Tensor:
         keep = torch.zeros_like(states)
-        for key, row, span in self.sequences:
+        for key, place in places:
             seed = np.random.SeedSequence([*key, self.layer]).generate_state(1, np.uint64)[0]
             generator = torch.Generator(states.device).manual_seed(int(seed >> np.uint64(1)))
-            keep[row, span].bernoulli_(1 - self.p, generator=generator)
+            keep[place] = keep[place].bernoulli_(1 - self.p, generator=generator)
         return states * keep / (1 - self.p)
 
 
@@ -82,18 +87,8 @@ def key_dropout(model: nn.Module, micro: Mapping[str, Any], *, seed: int, step: 
     examples = micro["example_ids"].tolist()
     sequences: list[tuple[tuple[int, ...], int, slice]] = [
         ((seed, step, example), row, span)
-        for example, (row, span) in zip(examples, _spans(micro), strict=True)
+        for example, (row, span) in zip(examples, spans(micro), strict=True)
     ]
     for layer in layers:
         layer.shape = tuple(micro["input_ids"].shape)
         layer.sequences = sequences
-
-
-def _spans(micro: Mapping[str, Any]) -> list[tuple[int, slice]]:
-    """Where each sequence stands: (row, positions)."""
-    if "cu_seq_lens_q" in micro:
-        borders = micro["cu_seq_lens_q"].tolist()
-        return [(0, slice(a, b)) for a, b in itertools.pairwise(borders)]
-    mask = micro["attention_mask"]
-    starts, lengths = mask.argmax(dim=1).tolist(), mask.sum(dim=1).tolist()
-    return [(i, slice(a, a + n)) for i, (a, n) in enumerate(zip(starts, lengths, strict=True))]

@@ -1,5 +1,7 @@
 """Models and tokenizers from a Hub name, a folder or a GGUF file."""
 
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,8 +11,18 @@ from safetensors import SafetensorError
 from samestep.errors import ConfigError
 from samestep.models.gguf import model_folder
 
+log = logging.getLogger("samestep")
+
 ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 """What configs call the dropout of attention probabilities."""
+
+NEW_HEADS = (
+    "AutoModel",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+)
+"""Classes whose head may be missing in the weights: it then starts from random values."""
 
 
 def resolve(model: str) -> str:
@@ -58,22 +70,27 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
 def load_model(
     source: str,
     *,
+    auto_class: str = "AutoModelForCausalLM",
     init: Literal["pretrained", "random"] = "pretrained",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     trust_remote_code: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A causal language model, its attention dropout off.
+    """A model of transformers, its attention dropout off.
 
     Dropout of attention probabilities happens inside fused kernels, where random numbers cannot be
     tied to examples; it would make the step depend on the split. The other kinds stay.
 
     Args:
         source: What `resolve` gave.
+        auto_class: The class of transformers that builds it. Weights of a language model may
+            serve any: what is not in them, a new head, then starts from random values.
         init: "pretrained" weights (safetensors alone: pickles are not read) or "random" ones.
         dtype: Of the weights.
         seed: Of random weights.
         trust_remote_code: Run Python code that comes with the model.
+        settings: Changes of its config.
 
     Returns:
         A transformers model on the CPU, in train mode.
@@ -81,19 +98,20 @@ def load_model(
     Raises:
         ConfigError: The config or the weights are missing, incomplete or of an unknown kind.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
+    auto = getattr(transformers, auto_class)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(source, **options)
+        config = transformers.AutoConfig.from_pretrained(source, **options, **(settings or {}))
         for name in ATTENTION_DROPOUT:
             if config.to_dict().get(name):
                 setattr(config, name, 0.0)
+        torch.manual_seed(seed)
         if init == "random":
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+            model = auto.from_config(config, dtype=dtype, **options)
         else:
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            model, loading = auto.from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,
@@ -101,7 +119,7 @@ def load_model(
                 output_loading_info=True,
                 **options,
             )
-            _check_complete(source, loading)
+            _check_complete(source, model, loading["missing_keys"], auto_class in NEW_HEADS)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"model: {source} could not be loaded: {_first_line(error)}. It takes a folder with "
@@ -111,8 +129,15 @@ def load_model(
     return model.train()
 
 
-def _check_complete(source: str, loading: dict[str, Any]) -> None:
-    missing = sorted(loading["missing_keys"])
+def _check_complete(source: str, model: Any, keys: Iterable[str], new_head: bool) -> None:
+    """No weight may be missing; but the head, where a new one is what is wanted."""
+    missing = sorted(keys)
+    if new_head:
+        body = f"{model.base_model_prefix}."
+        head = [key for key in missing if not key.startswith(body) or ".pooler." in key]
+        missing = [key for key in missing if key not in head]
+        if head:
+            log.info("the head starts from random values: %s", ", ".join(head))
     if missing:
         raise ConfigError(
             f"model: {source} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}"

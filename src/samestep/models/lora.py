@@ -7,7 +7,14 @@ from samestep.errors import ConfigError
 
 
 def add_lora(
-    model: Any, rank: int, *, alpha: float, dropout: float, targets: Sequence[str], seed: int
+    model: Any,
+    rank: int,
+    *,
+    alpha: float,
+    dropout: float,
+    targets: Sequence[str],
+    seed: int,
+    task: str = "CAUSAL_LM",
 ) -> Any:
     """The model with LoRA adapters (arXiv:2106.09685); only they train.
 
@@ -19,6 +26,7 @@ def add_lora(
         targets: Names of the modules that get one; ("all-linear",) means every linear layer but
             the head.
         seed: Of the adapters' random weights.
+        task: PEFT's name for the kind of the model; the heads of classifiers train too.
 
     Returns:
         A PEFT model around it.
@@ -38,7 +46,7 @@ def add_lora(
                 lora_alpha=alpha,
                 lora_dropout=dropout,
                 target_modules="all-linear" if tuple(targets) == ("all-linear",) else list(targets),
-                task_type="CAUSAL_LM",
+                task_type=task,
             ),
         )
     except ValueError as error:

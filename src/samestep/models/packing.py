@@ -1,5 +1,6 @@
 """Can a model's sequences share a micro-batch without seeing each other? Asked of the model."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from samestep.data.collate import Padding, collate, to_device
 from samestep.data.examples import Example
 from samestep.errors import ConfigError
-from samestep.lm_head import NOT_FOR_THE_MODEL
+from samestep.lm_head import model_inputs
 from samestep.models import attention
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -16,15 +17,28 @@ LOW_PRECISION_TOLERANCE = 5e-2
 """Relative difference of logits above which a sequence has seen its neighbour."""
 
 
-def choose_padding(model: Any, wanted: Literal["auto"] | Padding) -> Padding:
+Outputs = Callable[[Any, dict[str, Any]], Tensor]
+"""What a model makes of a micro-batch: [rows, length, ...] by token, or [sequences, width]."""
+
+
+def logits_of(model: Any, micro: dict[str, Any]) -> Tensor:
+    """The logits that a model gives by itself."""
+    logits: Tensor = model(**model_inputs(micro)).logits
+    return logits
+
+
+def choose_padding(
+    model: Any, wanted: Literal["auto"] | Padding, outputs: Outputs = logits_of
+) -> Padding:
     """The layout of micro-batches for a model, and the model's attention set to serve it.
 
     Two short sequences are run together and each alone. Only a layout in which they agree is
     taken, so a model that leaks between sequences is never trained in that layout.
 
     Args:
-        model: A transformers causal language model; its attention implementation is changed.
+        model: A transformers model; its attention implementation is changed.
         wanted: The layout asked for; "auto" prefers none to right.
+        outputs: What must agree.
 
     Returns:
         The layout.
@@ -37,7 +51,7 @@ def choose_padding(model: Any, wanted: Literal["auto"] | Padding) -> Padding:
     found = model.config._attn_implementation
     plain = "sdpa" if found == attention.NAME else found
     for padding in candidates:
-        reason = _why_not(model, padding, plain)
+        reason = _why_not(model, padding, plain, outputs)
         if reason is None:
             return padding
         reasons.append(f"padding {padding!r}: {reason}")
@@ -49,7 +63,7 @@ def choose_padding(model: Any, wanted: Literal["auto"] | Padding) -> Padding:
 
 
 @torch.no_grad()
-def _why_not(model: Any, padding: Padding, plain: str) -> str | None:
+def _why_not(model: Any, padding: Padding, plain: str, outputs: Outputs) -> str | None:
     vocabulary = model.get_input_embeddings().num_embeddings
     sequences = [torch.tensor(ids) % vocabulary for ids in ([3, 1, 4], [1, 5, 9, 2, 6])]
     training = model.training
@@ -57,28 +71,30 @@ def _why_not(model: Any, padding: Padding, plain: str) -> str | None:
     try:
         if model.config._attn_implementation != plain:
             model.set_attn_implementation(plain)
-        alone = [model(input_ids=one[None].to(model.device)).logits[0] for one in sequences]
+        alone = [outputs(model, {"input_ids": one[None].to(model.device)})[0] for one in sequences]
         if padding == "none":
             attention.register()
             model.set_attn_implementation(attention.NAME)
-        together = _together(model, sequences, padding)
+        micro = collate([Example(ids, ids) for ids in sequences], padding=padding)
+        together = _apart(outputs(model, to_device(micro, model.device)), micro)
     except (ConfigError, TypeError, ValueError, RuntimeError) as error:
         return str(error).strip().split("\n")[0]
     finally:
         model.train(training)
+    if len(together) != len(sequences):
+        return f"{len(together)} outputs for {len(sequences)} sequences"
     for one, joint in zip(alone, together, strict=True):
         difference = float((one - joint).norm() / one.norm())
         if not difference <= TOLERANCE.get(one.dtype, LOW_PRECISION_TOLERANCE):
-            return f"logits change by {difference:.1e} beside a neighbour"
+            return f"outputs change by {difference:.1e} beside a neighbour"
     return None
 
 
-def _together(model: Any, sequences: list[Tensor], padding: Padding) -> list[Tensor]:
-    """The logits of each sequence [length, vocabulary] when all run in one micro-batch."""
-    micro = collate([Example(ids, ids) for ids in sequences], padding=padding)
-    micro = {key: micro[key] for key in micro if key not in NOT_FOR_THE_MODEL}
-    logits = model(**to_device(micro, model.device)).logits
-    if padding == "none":
-        return list(logits[0].split([len(ids) for ids in sequences]))
-    mask = micro["attention_mask"].bool()
-    return [row[kept] for row, kept in zip(logits, mask.to(logits.device), strict=True)]
+def _apart(joint: Tensor, micro: dict[str, Any]) -> list[Tensor]:
+    """The output of each sequence."""
+    if joint.dim() == 2:
+        return list(joint)
+    if "cu_seq_lens_q" in micro:
+        return list(joint[0].split(micro["cu_seq_lens_q"].diff().tolist()))
+    mask = micro["attention_mask"].bool().to(joint.device)
+    return [row[kept] for row, kept in zip(joint, mask, strict=True)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from samestep.train.config import read_config
+from samestep.train.arguments import read_config
 
 
 def run(arguments: Sequence[str]) -> int:

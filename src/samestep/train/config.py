@@ -1,19 +1,27 @@
-"""The settings of a run: from YAML, from flags, or both; checked all at once."""
+"""The settings of a run that do not depend on what it optimises, and how they fit together."""
 
 import difflib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import tyro
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from samestep.errors import ConfigError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from samestep.data.collate import Padding
+    from samestep.data.records import Records
+    from samestep.objective import Objective
+
 
 class TrainConfig(BaseModel):
-    """Fine-tune a causal language model, with a step that does not depend on the split."""
+    """The settings that all objectives share; each objective's own class adds its own.
+
+    The base class of `samestep.train.objectives`: a subclass says which rows it reads, which model
+    it trains, and what it optimises.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -26,8 +34,11 @@ class TrainConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError("\n".join(["the settings are wrong:", *_describe(error)])) from None
+            problems = _describe(error, type(self).model_fields)
+            raise ConfigError("\n".join(["the settings are wrong:", *problems])) from None
 
+    objective: str
+    """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
     model: str
     """Hub name, folder, or .gguf file."""
     data: str
@@ -41,8 +52,6 @@ class TrainConfig(BaseModel):
     """Start from the model's weights, or from random ones (needs its config alone)."""
     eval_data: str | None = None
     """Rows to evaluate on, before, after, and every --eval-every steps."""
-    train_on: Literal["completion", "all"] = "completion"
-    """Targets: completions and assistant turns, or every token."""
     max_length: int | None = Field(default=None, ge=2)
     """Cut rows after this many tokens; by default not at all."""
     append_eos: bool = True
@@ -65,12 +74,6 @@ class TrainConfig(BaseModel):
     """Steps to train, instead of --epochs."""
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the data (1, unless --steps is given)."""
-    normalize: Literal["token", "sequence"] | float = "token"
-    """Every token weighs the same, every sequence does, or divide by this constant."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target probability that is spread over the vocabulary."""
-    z_loss: float = Field(default=0.0, ge=0)
-    """Factor of the squared logsumexp."""
 
     optimizer: Literal["adamw", "sgd", "adafactor"] = "adamw"
     """Update rule, PyTorch's own."""
@@ -118,12 +121,117 @@ class TrainConfig(BaseModel):
     overwrite: bool = False
     """Replace the run in --out."""
 
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    """The class of transformers that loads the model."""
+    task: ClassVar[str] = "CAUSAL_LM"
+    """What PEFT calls the kind of the model; it decides which heads train beside adapters."""
+
+    def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
+        """The records of a data source.
+
+        Args:
+            source: A value of ``data`` or ``eval_data``.
+            tokenizer: The model's tokenizer.
+            like: The training records, when those to evaluate on are read.
+
+        Returns:
+            At least one record.
+
+        Raises:
+            DataError: The rows cannot be used.
+        """
+        raise NotImplementedError
+
+    def load(self, source: str, data: Sequence["Records"]) -> Any:
+        """The model to train, on the CPU, in train mode.
+
+        Args:
+            source: What `samestep.models.load.resolve` gave.
+            data: The training records, then those to evaluate on if there are any.
+
+        Returns:
+            A model of ``auto_class``.
+        """
+        return self.load_with(source)
+
+    def load_with(self, source: str, **settings: Any) -> Any:
+        """The model, with settings of its config such as the number of classes."""
+        import torch
+
+        from samestep.models.load import load_model
+
+        return load_model(
+            source,
+            auto_class=self.auto_class,
+            init=self.init,
+            dtype=getattr(torch, self.dtype),
+            seed=self.seed,
+            trust_remote_code=self.trust_remote_code,
+            settings=settings,
+        )
+
+    def collate(
+        self,
+        data: "Records",
+        indices: Sequence[int],
+        *,
+        padding: "Padding",
+        pad_id: int,
+        key: tuple[int, int],
+    ) -> dict[str, Any]:
+        """One micro-batch of records.
+
+        Args:
+            data: The data set.
+            indices: Which of its records; at least one.
+            padding: The layout.
+            pad_id: What to fill padding with.
+            key: (seed, step): what is random about an example is a function of this and its row.
+
+        Returns:
+            What the model and the objective read.
+        """
+        from samestep.data.records import collate_records
+
+        return collate_records([data[at] for at in indices], padding=padding, pad_id=pad_id)
+
+    def outputs(self, model: Any, micro: dict[str, Any]) -> "Tensor":
+        """What the model makes of a micro-batch: a sequence must not change its neighbour's part.
+
+        Args:
+            model: The model.
+            micro: At least ``input_ids``.
+
+        Returns:
+            [rows, length, ...] by token, or [sequences, width].
+        """
+        from samestep.models.packing import logits_of
+
+        return logits_of(model, micro)
+
+    def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
+        """What to optimise.
+
+        Args:
+            model: The model, on its device, with its adapters.
+            data: As for `load`.
+
+        Returns:
+            The objective.
+
+        Raises:
+            ConfigError: A setting does not fit the model or the data.
+        """
+        raise NotImplementedError
+
+    def problems(self) -> list[str]:
+        """Contradictions between the objective's own settings, a line each."""
+        return []
+
     def saved(self) -> dict[str, Any]:
         """The settings that ``config.yaml`` keeps: all but how this call treats ``out``."""
         return self.model_dump(mode="json", exclude={"resume", "overwrite"})
 
-
-REQUIRED = ("model", "data", "out")
 
 SAME_STEP = frozenset(
     {
@@ -134,54 +242,13 @@ SAME_STEP = frozenset(
 """Settings that a resumed run may change, because they cannot change a step."""
 
 
-def read_config(arguments: Sequence[str]) -> TrainConfig:
-    """The configuration that a command line asks for: flags over YAML over defaults.
-
-    Args:
-        arguments: ``[run.yaml] [--flag value ...]``.
-
-    Returns:
-        The configuration, checked.
-
-    Raises:
-        ConfigError: Everything that is wrong with the file or with the combination.
-        SystemExit: The flags cannot be parsed (2), or help was asked for (0).
-    """
-    arguments = list(arguments)
-    values: dict[str, Any] = {}
-    if arguments and not arguments[0].startswith("-"):
-        values = _read_yaml(Path(arguments.pop(0)))
-    missing = {name: tyro.MISSING for name in REQUIRED if name not in values}
-    start = TrainConfig.model_construct(**values, **missing)
-    config = tyro.cli(TrainConfig, args=arguments, default=start, prog="samestep train [RUN.YAML]")
-    return checked(config)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold 'field: value' lines, not {type(content).__name__}")
-    given = {str(key).replace("-", "_"): value for key, value in content.items()}
-    placeholders = {name: "" for name in REQUIRED if name not in given}
-    try:
-        validated = TrainConfig(**placeholders, **given)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    return {name: getattr(validated, name) for name in given}
-
-
-def _describe(error: ValidationError) -> list[str]:
+def _describe(error: ValidationError, known: Iterable[str]) -> list[str]:
     """Pydantic's problems, a line a field: the value, and the nearest name of one that is not."""
     lines: dict[str, str] = {}
     for problem in error.errors():
         field = str(problem["loc"][0])
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(field, TrainConfig.model_fields, n=1)
+            near = difflib.get_close_matches(field, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             lines[field] = f"  - {field}: no such field{hint}"
         elif field in lines:  # another member of a union
@@ -197,13 +264,11 @@ def checked(config: TrainConfig) -> TrainConfig:
     Raises:
         ConfigError: All contradictions, in one message.
     """
-    problems = []
+    problems = config.problems()
     if config.batch_size is not None and config.batch_tokens is not None:
         problems.append("batch_size and batch_tokens are both given: keep one")
     if config.steps is not None and config.epochs is not None:
         problems.append("steps and epochs are both given: keep one")
-    if isinstance(config.normalize, float) and not 0 < config.normalize < float("inf"):
-        problems.append(f"normalize: a constant must be above 0, not {config.normalize}")
     if isinstance(config.micro_tokens, int) and config.micro_tokens < 1:
         problems.append(f"micro_tokens: at least 1, or 'auto', not {config.micro_tokens}")
     if config.micro_batch is not None and config.micro_tokens != "auto":

@@ -39,7 +39,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Train a model as configured, into ``config.out``.
 
     Args:
-        config: The settings, as `samestep.train.config.read_config` or `checked` gives them.
+        config: The settings, as `samestep.train.arguments.read_config` or `checked` gives them.
 
     Returns:
         What ``summary.json`` holds.
@@ -131,15 +131,16 @@ def _plans(run: Run, config: TrainConfig, *, start: int) -> Iterator[StepPlan]:
 def _step(run: Run, config: TrainConfig, plan: StepPlan, *, lr: float) -> StepReport:
     def keyed(model: Any, micro: dict[str, Any]) -> LossResult:
         key_dropout(model, micro, seed=config.seed, step=plan.step)
-        return run.loss_fn(model, micro)
+        return run.objective.loss_fn(model, micro)
 
     set_learning_rate(run.optimizer, lr)
     return step(
         run.model,
         run.optimizer,
-        run.micro_batches(plan.examples),
-        TwoPass(keyed) if isinstance(run.loss_fn, TwoPass) else keyed,
+        run.micro_batches(plan.examples, plan.step),
+        TwoPass(keyed) if isinstance(run.objective.loss_fn, TwoPass) else keyed,
         max_grad_norm=config.max_grad_norm,
+        counters=run.objective.counters,
     )
 
 
@@ -147,7 +148,12 @@ def _evaluate(run: Run) -> EvalReport:
     assert run.evaluation is not None
     assert run.eval_micro_batches is not None
     everything = range(len(run.evaluation))
-    return evaluate(run.model, run.eval_micro_batches(everything), run.loss_fn)
+    return evaluate(
+        run.model,
+        run.eval_micro_batches(everything, 0),
+        run.objective.loss_fn,
+        counters=run.objective.counters,
+    )
 
 
 def _after(progress: Progress, report: StepReport) -> Progress:

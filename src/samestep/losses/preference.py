@@ -1,0 +1,237 @@
+"""Preference losses: one number a pair, from log likelihoods of whole completions.
+
+All take log ratios r = log p(y) - log p_reference(y) of the chosen (w) and the rejected (l)
+completion; d = r_w - r_l. They return a loss for each pair [pairs] and never divide by a count.
+Where a completion's log likelihood is divided by its length, r is that mean already.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+PairLoss = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+]
+"""Losses of a pair by itself."""
+
+
+@dataclass(frozen=True)
+class LogRatios:
+    """Log ratios of policy to reference of pairs.
+
+    Attributes:
+        chosen: r_w [pairs].
+        rejected: r_l [pairs].
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+
+
+def pair_loss(
+    kind: PairLoss,
+    ratios: LogRatios,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    tau: float = 0.05,
+) -> Tensor:
+    """The loss of each pair.
+
+    - "sigmoid": DPO, -log s(beta d), arXiv:2305.18290; with smoothing e cDPO:
+      -(1 - e) log s(beta d) - e log s(-beta d).
+    - "hinge": SLiC, max(0, 1 - beta d), arXiv:2309.06657.
+    - "ipo": (d - 1 / (2 beta))², arXiv:2310.12036 eq. 17, of length-normalised ratios.
+    - "robust": (-(1 - e) log s(beta d) + e log s(-beta d)) / (1 - 2e), arXiv:2403.00409.
+    - "exo_pair": KL(s(beta d) || 1 - e), arXiv:2402.00856 eq. 16; e above 0.
+    - "nca_pair": -log s(beta r_w) - (log s(-beta r_w) + log s(-beta r_l)) / 2, arXiv:2402.05369.
+    - "bco_pair": -log s(beta r_w) - log s(-beta r_l), arXiv:2404.04656.
+    - "sppo_hard": (r_w - 1/(2 beta))² + (r_l + 1/(2 beta))², arXiv:2405.00675 eq. 4.7.
+    - "apo_zero": 1 - s(beta r_w) + s(beta r_l), arXiv:2408.06266 eq. 7.
+    - "apo_down": s(beta r_w) + 1 - s(beta d), arXiv:2408.06266 eq. 8.
+    - "discopop": a blend of -log s(beta d) and exp(-beta d) by s(beta d / tau), arXiv:2406.08414
+      eq. 5.
+
+    Args:
+        kind: Which.
+        ratios: The log ratios.
+        beta: Strength of the reference; above 0.
+        label_smoothing: e, the share of labels that are wrong, below 1/2.
+        tau: Temperature of "discopop".
+
+    Returns:
+        [pairs].
+    """
+    return _LOSSES[kind](ratios, beta, label_smoothing, tau)
+
+
+def sorted_loss(
+    policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """AOT, arXiv:2406.05882: a logistic loss between the sorted margins of all pairs.
+
+    -log s(beta (sort(m) - sort(m_reference))), m = log p(y_w) - log p(y_l). Sorting couples all
+    pairs of a batch: this is a function of the whole batch, not a sum over its parts.
+
+    Args:
+        policy: m of every pair [pairs].
+        reference: m_reference of every pair [pairs].
+        beta: Strength of the reference.
+        label_smoothing: As for `pair_loss`.
+
+    Returns:
+        [pairs], in sorted order.
+    """
+    return _smoothed(beta * (policy.sort().values - reference.sort().values), label_smoothing)
+
+
+def reference_free_loss(
+    kind: Literal["sigmoid", "hinge", "ipo"],
+    margin: Tensor,
+    *,
+    beta: float,
+    gamma: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """SimPO and CPO: losses of the policy's own margin.
+
+    CPO, arXiv:2401.08417: margin = log p(y_w) - log p(y_l), sums over tokens. SimPO,
+    arXiv:2405.14734: means over tokens, and a target margin: -log s(beta margin - gamma).
+
+    Args:
+        kind: "sigmoid"; "hinge": max(0, 1 - beta margin); "ipo": (margin - 1/(2 beta))².
+        margin: [pairs].
+        beta: Above 0.
+        gamma: SimPO's target margin, for "sigmoid".
+        label_smoothing: As for `pair_loss`, for "sigmoid".
+
+    Returns:
+        [pairs].
+    """
+    if kind == "hinge":
+        return torch.relu(1 - beta * margin)
+    if kind == "ipo":
+        return (margin - 1 / (2 * beta)).square()
+    return _smoothed(beta * margin - gamma, label_smoothing)
+
+
+def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """ORPO, arXiv:2403.07691 eq. 7: -log s(log odds(y_w) - log odds(y_l)).
+
+    Args:
+        chosen: Mean log likelihood of a token of y_w [pairs]; below 0.
+        rejected: That of y_l [pairs].
+
+    Returns:
+        [pairs].
+    """
+    return -logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+
+
+def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
+    """Bradley-Terry: -log s(reward_w - reward_l - margin), arXiv:2307.09288 eq. 2.
+
+    Args:
+        chosen: Rewards of the chosen [pairs].
+        rejected: Rewards of the rejected [pairs].
+        margin: By how much they should differ [pairs], or None.
+
+    Returns:
+        [pairs].
+    """
+    difference = chosen - rejected
+    return -logsigmoid(difference if margin is None else difference - margin)
+
+
+def unpaired_loss(
+    ratios: Tensor,
+    is_desirable: Tensor,
+    reference_point: Tensor,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """KTO, arXiv:2402.01306 eq. 8: weight x (1 - s(+-beta (r - z))), + for desirable examples.
+
+    Args:
+        ratios: r of every example [examples].
+        is_desirable: Whether it is [examples], bool.
+        reference_point: z, the KL of policy to reference, at least 0; 0-d and without a graph.
+        beta: Above 0.
+        desirable_weight: Of desirable examples.
+        undesirable_weight: Of the others.
+
+    Returns:
+        [examples].
+    """
+    gain = torch.where(is_desirable, ratios - reference_point, reference_point - ratios)
+    weight = torch.where(is_desirable, desirable_weight, undesirable_weight).to(ratios)
+    return weight * (1 - torch.sigmoid(beta * gain))
+
+
+def _log_odds(log_p: Tensor) -> Tensor:
+    # log(p / (1 - p)); log1p(-p) would lose digits near p = 1, so take log(-expm1(log p)). The
+    # bound keeps a token that is certain (p rounds to 1) finite.
+    log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
+    return log_p - torch.log(-torch.expm1(log_p))
+
+
+def _smoothed(margin: Tensor, e: float) -> Tensor:
+    if not e:
+        return -logsigmoid(margin)
+    return -(1 - e) * logsigmoid(margin) - e * logsigmoid(-margin)
+
+
+def _robust(margin: Tensor, e: float) -> Tensor:
+    return (-(1 - e) * logsigmoid(margin) + e * logsigmoid(-margin)) / (1 - 2 * e)
+
+
+def _exo(margin: Tensor, e: float) -> Tensor:
+    wrong = margin.new_tensor(e)
+    right_way = margin.sigmoid() * (logsigmoid(margin) - torch.log1p(-wrong))
+    return right_way + (-margin).sigmoid() * (logsigmoid(-margin) - wrong.log())
+
+
+def _nca(r: LogRatios, beta: float) -> Tensor:
+    away = logsigmoid(-beta * r.chosen) + logsigmoid(-beta * r.rejected)
+    return -logsigmoid(beta * r.chosen) - 0.5 * away
+
+
+def _discopop(margin: Tensor, tau: float) -> Tensor:
+    blend = (margin / tau).sigmoid()
+    return -logsigmoid(margin) * (1 - blend) + (-margin).exp() * blend
+
+
+_LOSSES: dict[PairLoss, Callable[[LogRatios, float, float, float], Tensor]] = {
+    "sigmoid": lambda r, b, e, _: _smoothed(b * (r.chosen - r.rejected), e),
+    "hinge": lambda r, b, _e, _t: torch.relu(1 - b * (r.chosen - r.rejected)),
+    "ipo": lambda r, b, _e, _t: (r.chosen - r.rejected - 1 / (2 * b)).square(),
+    "robust": lambda r, b, e, _: _robust(b * (r.chosen - r.rejected), e),
+    "exo_pair": lambda r, b, e, _: _exo(b * (r.chosen - r.rejected), e),
+    "nca_pair": lambda r, b, _e, _t: _nca(r, b),
+    "bco_pair": lambda r, b, _e, _t: -logsigmoid(b * r.chosen) - logsigmoid(-b * r.rejected),
+    "sppo_hard": lambda r, b, _e, _t: (
+        (r.chosen - 0.5 / b).square() + (r.rejected + 0.5 / b).square()
+    ),
+    "apo_zero": lambda r, b, _e, _t: 1 - (b * r.chosen).sigmoid() + (b * r.rejected).sigmoid(),
+    "apo_down": lambda r, b, _e, _t: (
+        (b * r.chosen).sigmoid() + 1 - (b * (r.chosen - r.rejected)).sigmoid()
+    ),
+    "discopop": lambda r, b, _e, t: _discopop(b * (r.chosen - r.rejected), t),
+}
+assert set(_LOSSES) == set(get_args(PairLoss))

@@ -1,0 +1,1 @@
+"""Objectives: functions of (model, micro-batch) that return terms."""

@@ -1,0 +1,140 @@
+"""Classes and numbers of sequences, classes of tokens, and rewards of pairs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samestep.lm_head import model_inputs
+from samestep.losses.classification import class_losses, correct, squared_errors
+from samestep.losses.preference import reward_loss
+from samestep.objectives.heads import sequence_logits
+from samestep.objectives.preference import pair_weights
+from samestep.targets import IGNORE, sequence_ids
+from samestep.terms import Counter, Term
+
+
+def example_weights(micro: Mapping[str, Any]) -> Tensor:
+    """The weight of each sequence [sequences], float64."""
+    ids: Tensor = micro["example_ids"]
+    weights: Tensor | None = micro.get("example_weights")
+    return torch.ones_like(ids, dtype=torch.float64) if weights is None else weights
+
+
+EXAMPLE_COUNTERS: dict[str, Counter] = {
+    "example": lambda micro: float(example_weights(micro).sum())
+}
+"""An example of weight w counts w times."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Cross entropy over the classes of sequences; fields: ``class`` [sequences], int64.
+
+    Terms in the unit "example": "cross_entropy", and the metric "accuracy".
+
+    Attributes:
+        label_smoothing: Share of the target probability that is spread over the classes.
+    """
+
+    label_smoothing: float = 0.0
+
+    def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
+        """Sums over the sequences of one micro-batch."""
+        logits, classes = sequence_logits(model, micro), micro["fields"]["class"]
+        losses = class_losses(logits, classes, label_smoothing=self.label_smoothing)
+        weights = example_weights(micro).to(losses)
+        right = (weights * correct(logits, classes)).sum()
+        return {
+            "cross_entropy": Term((weights * losses).sum(), "example"),
+            "accuracy": Term(right, "example", weight=0.0),
+        }
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Squared error of one number a sequence; fields: ``value`` [sequences], float64.
+
+    Terms in the unit "example": "squared_error", and the metric "absolute_error".
+    """
+
+    def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
+        """Sums over the sequences of one micro-batch."""
+        values, wanted = sequence_logits(model, micro), micro["fields"]["value"][:, None]
+        losses = squared_errors(values, wanted)
+        weights = example_weights(micro).to(losses)
+        apart = (values.detach() - wanted.to(values)).abs().squeeze(1)
+        return {
+            "squared_error": Term((weights * losses).sum(), "example"),
+            "absolute_error": Term((weights * apart).sum(), "example", weight=0.0),
+        }
+
+
+def token_weights(micro: Mapping[str, Any]) -> Tensor:
+    """The weight of each labelled token [rows, length], float64; 0 where there is no class."""
+    labelled: Tensor = micro["fields"]["classes"] != IGNORE
+    return example_weights(micro)[sequence_ids(micro)] * labelled
+
+
+TOKEN_COUNTERS: dict[str, Counter] = {
+    "token": lambda micro: float(token_weights(micro).sum()),
+}
+"""Labelled tokens: nothing is shifted."""
+
+
+@dataclass(frozen=True)
+class TokenClassification:
+    """Cross entropy over the classes of tokens; fields: ``classes`` [rows, length], int64.
+
+    Terms in the unit "token" (labelled tokens): "cross_entropy", and the metric "accuracy".
+    """
+
+    def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
+        """Sums over the labelled tokens of one micro-batch."""
+        logits = model(**model_inputs(micro)).logits
+        classes = micro["fields"]["classes"]
+        losses = class_losses(logits, classes)
+        weights = token_weights(micro).to(losses)
+        right = (weights * correct(logits, classes)).sum()
+        return {
+            "cross_entropy": Term((weights * losses).sum(), "token"),
+            "accuracy": Term(right, "token", weight=0.0),
+        }
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Reward modelling over pairs; fields: optionally ``margin`` [pairs].
+
+    Terms in the unit "pair": "bradley_terry", "centring" ((reward_w + reward_l)²), and the metrics
+    "accuracy", "margin", "reward_chosen", "reward_rejected".
+
+    Attributes:
+        centring: Weight of "centring" (arXiv:2312.09244); 0 leaves it out.
+    """
+
+    centring: float = 0.0
+
+    def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
+        """Sums over the pairs of one micro-batch."""
+        rewards = sequence_logits(model, micro).squeeze(1)
+        rewards = rewards if rewards.dtype == torch.float64 else rewards.float()
+        chosen, rejected = rewards[::2], rewards[1::2]
+        weights = pair_weights(micro).to(rewards)
+        margin = micro.get("fields", {}).get("margin")
+        losses = reward_loss(chosen, rejected, None if margin is None else margin.to(rewards))
+        terms = {"bradley_terry": Term((weights * losses).sum(), "pair")}
+        if self.centring:
+            total = (weights * (chosen + rejected).square()).sum()
+            terms["centring"] = Term(total, "pair", self.centring)
+        metrics = {
+            "accuracy": (chosen > rejected).to(rewards),
+            "margin": chosen - rejected,
+            "reward_chosen": chosen,
+            "reward_rejected": rejected,
+        }
+        for name, values in metrics.items():
+            terms[name] = Term((weights * values.detach()).sum(), "pair", weight=0.0)
+        return terms

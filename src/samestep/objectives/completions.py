@@ -1,0 +1,85 @@
+"""What a model says of whole completions: sums over each sequence, and the reference's."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samestep.lm_head import UpToHead
+from samestep.targets import IGNORE, sequence_ids, shifted_targets
+from samestep.terms import sequence_targets
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Sums over the targets of each sequence [sequences].
+
+    Attributes:
+        log_p: Log likelihood, with a graph.
+        correct: Targets that are the most likely token.
+        targets: How many there are; float64.
+    """
+
+    log_p: Tensor
+    correct: Tensor
+    targets: Tensor
+
+
+def completions(up_to_head: UpToHead, model: nn.Module, micro: Mapping[str, Any]) -> Completions:
+    """Run a model and add up the log likelihood of each sequence's targets.
+
+    Args:
+        up_to_head: Runs it.
+        model: A causal language model.
+        micro: A micro-batch of `samestep.data.collate.collate`.
+
+    Returns:
+        The sums.
+    """
+    targets = shifted_targets(micro)
+    found = up_to_head(model, micro).likelihoods(targets)
+    ids = sequence_ids(micro)[targets != IGNORE]
+    number, _ = sequence_targets(micro)
+    zeros = found.nll.new_zeros(len(number))
+    return Completions(
+        log_p=zeros.index_add(0, ids, -found.nll),
+        correct=zeros.index_add(0, ids, found.correct),
+        targets=number,
+    )
+
+
+class Reference:
+    """The frozen policy that log ratios are taken to.
+
+    Args:
+        model: A frozen model of its own; None: the trained model with its adapters off.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._model = model
+        if model is not None:
+            model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def log_p(self, up_to_head: UpToHead, policy: nn.Module, micro: Mapping[str, Any]) -> Tensor:
+        """Log likelihood of each sequence's targets under the reference [sequences]."""
+        if self._model is not None:
+            return completions(up_to_head, self._model, micro).log_p
+        with _without_adapters(policy):
+            return completions(up_to_head, policy, micro).log_p
+
+
+@contextmanager
+def _without_adapters(policy: Any) -> Iterator[None]:
+    """The policy as it was before training, without dropout."""
+    modes = {module: module.training for module in policy.modules()}
+    policy.eval()
+    try:
+        with policy.disable_adapter():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,146 @@
+"""How a model's weights lie on the ranks, and what follows for its gradients.
+
+Replicated weights (plain modules, or inside DDP) are summed over ranks by the step itself, once, in
+float32 or above: DDP would average, in the weights' own dtype, and would need a backward of every
+weight on every rank, so that a rank without targets could not take part.
+
+Sharded weights (FSDP2) are summed by FSDP2 as each backward passes; the step asks it for sums
+instead of means, and gives every rank the same number of backwards.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from samestep.errors import ConfigError
+from samestep.ranks import Result, every_rank, exchange, world
+from samestep.terms import Micro, input_tokens
+
+_known_equal: WeakSet[nn.Module] = WeakSet()
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The module that computes: what DDP wraps, else the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 (`fully_shard`) holds the model's weights in shards."""
+    return isinstance(model, FSDPModule)
+
+
+def prepare(model: nn.Module) -> list[nn.Parameter]:
+    """Get a model ready for a step: check its kind, and put its weights in their resting state.
+
+    Args:
+        model: A plain module, DDP, or the root of FSDP2.
+
+    Returns:
+        The weights that train, in the model's order.
+
+    Raises:
+        ConfigError: Weights that the step cannot sum over ranks, or that differ between ranks.
+    """
+    if isinstance(model, FullyShardedDataParallel | DataParallel):
+        raise ConfigError(
+            f"{type(model).__name__} averages gradients by itself, out of the step's sight: use "
+            "torch.distributed.fsdp.fully_shard, DistributedDataParallel, or a plain module"
+        )
+    if is_sharded(model):
+        _prepare_sharded(model)
+    parameters = [weight for weight in inner(model).parameters() if weight.requires_grad]
+    if world() > 1:
+        _check_kind(model, parameters)
+    return parameters
+
+
+def _prepare_sharded(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # After an evaluation the root still holds whole weights, which no optimizer knows.
+            module.reshard()
+            # Sums, not means: the counts are already those of all ranks.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _check_kind(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    meshes = {weight.device_mesh.size() for weight in parameters if isinstance(weight, DTensor)}
+    if is_sharded(model) and meshes != {world()}:
+        raise ConfigError(
+            f"fully_shard over {' and '.join(map(str, sorted(meshes)))} of {world()} ranks: every "
+            "rank must hold a part of the batch and a shard of the weights"
+        )
+    if not is_sharded(model) and meshes:
+        raise ConfigError(
+            f"{type(model).__name__} has sharded weights (DTensor) but is not the root of "
+            "fully_shard: call fully_shard on the model itself, last"
+        )
+    if not is_sharded(model) and model not in _known_equal:
+        _check_equal(parameters)
+        _known_equal.add(model)
+
+
+@torch.no_grad()
+def _check_equal(parameters: Sequence[nn.Parameter]) -> None:
+    """Replicas must start equal: then equal gradients keep them equal."""
+    prints = [[float(w.double().sum()), float(w.double().square().sum())] for w in parameters]
+    digest = hash(tuple(number for pair in prints for number in pair))
+    found = exchange([len(prints), digest])
+    if any(other != found[0] for other in found):
+        raise ConfigError(
+            "the weights differ between ranks: load or seed them the same on every rank, or wrap "
+            "the model in DistributedDataParallel, which copies those of rank 0"
+        )
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Keep DDP from averaging: the step sums."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def on_every_rank(model: nn.Module, work: Callable[[], Result]) -> list[Result]:
+    """Run micro-batches on every rank and share what each found, as JSON.
+
+    An error on one rank is raised on all of them, but not under FSDP2: there the others wait in
+    the model's own collectives, where they cannot be told; they end with that rank's process.
+    """
+    return exchange(work()) if is_sharded(model) else every_rank(work)
+
+
+def turns(model: nn.Module, micros: Sequence[Micro]) -> list[tuple[int, bool]]:
+    """Which micro-batches this rank runs, so that all ranks run FSDP2's collectives equally often.
+
+    Args:
+        model: The model.
+        micros: This rank's micro-batches.
+
+    Returns:
+        The index of each micro-batch, with True; under FSDP2 then, as often as others have more,
+        that of the smallest one again, with False: it must count 0 times.
+
+    Raises:
+        ConfigError: Under FSDP2 a rank has no micro-batch to run.
+    """
+    runs = [(index, True) for index in range(len(micros))]
+    if world() == 1 or not is_sharded(model):
+        return runs
+    numbers = exchange(len(micros))
+    if 0 in numbers and max(numbers) > 0:
+        raise ConfigError(
+            f"rank {numbers.index(0)} has no micro-batch: under fully_shard every rank must run "
+            "the model. Give it any micro-batch with all labels -100: that adds exactly nothing"
+        )
+    smallest = min(range(len(micros)), key=lambda at: input_tokens(micros[at]), default=0)
+    return runs + [(smallest, False)] * (max(numbers) - len(micros))

@@ -1,0 +1,164 @@
+"""What the ranks of the distributed tests do: importable, so that another process finds it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from cases import build, cut, gradients, ragged
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import samestep
+from samestep import ranks
+from samestep.data.examples import Example
+from samestep.targets import IGNORE
+
+MICRO = 3
+
+
+def spread(model: nn.Module, mode: str) -> nn.Module:
+    """The model laid out over the ranks: "plain", "ddp" or "fsdp2"."""
+    if mode == "ddp":
+        return DistributedDataParallel(model)
+    if mode.startswith("fsdp2"):
+        wide = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        policy = wide if mode == "fsdp2-wide" else MixedPrecisionPolicy()
+        for layer in model.model.layers if hasattr(model, "model") else model.transformer.h:
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+    return model
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Full tensors of shards, and names without DDP's prefix."""
+    return {
+        name.removeprefix("module."): value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in tensors.items()
+    }
+
+
+def share(examples: Sequence[Example], mode: str, deal: str) -> list[Example]:
+    """This rank's examples: "even", "uneven" (most on rank 0), or "bare" (the last rank's have no
+    targets), "idle" (the last rank has none)."""
+    number, rank = ranks.world(), ranks.rank()
+    if deal == "even" or number == 1:
+        return list(examples[rank::number])
+    tail = number - 1
+    if deal == "uneven":
+        start = len(examples) - 2 * tail
+        return list(examples[:start] if rank == 0 else examples[start + 2 * (rank - 1) :][:2])
+    if rank < tail:
+        return list(examples[rank::tail])
+    if deal == "idle":
+        return []
+    ids = examples[0].input_ids
+    return [Example(ids, torch.full_like(ids, IGNORE), 1.0, 99)]
+
+
+def gradient(
+    name: str, mode: str, deal: str, dtype: torch.dtype, normalize: Any = "token", number: int = 22
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """The objective and the gradient of a ragged batch that is dealt out over the ranks."""
+    model = spread(build(name, dtype), mode)
+    mine = share(ragged(number, weighted=True), mode, deal)
+    micros = cut(inner(model), mine, [MICRO], "none")
+    loss_fn = samestep.CausalLMLoss(normalize=normalize)
+    loss, _ = samestep.backward(model, micros, loss_fn)
+    return loss, whole(gradients(model))
+
+
+def inner(model: nn.Module) -> Any:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def rank_local_gradient(mode: str, deal: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """What DDP and FSDP2 give by themselves when every rank divides by its own count."""
+    model = spread(build("llama"), mode)
+    mine = share(ragged(22, weighted=True), mode, deal)
+    micros = cut(inner(model), mine, [len(mine)], "none")
+    totals = samestep.CausalLMLoss()(model if mode == "fsdp2" else inner(model), micros[0])
+    own = totals["nll"].total / samestep.terms.count(micros)["token"]
+    own.backward()
+    found = whole(gradients(model))
+    if mode == "ddp":
+        found = {name: ranks.sum_over_ranks(value) / ranks.world() for name, value in found.items()}
+    return float(own), found
+
+
+class Moments(nn.Module):
+    """A small network for the coupled terms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Sequential(nn.Linear(5, 8), nn.Tanh())
+        self.outer = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(self.inner(x))
+
+
+def coupled_loss(net: nn.Module, micro: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A sum, a term coupled by its moments, and one by all its rows."""
+    out = net(micro["x"])
+    moments = torch.cat([out.new_tensor([len(out)]), out.sum(0), out.square().sum(0)])
+    return {
+        "square": samestep.Term(out.square().sum(), "row", 0.3),
+        "spread": samestep.Coupled(moments, spread_of, weight=0.7),
+        "contrast": samestep.Coupled(out, contrast_of, gather="rows", weight=-1.3),
+    }
+
+
+def spread_of(s: torch.Tensor) -> torch.Tensor:
+    return ((s[5:9] / s[0] - (s[1:5] / s[0]).square()).sum()).log()
+
+
+def contrast_of(s: torch.Tensor) -> torch.Tensor:
+    return (s @ s.t()).fill_diagonal_(-torch.inf).logsumexp(1).mean()
+
+
+ROWS = {"row": lambda micro: len(micro["x"])}
+
+
+def coupled_gradient(
+    mode: str, sizes: Sequence[Sequence[int]]
+) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """Loss, evaluation and gradient; ``sizes`` are the micro-batches of each rank."""
+    net: nn.Module = Moments().double()
+    if mode == "fsdp2":
+        fully_shard(net.inner)
+        fully_shard(net)
+    elif mode == "ddp":
+        net = DistributedDataParallel(net)
+    x = torch.randn(12, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    start = sum(map(sum, sizes[: ranks.rank()]))
+    own = sizes[ranks.rank()]
+    micros = [{"x": part} for part in x[start : start + sum(own)].split(list(own))] if own else []
+    loss_fn = samestep.TwoPass(coupled_loss)
+    evaluated = samestep.evaluate(net, micros, loss_fn, counters=ROWS)
+    loss, _ = samestep.backward(net, micros, loss_fn, counters=ROWS)
+    return loss, evaluated.loss, whole(gradients(net))
+
+
+def evaluation(mode: str, deal: str) -> Any:
+    """The report over a ragged set, without its time."""
+    model = spread(build("llama"), mode)
+    micros = cut(inner(model), share(ragged(22, weighted=True), mode, deal), [MICRO], "none")
+    report = samestep.evaluate(model, micros, samestep.CausalLMLoss())
+    return report.loss, report.terms, report.counts, report.tokens
+
+
+def three_steps(mode: str, dtype: torch.dtype) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """Three clipped AdamW steps with evaluations between them; the last batch is short."""
+    model = spread(build("llama", dtype), mode)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    reports = []
+    for start, end in ((0, 16), (16, 32), (32, 37)):
+        mine = ragged(37)[start:end][ranks.rank() :: ranks.world()]
+        micros = cut(inner(model), mine, [3], "none")
+        samestep.evaluate(model, micros, samestep.CausalLMLoss())
+        report = samestep.step(model, optimizer, micros, samestep.CausalLMLoss(), max_grad_norm=0.5)
+        reports.append((report.loss, report.grad_norm, report.counts, report.tokens))
+    return reports, whole({n: w.detach() for n, w in model.named_parameters()})

@@ -1,0 +1,47 @@
+"""Every configuration in docs/objectives.md runs."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from objective_rows import ROWS, write_rows_of
+from runs import bert_folder, llama_folder, read_lines
+
+from samestep.train.arguments import read_config
+from samestep.train.trainer import train
+
+PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
+CONFIGS: list[dict[str, Any]] = [
+    yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+]
+
+
+def tiny_model(folder: Path, name: str) -> Path:
+    """A tiny model of the same kind."""
+    return bert_folder(folder) if "bert" in name else llama_folder(folder)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config["objective"])
+def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_objective.py").write_text(
+        "import samestep\n\nloss = samestep.CausalLMLoss()\n", encoding="utf-8"
+    )
+    tiny = {
+        "model": str(tiny_model(tmp_path / "tiny", config["model"])),
+        "data": write_rows_of(config["objective"], tmp_path / "rows.jsonl", 8),
+        "out": "out",
+        "steps": 1,
+    }
+    Path("run.yaml").write_text(yaml.safe_dump({**config, **tiny}), encoding="utf-8")
+    train(read_config(["run.yaml"]))
+    assert read_lines(Path("out/log.jsonl"))[0]["loss"] != 0
+
+
+def test_every_objective_has_a_configuration() -> None:
+    from samestep.train.objectives import HOME
+
+    assert set(HOME) <= {config["objective"] for config in CONFIGS}
+    assert set(HOME) <= set(ROWS)
