@@ -66,7 +66,12 @@ def _picture(axis: dict[str, Any]) -> str:
             x2="from:Q",
             y=altair.Y("weight:N", sort=None, title=None, axis=altair.Axis(labelLimit=320)),
         )
-        .properties(width=420, background="transparent")
+        # Room on the left: browsers' letters are wider than those that the labels are measured by.
+        .properties(
+            width=420,
+            background="transparent",
+            padding={"left": 56, "right": 8, "top": 8, "bottom": 8},
+        )
         .configure_axis(labelColor="#64748b", titleColor="#64748b", gridColor="#94a3b833")
     )
     svg: str = vl_convert.vegalite_to_svg(chart.to_json())

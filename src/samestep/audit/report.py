@@ -18,8 +18,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         report: `samestep.audit.check.CheckReport.as_dict`.
         console: Where to.
     """
-    heads = ("axis", "verdict", "scale", "cosine", "difference", "noise")
-    table = Table(*heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    heads = ("axis", "verdict", "scale", "cosine", "differs", "noise")
+    table = Table(*heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("cause", overflow="fold")  # never cut short
     for axis in report["axes"]:
         verdict = axis["verdict"]

@@ -200,6 +200,7 @@ class TrainerSubject:
             if examples is not None:
                 rows = self._rows_of_all(examples)
                 trainer.eval_dataset = of_each(trainer.eval_dataset, rows)
+                trainer.data_collator.start(rows)
             return self._evaluate(trainer, batch_size, setting.seed)
 
     def _train(
@@ -218,7 +219,7 @@ class TrainerSubject:
                 self._evaluate(trainer, 2, setting.seed)
             recorder = use_recorder(trainer)
             collator = trainer.data_collator
-            collator.seen = 0
+            collator.start(collator.rows)
             seed_all(setting.seed)
             with scaled_gradients(trainer.model, setting.scale):
                 trainer.train()
@@ -266,11 +267,10 @@ class TrainerSubject:
             trainer.eval_dataset = evaluation_rows(trainer, self.size * self.rows)
             trainer.train_dataset = restrict(self._data, dealt or order)
 
-            def change(batch: Any, number: int, seen: int) -> Any:
-                own = order[seen : seen + number]
-                return changed(batch, own, setting, group=self.rows, filler=self._filler)
+            def change(batch: Any, rows: Sequence[int]) -> Any:
+                return changed(batch, rows, setting, group=self.rows, filler=self._filler)
 
-            trainer.data_collator = Collator(trainer.data_collator, change)
+            trainer.data_collator = Collator(trainer.data_collator, change, order)
             sequential(trainer)
             held = networks(trainer)
             self._restore(trainer, setting)

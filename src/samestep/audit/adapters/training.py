@@ -59,20 +59,34 @@ class Collator:
 
     Args:
         collate: The trainer's own.
-        change: Called with the batch, the number of examples in it, and how many came before.
+        change: Called with the batch and the rows of the trainer's data that it holds.
+        rows: Which rows come, in order; then they come again.
+
+    Attributes:
+        seen: How many came.
     """
 
-    def __init__(self, collate: Callable[..., Any], change: Callable[[Any, int, int], Any]) -> None:
+    def __init__(
+        self,
+        collate: Callable[..., Any],
+        change: Callable[[Any, Sequence[int]], Any],
+        rows: Sequence[int],
+    ) -> None:
         self.collate = collate
         self.change = change
+        self.start(rows)
+
+    def start(self, rows: Sequence[int]) -> None:
+        """Expect these rows from now on."""
+        self.rows = rows
         self.seen = 0
 
     def __call__(self, features: Any, *args: Any, **options: Any) -> Any:
         """The changed batch."""
-        number = len(features)
-        batch = self.change(self.collate(features, *args, **options), number, self.seen)
-        self.seen += number
-        return batch
+        places = range(self.seen, self.seen + len(features))
+        self.seen += len(features)
+        held = [self.rows[place % len(self.rows)] for place in places]
+        return self.change(self.collate(features, *args, **options), held)
 
 
 def make_plain(trainer: Any, *, stream_steps: int) -> None:
