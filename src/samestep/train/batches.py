@@ -10,11 +10,8 @@ from samestep.data.plan import cut_step, deal
 from samestep.data.records import Records
 from samestep.parallel import Idle
 from samestep.ranks import rank, world
+from samestep.train.budget import DEFAULT
 from samestep.train.config import TrainConfig
-
-AUTO_MICRO_TOKENS = 2048
-"""Tokens a micro-batch under ``micro_tokens: auto``: large enough to keep the matrix products
-busy, small enough for the activations of a billion-parameter model to fit beside its weights."""
 
 
 class MicroBatches:
@@ -42,7 +39,7 @@ class MicroBatches:
         self._padding = padding
         self._pad_id = pad_id
         self._device = device
-        tokens = AUTO_MICRO_TOKENS if config.micro_tokens == "auto" else config.micro_tokens
+        tokens = DEFAULT if config.micro_tokens == "auto" else config.micro_tokens
         self._by_number = config.micro_batch is not None
         self._budget = config.micro_batch or tokens
 
@@ -56,11 +53,16 @@ class MicroBatches:
         Yields:
             Micro-batches; one that is `Idle` on a rank that gets no record.
         """
-        hand = deal([self._records.lengths[index] for index in indices], ranks=world())[rank()]
-        yield from self.of([indices[position] for position in hand], step)
+        hand = self.hand(indices)
+        yield from self.of(hand, step)
         if not hand:
             shortest = min(indices, key=lambda index: self._records.lengths[index])
             yield Idle(self._collate([shortest], step))
+
+    def hand(self, indices: Sequence[int]) -> list[int]:
+        """The records that this rank gets."""
+        lengths = [self._records.lengths[index] for index in indices]
+        return [indices[position] for position in deal(lengths, ranks=world())[rank()]]
 
     def of(self, indices: Sequence[int], step: int) -> Iterator[dict[str, Any]]:
         """The micro-batches of the records, all of them on this rank."""

@@ -67,6 +67,8 @@ class TrainConfig(BaseModel):
     """Sequences a micro-batch. Changes speed and memory, not the step."""
     micro_tokens: int | Literal["auto"] = "auto"
     """Tokens a micro-batch, unless --micro-batch is given. Not the step either."""
+    memory_limit: float | None = Field(default=None, gt=0)
+    """GB that --micro-tokens auto may fill (80 % of what is free). Not the step either."""
     padding: Literal["auto", "none", "right", "left"] = "auto"
     """How micro-batches are laid out; auto: none, where the model allows. Not the step either."""
 
@@ -249,7 +251,8 @@ class TrainConfig(BaseModel):
 
 SAME_STEP = frozenset(
     {
-        *("micro_batch", "micro_tokens", "padding", "gradient_checkpointing", "device"),
+        *("micro_batch", "micro_tokens", "memory_limit", "padding", "gradient_checkpointing"),
+        "device",
         *("ranks", "parallel", "cpu_offload", "rank_timeout", "not_finite"),
         *("eval_data", "eval_every", "save_every", "keep", "track", "merge", "out"),
     }

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from samestep.data.plan import cut_epoch, order
+from samestep.data.plan import plan_steps, steps_of
 from samestep.data.records import Records
 from samestep.errors import ConfigError
 from samestep.models.checkpointing import checkpoint_activations
@@ -21,6 +21,7 @@ from samestep.parallel import prepare
 from samestep.ranks import together, world
 from samestep.train.annotate import annotated
 from samestep.train.batches import MicroBatches
+from samestep.train.calibrate import micro_token_budget
 from samestep.train.config import TrainConfig
 from samestep.train.group import first_of_this_machine
 from samestep.train.layout import choose_layout, shard
@@ -84,13 +85,22 @@ def set_up(config: TrainConfig) -> Run:
         log.warning("this model cannot take packs without padding: padding to the right")
     pad_id = tokenizer.pad_token_id or 0
 
-    def micro_batches(records: Records) -> MicroBatches:
+    def micro_batches(records: Records, config: TrainConfig = config) -> MicroBatches:
         return MicroBatches(records, config, padding=padding, pad_id=pad_id, device=device)
 
     objective = config.build(model, data)
     if objective.annotate is not None:
         data = [annotated(model, one, micro_batches(one), objective.annotate) for one in data]
         prepare(model)
+    if config.micro_tokens == "auto" and config.micro_batch is None and world() == 1:
+        first = _first_step(data[0], config)
+        budget = micro_token_budget(
+            model,
+            objective,
+            config,
+            cut=lambda budget: list(micro_batches(data[0], _under(config, budget)).of(first, 0)),
+        )
+        config = _under(config, budget)
     return Run(
         model=model,
         tokenizer=tokenizer,
@@ -98,10 +108,24 @@ def set_up(config: TrainConfig) -> Run:
         objective=objective,
         train=data[0],
         evaluation=data[1] if data[1:] else None,
-        micro_batches=micro_batches(data[0]),
-        eval_micro_batches=micro_batches(data[1]) if data[1:] else None,
+        micro_batches=micro_batches(data[0], config),
+        eval_micro_batches=micro_batches(data[1], config) if data[1:] else None,
         steps=_total_steps(data[0], config),
     )
+
+
+def _under(config: TrainConfig, budget: int) -> TrainConfig:
+    return config.model_copy(update={"micro_tokens": budget})
+
+
+def _first_step(records: Records, config: TrainConfig) -> tuple[int, ...]:
+    plans = plan_steps(
+        records.lengths,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
+    )
+    return next(plans).examples
 
 
 def _load_data(config: TrainConfig) -> tuple[Any, list[Records]]:
@@ -183,14 +207,10 @@ def _total_steps(records: Records, config: TrainConfig) -> int:
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
-    return sum(
-        len(
-            cut_epoch(
-                order(len(records), seed=config.seed, epoch=epoch),
-                records.lengths,
-                batch_size=config.batch_size,
-                batch_tokens=config.batch_tokens,
-            )
-        )
-        for epoch in range(config.epochs)
+    return steps_of(
+        records.lengths,
+        seed=config.seed,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
     )
