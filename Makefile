@@ -55,7 +55,7 @@ corpus: $(READY)
 study: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m samestep study studies/quick.yaml --out runs/study --jobs 2
 
-# The studies whose results stand in docs/studies: 15 minutes, and 40.
+# The studies whose results stand in docs/studies, and the one of the real model.
 studies: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m samestep study studies/accumulation-llama.yaml --out runs/accumulation-llama --jobs 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m samestep study studies/accumulation-qwen2.yaml --out runs/accumulation-qwen2 --jobs 2

@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 
 from samestep.study.charts import figures
+from samestep.study.compare import compare
 from samestep.study.report import caption
 from samestep.study.results import load_results
 from samestep.study.words import markdown
@@ -40,6 +41,34 @@ def test_the_reports_are_drawn_from_the_results(study: str) -> None:
     pictures = {f"{name}.png": caption(figure) for name, figure in drawn.items()}
     assert (HOME / study / "report.md").read_text(encoding="utf-8") == markdown(results, pictures)
     assert {path.name for path in (HOME / study).glob("*.png")} == set(pictures)
+
+
+@pytest.mark.parametrize("study", ["accumulation-llama", "accumulation-qwen2"])
+def test_what_was_seen_is_in_the_results(study: str) -> None:
+    results = load_results(HOME / study / "results.json")
+    normalisation = {arm.label: arm.normalisation for arm in results.arms}
+    cut = {arm.group: arm.cut for arm in results.arms}
+    for one in compare(results):
+        if normalisation[one.arm] == "exact":
+            assert one.same_step is True
+            assert one.change == pytest.approx(0, abs=1e-4)
+        if normalisation[one.arm] == "sum":
+            assert one.ratio is not None
+            assert one.ratio[0] > 2000
+            assert one.cosine == pytest.approx(1, abs=1e-4)
+            assert one.outcome == ("better" if study == "accumulation-llama" else "small")
+    wrong = [one for one in compare(results) if normalisation[one.arm] == "mean-of-means"]
+    wrong.sort(key=lambda one: cut[one.group])
+    assert [cut[one.group] for one in wrong] == [0, 0.5, 0.75, 0.95]
+    cosines = [one.cosine for one in wrong if one.cosine is not None]
+    assert cosines == sorted(cosines, reverse=True)
+    assert len(set(cosines)) == 4
+    assert all((one.gradient_difference or 0) > 0.3 for one in wrong)
+    assert all((one.change or 0) > 0 for one in wrong[1:])
+    told = [cut[one.group] for one in wrong if one.outcome != "unresolved"]
+    assert told == ([0.75] if study == "accumulation-llama" else [])
+    if study == "accumulation-llama":
+        assert (wrong[3].change or 0) < (wrong[2].change or 0)
 
 
 @pytest.mark.parametrize("study", STUDIES)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from samestep.data.plan import StepPlan, plan_steps
+from samestep.data.records import Records
 from samestep.errors import StepError
 from samestep.evaluation import evaluate
 from samestep.models.dropout import key_dropout
@@ -159,9 +160,11 @@ class _Trial:
 
     def _evaluate(self, done: int) -> None:
         assert self.run_.evaluation is not None
-        assert self.run_.eval_micro_batches is not None
-        micros = self.run_.eval_micro_batches.of(range(len(self.run_.evaluation)), 0)
+        # Cut in the same way in every arm: the yardstick is not to be a part of what it measures.
+        everything = range(len(self.run_.evaluation))
+        micros = self._micro_batches(self.run_.evaluation, None).of(everything, 0)
         report = evaluate(self.model, micros, self.run_.objective.loss_fn)
+        reset_peak(self.device)
         self.evaluations.step.append(done)
         self.evaluations.loss.append(report.terms["nll"])
 
@@ -170,7 +173,8 @@ class _Trial:
         micros = list(self.run_.micro_batches.of(plan.examples, plan.step))
         backward(self.model, micros, self._keyed(self.loss_fn, plan.step), counters=COUNTERS)
         found = [_gradient(weight).clone() for weight in self.model.parameters()]
-        whole = list(self._undivided(plan))
+        undivided = self._micro_batches(self.run_.train, len(plan.examples))
+        whole = list(undivided.of(plan.examples, plan.step))
         backward(self.model, whole, self._keyed(self.run_.objective.loss_fn, plan.step))
         wanted = [_gradient(weight) for weight in self.model.parameters()]
         difference, cosine, ratio = compared(found, wanted)
@@ -182,15 +186,15 @@ class _Trial:
         self.gradients.cosine.append(cosine)
         self.gradients.ratio.append(ratio)
 
-    def _undivided(self, plan: StepPlan) -> Any:
-        whole = self.job.config.model_copy(update={"micro_batch": len(plan.examples)})
+    def _micro_batches(self, records: Records, size: int | None) -> MicroBatches:
+        """Cuts records into micro-batches of another size, or by tokens, in the arm's layout."""
         return MicroBatches(
-            self.run_.train,
-            whole,
+            records,
+            self.job.config.model_copy(update={"micro_batch": size}),
             padding=self._layout(),
             pad_id=self.run_.tokenizer.pad_token_id or 0,
             device=self.device,
-        ).of(plan.examples, plan.step)
+        )
 
     def _layout(self) -> Any:
         """The layout in use: "auto" was settled when the model was asked."""
