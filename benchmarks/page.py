@@ -94,7 +94,8 @@ def growth(result: dict[str, Any]) -> str:
     parts.append(
         f"Counting and dividing once cost {even['share']:.1%} of the naive loop's time. The "
         f"planner takes {plan['seconds_per_step'] * 1e3:.2f} ms a step with "
-        f"{plan['examples']:,} examples, and {plan['seconds_to_resume_in_epoch_100']:.2f} s to resume in epoch 100.\n"
+        f"{plan['examples']:,} examples, and "
+        f"{plan['seconds_to_resume_in_epoch_100']:.2f} s to resume in epoch 100.\n"
     )
     return "\n".join(parts)
 
