@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
+from experts import MIXTURES, mixture_folder
 from objective_rows import ROWS, write_rows_of
-from runs import bert_folder, llama_folder, read_lines
+from runs import bert_folder, llama_folder, read_lines, t5_folder
 
 from samestep.train.arguments import read_config
 from samestep.train.trainer import train
@@ -20,6 +21,11 @@ CONFIGS: list[dict[str, Any]] = [
 
 def tiny_model(folder: Path, name: str) -> Path:
     """A tiny model of the same kind."""
+    for mixture in MIXTURES:
+        if mixture.replace("_", "") in name.lower().replace("-", ""):
+            return mixture_folder(folder, mixture)
+    if "t5" in name:
+        return t5_folder(folder)
     return bert_folder(folder) if "bert" in name else llama_folder(folder)
 
 
@@ -33,6 +39,7 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[s
         "model": str(tiny_model(tmp_path / "tiny", config["model"])),
         "data": write_rows_of(config["objective"], tmp_path / "rows.jsonl", 8),
         "out": "out",
+        **({"teacher": "tiny"} if "teacher" in config else {}),
         "steps": 1,
     }
     Path("run.yaml").write_text(yaml.safe_dump({**config, **tiny}), encoding="utf-8")

@@ -6,10 +6,12 @@ import resource
 from collections.abc import Callable
 from typing import Any
 
-SECONDS, BYTES = 120, 8 << 30
+BYTES = 8 << 30
 
 
-def in_fork(work: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
+def in_fork(
+    work: Callable[[str], dict[str, Any]], name: str, *, seconds: int = 120
+) -> dict[str, Any]:
     """What a function returns for a name; ``{"verdict": "not run", "why": ...}`` if it fails.
 
     The process is a fork of this one, so libraries that are loaded need not be loaded again.
@@ -20,8 +22,8 @@ def in_fork(work: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
     process.start()
     sender.close()
     try:
-        if not receiver.poll(SECONDS):
-            return {"verdict": "not run", "why": f"stopped after {SECONDS} s"}
+        if not receiver.poll(seconds):
+            return {"verdict": "not run", "why": f"stopped after {seconds} s"}
         found: dict[str, Any] = receiver.recv()
         return found
     except EOFError:

@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {}
     for name in subjects.NAMES:
-        found[name] = in_fork(audit, name)
+        found[name] = in_fork(audit, name, seconds=600)
         print(f"{name}: {found[name]['verdict']}", flush=True)
     packages = {name: version(name) for name in ("torch", "transformers", "trl", "samestep")}
     text = json.dumps({"versions": packages, "subjects": found}, indent=1)

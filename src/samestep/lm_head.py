@@ -18,7 +18,7 @@ from samestep.losses.likelihood import (
 )
 from samestep.losses.linear_cross_entropy import CrossEntropySums, linear_cross_entropy
 
-NOT_FOR_THE_MODEL = ("labels", "example_ids", "example_weights", "fields")
+NOT_FOR_THE_MODEL = ("labels", "example_ids", "example_weights", "fields", "mismatched")
 """What a micro-batch holds beside the model's inputs."""
 
 
@@ -68,6 +68,14 @@ class States:
             weight, options["bias"] = self.head.weight, self.head.bias
             return linear_cross_entropy(hidden, weight, targets, **options)
         return module_cross_entropy(self.head, hidden, targets, **options)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """The logits [rows, vocabulary] of some rows of ``states``."""
+        if self.rule is None:
+            return states
+        logits: Tensor = self.head(_scaled(states, self.rule))
+        cap = self.rule.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def likelihoods(self, targets: Tensor) -> Likelihoods:
         """The likelihood of each target of targets [rows, length], in reading order."""

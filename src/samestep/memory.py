@@ -9,8 +9,8 @@ from samestep.errors import OutOfMemoryError, SequenceTooLargeError
 from samestep.targets import sequence_ids
 from samestep.terms import Micro, input_tokens
 
-SIGNS = ("can't allocate memory", "bad_alloc", "out of memory", "could not create a memory object")
-"""What the CPU's allocators say in a plain RuntimeError."""
+SIGNS = ("can't allocate memory", "bad_alloc", "out of memory", "could not create a ")
+"""What the CPU's allocators and oneDNN ("could not create a primitive") say in a RuntimeError."""
 
 SHOWN = 8
 """How many rows a message names."""
@@ -32,15 +32,17 @@ def memory_guard(micro: Micro) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        sequences = _sequences(micro)
-        what = f"out of memory on {input_tokens(micro)} tokens in {sequences} sequences"
+        sequences, tokens = _sequences(micro), input_tokens(micro)
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         if sequences == 1:
             raise SequenceTooLargeError(
-                f"out of memory on one sequence of {input_tokens(micro)} tokens{rows_of(micro)}: "
-                "a step cannot be cut any finer. Cut or drop long rows (max_length), or use "
-                "gradient_checkpointing, a smaller dtype, or more memory"
+                f"out of memory on one sequence of {tokens} tokens{rows_of(micro)}: a step cannot "
+                "be cut any finer. Cut or drop long rows (max_length), or use "
+                f"gradient_checkpointing, a smaller dtype, or more memory ({reason})"
             ) from None
-        raise OutOfMemoryError(what + rows_of(micro)) from None
+        raise OutOfMemoryError(
+            f"out of memory on {tokens} tokens in {sequences} sequences{rows_of(micro)} ({reason})"
+        ) from None
 
 
 def rows_of(micro: Micro) -> str:

@@ -164,9 +164,15 @@ def turns(model: nn.Module, micros: Sequence[Micro | Idle]) -> list[tuple[Micro,
     return runs + [(min(every, key=input_tokens), None)] * missing if missing else runs
 
 
+def tensors_of(result: LossResult) -> dict[str, Tensor]:
+    """What a loss returned, by name, without units: totals, and parts of coupled terms."""
+    return {
+        name: term.total if isinstance(term, Term) else term.part
+        for name, term in named_terms(result).items()
+    }
+
+
 def nothing_of(result: LossResult) -> Tensor:
     """Zero, with the graph of all that a loss returned: its backward adds exactly nothing."""
-    tensors = [
-        term.total if isinstance(term, Term) else term.part for term in named_terms(result).values()
-    ]
-    return torch.stack([0 * t.double().sum() for t in tensors if t.requires_grad]).sum()
+    tensors = [tensor for tensor in tensors_of(result).values() if tensor.requires_grad]
+    return torch.stack([0 * tensor.double().sum() for tensor in tensors]).sum()

@@ -115,6 +115,27 @@ def losses_by_examples(model: nn.Module, batches: list[Any]) -> float:
     return sum(v * b for v, b in zip(values, sizes, strict=True)) / sum(sizes)
 
 
+class Normed(nn.Module):
+    """Batch statistics, also in evaluation: the mode is never changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = (
+            nn.Embedding(29, 12),
+            nn.BatchNorm1d(12),
+            nn.Linear(12, 29),
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.embed(ids).cumsum(1).transpose(1, 2)).transpose(1, 2))
+
+
+def evaluates_in_train_mode(model: nn.Module, batches: list[Any]) -> dict[str, float]:
+    model.train()
+    with torch.no_grad():
+        return {"loss": everything(model, batches)["loss"]}
+
+
 class Dropping(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -160,6 +181,9 @@ CASES = [
          "metric-mean-of-means", "evaluation-batch"),
     Case("evaluates the perplexity of a mean of means", evaluates(perplexity_of_batches),
          "metric-mean-of-means", "evaluation-batch"),
+    Case("evaluates in train mode", tokens(
+        count_first, model=Normed, evaluate=evaluates_in_train_mode), "batch-coupled-term",
+        "evaluation-batch", axes=("evaluation-batch",)),
     Case("evaluation leaves eval mode", tokens(
         count_first, model=Dropping, evaluate=leaves_eval_mode), "evaluation-side-effect",
         "evaluation-first"),

@@ -123,7 +123,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
-@pytest.mark.parametrize("name", ["shard", "state.json"])
+@pytest.mark.parametrize("name", ["shard", "state.txt"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     tmp_path: Path, damage: Any, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -142,4 +142,4 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 def test_nothing_in_a_checkpoint_is_pickled(tmp_path: Path) -> None:
     model, optimizer = trained(torch.optim.AdamW)
     path = checkpoint.save(tmp_path, model, optimizer, progress(1), keep=1)
-    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".txt"}

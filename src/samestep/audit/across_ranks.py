@@ -20,7 +20,8 @@ def ranks(runs: Runs) -> AxisResult:
     One micro-batch a rank shows the law of the ranks alone; two a rank add the accumulation; then
     a rank without targets, and the examples as the subject's own sampler deals them.
     """
-    one, two = shares(runs.subject.size, micros=1), shares(runs.subject.size, micros=2)
+    size, uniform = runs.subject.size, runs.subject.uniform
+    one, two = (shares(size, micros=micros, uniform=uniform) for micros in (1, 2))
     result = _try(runs, one, "1 micro-batch a rank")
     if result.verdict == "exact":
         result = _try(runs, two, "2 micro-batches a rank")
@@ -33,14 +34,15 @@ def ranks(runs: Runs) -> AxisResult:
     return result
 
 
-def shares(size: int, *, micros: int) -> list[Cut]:
+def shares(size: int, *, micros: int, uniform: bool = False) -> list[Cut]:
     """The micro-batches of each rank: fewer examples on the first.
 
     Args:
         size: Examples of the effective batch.
         micros: Micro-batches a rank; 1 where a rank has too few examples for 2.
+        uniform: All micro-batches must be of one size: as many examples on each.
     """
-    border = max(1, size * 3 // 8)
+    border = size // 2 if uniform else max(1, size * 3 // 8)
     found: list[Cut] = []
     for first, last in ((0, border), (border, size)):
         at = first + (last - first + 1) // 2

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from samestep.audit.causes import Diagnosis, advice
-from samestep.audit.diagnose import diagnose_empty, diagnose_split, faulty
+from samestep.audit.diagnose import diagnose_empty, diagnose_split
 from samestep.audit.layout import COLUMNS, diagnose_pack, diagnose_padding
 from samestep.audit.runs import Runs, cuts, uneven
 from samestep.audit.subject import Cut
@@ -195,14 +195,15 @@ def _fewer_micro_batches(runs: Runs) -> AxisResult:
     seen = compare(found, whole)
 
     def diagnose() -> Diagnosis:
-        if faulty(runs, cut):
-            return diagnose_split(runs, cut)  # inexact in full windows too: the same cause
+        full = compare(found, runs.run(cut).gradient)
+        if full.relative_difference <= runs.tolerance:
+            return diagnose_split(runs, cut)  # as in full windows: the same cause
         expected = len(cut) / window
         return Diagnosis(
             "short-window",
-            abs(seen.ratio - expected),
-            f"{len(cut)} micro-batches in a window of {window}: x {seen.ratio:.6g}, "
-            f"{len(cut)}/{window} = {expected:.6g}",
+            abs(full.ratio - expected),
+            f"{len(cut)} micro-batches in a window of {window} against a window of {len(cut)}: "
+            f"x {full.ratio:.6g}, {len(cut)}/{window} = {expected:.6g}",
         )
 
     return judge(

@@ -138,6 +138,9 @@ def _nonlinear(runs: Runs, cut: Cut, case: Case, best: float, **changes: object)
 
 def _inside(runs: Runs, cut: Cut, case: Case, **changes: object) -> Diagnosis | None:
     """A fault within micro-batches: repeats, padding that is seen, examples that feel others."""
+    kept = _by_labels(runs, case, **changes)
+    if kept is not None:
+        return kept
     repeated = _by_example(runs, cut, case, **changes)
     if repeated is not None:
         return repeated
@@ -151,6 +154,23 @@ def _inside(runs: Runs, cut: Cut, case: Case, **changes: object) -> Diagnosis | 
         return Diagnosis(str(leak(runs, cut, **changes)), apart or 0.0, _evidence(case))
     evidence = "" if apart is None else f"two equal examples miss the sum by {apart:.1e}; "
     return Diagnosis("batch-coupled-term", apart or 0.0, evidence + _evidence(case))
+
+
+def _by_labels(runs: Runs, case: Case, **changes: object) -> Diagnosis | None:
+    """Labels that the collator loses or repeats where examples share a batch."""
+    if changes.get("packed") or "labels" not in case.counts[-1]:
+        return None
+    shapes = [runs.subject.shape(micro) for micro in runs.singles]
+    if any(shape is not None and shape[0] != 1 for shape in shapes):
+        return None  # even alone they are not what they are
+    alone = sum(runs.counts(one, **changes)["labels"][1] for one in runs.singles)
+    together = runs.counts(runs.whole[0], **changes)["labels"][1]
+    padded = runs.counts(runs.whole[0], **changes, padding=1).get("labels", ("", 0.0))[1]
+    if padded != together or alone == together:  # padding that has labels is another fault
+        return None
+    evidence = f"the examples hold {alone:g} labels one by one, {together:g} in one batch"
+    cause = "dropped-examples" if together < alone else "duplicated-examples"
+    return Diagnosis(cause, 0.0, evidence)
 
 
 def _lost(whole: Fit, split: Fit, case: Case) -> Diagnosis | None:

@@ -24,6 +24,12 @@ def diagnose_padding(runs: Runs, *, side: str) -> Diagnosis:
         return Diagnosis("rng", seen.relative_difference, evidence)
     if _same_direction(runs, seen):
         return Diagnosis("padding-counted", 1 - seen.cosine, evidence)
+    plain, more = (
+        runs.counts(runs.whole[0], padding=columns, side=side).get("labels", ("", 0.0))[1]
+        for columns in (0, COLUMNS)
+    )
+    if more > plain:
+        return Diagnosis("padding-counted", 0.0, f"{evidence}; padding has labels of its own")
     other = runs.gradient(runs.whole, padding=COLUMNS, side=side, filler=1)
     moved = compare(other, padded).relative_difference
     evidence += f"; another padding token moves it by {moved:.1e}"

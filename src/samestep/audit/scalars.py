@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from samestep.audit.axes import AxisResult, shape
 from samestep.audit.causes import Diagnosis, advice
@@ -33,6 +34,10 @@ def evaluation_batch(runs: Runs) -> AxisResult:
         parts = [runs.subject.evaluate(len(one), runs.plain, one) for one in batches]
         values = [part.get(key, math.nan) for part in parts]
         name = "eval-mean-of-means" if _is_loss(key) else "metric-mean-of-means"
+        apart = _apart(runs, key) if _is_loss(key) else 0.0
+        if apart > max(runs.tolerance, 1e-9):
+            evidence = f"two equal examples together miss the mean of the two by {apart:.1e}"
+            return Diagnosis("batch-coupled-term", apart, evidence)
         return _by_parts(found[3][key], values, [len(one) for one in batches], name)
 
     return _result(
@@ -84,6 +89,20 @@ def reported(runs: Runs) -> AxisResult:
                 advice=advice(other.cause),
             )
     return result
+
+
+def _apart(runs: Runs, key: str) -> float:
+    """How far an evaluation of two examples of equal counts is from the mean of the two's own."""
+    found = []
+    for changes in ({"twins": True}, {}, {"altered": (0,)}):
+        setting = replace(runs.plain, **changes)
+        examples = (0, 0) if "twins" in changes else (0,)
+        try:
+            found.append(runs.subject.evaluate(2, setting, examples)[key])
+        except Exception:  # the subject is the user's code: it may refuse changed inputs
+            return 0.0
+    pair, own, twin = found
+    return _change(pair, (own + twin) / 2)
 
 
 def _of_report(runs: Runs, cut: Cut, key: str) -> Diagnosis:

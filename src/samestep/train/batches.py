@@ -53,11 +53,16 @@ class MicroBatches:
         Yields:
             Micro-batches; one that is `Idle` on a rank that gets no record.
         """
-        hand = deal([self._records.lengths[index] for index in indices], ranks=world())[rank()]
-        yield from self.of([indices[position] for position in hand], step)
+        hand = self.hand(indices)
+        yield from self.of(hand, step)
         if not hand:
             shortest = min(indices, key=lambda index: self._records.lengths[index])
             yield Idle(self._collate([shortest], step))
+
+    def hand(self, indices: Sequence[int]) -> list[int]:
+        """The records that this rank gets."""
+        lengths = [self._records.lengths[index] for index in indices]
+        return [indices[position] for position in deal(lengths, ranks=world())[rank()]]
 
     def of(self, indices: Sequence[int], step: int) -> Iterator[dict[str, Any]]:
         """The micro-batches of the records, all of them on this rank."""

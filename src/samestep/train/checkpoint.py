@@ -2,12 +2,13 @@
 
 A checkpoint is a folder ``step-00000012`` (12 steps are done) with ``shard-*.safetensors``, one a
 rank, written and read by torch.distributed.checkpoint (so that it can be read on any number of
-ranks, replicated or sharded), and ``state.json`` with the rest and the checksum of every shard. It
+ranks, replicated or sharded), and ``state.txt`` with the rest and the checksum of every shard. It
 is written under a hidden name, flushed to disk, and renamed; only then are older ones deleted. No
 random state is kept: order, learning rate and dropout are functions of the step. Nothing is
 pickled: DCP's safetensors storage keeps where each shard belongs in the files' own headers.
 """
 
+import hashlib
 import json
 import logging
 import shutil
@@ -97,8 +98,9 @@ def save(
         aside.mkdir(parents=True)
 
     def finish() -> None:
-        (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        sync(aside / "state.json")
+        text = json.dumps(state)
+        (aside / "state.txt").write_text(f"{_digest(text)} {text}", encoding="utf-8")
+        sync(aside / "state.txt")
         sync(aside)
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
@@ -181,7 +183,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
         CheckpointError: It cannot be read, or belongs to another model or optimizer.
     """
     try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        state = _read_state(checkpoint)
         reader = HuggingFaceStorageReader(str(checkpoint))
         kept = {
             name: meta
@@ -223,10 +225,23 @@ def _checksums(folder: Path) -> dict[str, str]:
     return {shard.name: sha256_of(shard) for shard in shards}
 
 
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """What stands in ``state.txt`` after its own checksum."""
+    digest, text = (checkpoint / "state.txt").read_text(encoding="utf-8").split(" ", 1)
+    if digest != _digest(text):
+        raise ValueError("state.txt does not match its checksum")
+    state: dict[str, Any] = json.loads(text)
+    return state
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _damage(checkpoint: Path) -> str:
     """What is wrong with the files that this rank looks at; empty if nothing is."""
     try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        state = _read_state(checkpoint)
         if state["format"] != FORMAT:
             return f"format {state['format']}, not {FORMAT}"
         for name, digest in sorted(state["files"].items())[rank() :: world()]:

@@ -15,7 +15,7 @@ PATIENCE = timedelta(hours=2)
 """How long a rank waits in one collective: while rank 0 tokenises, converts or saves. Ranks that
 die or hang in the loop are noticed much sooner, by `samestep.train.watch`."""
 
-SHUTDOWN = 60
+SHUTDOWN = "60"
 """Seconds that ranks have to save after a signal, before the launcher kills them."""
 
 
@@ -64,6 +64,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     config = LaunchConfig(
         min_nodes=1,
@@ -73,7 +74,6 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
-        shutdown_timeout=SHUTDOWN,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "samestep", *arguments)

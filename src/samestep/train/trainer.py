@@ -34,6 +34,7 @@ from samestep.train import checkpoint
 from samestep.train.batches import MicroBatches
 from samestep.train.checkpoint import Progress
 from samestep.train.config import TrainConfig
+from samestep.train.culprits import culprits
 from samestep.train.data_print import DataPrint
 from samestep.train.export import save_model
 from samestep.train.group import process_group
@@ -42,6 +43,7 @@ from samestep.train.optim import learning_rate, set_learning_rate
 from samestep.train.recorder import Recorder
 from samestep.train.run_folder import RunFolder
 from samestep.train.setup import Run, set_up
+from samestep.train.watch import Watch, watched
 from samestep.train_step import StepReport, step
 from samestep.two_pass import TwoPass
 
@@ -78,8 +80,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
             with (
                 Recorder(folder, config, total=run.steps, done=progress.step) as recorder,
                 interruptible(recorder.say) as stop_asked,
+                watched(config.rank_timeout) as watch,
             ):
-                loop = Loop(config, folder, run, recorder, stop_asked, progress)
+                loop = Loop(config, folder, run, recorder, stop_asked, watch, progress)
                 loop.run_to_the_end()
             save_model(run.model, run.tokenizer, folder.model, merge=config.merge)
             summary = _summary(run, folder, loop)
@@ -119,6 +122,7 @@ class Loop:
         run: The model, the data, the optimizer.
         recorder: Logs and shows.
         stop_asked: The number of the signal that asked to stop, or 0.
+        watch: Told where this rank is.
         progress: How far the run is.
         evaluations: Those of this call, in order.
     """
@@ -128,6 +132,7 @@ class Loop:
     run: Run
     recorder: Recorder
     stop_asked: Callable[[], int]
+    watch: Watch
     progress: Progress
     evaluations: list[EvalReport] = field(default_factory=list)
 
@@ -165,9 +170,13 @@ class Loop:
         try:
             report = self._step(plan)
         except NotFiniteError as error:
+            problem = f"{error}{self._culprits(plan)}"
             if self.config.not_finite == "stop":
-                raise
-            report = _skipped(str(error), seconds=time.perf_counter() - started)
+                raise NotFiniteError(problem) from None
+            report = _skipped(problem, seconds=time.perf_counter() - started)
+        after = self.run.objective.after_step
+        if after is not None and report.skipped is None:
+            after(self.run.model)
         self.progress = _after(self.progress, report)
         done = self.progress.step
         on_rank_0(lambda: self.recorder.step(report, step=done, epoch=plan.progress, lr=lr))
@@ -180,11 +189,28 @@ class Loop:
                 self.run.model,
                 self.run.optimizer,
                 micro_batches.of_this_rank(plan.examples, plan.step),
-                self._watched(objective.loss_fn, step_number=plan.step),
+                self._looked_after(objective.loss_fn, step_number=plan.step),
                 max_grad_norm=self.config.max_grad_norm,
                 counters=objective.counters,
             ),
         )
+
+    def _culprits(self, plan: StepPlan) -> str:
+        """The rows at fault, found by running each by itself; not under FSDP2, rank by rank."""
+        if is_sharded(self.run.model):
+            return ""
+        objective, batches = self.run.objective, self.run.micro_batches
+        found = every_rank(
+            lambda: culprits(
+                self.run.model,
+                lambda index: next(batches.of([index], plan.step)),
+                batches.hand(plan.examples),
+                self._looked_after(objective.loss_fn, step_number=plan.step),
+                counters=objective.counters,
+            )
+        )
+        rows = [line for of_rank in found for line in of_rank]
+        return f". At fault: {'; '.join(rows)}" if rows else ""
 
     def _evaluate_if_due(self) -> None:
         """Evaluate before the first step, every ``eval_every`` and at the end; each time once."""
@@ -199,7 +225,7 @@ class Loop:
             lambda: evaluate(
                 self.run.model,
                 batches.of_this_rank(everything, 0),
-                self._watched(objective.loss_fn),
+                self._looked_after(objective.loss_fn),
                 counters=objective.counters,
             ),
         )
@@ -208,6 +234,7 @@ class Loop:
         self.recorder.evaluated.add(done)
 
     def _save(self) -> None:
+        self.watch.moves("saving", hurried=False)
         checkpoint.save(
             self.folder.checkpoints,
             self.run.model,
@@ -216,19 +243,22 @@ class Loop:
             keep=self.config.keep,
         )
 
-    def _watched(self, loss_fn: LossFn, *, step_number: int | None = None) -> LossFn:
+    def _looked_after(self, loss_fn: LossFn, *, step_number: int | None = None) -> LossFn:
         """The loss, after a look at whether to stop; dropout keyed to the step if it has one."""
         # Under FSDP2 a rank must not leave a step alone: there a signal waits for the step's end.
         may_stop = not is_sharded(self.run.model)
+        numbers = itertools.count()
+        what = "evaluation" if step_number is None else f"step {step_number + 1}"
 
-        def watched(model: Any, micro: Any) -> LossResult:
+        def looked_after(model: Any, micro: Any) -> LossResult:
             if may_stop and self.stop_asked():
                 raise StopAskedError("asked to stop")
+            self.watch.moves(f"{what}, micro-batch {next(numbers) + 1}")
             if step_number is not None:
                 key_dropout(model, micro, seed=self.config.seed, step=step_number)
             return loss_fn(model, micro)
 
-        return TwoPass(watched) if isinstance(loss_fn, TwoPass) else watched
+        return TwoPass(looked_after) if isinstance(loss_fn, TwoPass) else looked_after
 
     def _within_memory(self, micro_batches: MicroBatches, work: Callable[[], Report]) -> Report:
         """Do it again with smaller micro-batches as long as memory does not suffice."""

@@ -133,5 +133,5 @@ def observe(
     moved = combine([before, weights(model)], [1.0, -1.0])
     if norm(moved) <= 8 * precision * norm(before):  # at most there and back again
         return Observation(gradients(model), reported=reported, rounding=precision)
-    rounding = precision * norm(before) / norm(moved)
+    rounding = precision * max(1.0, norm(before) / norm(moved))
     return Observation(moved, reported=reported, rounding=rounding)

@@ -12,10 +12,16 @@ HOME = {
     "simpo": "preference:SimPOConfig",
     "cpo": "preference:CPOConfig",
     "orpo": "preference:ORPOConfig",
+    "kto": "kto:KTOConfig",
+    "policy": "policy:PolicyConfig",
+    "distillation": "distillation:DistillationConfig",
     "reward": "classification:RewardConfig",
     "classification": "classification:ClassificationConfig",
     "regression": "classification:RegressionConfig",
     "token_classification": "classification:TokenClassificationConfig",
+    "embedding": "texts:EmbeddingConfig",
+    "masked_lm": "texts:MaskedLMConfig",
+    "seq2seq": "texts:Seq2SeqConfig",
     "question_answering": "classification:QuestionAnsweringConfig",
 }
 """Where the settings of each objective are defined, beside this file."""

@@ -10,6 +10,28 @@ from samestep.train.config import TrainConfig
 if TYPE_CHECKING:
     from samestep.data.records import Records
     from samestep.objective import Objective
+    from samestep.terms import LossFn
+
+
+def read_language(
+    config: TrainConfig, source: str, tokenizer: Any, train_on: Literal["completion", "all"]
+) -> "Records":
+    """Rows of text, prompt and completion, messages, or token ids."""
+    from samestep.data.load import load_rows
+    from samestep.data.records import Records
+    from samestep.data.tokenize import tokenize_rows
+    from samestep.files import cache_folder
+
+    return Records(
+        tokenize_rows(
+            load_rows(source),
+            tokenizer,
+            max_length=config.max_length,
+            append_eos=config.append_eos,
+            train_on=train_on,
+            cache=cache_folder() / "tokens",
+        )
+    )
 
 
 class CausalLMConfig(TrainConfig):
@@ -21,46 +43,72 @@ class CausalLMConfig(TrainConfig):
     """Targets: completions and assistant turns, or every token."""
     normalize: Literal["token", "sequence"] | float = "token"
     """Every token weighs the same, every sequence does, or divide by this constant."""
+    loss: Literal["nll", "dft"] = "nll"
+    """Cross entropy, or dynamic fine-tuning: each target's times its probability."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target probability that is spread over the vocabulary."""
     z_loss: float = Field(default=0.0, ge=0)
     """Factor of the squared logsumexp."""
 
+    router_loss: Literal["window", "sequence"] | None = None
+    """Balance a mixture of experts over the effective batch (two passes) or in each sequence."""
+    router_weight: float = Field(default=0.001, gt=0)
+    """Weight of that loss."""
+    router_z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared logsumexp of the routers' logits."""
+    router_bias_rate: float = Field(default=0.0, ge=0)
+    """Balance by biases instead: how far they move a step (DeepSeek-V3, MiniMax-M2)."""
+
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of text, prompt and completion, messages, or token ids."""
-        from samestep.data.load import load_rows
-        from samestep.data.records import Records
-        from samestep.data.tokenize import tokenize_rows
-        from samestep.files import cache_folder
-
-        return Records(
-            tokenize_rows(
-                load_rows(source),
-                tokenizer,
-                max_length=self.max_length,
-                append_eos=self.append_eos,
-                train_on=self.train_on,
-                cache=cache_folder() / "tokens",
-            )
-        )
+        return read_language(self, source, tokenizer, self.train_on)
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
-        """Cross entropy, normalised as asked."""
+        """Cross entropy, normalised as asked, and the terms of routers."""
         from samestep.causal_lm import CausalLMLoss
         from samestep.objective import Objective
+        from samestep.objectives.policy import DFT
         from samestep.terms import constant
 
-        normalize = self.normalize
+        value = self.normalize
+        normalize = constant(value) if isinstance(value, float) else value
+        loss: LossFn = CausalLMLoss(
+            normalize=normalize, label_smoothing=self.label_smoothing, z_loss=self.z_loss
+        )
+        if self.loss == "dft":
+            loss = DFT(normalize)
+        if self.router_loss or self.router_z_loss or self.router_bias_rate:
+            return self._with_routers(loss, model)
+        return Objective(loss)
+
+    def _with_routers(self, loss: "LossFn", model: Any) -> "Objective":
+        from samestep.objective import Objective
+        from samestep.objectives import routers
+        from samestep.two_pass import TwoPass
+
+        routers.routers_of(model)
+        bias = None
+        if self.router_bias_rate:
+            routers.router_biases(model)
+            bias = routers.BiasBalance(self.router_bias_rate)
+        whole = routers.WithRouters(
+            loss,
+            balance=self.router_loss,
+            balance_weight=self.router_weight,
+            z_weight=self.router_z_loss,
+            bias=bias,
+        )
         return Objective(
-            CausalLMLoss(
-                normalize=constant(normalize) if isinstance(normalize, float) else normalize,
-                label_smoothing=self.label_smoothing,
-                z_loss=self.z_loss,
-            )
+            TwoPass(whole) if self.router_loss == "window" else whole,
+            routers.ROUTER_COUNTERS,
+            after_step=bias.after_step if bias else None,
         )
 
     def problems(self) -> list[str]:
-        """A constant that cannot divide."""
+        """A constant that cannot divide, or terms that dft does not have."""
+        found = []
         if isinstance(self.normalize, float) and not 0 < self.normalize < float("inf"):
-            return [f"normalize: a constant must be above 0, not {self.normalize}"]
-        return []
+            found.append(f"normalize: a constant must be above 0, not {self.normalize}")
+        if self.loss == "dft" and (self.label_smoothing or self.z_loss):
+            found.append("loss: dft goes with neither label_smoothing nor z_loss")
+        return found
