@@ -9,13 +9,14 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test lint unit slow demo bench corpus audit study studies study-smollm2 format clean
+.PHONY: help setup test lint unit slow demo bench profile corpus audit study studies study-smollm2 format clean
 
 help:
 	@echo "make demo    fine-tune a real 135 M-parameter model and prove the step (5 minutes)"
 	@echo "make test    lint, types, and every test, the slow ones too"
 	@echo "make study   compare 32 x 1 with 1 x 32, exact and wrong, in a page (3 minutes)"
-	@echo "make bench   compare speed and memory with TRL (20 minutes)"
+	@echo "make bench   compare speed and memory with TRL, Trainer and a plain loop (hours)"
+	@echo "make profile where the time of a training step goes"
 	@echo "make corpus  audit the corpus of seeded bugs and sound loops (5 minutes)"
 	@echo "make audit   audit the trainers of transformers and TRL (an hour; it resumes)"
 	@echo "make format  put the code in its standard form"
@@ -48,6 +49,10 @@ demo: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/page.py
+
+profile: $(READY)
+	$(BIN)/python benchmarks/roofline.py
 
 corpus: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/corpus/corpus_run.py --json benchmarks/results/corpus.json

@@ -1,17 +1,19 @@
-"""samestep beside TRL on the same work: alternating runs, ratios, a result file.
+"""samestep beside its peers on the same work: alternating runs, ratios, result files, bars.
 
-    python benchmarks/run.py                 SmolLM2-135M, 32 gsm rows a step (about 20 minutes)
-    python benchmarks/run.py --work smoke    a tiny model, to see that the benchmark works
+    python benchmarks/run.py                      everything (hours)
+    python benchmarks/run.py --work gsm           one work
+    python benchmarks/run.py --work gsm --contenders samestep trl:1 --rounds 1
+    python benchmarks/run.py --work smoke         a tiny model, to see that the benchmark works
+    python benchmarks/run.py --bars               judge the result files again
 
 Each contender runs in a process of its own, in turn, so that a busy moment of the machine hits all
-of them and peak memory is each one's own.
+of them and peak memory is each one's own. A contender that fails is listed with its error.
 """
 
 import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 from importlib.metadata import version
@@ -21,89 +23,97 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+import bars
+
 HERE = Path(__file__).resolve().parent
+PEERS = ["trl:1", "trl:4", "trl:8", "trl-default:8", "trl-free:8", "trl-packing:8"]
 CONTENDERS = {
-    "gsm": ["samestep", "samestep:512", "trl:1", "trl:4", "trl:8", "trl-default:8"],
-    "smoke": ["samestep", "trl:1", "trl:4"],
+    "gsm": ["samestep", "samestep:512", *PEERS, "trainer:4", "plain:1", "plain:4"],
+    "tools": ["samestep", *PEERS, "trainer:4", "plain:1"],
+    "gsm-lora": ["samestep", "trl:1", "trl:4", "trl-default:8"],
+    "tools-lora": ["samestep", "trl:1", "trl:4", "trl-default:8"],
+    "mini-49k": ["samestep", "trl:1", "trl:8", "trl-default:8", "plain:8"],
+    "qwen2-reduced": ["samestep", "trl:1", "trl:8", "trl-default:8", "plain:4"],
+    "llama32-reduced": ["samestep", "trl:1", "trl:8", "trl-default:8", "plain:4"],
+    "smoke": ["samestep", "trl:1", "plain:4"],
 }
 
 
 def run_one(name: str, work: str, steps: int) -> dict[str, Any]:
-    """The figures that a contender printed."""
+    """The figures that a contender printed; or its error."""
     command = [sys.executable, str(HERE / "contender.py"), name, "--work", work]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(
         [*command, "--steps", str(steps)], env=environment, capture_output=True, text=True
     )
     if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr}")
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"name": name, "error": last[:200]}
     figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return figures
+    return figures | {"load": os.getloadavg()[0]}
 
 
-def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Median seconds a step and peak memory of each contender, and ratios to samestep's."""
-    names = list(dict.fromkeys(run["name"] for run in runs))
-    rows = []
-    for name in names:
-        own = [run for run in runs if run["name"] == name]
-        seconds = [second for run in own for second in run["seconds"]]
-        rows.append(
-            {
-                "name": name,
-                "seconds_per_step": statistics.median(seconds),
-                "spread": [min(seconds), max(seconds)],
-                "peak_bytes": statistics.median(run["peak_bytes"] for run in own),
-            }
-        )
-    for row in rows:
-        row["time_ratio"] = row["seconds_per_step"] / rows[0]["seconds_per_step"]
-        row["memory_ratio"] = row["peak_bytes"] / rows[0]["peak_bytes"]
-    return rows
+def compare(work: str, names: list[str], *, rounds: int, steps: int) -> dict[str, Any]:
+    """Run every contender in turn, as often as asked."""
+    runs = []
+    for _ in range(rounds):
+        for name in names:
+            runs.append(run_one(name, work, steps))
+            print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+    packages = ("samestep", "torch", "transformers", "trl")
+    good = [run for run in runs if "error" not in run]
+    return {
+        "work": work,
+        "rounds": rounds,
+        "steps": steps,
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "versions": {name: version(name) for name in packages},
+        "summary": bars.summarise(good),
+        "runs": runs,
+    }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the comparison."""
-    table = Table("contender", "s a step", "spread", "time / samestep", "peak GB", "/ samestep")
+    table = Table(
+        "contender", "tokens/s", "samestep is x faster", "spread", "peak GB", "samestep takes x"
+    )
     for row in rows:
         table.add_row(
             row["name"],
-            f"{row['seconds_per_step']:.2f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['speed_of_samestep']:.2f}",
             "{:.2f} .. {:.2f}".format(*row["spread"]),
-            f"{row['time_ratio']:.2f}",
             f"{row['peak_bytes'] / 1e9:.2f}",
-            f"{row['memory_ratio']:.2f}",
+            f"{row['memory_of_samestep']:.2f}",
         )
     Console().print(table)
 
 
 def main() -> None:
-    """Run every contender in turn, as often as asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", choices=CONTENDERS, default="gsm")
+    """Run what is asked, print it, and judge every bar."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", nargs="*", choices=CONTENDERS)
+    parser.add_argument("--contenders", nargs="*")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--bars", action="store_true")
     options = parser.parse_args()
-    runs = []
-    for _ in range(options.rounds):
-        for name in CONTENDERS[options.work]:
-            runs.append(run_one(name, options.work, options.steps))
-            print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-    rows = summarise(runs)
-    show(rows)
-    packages = ("samestep", "torch", "transformers", "trl")
-    result = {
-        "work": options.work,
-        "steps": options.steps,
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "versions": {name: version(name) for name in packages},
-        "summary": rows,
-        "runs": runs,
-    }
-    path = HERE / "results" / f"train-{options.work}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    works = options.work or ([] if options.bars else [w for w in CONTENDERS if w != "smoke"])
+    for work in works:
+        names = options.contenders or CONTENDERS[work]
+        result = compare(work, names, rounds=options.rounds, steps=options.steps)
+        show(result["summary"])
+        if work != "smoke":
+            bars.save(f"train-{work}", result)
+    if not (options.work or options.bars):
+        for script in ("roofline.py", "growth.py"):
+            subprocess.run([sys.executable, str(HERE / script)], check=True)
+    for bar in bars.all_bars():
+        print(bar.line())
 
 
 if __name__ == "__main__":

@@ -45,6 +45,19 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path, kind: type[torch.optim.Opt
         assert torch.equal(tensor, other.state_dict()[name]), name
 
 
+def test_files_are_small_because_the_writer_copies_them_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 100)  # a 4 x 4 matrix is 64
+    model, optimizer = trained(torch.optim.AdamW)
+    path = checkpoint.save(tmp_path, model, optimizer, progress(3), keep=2)
+    assert len(list(path.glob("*.safetensors"))) >= 4
+    other = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.1)
+    checkpoint.load(path, other, other_optimizer)
+    assert all(torch.equal(t, other.state_dict()[n]) for n, t in model.state_dict().items())
+
+
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     model, optimizer = trained(torch.optim.SGD)
     for step in (1, 2, 10):

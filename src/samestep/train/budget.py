@@ -19,16 +19,23 @@ DEFAULT = 1024
 SIZES = (256, 1024)
 """Budgets of the two measurements."""
 
-BUDGETS: tuple[int, ...] = tuple(2**power for power in range(8, 15))
-"""What can be chosen: powers of two, so that noise in a measurement seldom changes the choice."""
+BUDGETS = (256, 512, 1024, 2048)
+"""What can be chosen: powers of two, so that noise in a measurement seldom changes the choice, and
+no more than keeps every known processor busy, so that it never costs much memory."""
 
-FIXED_SHARE = 0.05
+FIXED_SHARE = 0.08
 """The choice is the smallest budget that spends at most this share of the time on fixed costs."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One measured micro-batch: its tokens, seconds, and peak memory in bytes (None: unknown)."""
+    """One measured micro-batch.
+
+    Attributes:
+        tokens: Its tokens.
+        seconds: Its time; on a CPU, that of all cores together.
+        peak: The most memory taken, in bytes; None: unknown.
+    """
 
     tokens: int
     seconds: float

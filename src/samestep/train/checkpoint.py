@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -40,6 +40,9 @@ from samestep.train.data_print import DataPrint
 log = logging.getLogger("samestep")
 
 FORMAT = 2
+
+FILE_BYTES = 2**27
+"""What a file of a checkpoint holds at most; a larger tensor has its own."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,9 @@ def save(
 
     try:
         on_rank_0(clear)
-        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        writer = HuggingFaceStorageWriter(
+            str(aside), fqn_to_index_mapping=_files(tensors), save_distributed=True
+        )
         with _alone_is_fine():
             state_dict_saver.save(tensors, storage_writer=writer, no_dist=world() == 1)
         for sums in every_rank(lambda: _checksums(aside)):
@@ -121,6 +126,21 @@ def save(
             + (f"{older[-1]} is intact" if older else "There is no earlier one")
         ) from error
     return target
+
+
+def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number, from 1, of the file that holds each tensor.
+
+    The writer copies a whole file's tensors, twice, before it writes: files are small.
+    """
+    files: dict[str, int] = {}
+    number, room = 1, FILE_BYTES
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if size > room < FILE_BYTES:
+            number, room = number + 1, FILE_BYTES
+        files[name], room = number, room - size
+    return files
 
 
 def newest_whole(folder: Path) -> Path | None:

@@ -1,0 +1,132 @@
+"""The bars that the project set itself, each judged on result files; and how they are printed."""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+BEST_OF_TRL = ("trl:", "trl-free:", "trl-packing:")
+TRL_DEFAULT = "trl-default:8"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar.
+
+    Attributes:
+        name: What is compared.
+        found: The measured number; None where the results lack it.
+        wanted: The bar.
+        at_least: Whether the number must be at least the bar, or at most.
+    """
+
+    name: str
+    found: float | None
+    wanted: float
+    at_least: bool = True
+
+    def line(self) -> str:
+        """The bar with its mark, as it is printed."""
+        sign = ">=" if self.at_least else "<="
+        if self.found is None:
+            return f"not measured  {self.name} {sign} {self.wanted}"
+        reached = self.found >= self.wanted if self.at_least else self.found <= self.wanted
+        mark = "reached" if reached else "NOT REACHED"
+        return f"{mark:12}  {self.name}: {self.found:.3g} (bar {sign} {self.wanted})"
+
+
+def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each contender's tokens/s, peak memory, and ratios to samestep's (the first).
+
+    A run's rate is over all its steps: every contender sees the same rows once. The ratio of two
+    contenders is the median over rounds, so that what disturbs a round disturbs both.
+    """
+    names = list(dict.fromkeys(run["name"] for run in runs))
+    rates = {
+        name: [run["tokens"] / sum(run["seconds"]) for run in runs if run["name"] == name]
+        for name in names
+    }
+    peaks = {
+        name: statistics.median(run["peak_bytes"] for run in runs if run["name"] == name)
+        for name in names
+    }
+    rows = []
+    for name in names:
+        ratios = [own / other for own, other in zip(rates[names[0]], rates[name], strict=False)]
+        rows.append(
+            {
+                "name": name,
+                "tokens_per_second": statistics.median(rates[name]),
+                "speed_of_samestep": statistics.median(ratios),
+                "spread": [min(ratios), max(ratios)],
+                "peak_bytes": peaks[name],
+                "memory_of_samestep": peaks[names[0]] / peaks[name],
+            }
+        )
+    return rows
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A result file, or None."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def save(name: str, result: dict[str, Any]) -> None:
+    """Write a result file."""
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps(result, indent=2) + "\n"
+    (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def all_bars() -> list[Bar]:
+    """Every bar, on what the result files hold."""
+    gsm, tools, kernels, growth = (
+        load(n) for n in ("train-gsm", "train-tools", "roofline", "growth")
+    )
+    return [
+        Bar("tokens/s on gsm rows, x TRL's best", _over_trl(gsm), 2.0),
+        Bar("tokens/s on tool chats, x TRL's best", _over_trl(tools), 2.5),
+        Bar("peak memory on gsm rows, x TRL's default", _memory(gsm), 0.5, at_least=False),
+        Bar("share of the GEMM roofline", kernels and kernels["share"], 0.85),
+        Bar(
+            "time of exact normalisation, share of a step",
+            growth and growth["normalisation"]["share"],
+            0.01,
+            at_least=False,
+        ),
+        Bar("time linear in tokens, R^2", growth and growth["batch"]["r_squared"], 0.99),
+        Bar(
+            "peak memory, 512 examples a step / 8",
+            growth and growth["batch"]["memory_ratio"],
+            1.05,
+            at_least=False,
+        ),
+        Bar(
+            "planner, share of a step (1 M examples)",
+            growth and growth["planner"]["share"],
+            0.01,
+            at_least=False,
+        ),
+        Bar(
+            "memory a token, length 8,192 / 2,048 (checkpointed)",
+            growth and growth["length"]["memory_ratio"],
+            1.1,
+            at_least=False,
+        ),
+    ]
+
+
+def _over_trl(result: dict[str, Any] | None) -> float | None:
+    rows = [] if result is None else result["summary"]
+    found = [row["speed_of_samestep"] for row in rows if row["name"].startswith(BEST_OF_TRL)]
+    return min(found, default=None)
+
+
+def _memory(result: dict[str, Any] | None) -> float | None:
+    rows = [] if result is None else result["summary"]
+    found = [row["memory_of_samestep"] for row in rows if row["name"] == TRL_DEFAULT]
+    return found[0] if found else None

@@ -1,0 +1,204 @@
+"""How time and memory grow with the batch, the length and the vocabulary; the planner; dividing.
+
+    python benchmarks/growth.py            (some minutes on 2 cores)
+    python benchmarks/growth.py --smoke
+
+A small Llama from random weights, synthetic tokens. Each point of memory runs in a process of its
+own. Nothing here compares with a peer.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+import bars
+
+WIDTH, LAYERS = 256, 4
+
+
+def model(vocabulary: int, checkpointing: Any = "auto") -> Any:
+    """A small Llama as `samestep train` would set it up."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from samestep.models.checkpointing import checkpoint_activations
+    from samestep.models.linear import speed_up_linear
+    from samestep.models.packing import choose_padding
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    made = LlamaForCausalLM(config).train()
+    speed_up_linear(made)
+    choose_padding(made, "auto")
+    checkpoint_activations(made, checkpointing)
+    return made
+
+
+def micro_batches(batch: int, length: int, vocabulary: int, budget: int) -> list[dict[str, Any]]:
+    """A step of random rows of this mean length (one row has it exactly), cut under a budget.
+
+    The second half of each is learned.
+    """
+    from samestep.data.collate import collate
+    from samestep.data.examples import Example
+    from samestep.data.plan import cut_step
+
+    draw = np.random.default_rng(0)
+    ragged = draw.integers(length // 2, length + length // 2 + 1, batch).tolist()
+    lengths = ragged if batch > 1 else [length]
+    examples = []
+    for row, size in enumerate(lengths):
+        ids = torch.from_numpy(draw.integers(0, vocabulary, size))
+        examples.append(Example(ids, ids.where(torch.arange(size) >= size // 2, -100), 1.0, row))
+    cut = cut_step(lengths, micro_tokens=budget)
+    return [collate([examples[at] for at in positions]) for positions in cut]
+
+
+def point(batch: int, length: int, vocabulary: int, checkpointing: str) -> dict[str, Any]:
+    """The processor's seconds and the peak memory of a step, in this process."""
+    import samestep
+
+    made = model(vocabulary, checkpointing)
+    optimizer = torch.optim.AdamW(made.parameters(), lr=1e-4, fused=True)
+    micros = micro_batches(batch, length, vocabulary, budget=1024)
+    loss = samestep.CausalLMLoss()
+    samestep.step(made, optimizer, micros[:1], loss)
+    began = time.process_time()  # of all cores: blind to the machine's other work
+    report = samestep.step(made, optimizer, micros, loss)
+    seconds = time.process_time() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"tokens": report.tokens, "seconds": seconds, "peak_bytes": peak}
+
+
+def apart(**shape: Any) -> dict[str, Any]:
+    """`point` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--point", json.dumps(shape)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    print(json.dumps(shape | figures), file=sys.stderr, flush=True)
+    return shape | figures
+
+
+def grow(points: list[dict[str, Any]]) -> dict[str, Any]:
+    """Points with the straight line of time over tokens, and the growth of memory."""
+    tokens = np.array([one["tokens"] for one in points], dtype=float)
+    seconds = np.array([one["seconds"] for one in points], dtype=float)
+    residual = seconds - np.polyval(np.polyfit(tokens, seconds, 1), tokens)
+    peaks = [one["peak_bytes"] for one in points]
+    return {
+        "points": points,
+        "r_squared": 1 - float(residual.var() / seconds.var()) if len(points) > 2 else None,
+        "memory_ratio": peaks[-1] / peaks[0],
+    }
+
+
+def normalisation(repeats: int) -> dict[str, float]:
+    """What a step costs beside the naive loop over the same micro-batches (mean of means)."""
+    import samestep
+
+    made = model(49152)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.0)
+    micros = micro_batches(8, 128, 49152, budget=512)
+    loss = samestep.CausalLMLoss()
+
+    def exact() -> None:
+        samestep.step(made, optimizer, micros, loss, max_grad_norm=1.0)
+
+    def naive() -> None:
+        for micro in micros:
+            targets = int((micro["labels"] != -100).sum())
+            (loss(made, micro)["nll"].total / targets / len(micros)).backward()
+        torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds: dict[str, list[float]] = {"exact": [], "naive": []}
+    for _ in range(repeats):
+        for name, one in (("exact", exact), ("naive", naive)):
+            began = time.process_time()
+            one()
+            seconds[name].append(time.process_time() - began)
+    # The least disturbed of each: what a busy neighbour adds is not the loop's.
+    exactly, naively = min(seconds["exact"]), min(seconds["naive"])
+    return {"exact": exactly, "naive": naively, "share": (exactly - naively) / naively}
+
+
+def planner(examples: int, step_seconds: float) -> dict[str, float]:
+    """Seconds of planning for an epoch and for each of its steps."""
+    from samestep.data.plan import cut_step, plan_steps
+
+    lengths = np.random.default_rng(0).integers(20, 400, examples).tolist()
+    began = time.perf_counter()
+    steps = -(-examples // 32)
+    plans = plan_steps(lengths, seed=0, batch_size=32)
+    for _, plan in zip(range(steps), plans, strict=False):
+        cut_step([lengths[one] for one in plan.examples], micro_tokens=1024)
+    a_step = (time.perf_counter() - began) / steps
+    began = time.perf_counter()
+    next(plan_steps(lengths, seed=0, batch_size=32, start=100 * steps))
+    return {
+        "examples": examples,
+        "seconds_per_step": a_step,
+        "seconds_to_resume_in_epoch_100": time.perf_counter() - began,
+        "share": a_step / step_seconds,
+    }
+
+
+def measure(smoke: bool) -> dict[str, Any]:
+    """All of it."""
+    few = 2 if smoke else None
+    base = {"batch": 8, "length": 128, "vocabulary": 1024, "checkpointing": "auto"}
+    batches = [apart(**base | {"batch": n}) for n in (8, 32, 128, 512)[:few]]
+    lengths = [
+        apart(**base | {"batch": 1, "length": n, "checkpointing": "full"})
+        for n in (64, 512, 2048, 4096, 8192)[:few]
+    ]
+    vocabularies = [apart(**base | {"vocabulary": n}) for n in (1024, 16384, 65536, 262144)[:few]]
+    length = grow(lengths)
+    floor = lengths[0]["peak_bytes"]
+    by_token = [(one["peak_bytes"] - floor) / one["tokens"] for one in lengths[1:]]
+    length["memory_ratio"] = by_token[-1] / by_token[len(by_token) // 2 - 1]
+    return {
+        "batch": grow(batches),
+        "length": length,
+        "vocabulary": grow(vocabularies),
+        "normalisation": normalisation(3 if smoke else 15),
+        "planner": planner(1000 if smoke else 10**6, batches[0]["seconds"]),
+    }
+
+
+def main() -> None:
+    """Measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--point")
+    options = parser.parse_args()
+    if options.point:
+        print(json.dumps(point(**json.loads(options.point))))
+        return
+    result = measure(options.smoke)
+    if not options.smoke:
+        bars.save("growth", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""docs/performance.md from the result files; nothing in it is typed in.
+
+python benchmarks/page.py
+"""
+
+from pathlib import Path
+from typing import Any
+
+import bars
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+
+HEAD = """\
+# Speed and memory
+
+Written by `python benchmarks/page.py` from the files in `benchmarks/results/`. `make bench`
+measures again (hours on 2 cores; `python benchmarks/run.py --work gsm` and so on do one work at a
+time), `make profile` prints where a step's time goes.
+
+What makes it fast: sequences are packed without padding; the head multiplies targets alone, in
+chunks, and never holds whole logits; float32 products go through oneDNN where MKL keeps the
+processor to AVX2 (AMD with AVX-512). What makes it small: the backward computes all but matrix
+products and attention again, micro-batches are filled evenly, and their budget is measured. None of
+it changes the step.
+"""
+
+HOW = """\
+Every contender runs in a process of its own, in turn, on the same rows, effective batch, optimizer
+(AdamW, fused), clipping, float32 and threads; each row is seen once. The ratio is the median over
+rounds. Where a machine is shared, only the ratios mean something. `trl:B`, `trainer:B` and
+`plain:B` are padded micro-batches of B rows; `trl-default` adds TRL's gradient checkpointing,
+`trl-free` its padding-free layout, `trl-packing` its packing (other rows a step); `plain` is a
+PyTorch loop with whole logits.
+"""
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def comparison(result: dict[str, Any]) -> str:
+    """One work's table."""
+    rows = [
+        [
+            row["name"],
+            f"{row['tokens_per_second']:.0f}",
+            "{:.2f} ({:.2f} .. {:.2f})".format(row["speed_of_samestep"], *row["spread"]),
+            f"{row['peak_bytes'] / 1e9:.2f}",
+            f"{row['memory_of_samestep']:.2f}",
+        ]
+        for row in result["summary"]
+    ]
+    failed = {run["name"]: run["error"] for run in result["runs"] if "error" in run}
+    loads = [run["load"] for run in result["runs"] if "load" in run]
+    notes = [f"{result['rounds']} rounds of {result['steps']} steps on {result['cores']} cores"]
+    if loads:
+        notes.append(f"load of the machine {min(loads):.0f} to {max(loads):.0f}")
+    notes += [f"{name} failed: {error}" for name, error in failed.items()]
+    header = ["contender", "tokens/s", "samestep is x faster", "peak GB", "samestep takes x"]
+    return f"## {result['work']}\n\n{table(header, rows)}\n{'; '.join(notes)}.\n"
+
+
+def kernels(result: dict[str, Any]) -> str:
+    """The roofline and the profile."""
+    rows = [[kind, f"{share:.1%}"] for kind, share in result["profile"].items()]
+    return (
+        "## Roofline and profile\n\n"
+        f"One micro-batch of {result['tokens']} tokens on {result['threads']} threads: its matrix "
+        f"products alone would take {result['product_seconds']:.2f} s ({result['gflops']:.0f} "
+        f"GFLOP/s; with MKL {result['gflops_of_mkl']:.0f}), its attention "
+        f"{result['attention_seconds']:.2f} s; the step takes {result['seconds']:.2f} s: "
+        f"{result['share']:.0%} of the roofline.\n\n"
+        + table(["where the time goes", "share"], rows)
+    )
+
+
+def growth(result: dict[str, Any]) -> str:
+    """Growth with batch, length and vocabulary."""
+    parts = ["## Growth\n\nA small Llama from random weights, micro-batches of 1,024 tokens.\n"]
+    for name, key in (("batch", "batch"), ("length", "length"), ("vocabulary", "vocabulary")):
+        rows = [
+            [
+                f"{one[key]:,}",
+                f"{one['tokens']:,}",
+                f"{one['seconds']:.2f}",
+                f"{one['peak_bytes'] / 1e9:.2f}",
+            ]
+            for one in result[name]["points"]
+        ]
+        parts.append(table([name, "tokens", "s of the cores a step", "peak GB"], rows))
+    even, plan = result["normalisation"], result["planner"]
+    parts.append(
+        f"Counting and dividing once cost {even['share']:.1%} of the naive loop's time. The "
+        f"planner takes {plan['seconds_per_step'] * 1e3:.2f} ms a step with "
+        f"{plan['examples']:,} examples, and "
+        f"{plan['seconds_to_resume_in_epoch_100']:.2f} s to resume in epoch 100.\n"
+    )
+    return "\n".join(parts)
+
+
+def page() -> str:
+    """The whole page."""
+    lines = "\n".join(bar.line() for bar in bars.all_bars())
+    parts = [HEAD, f"## The bars\n\n```\n{lines}\n```\n"]
+    works = [bars.load(path.stem) for path in sorted(bars.RESULTS.glob("train-*.json"))]
+    if works:
+        parts += [HOW, *(comparison(work) for work in works if work is not None)]
+    for name, section in (("roofline", kernels), ("growth", growth)):
+        result = bars.load(name)
+        if result is not None:
+            parts.append(section(result))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,157 @@
+"""How near to the processor's fastest matrix products a training step runs, and what the rest is.
+
+    python benchmarks/roofline.py                 SmolLM2-135M on gsm rows
+    python benchmarks/roofline.py --work smoke
+
+The roofline: the useful multiplications of one micro-batch, counted from the shapes of the layers
+(forward and both gradients of each linear layer, the head on targets alone, attention over the
+lower triangle), each at the rate that the fastest library reaches on that very shape by itself.
+Elementwise work, memory traffic and anything computed twice count nothing.
+"""
+
+import argparse
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+import bars
+from samestep.products import product
+from works import WORKS
+
+
+def best(function: Any, repeats: int = 5) -> float:
+    """The least disturbed seconds of a call."""
+    function()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def product_seconds(rows: int, inner: int, columns: int) -> tuple[float, float, float]:
+    """Seconds of a linear layer's three products: by samestep's choice, by MKL; and GFLOP."""
+    states, weight = torch.randn(rows, inner), torch.randn(columns, inner)
+    slope = torch.randn(rows, columns)
+    pairs = [(states, weight.t()), (slope, weight), (slope.t(), states)]
+    chosen = sum(best(lambda pair=pair: product(*pair)) for pair in pairs)  # type: ignore[misc]
+    plain = sum(best(lambda pair=pair: pair[0] @ pair[1]) for pair in pairs)  # type: ignore[misc]
+    return chosen, plain, 3 * 2e-9 * rows * inner * columns
+
+
+def attention_seconds(lengths: list[int], config: Any) -> float:
+    """Seconds of causal attention, forward and backward, of all layers."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    width = config.hidden_size // config.num_attention_heads
+    total = 0.0
+    for length in lengths:
+        heads = [config.num_attention_heads] + 2 * [config.num_key_value_heads]
+        q, k, v = (torch.randn(1, n, length, width, requires_grad=True) for n in heads)
+
+        def both(q: Any = q, k: Any = k, v: Any = v) -> None:
+            scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).sum().backward()
+
+        total += best(both, 3)
+    return total * float(config.num_hidden_layers)
+
+
+def measure(work_name: str, budget: int) -> dict[str, Any]:
+    """The roofline and the measured time of one micro-batch."""
+    import samestep
+    from contender import _examples
+    from samestep.data.collate import collate
+    from samestep.data.plan import cut_step
+    from samestep.models.checkpointing import checkpoint_activations
+    from samestep.models.linear import speed_up_linear
+    from samestep.models.load import load_model
+    from samestep.models.packing import choose_padding
+
+    work = WORKS[work_name]
+    examples = _examples(work, work.write_rows(1))
+    model = load_model(str(work.model()))
+    speed_up_linear(model)
+    padding = choose_padding(model, "auto")
+    checkpoint_activations(model, "auto")
+    positions = cut_step(list(examples.lengths), micro_tokens=budget)[0]
+    micro = collate([examples[at] for at in positions], padding=padding)
+    tokens = micro["input_ids"].numel()
+    targets = sum(int((examples[at].labels[1:] != -100).sum()) for at in positions)
+    head = model.get_output_embeddings()
+    shapes: dict[tuple[int, int, int], int] = defaultdict(int)
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            rows = targets if module is head else tokens
+            shapes[rows, module.in_features, module.out_features] += 1
+    products = [
+        {"shape": shape, "layers": number, **_figures(shape)} for shape, number in shapes.items()
+    ]
+    roof = sum(one["seconds"] * one["layers"] for one in products)
+    attention = attention_seconds([examples.lengths[at] for at in positions], model.config)
+    loss = samestep.CausalLMLoss()
+    seconds = best(lambda: samestep.backward(model, [micro], loss), 3)
+    with torch.profiler.profile() as profile:
+        samestep.backward(model, [micro], loss)
+    return {
+        "work": work_name,
+        "tokens": tokens,
+        "targets": targets,
+        "threads": torch.get_num_threads(),
+        "products": products,
+        "product_seconds": roof,
+        "attention_seconds": attention,
+        "seconds": seconds,
+        "share": (roof + attention) / seconds,
+        "gflops": sum(one["gflop"] * one["layers"] for one in products) / roof,
+        "gflops_of_mkl": sum(one["gflop"] * one["layers"] for one in products)
+        / sum(one["seconds_of_mkl"] * one["layers"] for one in products),
+        "profile": breakdown(profile),
+    }
+
+
+def _figures(shape: tuple[int, int, int]) -> dict[str, float]:
+    chosen, plain, work = product_seconds(*shape)
+    return {"seconds": chosen, "seconds_of_mkl": plain, "gflop": work}
+
+
+def breakdown(profile: Any) -> dict[str, float]:
+    """Shares of the processor's time by kind of operation."""
+    kinds = {
+        "matrix products": ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm", "aten::addmm_"),
+        "attention": ("aten::_scaled_dot_product",),
+        "copies": ("aten::copy_", "aten::cat", "aten::clone", "aten::fill_", "aten::zero_"),
+        "softmax of the head": ("aten::_softmax", "aten::max"),
+    }
+    shares: dict[str, float] = defaultdict(float)
+    for event in profile.key_averages():
+        kind = next((k for k, names in kinds.items() if event.key.startswith(names)), None)
+        if kind is None:
+            kind = "other operations" if event.key.startswith("aten::") else "Python and autograd"
+        shares[kind] += event.self_cpu_time_total
+    whole = sum(shares.values())
+    return {kind: share / whole for kind, share in sorted(shares.items(), key=lambda p: -p[1])}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", choices=WORKS, default="gsm")
+    parser.add_argument("--budget", type=int, default=1024)
+    options = parser.parse_args()
+    result = measure(options.work, options.budget)
+    for kind, share in result["profile"].items():
+        print(f"{share:6.1%}  {kind}")
+    print(
+        f"{result['share']:.0%} of the roofline: products {result['product_seconds']:.2f} s "
+        f"({result['gflops']:.0f} GFLOP/s; MKL {result['gflops_of_mkl']:.0f}), attention "
+        f"{result['attention_seconds']:.2f} s, measured {result['seconds']:.2f} s"
+    )
+    if options.work == "gsm":
+        bars.save("roofline", result)
+
+
+if __name__ == "__main__":
+    main()
