@@ -75,9 +75,11 @@ class MicroBatches:
         for positions in cut:
             yield self._collate([indices[position] for position in positions], step)
 
-    def halve(self) -> str:
-        """Halve the budget of every micro-batch from here on, and say what it is now."""
-        self._budget = max(1, self._budget // 2)
+    def halve(self, indices: Sequence[int]) -> str:
+        """Halve the budget from here on, so that these records are cut finer; say what it is."""
+        lengths = [self._records.lengths[index] for index in indices]
+        most = len(lengths) if self._by_number else sum(lengths)
+        self._budget = max(1, min(self._budget, most) // 2)
         return f"{self._budget} {'records' if self._by_number else 'tokens'}"
 
     def _collate(self, indices: Sequence[int], step: int) -> dict[str, Any]:

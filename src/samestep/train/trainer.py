@@ -7,7 +7,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -185,6 +185,7 @@ class Loop:
         objective, micro_batches = self.run.objective, self.run.micro_batches
         return self._within_memory(
             micro_batches,
+            plan.examples,
             lambda: step(
                 self.run.model,
                 self.run.optimizer,
@@ -222,6 +223,7 @@ class Loop:
         everything, objective = range(len(self.run.evaluation)), self.run.objective
         report = self._within_memory(
             batches,
+            everything,
             lambda: evaluate(
                 self.run.model,
                 batches.of_this_rank(everything, 0),
@@ -260,7 +262,9 @@ class Loop:
 
         return TwoPass(looked_after) if isinstance(loss_fn, TwoPass) else looked_after
 
-    def _within_memory(self, micro_batches: MicroBatches, work: Callable[[], Report]) -> Report:
+    def _within_memory(
+        self, micro_batches: MicroBatches, indices: Sequence[int], work: Callable[[], Report]
+    ) -> Report:
         """Do it again with smaller micro-batches as long as memory does not suffice."""
         while True:
             try:
@@ -275,9 +279,8 @@ class Loop:
                         "be told: continue with --resume and a smaller --micro-tokens, which does "
                         "not change the step"
                     ) from None
-            log.warning(
-                "%s: the same again, in micro-batches of at most %s", problem, micro_batches.halve()
-            )
+            budget = micro_batches.halve(indices)
+            log.warning("%s: the same again, in micro-batches of at most %s", problem, budget)
             gc.collect()  # frames of the failed attempt hold its tensors
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
