@@ -16,6 +16,7 @@ help:
 	@echo "make test    lint, types, and every test, the slow ones too"
 	@echo "make study   compare 32 x 1 with 1 x 32, exact and wrong, in a page (3 minutes)"
 	@echo "make bench   compare speed and memory with TRL (20 minutes)"
+	@echo "make models  measure the named models and write docs/models.md (2 minutes)"
 	@echo "make format  put the code in its standard form"
 
 setup: $(READY)
@@ -57,6 +58,9 @@ studies: $(READY)
 
 study-smollm2: $(READY)
 	$(BIN)/python -m samestep study studies/accumulation.yaml --out runs/accumulation --model "$$($(BIN)/python studies/packaged_model.py)"
+
+models: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/models.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix
