@@ -7,18 +7,24 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from samestep.data.plan import cut_epoch, order
+from samestep.data.plan import plan_steps, steps_of
 from samestep.data.records import Records
 from samestep.errors import ConfigError
+from samestep.models.checkpointing import checkpoint_activations
 from samestep.models.dropout import replace_dropout
 from samestep.models.linear import speed_up_linear
 from samestep.models.load import load_tokenizer, resolve
 from samestep.models.lora import add_lora
 from samestep.models.packing import choose_padding
 from samestep.objective import Objective
+from samestep.parallel import prepare
+from samestep.ranks import together, world
 from samestep.train.annotate import annotated
-from samestep.train.batches import MakeMicroBatches, micro_batch_maker
+from samestep.train.batches import MicroBatches
+from samestep.train.calibrate import micro_token_budget
 from samestep.train.config import TrainConfig
+from samestep.train.group import first_of_this_machine
+from samestep.train.layout import choose_layout, shard
 from samestep.train.optim import build_optimizer
 
 log = logging.getLogger("samestep")
@@ -46,8 +52,8 @@ class Run:
     objective: Objective
     train: Records
     evaluation: Records | None
-    micro_batches: MakeMicroBatches
-    eval_micro_batches: MakeMicroBatches | None
+    micro_batches: MicroBatches
+    eval_micro_batches: MicroBatches | None
     steps: int
 
 
@@ -64,18 +70,81 @@ def set_up(config: TrainConfig) -> Run:
         ConfigError: A setting does not fit the model or the machine.
         DataError: The data cannot be used.
     """
-    device = _device(config.device)
+    device = together(lambda: _device(config.device))
+    # First once a machine: the other ranks find converted weights and tokens in the cache.
+    if world() > 1:
+        together(lambda: _load_data(config) if first_of_this_machine() else None)
+    tokenizer, data = together(lambda: _load_data(config))
+    model = together(lambda: _load_model(config, data))
+    layout = together(lambda: choose_layout(model, config, device))
+    model = shard(model, config, device) if layout == "fsdp2" else model.to(device)
+    padding = choose_padding(model, config.padding, config.outputs)
+    prepare(model)
+    checkpoint_activations(model, config.gradient_checkpointing)
+    if padding == "right" and config.padding == "auto":
+        log.warning("this model cannot take packs without padding: padding to the right")
+    pad_id = tokenizer.pad_token_id or 0
+
+    def micro_batches(records: Records, config: TrainConfig = config) -> MicroBatches:
+        return MicroBatches(records, config, padding=padding, pad_id=pad_id, device=device)
+
+    objective = config.build(model, data)
+    if objective.annotate is not None:
+        data = [annotated(model, one, micro_batches(one), objective.annotate) for one in data]
+        prepare(model)
+    if config.micro_tokens == "auto" and config.micro_batch is None and world() == 1:
+        first = _first_step(data[0], config)
+        budget = micro_token_budget(
+            model,
+            objective,
+            config,
+            cut=lambda budget: list(micro_batches(data[0], _under(config, budget)).of(first, 0)),
+        )
+        config = _under(config, budget)
+    return Run(
+        model=model,
+        tokenizer=tokenizer,
+        optimizer=build_optimizer(model, config),
+        objective=objective,
+        train=data[0],
+        evaluation=data[1] if data[1:] else None,
+        micro_batches=micro_batches(data[0], config),
+        eval_micro_batches=micro_batches(data[1], config) if data[1:] else None,
+        steps=_total_steps(data[0], config),
+    )
+
+
+def _under(config: TrainConfig, budget: int) -> TrainConfig:
+    return config.model_copy(update={"micro_tokens": budget})
+
+
+def _first_step(records: Records, config: TrainConfig) -> tuple[int, ...]:
+    plans = plan_steps(
+        records.lengths,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
+    )
+    return next(plans).examples
+
+
+def _load_data(config: TrainConfig) -> tuple[Any, list[Records]]:
+    """The tokenizer, and the records to train on, then those to evaluate on if there are any."""
     source = resolve(config.model)
     trust = config.trust_remote_code
     if trust:
         log.warning("trust_remote_code: Python code that comes with the model will run")
     tokenizer = load_tokenizer(resolve(config.tokenizer or source), trust_remote_code=trust)
-    # Data first: they fail sooner than a model loads.
-    train = _read(config.data, tokenizer, config)
-    evaluation = _read(config.eval_data, tokenizer, config, train) if config.eval_data else None
-    data = [train] if evaluation is None else [train, evaluation]
-    model = config.load(source, data)
-    _check_fit(model, train, evaluation)
+    data = [_read(config.data, tokenizer, config)]
+    if config.eval_data:
+        data.append(_read(config.eval_data, tokenizer, config, data[0]))
+    return tokenizer, data
+
+
+def _load_model(config: TrainConfig, data: list[Records]) -> Any:
+    """The model, with adapters if asked for, and its dropout tied to the examples."""
+    model = config.load(resolve(config.model), data)
+    _check_fit(model, data[0], data[1] if data[1:] else None)
     if config.lora_rank is not None:
         assert config.lora_alpha is not None
         model = add_lora(
@@ -89,31 +158,7 @@ def set_up(config: TrainConfig) -> Run:
         )
     replace_dropout(model)
     speed_up_linear(model)
-    model = model.to(device)
-    padding = choose_padding(model, config.padding, config.outputs)
-    if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    if padding == "right" and config.padding == "auto":
-        log.warning("this model cannot take packs without padding: padding to the right")
-    pad_id = tokenizer.pad_token_id or 0
-
-    def micro_batches(records: Records) -> MakeMicroBatches:
-        return micro_batch_maker(records, config, padding=padding, pad_id=pad_id, device=device)
-
-    objective = config.build(model, data)
-    if objective.annotate is not None:
-        data = [annotated(model, one, micro_batches(one), objective.annotate) for one in data]
-    return Run(
-        model=model,
-        tokenizer=tokenizer,
-        optimizer=build_optimizer(model, config),
-        objective=objective,
-        train=data[0],
-        evaluation=data[1] if data[1:] else None,
-        micro_batches=micro_batches(data[0]),
-        eval_micro_batches=micro_batches(data[1]) if data[1:] else None,
-        steps=_total_steps(data[0], config),
-    )
+    return model
 
 
 def _device(wanted: str) -> torch.device:
@@ -162,14 +207,10 @@ def _total_steps(records: Records, config: TrainConfig) -> int:
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
-    return sum(
-        len(
-            cut_epoch(
-                order(len(records), seed=config.seed, epoch=epoch),
-                records.lengths,
-                batch_size=config.batch_size,
-                batch_tokens=config.batch_tokens,
-            )
-        )
-        for epoch in range(config.epochs)
+    return steps_of(
+        records.lengths,
+        seed=config.seed,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
     )
