@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # half of its trainers warn when they are imported
 
 
 # The same examples in every run, and no verdict from the clock.

@@ -9,7 +9,11 @@ from experts import MIXTURES, mixture_folder
 from objective_rows import write_rows_of
 from runs import bert_folder, llama_folder, read_lines, run_config, t5_folder
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from samestep.errors import ConfigError
+from samestep.train.config import checked
+from samestep.train.objectives import config_class
 from samestep.train.trainer import train
 
 CASES: dict[str, tuple[dict[str, Any], str, bool]] = {
@@ -156,3 +160,52 @@ def test_an_objective_of_ones_own(tmp_path: Path, name: str) -> None:
     line = read_lines(tmp_path / "out" / "log.jsonl")[-1]
     assert ("spread" in line["terms"]) == (name == "coupled")
     assert (line["counts"]["token"] == 7.0 * line["micro_batches"]) == (name == "whole")
+
+
+def test_lora_trains_the_new_head_of_a_classifier(tmp_path: Path) -> None:
+    train(configured(tmp_path, "classification", steps=2, lora_rank=2, lora_dropout=0.1))
+    saved = load_file(tmp_path / "out" / "model" / "adapter_model.safetensors")
+    assert any("score" in name for name in saved)
+    assert any("lora_A" in name for name in saved)
+
+
+def test_a_classifier_loads_again_with_its_classes(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    train(configured(tmp_path, "classification", steps=1))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.id2label == {0: "euros", 1: "forks", 2: "treats"}
+
+
+def test_models_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
+    other = tmp_path / "large"
+    config = LlamaConfig(
+        vocab_size=999, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(other)
+    for objective, field in (("dpo", "reference_model"), ("distillation", "teacher")):
+        with pytest.raises(ConfigError, match=f"{field}: it has 999 embeddings"):
+            train(configured(tmp_path, objective, **{field: str(other)}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_routers_of_a_dense_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no router"):
+        train(run_config(tmp_path, router_loss="window"))
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings", "message"),
+    [
+        ("dpo", {"loss_weights": (1.0, 2.0)}, "loss_weights: 2 for 1 losses"),
+        ("dpo", {"loss": ("exo_pair",)}, "exo_pair needs one above 0"),
+        ("dpo", {"loss": ("sft", "sft")}, "name each loss once"),
+        ("causal_lm", {"loss": "dft", "z_loss": 0.1}, "dft goes with neither"),
+        ("seq2seq", {"padding": "left"}, "pads to the right"),
+        ("policy", {"precompute_reference": True}, "live reference"),
+    ],
+)
+def test_settings_that_do_not_fit(objective: str, settings: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        checked(config_class(objective)(model="m", data="d", out="o", **settings))

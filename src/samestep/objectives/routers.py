@@ -152,6 +152,10 @@ class BiasBalance:
         loads = torch.stack([one[: (len(one) - 1) // 2].double() for one in found])
         self._loads = [loads + sum(self._loads)] if self._loads else [loads]
 
+    def forget(self) -> None:
+        """Start counting anew: the last attempt at a step was not taken."""
+        self._loads.clear()
+
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
         """Move the biases by what was counted since the last step, on all ranks."""

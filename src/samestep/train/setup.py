@@ -26,6 +26,7 @@ from samestep.train.config import TrainConfig
 from samestep.train.group import first_of_this_machine
 from samestep.train.layout import choose_layout, shard
 from samestep.train.optim import build_optimizer
+from samestep.two_pass import TwoPass
 
 log = logging.getLogger("samestep")
 
@@ -89,6 +90,12 @@ def set_up(config: TrainConfig) -> Run:
         return MicroBatches(records, config, padding=padding, pad_id=pad_id, device=device)
 
     objective = config.build(model, data)
+    if isinstance(objective.loss_fn, TwoPass):
+        log.info(
+            "%s couples the examples of a batch: every micro-batch runs forward once more, without "
+            "a graph, before its own forward and backward",
+            config.objective,
+        )
     if objective.annotate is not None:
         data = [annotated(model, one, micro_batches(one), objective.annotate) for one in data]
         prepare(model)

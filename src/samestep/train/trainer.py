@@ -183,18 +183,20 @@ class Loop:
 
     def _step(self, plan: StepPlan) -> StepReport:
         objective, micro_batches = self.run.objective, self.run.micro_batches
-        return self._within_memory(
-            micro_batches,
-            plan.examples,
-            lambda: step(
+
+        def attempt() -> StepReport:
+            if objective.before_step is not None:
+                objective.before_step()
+            return step(
                 self.run.model,
                 self.run.optimizer,
                 micro_batches.of_this_rank(plan.examples, plan.step),
                 self._looked_after(objective.loss_fn, step_number=plan.step),
                 max_grad_norm=self.config.max_grad_norm,
                 counters=objective.counters,
-            ),
-        )
+            )
+
+        return self._within_memory(micro_batches, plan.examples, attempt)
 
     def _culprits(self, plan: StepPlan) -> str:
         """The rows at fault, found by running each by itself; not under FSDP2, rank by rank."""

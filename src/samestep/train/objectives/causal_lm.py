@@ -101,6 +101,7 @@ class CausalLMConfig(TrainConfig):
         return Objective(
             TwoPass(whole) if self.router_loss == "window" else whole,
             routers.ROUTER_COUNTERS,
+            before_step=bias.forget if bias else None,
             after_step=bias.after_step if bias else None,
         )
 

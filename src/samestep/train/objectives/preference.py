@@ -63,11 +63,16 @@ class ReferenceConfig(TrainConfig):
     """Run the reference once over all data before the first step, instead of in every step."""
 
     def reference(self, model: Any) -> "Reference":
-        """The reference: a model of its own, or the trained one with its adapters off."""
+        """The reference: a model of its own, or the trained one with its adapters off.
+
+        Raises:
+            ConfigError: It has another vocabulary, or there is no room for a copy.
+        """
         import copy
 
         from samestep.models.load import load_model, resolve
         from samestep.objectives.completions import Reference
+        from samestep.parallel import is_sharded
 
         if self.reference_model is not None:
             trust = self.trust_remote_code
@@ -81,7 +86,15 @@ class ReferenceConfig(TrainConfig):
                 )
             other.to(model.device).set_attn_implementation(model.config._attn_implementation)
             return Reference(other)
-        return Reference(None if self.lora_rank is not None else copy.deepcopy(model))
+        if self.lora_rank is not None:
+            return Reference(None)
+        if is_sharded(model):
+            raise ConfigError(
+                "parallel: fsdp2 cannot keep a second copy of the model as the reference. Train "
+                "adapters (lora_rank), whose reference is the model without them, or give rows "
+                "with ref_chosen_logps and ref_rejected_logps"
+            )
+        return Reference(copy.deepcopy(model))
 
 
 class DPOConfig(ReferenceConfig, PairConfig):
