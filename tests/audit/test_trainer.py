@@ -153,8 +153,13 @@ def test_a_model_that_all_trainers_share_comes_back_as_it_was() -> None:
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    seen = found(audit(factory(model=lambda: model), "micro-batch", "evaluation-first", "dropout"))
-    assert seen == {"micro-batch": "exact", "evaluation-first": "exact", "dropout": "rng"}
+    axes = ("micro-batch", "evaluation-first", "dropout", "ranks")
+    assert found(audit(factory(model=lambda: model), *axes)) == {
+        "micro-batch": "exact",
+        "evaluation-first": "exact",
+        "dropout": "rng",
+        "ranks": "duplicated-examples",
+    }
     assert {layer.self_attn.attention_dropout for layer in model.model.layers} == {0.5}
     assert before.keys() == model.state_dict().keys()
 

@@ -287,6 +287,8 @@ class TrainerSubject:
             trainer.accelerator.native_amp = False
             for network in networks(trainer):
                 widen(network) if dtype == torch.float64 else network.to(dtype)
+        # Of a model that all trainers share: a mark by which it would not be wrapped for ranks.
+        vars(trainer.model).pop("_is_accelerate_prepared", None)
         with torch.no_grad():
             for name, tensor in tensors(trainer.model).items():
                 first = self._initial[name]
