@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test lint unit slow demo bench corpus study studies study-smollm2 format clean
+.PHONY: chaos help setup test lint unit slow demo bench corpus study studies study-smollm2 format clean
 
 help:
 	@echo "make demo    fine-tune a real 135 M-parameter model and prove the step (5 minutes)"
@@ -17,6 +17,7 @@ help:
 	@echo "make study   compare 32 x 1 with 1 x 32, exact and wrong, in a page (3 minutes)"
 	@echo "make bench   compare speed and memory with TRL (20 minutes)"
 	@echo "make corpus  audit the corpus of seeded bugs and sound loops (5 minutes)"
+	@echo "make chaos   break runs on purpose and count what is lost (8 minutes)"
 	@echo "make format  put the code in its standard form"
 
 setup: $(READY)
@@ -61,6 +62,9 @@ studies: $(READY)
 
 study-smollm2: $(READY)
 	$(BIN)/python -m samestep study studies/accumulation.yaml --out runs/accumulation --model "$$($(BIN)/python studies/packaged_model.py)"
+
+chaos: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix
