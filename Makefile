@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test lint unit slow demo bench profile corpus audit study studies study-smollm2 format clean models
+.PHONY: help setup test lint unit slow demo bench profile corpus audit study studies study-smollm2 format clean models chaos
 
 help:
 	@echo "make demo    fine-tune a real 135 M-parameter model and prove the step (5 minutes)"
@@ -20,6 +20,7 @@ help:
 	@echo "make models  measure the named models and write docs/models.md (2 minutes)"
 	@echo "make corpus  audit the corpus of seeded bugs and sound loops (5 minutes)"
 	@echo "make audit   audit the trainers of transformers and TRL (an hour; it resumes)"
+	@echo "make chaos   break runs on purpose and count what is lost (8 minutes)"
 	@echo "make format  put the code in its standard form"
 
 setup: $(READY)
@@ -74,6 +75,8 @@ models: $(READY)
 
 audit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/audit/run.py
+chaos: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix

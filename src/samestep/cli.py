@@ -16,6 +16,7 @@ from samestep.errors import (
     RankError,
     SamestepError,
 )
+from samestep.text import printable
 
 USAGE = """\
 usage: samestep COMMAND ...
@@ -40,6 +41,13 @@ hangs. A run that a signal has stopped ends with 128 + its number: 130 after SIG
 SIGTERM."""
 
 
+class _Printable(logging.Formatter):
+    """Log lines quote data and paths: nothing in them may steer a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -58,14 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"samestep {__version__}")
         return 0
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("samestep").setLevel(logging.INFO)
     try:
         return _run(command, rest)
     except SamestepError as error:
         if debug:
             raise
-        print(f"samestep: error: {error}", file=sys.stderr)
+        print(f"samestep: error: {printable(str(error))}", file=sys.stderr)
         if isinstance(error, RankError):
             return RANK_LOST
         return BAD_INPUT if isinstance(error, ConfigError | DataError | CheckError) else FAILED

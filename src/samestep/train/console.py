@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from samestep.evaluation import EvalReport
+from samestep.text import printable
 from samestep.train_step import StepReport
 
 
@@ -49,7 +50,7 @@ class RunConsole:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(text, soft_wrap=True)
+        self._console.print(printable(text), soft_wrap=True)
 
     def step(self, report: StepReport, *, lr: float) -> None:
         """Show a step that was done."""

@@ -1,0 +1,276 @@
+"""Break runs on purpose, again and again, and count what is lost: writes docs/faults.md.
+
+    python benchmarks/chaos.py [--scale 1.0] [--out docs/faults.md]
+
+Every run is a real training run in a process of its own, forked from one that has PyTorch loaded. A
+fault survives if the run, resumed until it ends, has the weights of a run that nothing broke, equal
+bit for bit (of two ranks: of an unbroken run on two ranks).
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
+
+import torch
+from runs import llama_folder, run_config, write_rows
+from safetensors.torch import load_file
+
+from samestep.errors import Interrupted, RankError
+from samestep.train.trainer import train
+
+STEPS = 12
+PATIENCE = 60
+"""Seconds after which a run that should have ended counts as hanging."""
+
+
+@dataclass
+class Tally:
+    """One row of the table."""
+
+    fault: str
+    injected: int = 0
+    survived: int = 0
+
+    def row(self) -> str:
+        lost = self.injected - self.survived
+        return f"| {self.fault} | {self.injected} | {self.survived} | {lost} |"
+
+
+class Runs:
+    """Runs of one tiny configuration on one or two ranks, in forked processes."""
+
+    def __init__(self, folder: Path, ranks: int) -> None:
+        self.folder, self.ranks = folder, ranks
+        self.out = folder / f"out-{ranks}"
+        started = time.monotonic()
+        self.finish(self.start(fresh=True))
+        self.seconds = time.monotonic() - started
+        self.wanted = self.weights()
+
+    def start(self, *, fresh: bool) -> list[int]:
+        """Fork the ranks of a run, a new one or a resumed one; their process ids."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if fresh:
+            shutil.rmtree(self.out, ignore_errors=True)
+        ids = []
+        for rank in range(self.ranks):
+            child = os.fork()
+            if child == 0:
+                self._run(rank, port, resume=not fresh)
+            ids.append(child)
+        return ids
+
+    def _run(self, rank: int, port: int, *, resume: bool) -> None:
+        code = 1
+        try:
+            with (self.folder / f"output-{rank}.txt").open("a") as text:
+                os.dup2(text.fileno(), 2)
+            if self.ranks > 1:
+                os.environ |= {
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(self.ranks),
+                    "LOCAL_RANK": str(rank),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
+            train(
+                run_config(
+                    self.folder,
+                    out=str(self.out),
+                    steps=STEPS,
+                    save_every=1,
+                    micro_batch=2,
+                    rank_timeout=10,
+                    resume=resume,
+                )
+            )
+            code = 0
+        except Interrupted as stopped:
+            code = 128 + stopped.number
+        except RankError as error:
+            print(error, file=sys.stderr)
+            code = 3
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+        finally:
+            os._exit(code)
+
+    def finish(self, ids: list[int]) -> list[int]:
+        """Wait for every rank; the exit codes (-9 after SIGKILL). A rank that hangs is killed."""
+        end, codes = time.monotonic() + PATIENCE, {}
+        while len(codes) < len(ids):
+            for child in set(ids) - codes.keys():
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    codes[child] = os.waitstatus_to_exitcode(status)
+                elif time.monotonic() > end:
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                    codes[child] = -99
+            time.sleep(0.005)
+        return [codes[child] for child in ids]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.out / "model" / "model.safetensors")
+
+    def same(self) -> bool:
+        """Whether the run that has ended has the weights of the unbroken one, to the bit."""
+        found = self.weights()
+        return all(torch.equal(found[name], tensor) for name, tensor in self.wanted.items())
+
+
+def break_and_resume(
+    runs: Runs, tally: Tally, number: int, inject: Callable[[list[int]], list[int]]
+) -> None:
+    """Inject a fault into runs, resuming each until it ends; compare where one has ended.
+
+    Args:
+        runs: What to run.
+        tally: Counts.
+        number: Faults to inject.
+        inject: Breaks a run under way and gives the exit codes; all 0 if the run ended before.
+    """
+    while tally.injected < number:
+        fresh, faults = True, 0
+        while True:
+            codes = inject(runs.start(fresh=fresh))
+            if all(code == 0 for code in codes):
+                break
+            faults, fresh = faults + 1, False
+            if -99 in codes or 1 in codes or tally.injected + faults >= number:
+                break
+        last = runs.finish(runs.start(fresh=False)) if any(codes) else codes
+        tally.injected += faults
+        if all(code == 0 for code in last) and runs.same():
+            tally.survived += faults
+        print(tally.row(), flush=True)
+
+
+def at_random(runs: Runs, draw: random.Random, number: signal.Signals) -> Any:
+    """Send a signal to rank 0 or to the last rank at a random moment of the run."""
+
+    def inject(ids: list[int]) -> list[int]:
+        time.sleep(draw.uniform(0.1, 1.0) * runs.seconds)
+        victim = ids[0] if number != signal.SIGKILL else draw.choice(ids)
+        _send(victim, number)
+        return runs.finish(ids)
+
+    return inject
+
+
+def in_a_checkpoint(runs: Runs, draw: random.Random) -> Any:
+    """Kill the run while the folder of a checkpoint is still hidden."""
+
+    def inject(ids: list[int]) -> list[int]:
+        skip, seen, end = draw.randrange(3), set[str](), time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            hidden = _hidden(runs.out / "checkpoints")
+            seen |= hidden
+            if hidden and len(seen) > skip:
+                time.sleep(draw.uniform(0, 0.004))
+                _send(ids[0], signal.SIGKILL)
+                break
+            if os.waitid(os.P_PID, ids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                break
+        return runs.finish(ids)
+
+    return inject
+
+
+def damaged(runs: Runs, draw: random.Random) -> Any:
+    """Kill the run at random, then flip a bit of its newest checkpoint, or cut a file of it."""
+
+    def inject(ids: list[int]) -> list[int]:
+        codes = at_random(runs, draw, signal.SIGKILL)(ids)
+        found = sorted((runs.out / "checkpoints").glob("step-*"))
+        if any(codes) and len(found) > 1:
+            file = draw.choice(sorted(found[-1].iterdir()))
+            content = bytearray(file.read_bytes())
+            if draw.random() < 0.5:
+                content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            else:
+                del content[draw.randrange(len(content)) :]
+            file.write_bytes(content)
+        return codes
+
+    return inject
+
+
+def _hidden(folder: Path) -> set[str]:
+    with suppress(FileNotFoundError):
+        return {name for name in os.listdir(folder) if name.startswith(".step-")}
+    return set()
+
+
+def _send(process: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process, number)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the faults to inject")
+    parser.add_argument("--out", type=Path, default=Path("docs/faults.md"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    started, draw = time.monotonic(), random.Random(0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        llama_folder(folder / "tiny")
+        write_rows(folder / "rows.jsonl", 20)
+        one, two = Runs(folder, 1), Runs(folder, 2)
+        plan: list[tuple[str, int, Runs, Any]] = [
+            ("kill -9 at a random moment", 60, one, at_random(one, draw, signal.SIGKILL)),
+            ("kill -9 while a checkpoint is written", 40, one, in_a_checkpoint(one, draw)),
+            ("SIGTERM at a random moment", 10, one, at_random(one, draw, signal.SIGTERM)),
+            ("kill -9, and the newest checkpoint damaged", 10, one, damaged(one, draw)),
+            ("kill -9 of one rank of two", 10, two, at_random(two, draw, signal.SIGKILL)),
+        ]
+        tallies = []
+        for fault, number, runs, inject in plan:
+            tally = Tally(fault)
+            break_and_resume(runs, tally, max(1, round(number * options.scale)), inject)
+            tallies.append(tally)
+    minutes = (time.monotonic() - started) / 60
+    options.out.write_text(page(tallies, minutes), encoding="utf-8")
+    if any(tally.survived < tally.injected for tally in tallies):
+        sys.exit("something was lost")
+
+
+def page(tallies: list[Tally], minutes: float) -> str:
+    rows = "\n".join(tally.row() for tally in tallies)
+    cores = os.cpu_count()
+    return f"""# Faults
+
+Written by `make chaos` ({minutes:.1f} minutes on {cores} cores): real runs of {STEPS} steps that
+save after every step, broken on purpose. A fault is survived if the run, resumed until it ends,
+has the weights of a run that nothing broke, equal bit for bit.
+
+| fault | injected | survived | lost |
+| --- | --- | --- | --- |
+{rows}
+
+Further faults are injected by the tests, each once or a few times: memory that runs out (by a
+hook, and for real), losses that are not finite, full and read-only disks, changed rows, a clock
+that jumps, two runs in one folder (`tests/train/test_faults.py`, `tests/train/test_checkpoint.py`);
+a rank that is killed, hangs, or fails alone (`tests/distributed/test_faults.py`).
+"""
+
+
+if __name__ == "__main__":
+    main()
