@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from samestep import ranks
 from samestep.errors import RankError
@@ -169,8 +169,8 @@ def watched(patience: float) -> Iterator[Watch]:
 
 
 def _store() -> Store:
-    """A connection of our own to the store of the launcher: the group's may be busy."""
-    store, *_ = next(iter(rendezvous("env://", rank(), world())))
+    """A connection of our own to the store of the group, which may itself be busy."""
+    store = distributed_c10d._get_default_store().clone()
     return PrefixStore(f"samestep {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
