@@ -75,3 +75,8 @@ def test_a_step_that_counts_on_its_own_rank_alone_is_caught(mode: str) -> None:
     _, wanted = truth("llama")
     for _, found in on_ranks(2, rank_work.rank_local_gradient, mode, "uneven"):
         assert worst(found, wanted) > 1e-2
+
+
+def test_a_step_reduces_each_weight_once() -> None:
+    for sent, weights in on_ranks(2, rank_work.reduced_numbers):
+        assert sent == weights

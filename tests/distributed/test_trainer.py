@@ -105,7 +105,7 @@ def test_resumed_on_one_process(folder: Path) -> None:
     [
         {"lora_rank": 2, "lora_dropout": 0.2, "optimizer": "sgd", "lr": 0.1},
         {"micro_batch": None, "micro_tokens": 40, "normalize": "sequence"},
-        {"cpu_offload": True, "gradient_checkpointing": True},
+        {"cpu_offload": True, "gradient_checkpointing": "full"},
     ],
     ids=str,
 )

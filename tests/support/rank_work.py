@@ -91,6 +91,23 @@ def rank_local_gradient(mode: str, deal: str) -> tuple[float, dict[str, torch.Te
     return float(own), found
 
 
+def reduced_numbers() -> tuple[int, int]:
+    """How many numbers a step puts into all-reduces, and how many weights train."""
+    model = build("llama")
+    sent, real = [], torch.distributed.all_reduce
+
+    def counted(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        sent.append(tensor.numel())
+        return real(tensor, *arguments, **options)
+
+    torch.distributed.all_reduce = counted
+    try:
+        samestep.backward(model, cut(model, ragged(4), [1], "none"), samestep.CausalLMLoss())
+    finally:
+        torch.distributed.all_reduce = real
+    return sum(sent), sum(weight.numel() for weight in model.parameters())
+
+
 class Moments(nn.Module):
     """A small network for the coupled terms."""
 

@@ -170,7 +170,7 @@ def watched(patience: float) -> Iterator[Watch]:
 
 def _store() -> Store:
     """A connection of our own to the store of the group, which may itself be busy."""
-    store = distributed_c10d._get_default_store().clone()
+    store = distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
     return PrefixStore(f"samestep {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
