@@ -18,10 +18,12 @@ from typing import Any, TypeAlias
 from torch import distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from samestep import ranks
 from samestep.errors import RankError
 from samestep.ranks import rank, world
+from samestep.train.group import under_torchrun
 
 EXIT = 3
 """The exit code of a rank that gives up on another; the command line's for `RankError`."""
@@ -169,8 +171,11 @@ def watched(patience: float) -> Iterator[Watch]:
 
 
 def _store() -> Store:
-    """A connection of our own to the store of the group, which may itself be busy."""
-    store = distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+    """A connection of our own to the store of the ranks: the group's own may be busy."""
+    if under_torchrun():
+        store, *_ = next(iter(rendezvous("env://", rank(), world())))
+    else:  # a group that was started in another way
+        store = distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
     return PrefixStore(f"samestep {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
