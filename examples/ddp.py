@@ -8,6 +8,7 @@ to see). The loss gets the module inside DDP, so it is that of `own_loop.py`, un
 """
 
 import os
+import time
 
 import torch
 from torch import distributed
@@ -44,6 +45,9 @@ def main() -> None:
                 f"step {step + 1:2}  loss {report.loss:.6f}  {report.counts['token']:.0f} targets"
             )
     if RANKS > 1:
+        # PyTorch's communication threads drop their last tensors with Python's lock; a process that
+        # ends before they have it is aborted, after all its work. Sleeping lends it to them.
+        time.sleep(0.5)
         distributed.destroy_process_group()
 
 

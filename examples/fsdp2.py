@@ -6,6 +6,8 @@ Compare the printed losses with those of `ddp.py`, on any number of ranks. Ranks
 numbers of micro-batches; the step gives each of them the same number of backwards.
 """
 
+import time
+
 import torch
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
@@ -33,6 +35,9 @@ def main() -> None:
             print(
                 f"step {step + 1:2}  loss {report.loss:.6f}  {report.counts['token']:.0f} targets"
             )
+    # PyTorch's communication threads drop their last tensors with Python's lock; a process that
+    # ends before they have it is aborted, after all its work. Sleeping lends it to them.
+    time.sleep(0.5)
     distributed.destroy_process_group()
 
 
