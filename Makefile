@@ -20,7 +20,7 @@ help:
 	@echo "make models  measure the named models and write docs/models.md (2 minutes)"
 	@echo "make corpus  audit the corpus of seeded bugs and sound loops (5 minutes)"
 	@echo "make audit   audit the trainers of transformers and TRL (an hour; it resumes)"
-	@echo "make chaos   break runs on purpose and count what is lost (8 minutes)"
+	@echo "make chaos   break runs on purpose and count what is lost (3 minutes)"
 	@echo "make format  put the code in its standard form"
 
 setup: $(READY)

@@ -1,5 +1,6 @@
 """Whole runs on real ranks: those of one process, and resumed on other numbers of ranks."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,30 @@ def test_mixed_precision_keeps_float32_weights(folder: Path) -> None:
     lines = read_lines(out / "log.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert str(next(iter(weights(out).values())).dtype) == "torch.float32"
+
+
+def test_memory_that_runs_out_on_one_rank_changes_the_cut_of_all(folder: Path) -> None:
+    out = folder / "memory"
+    options = settings(folder, out=str(out), micro_batch=None, micro_tokens=2000)
+    summaries = on_ranks(2, rank_work.faulty_training, str(folder), "memory", **options)
+    assert [summary["steps"] for summary in summaries] == [7, 7]
+    assert_same_run(out, folder / "alone")
+    pieces = [line["micro_batches"] for line in read_lines(out / "log.jsonl")]
+    assert max(pieces) > 2  # two ranks would have had one each
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "text"),
+    [
+        ("sequence", "SequenceTooLargeError", r"out of memory on one sequence of \d+ tokens \(row"),
+        ("number", "NotFiniteError", r"nll' is nan in micro-batch 0 of rank 1.*At fault: row \d+"),
+    ],
+)
+def test_what_one_rank_meets_ends_all_with_its_rows(
+    folder: Path, fault: str, kind: str, text: str
+) -> None:
+    options = settings(folder, out=str(folder / fault), micro_batch=1)
+    found = on_ranks(2, rank_work.faulty_training, str(folder), fault, **options)
+    assert [name for name, _ in found] == [kind, kind]
+    assert all(re.search(text, message) for _, message in found), found
+    assert found[0][1].startswith("rank 1: ") or fault == "number"

@@ -192,3 +192,37 @@ def training(folder: str, **changes: Any) -> Any:
     from samestep.train.trainer import train
 
     return train(run_config(Path(folder), **changes))
+
+
+def faulty_training(folder: str, fault: str, **changes: Any) -> Any:
+    """A run in which one rank alone meets a fault: its summary, or its error's class and text.
+
+    "memory" fails in micro-batches of more than 110 tokens, "sequence" in every one, and "number"
+    makes the loss of one row not finite; each on the last rank only.
+    """
+    from samestep.errors import SamestepError
+    from samestep.train import trainer
+
+    real = trainer.key_dropout
+
+    def faulty(model: Any, micro: Any, **options: Any) -> None:
+        real(model, micro, **options)
+        if ranks.rank() < ranks.world() - 1:
+            return
+        if fault == "sequence" or (fault == "memory" and micro["input_ids"].numel() > 110):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        if fault == "number":
+
+            def overflow(_: Any, __: Any, states: torch.Tensor) -> torch.Tensor:
+                hook.remove()
+                return states * torch.inf
+
+            hook = model.get_input_embeddings().register_forward_hook(overflow)
+
+    trainer.key_dropout = faulty
+    try:
+        return training(folder, **changes)
+    except SamestepError as error:
+        return type(error).__name__, str(error)
+    finally:
+        trainer.key_dropout = real
