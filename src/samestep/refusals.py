@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from samestep.errors import ConfigError, NotFiniteError
 from samestep.gradients import LOW_PRECISION, is_finite
-from samestep.parallel import is_sharded, prepare
+from samestep.parallel import is_sharded
 
 
 def refuse_strangers(model: nn.Module, optimizer: Optimizer) -> None:
@@ -17,7 +17,6 @@ def refuse_strangers(model: nn.Module, optimizer: Optimizer) -> None:
     Raises:
         ConfigError: There are such weights.
     """
-    prepare(model)
     own = set(model.parameters())
     strangers = [
         tuple(weight.shape)

@@ -112,10 +112,11 @@ def step(
     started = time.perf_counter()
     skipped, norm = None, 0.0
     micros, counts, tokens, pieces = survey(micro_batches, counters)
+    weights = prepare(model)
     refuse_strangers(model, optimizer)
 
     loss, terms, gradients = accumulate(
-        model, micros, loss_fn, counts=counts, normalize=normalize, scaler=scaler
+        model, weights, micros, loss_fn, counts=counts, normalize=normalize, scaler=scaler
     )
     if nothing_counted(counts):
         skipped = "no targets"
@@ -171,13 +172,16 @@ def backward(
         StepError: As for `step`.
     """
     micros, counts, _, _ = survey(micro_batches, counters)
-    loss, terms, gradients = accumulate(model, micros, loss_fn, counts=counts, normalize=normalize)
+    loss, terms, gradients = accumulate(
+        model, prepare(model), micros, loss_fn, counts=counts, normalize=normalize
+    )
     assign(gradients)
     return loss, terms
 
 
 def accumulate(
     model: nn.Module,
+    weights: list[nn.Parameter],
     micros: list[Micro],
     loss_fn: LossFn,
     *,
@@ -189,6 +193,7 @@ def accumulate(
 
     Args:
         model: The model.
+        weights: Those that train, as `samestep.parallel.prepare` gives them.
         micros: This rank's micro-batches; none is run if nothing was counted on any rank.
         loss_fn: As for `step`.
         counts: The counts over the whole effective batch, all ranks included.
@@ -203,8 +208,7 @@ def accumulate(
         StepError: As for `step`.
         ConfigError: As for `step`.
     """
-    parameters = prepare(model)
-    refuse_scaler(model, parameters, scaler)
+    refuse_scaler(model, weights, scaler)
     model.zero_grad()
     tally, runs = Tally(), [] if nothing_counted(counts) else turns(model, micros)
 
@@ -222,14 +226,14 @@ def accumulate(
                 if share is not None:
                     (share if scaler is None else scaler.scale(share)).backward()
                 tally.add(sums)
-        return tally.facts(), missed(parameters, gradients)
+        return tally.facts(), missed(weights, gradients)
 
-    with quiet(model), float32_accumulation(parameters) as gradients:
+    with quiet(model), float32_accumulation(weights) as gradients:
         gathered = first_pass(model, runs, loss_fn)
         parts = on_every_rank(model, own_part)
         loss, terms = read([facts for facts, _ in parts], counts)
     if not is_sharded(model):
-        sum_over_replicas(gradients, parameters, missed_by=[missing for _, missing in parts])
+        sum_over_replicas(gradients, weights, missed_by=[missing for _, missing in parts])
     return loss, terms, gradients
 
 

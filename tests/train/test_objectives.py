@@ -1,7 +1,7 @@
 """Whole runs of each objective: it learns, and no memory knob changes the weights."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from samestep.errors import ConfigError
+from samestep.losses.preference import PairLoss
 from samestep.train.config import checked
 from samestep.train.objectives import config_class
+from samestep.train.objectives.preference import DPOLoss
 from samestep.train.trainer import train
 
 CASES: dict[str, tuple[dict[str, Any], str, bool]] = {
@@ -209,3 +211,8 @@ def test_routers_of_a_dense_model_are_refused(tmp_path: Path) -> None:
 def test_settings_that_do_not_fit(objective: str, settings: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         checked(config_class(objective)(model="m", data="d", out="o", **settings))
+
+
+def test_the_settings_name_every_loss_of_pairs() -> None:
+    """They are spelled out twice, so that reading settings needs no PyTorch."""
+    assert set(get_args(DPOLoss)) == {*get_args(PairLoss), "aot", "sft"}

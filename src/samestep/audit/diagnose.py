@@ -150,8 +150,9 @@ def _inside(runs: Runs, cut: Cut, case: Case, **changes: object) -> Diagnosis | 
     apart = coupled(runs, cut, **changes)
     if apart is not None and apart <= case.close:
         return None
-    if leak(runs, cut, **changes) is not None:
-        return Diagnosis(str(leak(runs, cut, **changes)), apart or 0.0, _evidence(case))
+    leaking = leak(runs, cut, **changes)
+    if leaking is not None:
+        return Diagnosis(leaking, apart or 0.0, _evidence(case))
     evidence = "" if apart is None else f"two equal examples miss the sum by {apart:.1e}; "
     return Diagnosis("batch-coupled-term", apart or 0.0, evidence + _evidence(case))
 

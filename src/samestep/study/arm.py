@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +13,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from samestep.data.plan import StepPlan, plan_steps
+from samestep.data.plan import StepPlan
 from samestep.data.records import Records
 from samestep.errors import StepError
 from samestep.evaluation import evaluate
-from samestep.models.dropout import key_dropout
 from samestep.study.memory import peak_bytes, reset_peak
 from samestep.study.noise import estimates, micro_norms
 from samestep.study.normalisation import COUNTERS, normalised
 from samestep.study.results import Evaluations, Gradients, NoiseSums, Run, Steps
 from samestep.study.spec import Normalisation
-from samestep.terms import LossFn, Term, count
+from samestep.terms import LossFn, count
 from samestep.train.batches import MicroBatches
 from samestep.train.config import TrainConfig
+from samestep.train.keyed import keyed
 from samestep.train.optim import learning_rate, set_learning_rate
-from samestep.train.setup import set_up
+from samestep.train.setup import plans_of, set_up
 from samestep.train_step import StepReport, backward, step
 
 DIVERGED = 2.0
@@ -107,8 +107,7 @@ class _Trial:
     def _train(self) -> str | None:
         config = self.job.config
         reset_peak(self.device)
-        plans = plan_steps(self.run_.train.lengths, seed=config.seed, batch_size=config.batch_size)
-        for plan in itertools.islice(plans, self.run_.steps):
+        for plan in itertools.islice(plans_of(self.run_.train, config), self.run_.steps):
             if plan.step % self.job.eval_every == 0:
                 self._evaluate(plan.step)
             try:
@@ -130,7 +129,7 @@ class _Trial:
         lr = learning_rate(plan.step, total=self.run_.steps, config=config)
         set_learning_rate(self.run_.optimizer, lr)
         micros = list(self.run_.micro_batches.of(plan.examples, plan.step))
-        loss_fn = self._keyed(self.loss_fn, plan.step)
+        loss_fn = self._keyed(self.loss_fn, plan)
         noisy = self.job.normalisation == "exact" and len(micros) > 1
         with micro_norms(self.model) if noisy else nullcontext() as norms:
             report = step(
@@ -171,11 +170,11 @@ class _Trial:
     def _compare_gradients(self, plan: StepPlan) -> None:
         """The arm's gradient beside that of the undivided batch, at the same weights."""
         micros = list(self.run_.micro_batches.of(plan.examples, plan.step))
-        backward(self.model, micros, self._keyed(self.loss_fn, plan.step), counters=COUNTERS)
+        backward(self.model, micros, self._keyed(self.loss_fn, plan), counters=COUNTERS)
         found = [_gradient(weight).clone() for weight in self.model.parameters()]
         undivided = self._micro_batches(self.run_.train, len(plan.examples))
         whole = list(undivided.of(plan.examples, plan.step))
-        backward(self.model, whole, self._keyed(self.run_.objective.loss_fn, plan.step))
+        backward(self.model, whole, self._keyed(self.run_.objective.loss_fn, plan))
         wanted = [_gradient(weight) for weight in self.model.parameters()]
         difference, cosine, ratio = compared(found, wanted)
         self.model.zero_grad()
@@ -203,12 +202,8 @@ class _Trial:
         first = next(iter(self.run_.micro_batches.of([0], 0)))
         return "right" if "attention_mask" in first else "none"
 
-    def _keyed(self, loss_fn: LossFn, step_: int) -> Callable[[nn.Module, Any], Any]:
-        def keyed(model: nn.Module, micro: Any) -> Term | Any:
-            key_dropout(model, micro, seed=self.job.config.seed, step=step_)
-            return loss_fn(model, micro)
-
-        return keyed
+    def _keyed(self, loss_fn: LossFn, plan: StepPlan) -> LossFn:
+        return keyed(loss_fn, seed=self.job.config.seed, step=plan.step)
 
 
 def _gradient(weight: nn.Parameter) -> Tensor:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
-import yaml
 from pydantic.fields import FieldInfo
 
 from samestep.errors import ConfigError
 from samestep.study.parse import parse
 from samestep.study.spec import StudySpec
+from samestep.train.arguments import read_yaml
 
 INTERRUPTED = 130
 
@@ -35,7 +35,7 @@ def read_study(arguments: Sequence[str]) -> tuple[StudySpec, Path, int]:
     source = "study"
     if arguments and not arguments[0].startswith("-"):
         source = arguments.pop(0)
-        values = _read_yaml(Path(source))
+        values = read_yaml(Path(source))
         values.setdefault("name", Path(source).stem)
     flags = dataclasses.asdict(
         tyro.cli(_flags(), args=arguments, prog="samestep study [STUDY.YAML]")
@@ -88,18 +88,6 @@ def _hint(field: FieldInfo) -> str:
         return ""
     values = default if isinstance(default, tuple) else [default]
     return f"(default: {' '.join(map(str, values))})"
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold 'field: value' lines, not {type(content).__name__}")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -32,7 +32,7 @@ def read_config(arguments: Sequence[str]) -> TrainConfig:
     path = None
     if arguments and not arguments[0].startswith("-"):
         path = Path(arguments.pop(0))
-        given = _read_yaml(path)
+        given = read_yaml(path)
     objective = _objective(arguments) or str(given.get("objective", "causal_lm"))
     kind = config_class(objective)
     values = _validated(path, kind, given) if path else {}
@@ -52,7 +52,12 @@ def _objective(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file, hyphens made underscores; their values are not checked.
+
+    Raises:
+        ConfigError: It cannot be read, or holds no fields.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -12,10 +12,9 @@ import torch
 
 import samestep
 from samestep.files import cache_folder
-from samestep.models.dropout import key_dropout
 from samestep.objective import Objective
 from samestep.products import processor
-from samestep.terms import LossResult, input_tokens
+from samestep.terms import input_tokens
 from samestep.train.budget import (
     DEFAULT,
     Costs,
@@ -26,9 +25,9 @@ from samestep.train.budget import (
     remembered,
 )
 from samestep.train.config import TrainConfig
+from samestep.train.keyed import keyed
 from samestep.train.resident import memory_to_have, peak_memory
 from samestep.train_step import backward
-from samestep.two_pass import TwoPass
 
 log = logging.getLogger("samestep")
 
@@ -77,11 +76,7 @@ def micro_token_budget(model: Any, objective: Objective, config: TrainConfig, *,
 
 
 def _measure(model: Any, objective: Objective, config: TrainConfig, cut: Cut) -> Costs | None:
-    def loss_fn(model: Any, micro: dict[str, Any]) -> LossResult:
-        key_dropout(model, micro, seed=config.seed, step=0)
-        return objective.loss_fn(model, micro)
-
-    two_pass = isinstance(objective.loss_fn, TwoPass)
+    loss_fn = keyed(objective.loss_fn, seed=config.seed, step=0)
     on_cpu = model.device.type == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter  # blind to other processes
 
@@ -89,12 +84,7 @@ def _measure(model: Any, objective: Objective, config: TrainConfig, cut: Cut) ->
         micro = cut(budget)[place]
         with peak_memory(model.device) as peak:
             started = clock()
-            backward(
-                model,
-                [micro],
-                TwoPass(loss_fn) if two_pass else loss_fn,
-                counters=objective.counters,
-            )
+            backward(model, [micro], loss_fn, counters=objective.counters)
             if not on_cpu:
                 torch.accelerator.synchronize()
             seconds = clock() - started

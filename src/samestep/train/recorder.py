@@ -82,7 +82,6 @@ class Recorder:
         Raises:
             CheckpointError: The log cannot be written.
         """
-        self.evaluated.add(step)
         if self._journal is None:
             return
         try:

@@ -1,13 +1,14 @@
 """What a run needs before its first step: model, data, optimizer; nothing is written here."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from samestep.data.plan import plan_steps, steps_of
+from samestep.data.plan import StepPlan, plan_steps, steps_of
 from samestep.data.records import Records
 from samestep.errors import ConfigError
 from samestep.models.checkpointing import checkpoint_activations
@@ -73,9 +74,8 @@ def set_up(config: TrainConfig) -> Run:
     """
     device = together(lambda: _device(config.device))
     # First once a machine: the other ranks find converted weights and tokens in the cache.
-    if world() > 1:
-        together(lambda: _load_data(config) if first_of_this_machine() else None)
-    tokenizer, data = together(lambda: _load_data(config))
+    loaded = together(lambda: _load_data(config) if first_of_this_machine() else None)
+    tokenizer, data = together(lambda: loaded or _load_data(config))
     model = together(lambda: _load_model(config, data))
     layout = together(lambda: choose_layout(model, config, device))
     model = shard(model, config, device) if layout == "fsdp2" else model.to(device)
@@ -100,7 +100,7 @@ def set_up(config: TrainConfig) -> Run:
         data = [annotated(model, one, micro_batches(one), objective.annotate) for one in data]
         prepare(model)
     if config.micro_tokens == "auto" and config.micro_batch is None and world() == 1:
-        first = _first_step(data[0], config)
+        first = next(plans_of(data[0], config)).examples
         budget = micro_token_budget(
             model,
             objective,
@@ -125,14 +125,15 @@ def _under(config: TrainConfig, budget: int) -> TrainConfig:
     return config.model_copy(update={"micro_tokens": budget})
 
 
-def _first_step(records: Records, config: TrainConfig) -> tuple[int, ...]:
-    plans = plan_steps(
+def plans_of(records: Records, config: TrainConfig, *, start: int = 0) -> Iterator[StepPlan]:
+    """The steps of a run without end, from step ``start`` on."""
+    return plan_steps(
         records.lengths,
         seed=config.seed,
         batch_size=config.batch_size,
         batch_tokens=config.batch_tokens,
+        start=start,
     )
-    return next(plans).examples
 
 
 def _load_data(config: TrainConfig) -> tuple[Any, list[Records]]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 import samestep
-from samestep.data.plan import StepPlan, plan_steps
+from samestep.data.plan import StepPlan
 from samestep.errors import (
     ConfigError,
     Interrupted,
@@ -42,7 +42,7 @@ from samestep.train.interrupt import interruptible
 from samestep.train.optim import learning_rate, set_learning_rate
 from samestep.train.recorder import Recorder
 from samestep.train.run_folder import RunFolder
-from samestep.train.setup import Run, set_up
+from samestep.train.setup import Run, plans_of, set_up
 from samestep.train.watch import Watch, watched
 from samestep.train_step import StepReport, step
 from samestep.two_pass import TwoPass
@@ -154,13 +154,7 @@ class Loop:
             raise Interrupted(number) from None
 
     def _plans(self) -> Iterator[StepPlan]:
-        plans = plan_steps(
-            self.run.train.lengths,
-            seed=self.config.seed,
-            batch_size=self.config.batch_size,
-            batch_tokens=self.config.batch_tokens,
-            start=self.progress.step,
-        )
+        plans = plans_of(self.run.train, self.config, start=self.progress.step)
         return itertools.takewhile(lambda plan: plan.step < self.run.steps, plans)
 
     def _one_step(self, plan: StepPlan) -> None:
