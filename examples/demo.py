@@ -1,6 +1,6 @@
 """Fine-tune SmolLM2-135M on grade-school maths, then prove that the step ignores the split.
 
-Run by `make demo`; needs no network once installed, and about 4 minutes on 2 cores.
+Run by `make demo`; needs no network once installed, and about 3 minutes on 2 cores.
 """
 
 import importlib.util
