@@ -108,6 +108,19 @@ def test_bugs_are_named(step: Any, cause: str) -> None:
     assert (found.verdict, found.cause) == ("inexact", cause), found
 
 
+def balanced(model: nn.Module, micros: list[Any]) -> None:
+    """Exact token loss, and a term of the mean of each rank's own outputs."""
+    count = everywhere(targets(micros), distributed.get_world_size())
+    for micro in micros:
+        mean = model(micro["input_ids"])[micro["labels"] != -100].mean(0)
+        (nll(model, micro) * count + mean.square().sum() / len(micros)).backward()
+
+
+def test_a_term_of_each_ranks_own_batch_is_named() -> None:
+    found = result(balanced)
+    assert (found.verdict, found.cause) == ("inexact", "batch-coupled-term"), found
+
+
 def test_a_sampler_that_repeats_rows_is_named() -> None:
     found = result(loop(everywhere), shard=dealt)
     assert (found.verdict, found.cause) == ("inexact", "duplicated-examples"), found

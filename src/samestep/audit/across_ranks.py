@@ -1,9 +1,11 @@
 """The axis of ranks: the same effective batch on two processes, and the law behind a difference."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from samestep.audit.axes import AxisResult, judge
 from samestep.audit.causes import Diagnosis, advice
+from samestep.audit.diagnose import diagnose_split
 from samestep.audit.laws import closeness
 from samestep.audit.neighbours import coupled
 from samestep.audit.runs import Runs
@@ -135,12 +137,28 @@ def diagnose_ranks(
     scored = [(compare(guess, found).relative_difference, name) for name, guess in predictions]
     best, name = min(scored)
     if best > close:
-        return Diagnosis("unexplained", best, evidence)
+        within = _within_a_rank(runs, given, whole, masked)
+        return within or Diagnosis("unexplained", best, evidence)
     if name in ("rank-local-count", "world-scaled") and fit(whole, own).residual > close:
         apart = coupled(runs, given[0] + given[-1], masked=masked)
         if apart is None or apart > close:
             return Diagnosis("batch-coupled-term", best, evidence)
     return Diagnosis(name, best, evidence)
+
+
+def _within_a_rank(
+    runs: Runs, given: Sequence[Cut], whole: Gradient, masked: tuple[int, ...]
+) -> Diagnosis | None:
+    """What makes the same micro-batches inexact on one rank already, if they are."""
+    cut = tuple(micro for share in given for micro in share)
+    changes = {"masked": masked} if masked else {}
+    seen = compare(runs.clear(cut, **changes), whole).relative_difference
+    if seen <= runs.small_tolerance:
+        return None
+    found = diagnose_split(runs, cut, **changes)
+    if found.cause == "unexplained":
+        return None
+    return replace(found, evidence=f"so do these micro-batches on one rank; {found.evidence}")
 
 
 def _scaled(runs: Runs, whole: Gradient) -> Iterator[tuple[str, Gradient]]:

@@ -11,7 +11,7 @@ Cut: TypeAlias = tuple[tuple[int, ...], ...]
 """One effective batch: the examples of each micro-batch, by index, in order."""
 
 Gradient: TypeAlias = dict[str, Tensor]
-"""By the name of the weight; float64, on the CPU."""
+"""By the name of the weight; float64, on the CPU; of large ones `samestep.audit.sketch`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from samestep.audit.sketch import fold_of, sketched, spread
 from samestep.audit.subject import Gradient, Observation
 from samestep.audit.vectors import combine, norm
 
@@ -26,12 +27,9 @@ DROPOUTS = (
 )
 
 
-def copied(tensors: Mapping[str, Tensor]) -> Gradient:
-    """Float64 copies on the CPU; sharded tensors are gathered, sparse ones filled."""
-    return {
-        name: _whole(tensor).detach().to("cpu", torch.float64, copy=True)
-        for name, tensor in tensors.items()
-    }
+def copied(tensors: Mapping[str, Tensor], fold: int) -> Gradient:
+    """What is kept of each; sharded tensors are gathered, sparse ones filled."""
+    return {name: sketched(_whole(tensor.detach()), fold) for name, tensor in tensors.items()}
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -41,25 +39,28 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def gradients(model: nn.Module) -> Gradient:
     """What is in ``.grad``, by the name of the weight."""
-    return copied({n: w.grad for n, w in model.named_parameters() if w.grad is not None})
+    found = {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
+    return copied(found, fold_of(model))
 
 
 def weights(model: nn.Module) -> Gradient:
-    """The weights by name."""
-    return copied(dict(model.named_parameters()))
+    """The trainable weights by name."""
+    found = {name: w for name, w in model.named_parameters() if w.requires_grad}
+    return copied(found, fold_of(model))
 
 
 @contextmanager
 def optimizer_steps(model: nn.Module) -> Iterator[list[Gradient]]:
     """Collect the gradient that every step of any optimizer sees of this model's weights."""
     names = {id(weight): name for name, weight in model.named_parameters()}
+    fold = fold_of(model)
     seen: list[Gradient] = []
 
     def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         own = [weight for group in optimizer.param_groups for weight in group["params"]]
         found = {names[id(w)]: w.grad for w in own if id(w) in names and w.grad is not None}
         if found:
-            seen.append(copied(found))
+            seen.append(copied(found, fold))
 
     handle = register_optimizer_step_pre_hook(before)
     try:
@@ -100,11 +101,12 @@ class WithoutDropout(TorchFunctionMode):
 
 
 def shift_weights(model: nn.Module, by: Gradient) -> None:
-    """Add to the weights."""
+    """Add to the weights what is kept of a direction."""
+    fold = fold_of(model)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name in by:
-                weight.add_(by[name].to(weight.device, weight.dtype))
+                weight.add_(spread(by[name], weight, fold).to(weight.device, weight.dtype))
 
 
 def observe(

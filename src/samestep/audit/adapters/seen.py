@@ -9,6 +9,7 @@ from torch import Tensor
 
 from samestep.audit.adapters.loop import numbers
 from samestep.audit.adapters.training import LEARNING_RATE, Recorder
+from samestep.audit.sketch import fold_of, sketched
 from samestep.audit.subject import Gradient, Observation
 from samestep.errors import CheckError
 
@@ -48,12 +49,12 @@ def observed(trainer: Any, recorder: Recorder, initial: Mapping[str, Tensor]) ->
 
 def _moved(trainer: Any, gradient: Gradient, initial: Mapping[str, Tensor]) -> Gradient | None:
     """What the weights moved along, if that is not what the optimizer was given."""
-    moved, other = {}, False
+    moved, other, fold = {}, False, fold_of(trainer.model)
     for name, weight in trainer.model.named_parameters():
         if not weight.requires_grad:
             continue
         before = initial[name].to(weight.dtype)
-        moved[name] = ((before - weight.detach()) / LEARNING_RATE).to("cpu", torch.float64)
+        moved[name] = sketched((before - weight.detach()) / LEARNING_RATE, fold)
         given = gradient.get(name, torch.zeros_like(moved[name]))
         rounding = torch.finfo(weight.dtype).eps * float(before.norm()) / LEARNING_RATE
         error = float((moved[name] - given).norm())

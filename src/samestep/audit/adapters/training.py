@@ -15,6 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel
 
 from samestep.audit.adapters.rows import is_stream
+from samestep.audit.sketch import fold_of, sketched
 from samestep.audit.subject import Gradient
 
 LEARNING_RATE = 0.1
@@ -31,13 +32,14 @@ class Recorder(torch.optim.SGD):
         model: Its trainable weights are updated.
 
     Attributes:
-        gradient: By the name of the weight, float64, summed over the updates.
+        gradient: What is kept of it, by the name of the weight, summed over the updates.
         updates: How many there were.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.gradient: Gradient = {}
         self.updates = 0
+        self._fold = fold_of(model)
         self._weights = [(n, w) for n, w in model.named_parameters() if w.requires_grad]
         super().__init__([weight for _, weight in self._weights], lr=LEARNING_RATE)
 
@@ -49,7 +51,7 @@ class Recorder(torch.optim.SGD):
             for name, weight in self._weights:
                 if weight.grad is None:
                     continue
-                seen = weight.grad.detach().to("cpu", torch.float64)
+                seen = sketched(weight.grad, self._fold)
                 self.gradient[name] = self.gradient.get(name, 0) + seen  # a new tensor each time
                 weight.add_(weight.grad, alpha=-LEARNING_RATE)
 
