@@ -20,10 +20,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from trl import (
     DPOConfig,
     DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
     KTOConfig,
     KTOTrainer,
     RewardConfig,
     RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
     SFTConfig,
     SFTTrainer,
 )
@@ -185,6 +189,27 @@ def of_trl(
     return make_trainer
 
 
+def generating(trainer: type, config: type, **options: Any) -> Callable[..., Any]:
+    """A trainer of TRL that makes its own rows."""
+
+    def make_trainer(**sizes: Any) -> Any:
+        return trainer(
+            model=load("LlamaForCausalLM"),
+            args=arguments(
+                config, sizes, num_generations=2, max_completion_length=12, beta=0.0, **options
+            ),
+            reward_funcs=different_letters,
+            train_dataset=keep("prompt"),
+            processing_class=tokenizer(),
+        )
+
+    return make_trainer
+
+
+def different_letters(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(set(one))) for one in completions]
+
+
 THREE = {"num_labels": 3}
 ROUTED = {"num_local_experts": 4, "router_aux_loss_coef": 0.01}
 completions = functools.partial(keep, "prompt", "completion")
@@ -220,10 +245,14 @@ trl_reward = of_trl(
 trl_kto = of_trl(KTOTrainer, KTOConfig, judged)
 trl_orpo = of_trl(ORPOTrainer, ORPOConfig, pairs)
 trl_cpo = of_trl(CPOTrainer, CPOConfig, pairs)
+trl_grpo = generating(GRPOTrainer, GRPOConfig)
+trl_grpo_bnpo = generating(GRPOTrainer, GRPOConfig, loss_type="bnpo")
+trl_rloo = generating(RLOOTrainer, RLOOConfig)
 
 NAMES = (
     "llama", "gpt2", "llama_classes", "gpt2_classes", "bert_classes", "bert_masked", "mixtral",
     "mixtral_router", "qwen3_vl", "trl_sft", "trl_sft_dft", "trl_sft_router", "trl_dpo",
     "trl_dpo_sft", "trl_dpo_mixed", "trl_reward", "trl_kto", "trl_orpo", "trl_cpo",
+    "trl_grpo", "trl_grpo_bnpo", "trl_rloo",
 )  # fmt: skip
 """Those that `run.py` audits, in the order of the table."""

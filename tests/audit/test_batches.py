@@ -13,13 +13,12 @@ from samestep.audit.batches import (
     add_padding,
     alter,
     cast,
-    counts_of,
-    length_of,
     mask_borders,
     mask_targets,
     padding_of,
     places,
 )
+from samestep.audit.counting import counts_of, length_of
 from samestep.errors import CheckError
 
 SHORT, LONG = torch.tensor([4, 5]), torch.tensor([1, 2, 3, 9])

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from samestep.audit.adapters.capture import (
-    WithoutDropout,
     gradients,
     observe,
     optimizer_steps,
     scaled_gradients,
     weights,
 )
+from samestep.audit.adapters.determinism import WithoutDropout
 from samestep.audit.subject import Observation
 
 X = torch.arange(6.0).view(2, 3)

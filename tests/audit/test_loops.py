@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from samestep.audit.api import assert_same_step, check
+from samestep.errors import CheckError
 
 V = 31
 
@@ -116,6 +117,13 @@ def sound_train(model: nn.Module, micros: list[Any]) -> None:
     optimizer.step()
 
 
+def sign_descent(model: nn.Module, micros: list[Any]) -> None:
+    unscaled(model, micros)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight -= 0.01 * weight.grad / weight.grad.norm().clamp_min(1e-30)
+
+
 def subject(loop: Callable[..., Any], *, seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randperm(20, generator=generator)[:8] + 3
@@ -162,3 +170,9 @@ def test_bugs_are_named(loop: Callable[..., Any], cause: str, seed: int) -> None
 def test_the_assertion_says_what_to_change() -> None:
     with pytest.raises(AssertionError, match=r"mean-of-means.*divide once"):
         assert_same_step(subject(mean_of_means, seed=0))
+
+
+def test_an_update_that_hides_the_scale_is_not_passed() -> None:
+    names = {**subject(sign_descent, seed=0), "examples": [torch.arange(3, 9)] * 4}
+    with pytest.raises(CheckError, match="hides wrong scales"):
+        check(names)

@@ -1,6 +1,6 @@
 """The auditor on trainers: sound ones are exact, the cause of each wrong one is named."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +228,19 @@ def test_the_command_finds_a_factory_in_a_file(
     )
     assert main(["check", str(file)]) == 2
     assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
+
+
+def padded_left(features: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """As some collators do, whatever the tokenizer says; the model reads no mask."""
+    longest = max(len(feature["input_ids"]) for feature in features)
+    rows = [(longest - len(one["input_ids"]), one["input_ids"]) for one in features]
+    return {
+        "input_ids": torch.tensor([[3] * more + ids for more, ids in rows]),
+        "labels": torch.tensor([[-100] * more + ids for more, ids in rows]),
+    }
+
+
+def test_the_padding_that_is_tried_is_that_of_the_collator() -> None:
+    report = audit(factory(collator=padded_left), "micro-batch", "padding")
+    assert set(found(report).values()) == {"padding-attended"}
+    assert "columns on the left" in {axis.name: axis.reason for axis in report.axes}["padding"]

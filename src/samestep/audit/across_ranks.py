@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from samestep.audit.axes import AxisResult, judge
 from samestep.audit.causes import Diagnosis, advice
 from samestep.audit.diagnose import diagnose_split
 from samestep.audit.laws import closeness
@@ -11,6 +10,7 @@ from samestep.audit.neighbours import coupled
 from samestep.audit.runs import Runs
 from samestep.audit.subject import Cut, Gradient, Observation
 from samestep.audit.vectors import combine, compare, fit
+from samestep.audit.verdict import AxisResult, judge
 from samestep.errors import HungError
 
 WORLD = 2

@@ -1,90 +1,14 @@
 """The axes of the audit: what may not change the step, each judged by itself."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
 
-import torch
-
-from samestep.audit.causes import Diagnosis, advice
+from samestep.audit.causes import Diagnosis
 from samestep.audit.diagnose import diagnose_empty, diagnose_split
 from samestep.audit.layout import COLUMNS, diagnose_pack, diagnose_padding
 from samestep.audit.runs import Runs, cuts, uneven
 from samestep.audit.subject import Cut
-from samestep.audit.vectors import Comparison, compare, norm
-
-Verdict = Literal["exact", "inexact", "skipped"]
-
-
-@dataclass(frozen=True)
-class AxisResult:
-    """The verdict on one axis.
-
-    Attributes:
-        name: The axis.
-        verdict: "exact", "inexact" or "skipped".
-        reason: What was compared, or why it was skipped.
-        ratio: Norm of the gradient over the reference's.
-        cosine: Of the angle between them.
-        relative_difference: Norm of their difference over the reference's norm.
-        noise_floor: What arithmetic alone makes.
-        worst: The weights that differ most, with their relative differences.
-        cause: A name in `samestep.audit.causes.CAUSES`, "unexplained", or None.
-        residual: How far the cause's prediction is from what was seen.
-        evidence: Numbers behind the cause.
-        advice: What the cause is and what to change.
-    """
-
-    name: str
-    verdict: Verdict
-    reason: str = ""
-    ratio: float | None = None
-    cosine: float | None = None
-    relative_difference: float | None = None
-    noise_floor: float | None = None
-    worst: tuple[tuple[str, float], ...] = field(default=())
-    cause: str | None = None
-    residual: float | None = None
-    evidence: str = ""
-    advice: str = ""
-
-
-def judge(
-    name: str,
-    runs: Runs,
-    seen: Comparison,
-    *,
-    reason: str,
-    diagnose: Callable[[], Diagnosis],
-    tolerance: float | None = None,
-) -> AxisResult:
-    """A verdict from a comparison; the diagnosis is asked for only if it is needed."""
-    exact = seen.relative_difference <= (tolerance or runs.tolerance)
-    diagnosis = None if exact else _asked(diagnose, seen)
-    return AxisResult(
-        name=name,
-        verdict="exact" if exact else "inexact",
-        reason=reason,
-        ratio=seen.ratio,
-        cosine=seen.cosine,
-        relative_difference=seen.relative_difference,
-        noise_floor=runs.floor,
-        worst=() if exact else seen.worst,
-        cause=diagnosis.cause if diagnosis else None,
-        residual=diagnosis.residual if diagnosis else None,
-        evidence=diagnosis.evidence if diagnosis else "",
-        advice=advice(diagnosis.cause if diagnosis else None),
-    )
-
-
-def _asked(diagnose: Callable[[], Diagnosis], seen: Comparison) -> Diagnosis:
-    """A diagnosis; a subject that fails on the way to it is no less inexact."""
-    try:
-        return diagnose()
-    except Exception as error:  # the subject is the user's code: anything may come
-        reason = f"the subject failed in a run of the diagnosis: {type(error).__name__}: {error}"
-        return Diagnosis("unexplained", seen.relative_difference, reason)
+from samestep.audit.vectors import Comparison, compare
+from samestep.audit.verdict import AxisResult, judge
 
 
 def shape(cut: Cut) -> str:
@@ -228,43 +152,6 @@ def zero_target(runs: Runs) -> AxisResult:
         seen,
         reason=f"{shape(cut)}, the second micro-batch without targets, against the whole",
         diagnose=lambda: diagnose_empty(runs, cut, masked),
-    )
-
-
-COPIES = 64
-"""Of one example, to add up: a power of two, so that a share of the batch has the same digits."""
-
-GROWTH = 1.5
-"""How much the error may grow with the copies: not at all where sums are wide, since all copies
-have the same error; in bfloat16 each addition rounds anew."""
-
-
-def low_precision(runs: Runs) -> AxisResult:
-    """Whether rounding grows with the number of micro-batches, in bfloat16 weights.
-
-    Copies of one example have one gradient, with one error; only adding them up can enlarge it.
-    """
-    example = max(range(runs.subject.size), key=lambda at: norm(runs.run(((at,),)).gradient))
-    one, many = ((example,),), ((example,),) * COPIES
-    errors = [
-        compare(runs.again(cut, dtype=torch.bfloat16).gradient, runs.again(cut).gradient)
-        for cut in (one, many)
-    ]
-    growth = errors[1].relative_difference / errors[0].relative_difference
-    exact = growth <= GROWTH
-    return AxisResult(
-        name="low-precision",
-        verdict="exact" if exact else "inexact",
-        reason=f"error of bfloat16 against float64, 1 micro-batch and {COPIES} copies of it",
-        ratio=errors[1].ratio,
-        cosine=errors[1].cosine,
-        relative_difference=errors[1].relative_difference,
-        noise_floor=errors[0].relative_difference,
-        worst=() if exact else errors[1].worst,
-        cause=None if exact else "accumulation-dtype",
-        residual=None if exact else 0.0,
-        evidence=f"the error grows x {growth:.3g} from 1 to {COPIES} micro-batches",
-        advice="" if exact else advice("accumulation-dtype"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Changes to a batch that must not change the step, and what a batch says of its targets."""
+"""Changes to a batch that must not change the step."""
 
 import copy
 import itertools
@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from samestep.audit.subject import Facts
 from samestep.errors import CheckError
 from samestep.targets import IGNORE
 
@@ -41,37 +40,6 @@ def like(batch: Any, values: Any) -> Any:
     return type(batch)(*values) if named else type(batch)(values)
 
 
-def facts_of(batches: Sequence[Any]) -> list[Facts] | None:
-    """What each example's own batch says; None unless all are mappings with tensor ``labels``."""
-    facts = []
-    for batch in batches:
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        if not isinstance(labels, Tensor):
-            return None
-        ids = batch.get("input_ids")
-        length = ids.shape[-1] if isinstance(ids, Tensor) else labels.numel()
-        real = torch.ones_like(labels, dtype=torch.bool)
-        if labels.dim() >= 2:
-            valid = labels != IGNORE
-            mask = batch.get("attention_mask")
-            if isinstance(mask, Tensor) and mask.shape == labels.shape:
-                real, length = mask.bool(), int(mask.sum())
-            facts.append(Facts(int((valid & real)[:, 1:].sum()), int((valid & real).sum()), length))
-        else:
-            count = int((labels != IGNORE).sum())
-            facts.append(Facts(count, count, length))
-    return facts
-
-
-def length_of(single: Any) -> int | None:
-    """Tokens of the batch of one example; None where its inputs are no rows of tokens."""
-    found = _tensors(single)
-    if not found:
-        return None
-    _, inputs = _inputs(single)
-    return inputs.shape[1] if inputs.dim() > 1 and not inputs.is_floating_point() else None
-
-
 @dataclass(frozen=True)
 class Padding:
     """How a collator pads.
@@ -94,8 +62,8 @@ def padding_of(single: Any, pair: Any) -> Padding | None:
     """
     sides: dict[str, Literal["right", "left"]] = {}
     fills = {}
-    short = dict(_tensors(single))
-    for key, tensor in _tensors(pair):
+    short = dict(tensors_of(single))
+    for key, tensor in tensors_of(pair):
         own = short.get(key)
         if own is None or own.dim() < 2 or tensor.dim() < 2 or (len(own), len(tensor)) != (1, 2):
             continue
@@ -129,8 +97,8 @@ def add_padding(
         fills: What pads each tensor, by name; None: ids with 0, labels with ``IGNORE``, the rest
             that has the shape of ``input_ids`` with 0.
     """
-    tensors = dict(_tensors(batch))
-    name, inputs = _inputs(batch)
+    tensors = dict(tensors_of(batch))
+    name, inputs = inputs_of(batch)
     if fills is None:
         alike = {key: one for key, one in tensors.items() if one.shape[:2] == inputs.shape[:2]}
         fills = {
@@ -164,7 +132,7 @@ def places(
     Raises:
         CheckError: Neither a row each, nor all side by side in one row.
     """
-    _, inputs = _inputs(batch)
+    _, inputs = inputs_of(batch)
     known = [length for length in lengths if length is not None]
     if inputs.shape[0] == len(lengths):
         stretches = [
@@ -209,7 +177,7 @@ def alter(batch: Any, where: Sequence[Place]) -> Any:
     Raises:
         CheckError: There is no tensor.
     """
-    key, inputs = _inputs(batch)
+    key, inputs = inputs_of(batch)
     changed = inputs.clone()
     for place in where:
         own = inputs[place]
@@ -218,11 +186,12 @@ def alter(batch: Any, where: Sequence[Place]) -> Any:
     return _replaced(batch, {key: changed})
 
 
-def _inputs(batch: Any) -> tuple[str, Tensor]:
-    tensors = _tensors(batch)
+def inputs_of(batch: Any) -> tuple[str, Tensor]:
+    """The tensor that holds the inputs, and its name: ``input_ids``, or else the first."""
+    tensors = tensors_of(batch)
     if not tensors:
         raise CheckError("the batches of this subject hold no tensor that could be changed")
-    return ("input_ids", batch["input_ids"]) if _has(batch, "input_ids") else tensors[0]
+    return ("input_ids", batch["input_ids"]) if has(batch, "input_ids") else tensors[0]
 
 
 def _replaced(batch: Any, changed: Mapping[str, Tensor]) -> Any:
@@ -236,42 +205,12 @@ def _replaced(batch: Any, changed: Mapping[str, Tensor]) -> Any:
     return like(batch, [others.get(number, value) for number, value in enumerate(batch)])
 
 
-def counts_of(batch: Any) -> dict[str, tuple[str, float]]:
-    """Everything that a loop could divide a batch by, and the cause that it is if it does.
-
-    Args:
-        batch: A mapping, a sequence or a tensor.
-
-    Returns:
-        By what is counted: the name of the cause, and the count.
-    """
-    found: dict[str, tuple[str, float]] = {}
-    labels = batch["labels"] if _has(batch, "labels") else None
-    if isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
-        found["labels"] = "unshifted-count", float((labels != IGNORE).sum())
-    for key, tensor in _tensors(batch):
-        if not tensor.dim():
-            continue
-        layout = isinstance(labels, Tensor) and tensor.shape == labels.shape and tensor.dim() > 1
-        if tensor.dim() > 1:
-            found[f"elements of {key}"] = "padding-counted", float(tensor.numel())
-            elements = float(tensor[:, 1:].numel())
-            found[f"elements of {key}[:, 1:]"] = "padding-counted", elements
-        if not tensor.is_floating_point():
-            # Tokens that are real but no targets, such as a prompt's, or any other unit.
-            cause = "padding-counted" if layout else "example-weighted"
-            found[f"non-zeros of {key}"] = cause, float((tensor != 0).sum())
-        if not tensor.is_floating_point() and bool((tensor == IGNORE).any()):
-            found[f"labels of {key}"] = "example-weighted", float((tensor != IGNORE).sum())
-        found[f"sum of {key}"] = "example-weighted", float(tensor.sum())
-    return found
-
-
-def _has(batch: Any, key: str) -> bool:
+def has(batch: Any, key: str) -> bool:
+    """Whether a batch is a mapping with this key."""
     return isinstance(batch, Mapping) and key in batch
 
 
-def _tensors(batch: Any) -> list[tuple[str, Tensor]]:
+def tensors_of(batch: Any) -> list[tuple[str, Tensor]]:
     """The tensors of a batch by name; those of a sequence by number."""
     if isinstance(batch, Tensor):
         return [("batch", batch)]

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
-from samestep.audit import across_ranks, scalars
+from samestep.audit import across_ranks, precision, scalars
 from samestep.audit import axes as by_gradient
-from samestep.audit.axes import AxisResult
 from samestep.audit.runs import Runs
 from samestep.audit.subject import Subject
+from samestep.audit.verdict import AxisResult
 from samestep.errors import CheckError
 
 AXES: dict[str, Callable[[Runs], AxisResult]] = {
@@ -26,7 +26,7 @@ AXES: dict[str, Callable[[Runs], AxisResult]] = {
     "reported": scalars.reported,
     "evaluation-batch": scalars.evaluation_batch,
     "evaluation-first": by_gradient.evaluation_first,
-    "low-precision": by_gradient.low_precision,
+    "low-precision": precision.low_precision,
     "dropout": by_gradient.dropout,
 }
 """The axes by name, in the order of the report."""
@@ -94,12 +94,18 @@ def check_subject(
         progress(name)
         results.append(_run_axis(name, runs))
     inexact = any(result.verdict == "inexact" for result in results)
+    if not inexact and runs.hides_scale:
+        raise CheckError(
+            f"{subject.name} cannot be judged: its update is as long whatever the length of the "
+            "gradient (Adam or sign descent by hand?), which hides wrong scales. Let step leave "
+            "the gradient in .grad, or update by an optimizer of torch.optim, whose input is seen"
+        )
     return CheckReport(
         subject=subject.name,
         verdict="inexact" if inexact else "exact",
         axes=tuple(results),
         examples=subject.size,
-        dtype="native" if runs.plain.dtype is None else "float64",
+        dtype="native" if runs.plain.dtype is None else str(runs.plain.dtype).split(".")[-1],
         seed=runs.plain.seed,
         versions=_versions(),
     )

@@ -127,6 +127,14 @@ class Runs:
         return small.rounding < 1e-8 or small.rounding <= 2 * self.run(self.whole).rounding
 
     @cached_property
+    def hides_scale(self) -> bool:
+        """Whether the update is as long whatever the gradient's length, as in Adam by hand."""
+        natural, small, none = (
+            norm(self.run(self.whole, scale=scale).gradient) for scale in (1.0, SMALL, 0.0)
+        )
+        return small > 0.5 * natural > none
+
+    @cached_property
     def _offset(self) -> Gradient | None:
         """What the step does without any gradient, or None if nothing."""
         found = self.run(self.whole, scale=0.0).gradient
@@ -185,11 +193,12 @@ class Runs:
     def _trembling(self, cut: Cut) -> float:
         if not self.repeats:  # then a difference of runs measures their dice
             return self.coarsest
-        found = [self.run(cut, shift=shift).gradient for shift in (None, *self._shifts)]
+        found = [self.run(cut, shift=shift).gradient for shift in (None, *self.shifts)]
         return trembling(found)
 
     @cached_property
-    def _shifts(self) -> tuple[Shift, ...]:
+    def shifts(self) -> tuple[Shift, ...]:
+        """Three displacements of the weights along a line, each a rounding further."""
         line = along_a_line(self.run(self.whole).gradient, self.coarsest)
         return tuple(Shift(by) for by in line)
 

@@ -1,15 +1,19 @@
 """Axes that are judged by numbers: what a loop reports, and what an evaluation says."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from samestep.audit.axes import AxisResult, shape
+import torch
+
+from samestep.audit.axes import shape
 from samestep.audit.causes import Diagnosis, advice
 from samestep.audit.diagnose import diagnose_split, faulty
+from samestep.audit.noise import trembling
 from samestep.audit.objective import report_of_another
-from samestep.audit.runs import Runs, cuts
+from samestep.audit.runs import MULTIPLE, Runs, cuts
 from samestep.audit.subject import Cut
+from samestep.audit.verdict import AxisResult
 
 Numbers = Mapping[str, float]
 
@@ -48,6 +52,13 @@ def evaluation_batch(runs: Runs) -> AxisResult:
         others=[found[one] for one in sizes[1:]],
         reason=f"evaluation at batch {', '.join(map(str, sizes[1:]))} against {size}",
         diagnose=diagnose,
+        shaken=lambda key: [
+            [
+                runs.subject.evaluate(one, replace(runs.plain, shift=shift))[key]
+                for shift in (None, *runs.shifts)
+            ]
+            for one in (size, 1)
+        ],
     )
 
 
@@ -73,6 +84,10 @@ def reported(runs: Runs) -> AxisResult:
         others=list(found.values()),
         reason=f"what is reported at {', '.join(shape(cut) for cut in tried)} against the whole",
         diagnose=lambda key: _of_report(runs, tried[0], key),
+        shaken=lambda key: [
+            [runs.run(cut, shift=shift).reported[key] for shift in (None, *runs.shifts)]
+            for cut in (runs.whole, runs.singles)
+        ],
     )
     if result.verdict == "exact" and "loss" in steady:
         other = report_of_another(runs)
@@ -151,15 +166,31 @@ def _result(
     reference: Numbers,
     others: Sequence[Numbers],
     reason: str,
-    diagnose: object,
+    diagnose: Callable[[str], Diagnosis],
+    shaken: Callable[[str], Sequence[Sequence[float]]],
 ) -> AxisResult:
-    """The worst change of any number; a loss speaks before a metric."""
-    inexact = [key for key, change in changes.items() if not change <= runs.tolerance]
+    """The worst change of any number; a loss speaks before a metric.
+
+    Args:
+        name: Of the axis.
+        runs: The subject.
+        changes: The largest relative change of each number.
+        reference: The numbers of the whole batch.
+        others: Those of the other cuts.
+        reason: What was compared.
+        diagnose: Why a number changes.
+        shaken: Rows of a number's values while the weights move by roundings.
+    """
+    inexact = [
+        key
+        for key, change in changes.items()
+        if not change <= runs.tolerance
+        and not (change < ROUNDING and change <= MULTIPLE * max(map(_noise, shaken(key))))
+    ]
     losses = [key for key in inexact if _is_loss(key)]
     worst = max(losses or inexact or changes, key=lambda key: changes[key], default=None)
     if worst is None:
         return AxisResult(name, "exact", f"{reason}: nothing but counts")
-    assert callable(diagnose)
     found: Diagnosis | None = diagnose(worst) if inexact else None
     shown = ", ".join(f"{other[worst]:.6g}" for other in others if worst in other)
     evidence = f"{worst}: {reference[worst]:.6g} against {shown}"
@@ -175,6 +206,16 @@ def _result(
         evidence=evidence if found is None else f"{evidence}; {found.evidence}",
         advice=advice(None if found is None else found.cause),
     )
+
+
+ROUNDING = 1e-6
+"""Relative change up to which a number may be one that cancels almost to nothing, whose own
+rounding is then measured before it is judged."""
+
+
+def _noise(values: Sequence[float]) -> float:
+    """How a number trembles, relative."""
+    return trembling([{"": torch.tensor([one], dtype=torch.float64)} for one in values])
 
 
 def _is_loss(key: str) -> bool:

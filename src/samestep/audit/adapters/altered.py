@@ -5,12 +5,20 @@ from typing import Any
 
 from torch import Tensor
 
-from samestep.audit.batches import Place, add_padding, alter, cast, mask_targets
+from samestep.audit.batches import Padding, Place, add_padding, alter, cast, mask_targets
 from samestep.audit.subject import Setting
 from samestep.errors import CheckError
 
 
-def changed(batch: Any, rows: Sequence[int], setting: Setting, *, group: int, filler: int) -> Any:
+def changed(
+    batch: Any,
+    rows: Sequence[int],
+    setting: Setting,
+    *,
+    group: int,
+    padding: Padding | None,
+    filler: int,
+) -> Any:
     """A trainer's batch under a setting.
 
     Args:
@@ -18,7 +26,8 @@ def changed(batch: Any, rows: Sequence[int], setting: Setting, *, group: int, fi
         rows: The rows of the trainer's data that it holds.
         setting: The setting.
         group: Rows that are an example.
-        filler: Token id of padding, where the setting names none.
+        padding: How the collator pads, if that could be seen.
+        filler: Token id of padding, if it could not, and the setting names none.
     """
     altered = [at for at, row in enumerate(rows) if row // group in setting.altered]
     if setting.twins:
@@ -29,8 +38,9 @@ def changed(batch: Any, rows: Sequence[int], setting: Setting, *, group: int, fi
     if masked:
         batch = mask_targets(batch, _where(batch, masked, len(rows)))
     if setting.padding:
-        token = setting.filler or filler
-        batch = add_padding(batch, setting.padding, side=setting.side, filler=token)
+        fills = None if padding is None else padding.fills
+        token = setting.filler or (filler if padding is None else 0)
+        batch = add_padding(batch, setting.padding, side=setting.side, filler=token, fills=fills)
     return batch if setting.dtype is None else cast(batch, setting.dtype)
 
 

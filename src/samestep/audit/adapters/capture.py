@@ -8,23 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.overrides import TorchFunctionMode
 
 from samestep.audit.sketch import fold_of, sketched, spread
 from samestep.audit.subject import Gradient, Observation
 from samestep.audit.vectors import combine, norm
-
-DROPOUTS = (
-    functional.dropout,
-    functional.dropout1d,
-    functional.dropout2d,
-    functional.dropout3d,
-    functional.alpha_dropout,
-    functional.feature_alpha_dropout,
-    torch.dropout,
-)
 
 
 def copied(tensors: Mapping[str, Tensor], fold: int) -> Gradient:
@@ -84,22 +72,6 @@ def scaled_gradients(model: nn.Module, scale: float) -> Iterator[None]:
             handle.remove()
 
 
-class WithoutDropout(TorchFunctionMode):
-    """While it is on, no call of a dropout function drops anything."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        given = dict(kwargs or {})
-        if function in DROPOUTS:
-            return args[0] if args else given["input"]
-        if function is functional.scaled_dot_product_attention:
-            # Its fifth argument, by position or by name.
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-            given |= {} if len(args) > 4 else {"dropout_p": 0.0}
-        return function(*args, **given)
-
-
 def shift_weights(model: nn.Module, by: Gradient) -> None:
     """Add to the weights what is kept of a direction."""
     fold = fold_of(model)
@@ -137,3 +109,15 @@ def observe(
         return Observation(gradients(model), reported=reported, rounding=precision)
     rounding = precision * max(1.0, norm(before) / norm(moved))
     return Observation(moved, reported=reported, rounding=rounding)
+
+
+def numbers(reported: Any) -> dict[str, float]:
+    """What a loop returned, as numbers by name; what is not a number is left out."""
+    if reported is None:
+        return {}
+    values = reported if isinstance(reported, Mapping) else {"loss": reported}
+    return {
+        str(name): float(value.detach() if isinstance(value, Tensor) else value)
+        for name, value in values.items()
+        if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+    }

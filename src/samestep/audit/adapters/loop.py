@@ -2,38 +2,34 @@
 
 import contextlib
 import copy
-import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from samestep.audit.adapters.capture import (
-    WithoutDropout,
+    numbers,
     observe,
     optimizer_steps,
     scaled_gradients,
     shift_weights,
     weights,
 )
+from samestep.audit.adapters.determinism import WithoutDropout, seed_all, silence_dropout
 from samestep.audit.adapters.names import OPTIONAL, LoopNames, accepts
 from samestep.audit.batches import (
     add_padding,
     alter,
     cast,
-    counts_of,
-    facts_of,
-    length_of,
     mask_borders,
     mask_targets,
     padding_of,
     places,
 )
 from samestep.audit.children import alone, in_ranks
+from samestep.audit.counting import counts_of, facts_of, length_of
 from samestep.audit.subject import PLAIN, Cut, Facts, Observation, Setting
 from samestep.audit.vectors import combine, norm
 from samestep.errors import CheckError
@@ -252,32 +248,3 @@ class LoopSubject:
         with scaled_gradients(inner, setting.scale), optimizer_steps(inner) as steps, dropping:
             reported = function(model, micros, **options)
         return observe(inner, before, steps, numbers(reported))
-
-
-def seed_all(seed: int) -> None:
-    """Seed every random number generator that a loop may draw from."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-
-
-def silence_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of a model to 0, as modules and as numbers on modules."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def numbers(reported: Any) -> dict[str, float]:
-    """What a loop returned, as numbers by name; what is not a number is left out."""
-    if reported is None:
-        return {}
-    values = reported if isinstance(reported, Mapping) else {"loss": reported}
-    return {
-        str(name): float(value.detach() if isinstance(value, Tensor) else value)
-        for name, value in values.items()
-        if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
-    }

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samestep.audit.adapters.loop import numbers
+from samestep.audit.adapters.capture import numbers
 from samestep.audit.adapters.training import LEARNING_RATE, Recorder
 from samestep.audit.sketch import fold_of, sketched
 from samestep.audit.subject import Gradient, Observation

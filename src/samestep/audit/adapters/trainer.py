@@ -7,17 +7,18 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import PartialState
 from torch import Tensor
-from torch.utils.data import BatchSampler, SequentialSampler
 
-from samestep.audit.adapters.altered import changed, has_class_labels, rows_of
-from samestep.audit.adapters.capture import scaled_gradients, shift_weights, weights
-from samestep.audit.adapters.loop import PATIENCE, numbers, seed_all
+from samestep.audit.adapters.altered import changed
+from samestep.audit.adapters.capture import numbers, scaled_gradients, shift_weights, weights
+from samestep.audit.adapters.determinism import seed_all
+from samestep.audit.adapters.loop import PATIENCE
 from samestep.audit.adapters.making import check_signature, located, make, pad_id, padding_side
+from samestep.audit.adapters.rollouts import SKIPPED, Rollouts, generates
 from samestep.audit.adapters.rows import evaluation_rows, is_stream, length, of_each, restrict
 from samestep.audit.adapters.seen import measures, observed
+from samestep.audit.adapters.trainer_facts import dealt_by_loader, facts_of_labels, skipped
 from samestep.audit.adapters.training import (
     Collator,
     make_plain,
@@ -30,11 +31,11 @@ from samestep.audit.adapters.training import (
     widen,
 )
 from samestep.audit.adapters.widened import widened
-from samestep.audit.batches import counts_of
+from samestep.audit.batches import Padding, padding_of
 from samestep.audit.children import in_ranks
+from samestep.audit.counting import counts_of
 from samestep.audit.subject import PLAIN, Cut, Facts, Observation, Setting
 from samestep.errors import CheckError
-from samestep.targets import IGNORE
 
 EXAMPLES = 8
 """Examples of the effective batch, if the trainer has as many."""
@@ -65,20 +66,22 @@ class TrainerSubject:
         self.factory = factory
         self.rows = 1
         self._slowest = 0.0
+        self._padding: Padding | None = None
         trainer = self._first(name)
         kinds = f"{type(trainer).__name__}, {type(trainer.model).__name__}"
         grouped = f", {self.rows} rows an example" if self.rows > 1 else ""
         self.name = f"{name} ({kinds}{grouped})"
         self._singles = [self._batch((index,)) for index in range(self.size)]
+        self._padding = self._padding_seen()
 
     def _first(self, name: str) -> Any:
         """The first trainer; finds how few rows it takes at once, and keeps its weights.
 
         Some trainers refuse micro-batches of one row: they compare rows of one another. Then two
-        neighbouring rows, or four, are what the audit calls an example.
+        neighbouring rows, or four, or eight, are what the audit calls an example.
         """
         errors = []
-        for rows in (1, 2, 4):
+        for rows in (1, 2, 4, 8):
             self.rows = rows
             try:
                 with quiet():
@@ -89,16 +92,22 @@ class TrainerSubject:
                 errors.append(error)
             else:
                 return trainer
-        first = errors[0]
+        first, last = errors[0], errors[-1]
+        shown = [str(one) if isinstance(one, CheckError) else located(one) for one in errors]
+        also = "" if shown[-1] == shown[0] else f"; and with {rows} rows at once: {shown[-1]}"
         if isinstance(first, CheckError):
-            raise first
-        raise CheckError(f"{name} could not be run: {located(first)}") from first
+            raise CheckError(shown[0] + also) from last
+        raise CheckError(f"{name} could not be run: {shown[0]}{also}") from first
 
     def _learn(self, trainer: Any, name: str) -> None:
         """Keep of the first trainer what all runs share: its weights, its data, its habits."""
         if trainer.train_dataset is None:
             raise CheckError(f"{name}: the trainer has no train_dataset")
-        held = length(trainer.train_dataset, EXAMPLES * self.rows) // self.rows
+        self._data = trainer.train_dataset
+        self._rollouts = Rollouts(trainer, EXAMPLES * self.rows) if generates(trainer) else None
+        if self._rollouts is not None:
+            self._data = self._rollouts.data()
+        held = length(self._data, EXAMPLES * self.rows) // self.rows
         self.size = min(held, EXAMPLES) // 2 * 2  # an even number is cut into equal parts
         if self.size < 4:
             raise CheckError(
@@ -106,12 +115,20 @@ class TrainerSubject:
                 f"{4 * self.rows} or more, of different lengths"
             )
         self._initial = {key: one.detach().clone() for key, one in tensors(trainer.model).items()}
-        self._data = trainer.train_dataset
         self._even = bool(trainer.accelerator.even_batches)
-        self._stream = is_stream(trainer.train_dataset)
+        self._stream = is_stream(self._data)
         self._side = padding_side(trainer)
         self._filler = pad_id(trainer)
         self._shifts = bool(trainer._loss_shifts_labels)
+
+    def _padding_seen(self) -> Padding | None:
+        """How the trainer's own collator pads; None if it cannot be seen."""
+        facts = self.facts()
+        if facts is None or self.rows > 1 or self._rollouts is not None:
+            return None
+        by_length = sorted(range(self.size), key=lambda index: facts[index].length)
+        short, long = by_length[0], by_length[-1]
+        return padding_of(self._singles[short], self._batch((long, short)))
 
     def skips(self) -> Mapping[str, str]:
         """What a trainer, or this one's batches, cannot do."""
@@ -119,38 +136,19 @@ class TrainerSubject:
             "packing": "a trainer packs its data when it is made; compare two factories instead",
             "terms": "a trainer does not expose its loss terms",
         }
-        batch = self._batch((0, 1))
-        rows = rows_of(batch)
-        if rows is None or rows % (2 * self.rows):
-            reasons["padding"] = reasons["zero-target"] = (
-                "the collator does not give each example a row of its own"
-            )
-        if not isinstance(batch.get("input_ids"), Tensor):
-            reasons["padding"] = "batches have no 'input_ids' [rows, length]"
-        if not has_class_labels(batch):
-            reasons["zero-target"] = "batches have no integer 'labels' to mask"
-        if self._stream:
-            reasons["short-window"] = "the training data are a stream, which has no last window"
-            reasons["ranks"] = "the training data are a stream, which each rank cuts in its own way"
-        return reasons
+        if self._rollouts is not None:
+            return reasons | SKIPPED
+        return reasons | skipped(self._batch((0, 1)), self.rows, stream=self._stream)
 
     def facts(self) -> Sequence[Facts] | None:
         """From ``labels`` of each example's own batch."""
-        found = []
-        for batch in self._singles:
-            labels = batch.get("labels") if isinstance(batch, Mapping) else None
-            if not isinstance(labels, Tensor):
-                return None
-            valid = labels != IGNORE
-            shifted = valid[..., 1:] if self._shifts and labels.dim() > 1 else valid
-            ids = batch.get("input_ids")
-            tokens = ids.numel() if isinstance(ids, Tensor) else labels.numel()
-            found.append(Facts(int(shifted.sum()), int(valid.sum()), tokens))
-        return found
+        if self._rollouts is not None:
+            return self._rollouts.facts()
+        return facts_of_labels(self._singles, shifts=self._shifts)
 
     def padding_sides(self) -> tuple[Literal["right", "left"], ...]:
-        """The side that the trainer's own tokenizer pads."""
-        return (self._side,)
+        """The side that the trainer's own collator pads, or else its tokenizer."""
+        return (self._side if self._padding is None else self._padding.side,)
 
     def counts(
         self, micro: tuple[int, ...], setting: Setting = PLAIN
@@ -184,12 +182,9 @@ class TrainerSubject:
 
     def sharded(self, examples: int, world: int) -> Sequence[tuple[int, ...]] | None:
         """As the trainer's own data loader deals one micro-batch to each rank."""
-        size = -(-examples // world)
-        batches = BatchSampler(SequentialSampler(range(examples)), size, drop_last=False)
-        return [
-            tuple(next(iter(BatchSamplerShard(batches, world, rank, even_batches=self._even))))
-            for rank in range(world)
-        ]
+        if self._rollouts is not None:
+            return None  # a generation is always cut into equal parts
+        return dealt_by_loader(examples, world, even=self._even)
 
     def evaluate(
         self, batch_size: int, setting: Setting = PLAIN, examples: Sequence[int] | None = None
@@ -267,8 +262,20 @@ class TrainerSubject:
             trainer.eval_dataset = evaluation_rows(trainer, self.size * self.rows)
             trainer.train_dataset = restrict(self._data, dealt or order)
 
+            if self._rollouts is not None:
+                self._rollouts.feed(trainer, accumulation)
+
             def change(batch: Any, rows: Sequence[int]) -> Any:
-                return changed(batch, rows, setting, group=self.rows, filler=self._filler)
+                if self._rollouts is not None:
+                    batch = self._rollouts.batch(rows, dealt or order)
+                return changed(
+                    batch,
+                    rows,
+                    setting,
+                    group=self.rows,
+                    padding=self._padding,
+                    filler=self._filler,
+                )
 
             trainer.data_collator = Collator(trainer.data_collator, change, order)
             sequential(trainer)
