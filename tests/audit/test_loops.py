@@ -124,6 +124,13 @@ def sign_descent(model: nn.Module, micros: list[Any]) -> None:
             weight -= 0.01 * weight.grad / weight.grad.norm().clamp_min(1e-30)
 
 
+def its_own_teacher(model: nn.Module, micros: list[Any]) -> None:
+    for micro in micros:
+        logits = model(micro["input_ids"])
+        teacher = logits.detach().softmax(-1)
+        functional.kl_div(logits.log_softmax(-1), teacher, reduction="sum").backward()
+
+
 def subject(loop: Callable[..., Any], *, seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randperm(20, generator=generator)[:8] + 3
@@ -176,3 +183,8 @@ def test_an_update_that_hides_the_scale_is_not_passed() -> None:
     names = {**subject(sign_descent, seed=0), "examples": [torch.arange(3, 9)] * 4}
     with pytest.raises(CheckError, match="hides wrong scales"):
         check(names)
+
+
+def test_a_gradient_of_nothing_but_rounding_is_not_passed() -> None:
+    with pytest.raises(CheckError, match="lost in rounding"):
+        check(subject(its_own_teacher, seed=0))

@@ -16,6 +16,9 @@ from samestep.errors import CheckError
 MULTIPLE = 10.0
 """How many noise floors a difference may be and still be exact."""
 
+BLIND = 0.5
+"""Tolerance from which on nothing could be told apart."""
+
 SMALL = 2.0**-14
 """Scale at which no gradient is large enough to be clipped; a power of two, so nothing rounds."""
 
@@ -60,6 +63,12 @@ class Runs:
                     "weight of the model that it was given"
                 )
             runs.coarsest = max(_coarsest(runs), torch.finfo(torch.float64).eps)
+            if runs.tolerance > BLIND:
+                raise CheckError(
+                    f"{subject.name}: the gradient is lost in rounding (noise floor {runs.floor:.0e} "
+                    "of it): at these weights there is nothing to learn, as where a teacher is the "
+                    "student. Start from other weights or rows"
+                )
             return runs
         raise CheckError(
             f"{subject.name} could not be run: {type(errors[0]).__name__}: {errors[0]}"
