@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from experts import experts_folder
 from objective_rows import ROWS, write_rows_of
 from runs import llama_folder, read_lines
 
@@ -24,8 +25,9 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[s
     Path("my_objective.py").write_text(
         "import samestep\n\nloss = samestep.CausalLMLoss()\n", encoding="utf-8"
     )
+    folder = experts_folder if any(key.startswith("router") for key in config) else llama_folder
     tiny = {
-        "model": str(llama_folder(tmp_path / "tiny")),
+        "model": str(folder(tmp_path / "tiny")),
         "data": write_rows_of(config["objective"], tmp_path / "rows.jsonl", 8),
         "out": "out",
         "steps": 1,

@@ -13,8 +13,11 @@ from samestep.models.gguf import model_folder
 
 log = logging.getLogger("samestep")
 
-ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-"""What configs call the dropout of attention probabilities."""
+LOOSE_NOISE = (
+    *("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"),
+    "router_jitter_noise",
+)
+"""What configs call randomness that cannot be tied to examples."""
 
 NEW_HEADS = (
     "AutoModel",
@@ -80,7 +83,8 @@ def load_model(
     """A model of transformers, its attention dropout off.
 
     Dropout of attention probabilities happens inside fused kernels, where random numbers cannot be
-    tied to examples; it would make the step depend on the split. The other kinds stay.
+    tied to examples; it would make the step depend on the split. So does the jitter of routers. The
+    other kinds of dropout stay.
 
     Args:
         source: What `resolve` gave.
@@ -104,7 +108,7 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options, **(settings or {}))
-        for name in ATTENTION_DROPOUT:
+        for name in LOOSE_NOISE:
             if config.to_dict().get(name):
                 setattr(config, name, 0.0)
         torch.manual_seed(seed)
@@ -120,6 +124,8 @@ def load_model(
                 **options,
             )
             _check_complete(source, model, loading["missing_keys"], auto_class in NEW_HEADS)
+        if dtype == torch.float64:
+            model.set_experts_implementation("eager")  # PyTorch's grouped products lack float64
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"model: {source} could not be loaded: {_first_line(error)}. It takes a folder with "

@@ -134,7 +134,7 @@ def _step(run: Run, config: TrainConfig, plan: StepPlan, *, lr: float) -> StepRe
         return run.objective.loss_fn(model, micro)
 
     set_learning_rate(run.optimizer, lr)
-    return step(
+    report = step(
         run.model,
         run.optimizer,
         run.micro_batches(plan.examples, plan.step),
@@ -142,6 +142,9 @@ def _step(run: Run, config: TrainConfig, plan: StepPlan, *, lr: float) -> StepRe
         max_grad_norm=config.max_grad_norm,
         counters=run.objective.counters,
     )
+    if run.objective.after_step is not None:
+        run.objective.after_step(run.model, report.skipped is None)
+    return report
 
 
 def _evaluate(run: Run) -> EvalReport:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from samestep.errors import ConfigError
 from samestep.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -25,6 +26,14 @@ class CausalLMConfig(TrainConfig):
     """Share of the target probability that is spread over the vocabulary."""
     z_loss: float = Field(default=0.0, ge=0)
     """Factor of the squared logsumexp."""
+    router_loss: Literal["window", "sequence"] | None = None
+    """Mixtures of experts: equal loads over the whole batch, or within each sequence."""
+    router_loss_weight: float = Field(default=0.001, gt=0)
+    """Weight of the router loss."""
+    router_z_loss: float = Field(default=0.0, ge=0)
+    """Factor of the squared logsumexp of router logits."""
+    router_bias_rate: float = Field(default=0.0, ge=0)
+    """Step of the experts' biases against their loads, after each step of training."""
 
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of text, prompt and completion, messages, or token ids."""
@@ -45,22 +54,49 @@ class CausalLMConfig(TrainConfig):
         )
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
-        """Cross entropy, normalised as asked."""
+        """Cross entropy, normalised as asked, and what was asked of the routers."""
         from samestep.causal_lm import CausalLMLoss
         from samestep.objective import Objective
         from samestep.terms import constant
 
         normalize = self.normalize
-        return Objective(
-            CausalLMLoss(
-                normalize=constant(normalize) if isinstance(normalize, float) else normalize,
-                label_smoothing=self.label_smoothing,
-                z_loss=self.z_loss,
+        loss = CausalLMLoss(
+            normalize=constant(normalize) if isinstance(normalize, float) else normalize,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+        )
+        if self.router_loss is None and not self.router_z_loss and not self.router_bias_rate:
+            return Objective(loss)
+        return self._with_routers(loss, model)
+
+    def _with_routers(self, loss: Any, model: Any) -> "Objective":
+        from samestep.models.routers import router_biases, routers
+        from samestep.objective import Objective
+        from samestep.objectives.routers import COUNTERS, RouterBias, RouterLosses
+        from samestep.two_pass import TwoPass
+
+        if not routers(model):
+            raise ConfigError(f"router settings: {type(model).__name__} has no routers")
+        if self.router_bias_rate and len(router_biases(model)) < len(routers(model)):
+            raise ConfigError(
+                f"router_bias_rate: the routers of {type(model).__name__} have no bias to move; "
+                "use router_loss"
             )
+        bias = RouterBias(self.router_bias_rate) if self.router_bias_rate else None
+        both = RouterLosses(
+            loss, self.router_loss, self.router_loss_weight, self.router_z_loss, bias
+        )
+        return Objective(
+            TwoPass(both) if self.router_loss == "window" else both,
+            COUNTERS if self.router_z_loss else {},
+            after_step=None if bias is None else bias.after_step,
         )
 
     def problems(self) -> list[str]:
-        """A constant that cannot divide."""
+        """A constant that cannot divide, and what adapters cannot hold."""
+        found = []
         if isinstance(self.normalize, float) and not 0 < self.normalize < float("inf"):
-            return [f"normalize: a constant must be above 0, not {self.normalize}"]
-        return []
+            found.append(f"normalize: a constant must be above 0, not {self.normalize}")
+        if self.router_bias_rate and self.lora_rank is not None:
+            found.append("router_bias_rate: adapters do not hold the biases; leave lora_rank out")
+        return found
