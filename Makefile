@@ -9,11 +9,12 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test lint unit slow demo bench format clean
+.PHONY: help setup test lint unit slow demo bench study studies study-smollm2 format clean
 
 help:
 	@echo "make demo    fine-tune a real 135 M-parameter model and prove the step (5 minutes)"
 	@echo "make test    lint, types, and every test, the slow ones too"
+	@echo "make study   compare 32 x 1 with 1 x 32, exact and wrong, in a page (3 minutes)"
 	@echo "make bench   compare speed and memory with TRL (20 minutes)"
 	@echo "make format  put the code in its standard form"
 
@@ -45,6 +46,17 @@ demo: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+study: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m samestep study studies/quick.yaml --out runs/study --jobs 2
+
+# The studies whose results stand in docs/studies: 15 minutes, and 40.
+studies: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m samestep study studies/accumulation-llama.yaml --out runs/accumulation-llama --jobs 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m samestep study studies/accumulation-qwen2.yaml --out runs/accumulation-qwen2 --jobs 2
+
+study-smollm2: $(READY)
+	$(BIN)/python -m samestep study studies/accumulation.yaml --out runs/accumulation --model "$$($(BIN)/python studies/packaged_model.py)"
 
 format: $(READY)
 	$(BIN)/ruff check --fix

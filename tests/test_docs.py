@@ -8,7 +8,7 @@ import pytest
 import yaml
 from experts import experts_folder
 from objective_rows import ROWS, write_rows_of
-from runs import llama_folder, read_lines
+from runs import bert_folder, llama_folder, read_lines
 
 from samestep.train.arguments import read_config
 from samestep.train.trainer import train
@@ -19,15 +19,20 @@ CONFIGS: list[dict[str, Any]] = [
 ]
 
 
+def tiny_model(folder: Path, name: str) -> Path:
+    """A tiny model of the same kind."""
+    kinds = {"bert": bert_folder, "Qwen3-30B-A3B": experts_folder}
+    return next((make for kind, make in kinds.items() if kind in name), llama_folder)(folder)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config["objective"])
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my_objective.py").write_text(
         "import samestep\n\nloss = samestep.CausalLMLoss()\n", encoding="utf-8"
     )
-    folder = experts_folder if any(key.startswith("router") for key in config) else llama_folder
     tiny = {
-        "model": str(folder(tmp_path / "tiny")),
+        "model": str(tiny_model(tmp_path / "tiny", config["model"])),
         "data": write_rows_of(config["objective"], tmp_path / "rows.jsonl", 8),
         "out": "out",
         "steps": 1,

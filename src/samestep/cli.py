@@ -17,6 +17,8 @@ Training steps that do not depend on how the batch was split.
 commands:
   train [RUN.YAML] [--FIELD VALUE ...]   fine-tune a language model
   check FILE.py[:NAME]                   audit a training loop and name the cause
+  study [STUDY.YAML] --out DIR           compare batch configurations and draw a report
+  report DIR                             draw a study's report again
 
 options:
   -h, --help     this text; `samestep train --help` lists the fields of a command
@@ -75,6 +77,14 @@ def _run(command: str, arguments: list[str]) -> int:
         from samestep.audit.command import run
 
         return run(arguments)
-    near = difflib.get_close_matches(command, ["train", "check"], n=1)
+    if command == "study":
+        from samestep.study.command import run
+
+        return run(arguments)
+    if command == "report":
+        from samestep.study.command import report
+
+        return report(arguments)
+    near = difflib.get_close_matches(command, ["train", "check", "study", "report"], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"there is no command {command!r}{hint} (`samestep --help` lists them)")

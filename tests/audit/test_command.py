@@ -33,5 +33,7 @@ def test_what_cannot_be_run_ends_with_2(
     file = tmp_path / "loop.py"
     if text is not None:
         file.write_text(text, encoding="utf-8")
-    assert main(["check", str(file), "--timeout", "12"]) == 2
+    # Only what hangs is timed: a busy machine may take long to start.
+    timed = ["--timeout", "3"] if message == "stopped after" else []
+    assert main(["check", str(file), *timed]) == 2
     assert message in capsys.readouterr().err

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import models_and_batches
 import other_losses
 import token_loops
 from kit import Case
@@ -22,7 +23,11 @@ from rich.table import Table
 from samestep.audit.api import check
 from samestep.audit.check import CheckReport
 
-FAMILIES = {"token loops": token_loops.CASES, "other losses": other_losses.CASES}
+FAMILIES = {
+    "token loops": token_loops.CASES,
+    "other losses": other_losses.CASES,
+    "models and batches": models_and_batches.CASES,
+}
 FINAL_SEEDS = (100, 101, 102)
 """Not used while developing, and of other numbers of examples and lengths than seeds below 100."""
 

@@ -24,12 +24,45 @@ def pair(draw: random.Random) -> dict[str, Any]:
     return {"prompt": row["prompt"], "chosen": chosen, "rejected": bad}
 
 
+def sum_class(draw: random.Random) -> dict[str, Any]:
+    """The class is told by the words, not by the length."""
+    kind = draw.choice(["forks", "euros", "treats"])
+    text = f"She had {draw.randint(1, 99)} {kind}" + " and more" * draw.randint(0, 5)
+    return {"text": text, "label": kind}
+
+
+def size(draw: random.Random) -> dict[str, Any]:
+    """The number is that of a word's repetitions."""
+    number = draw.randint(0, 4)
+    return {"text": "many" + " forks" * number + "." * draw.randint(1, 5), "label": number / 2}
+
+
+def tagged(draw: random.Random) -> dict[str, Any]:
+    """Numbers are tagged as such, some words as nothing."""
+    words = draw.choices(["forks", "the", "475", "16", "friends"], k=draw.randint(2, 9))
+    kinds = {"the": None, "475": "number", "16": "number"}
+    return {"tokens": words, "tags": [kinds.get(word, "word") for word in words]}
+
+
+def asked(draw: random.Random) -> dict[str, Any]:
+    """The answer is the number in the context."""
+    number = str(draw.randint(10, 99))
+    context = "more " * draw.randint(0, 4) + number + " forks" * draw.randint(1, 3)
+    answers = {"text": [number], "answer_start": [context.index(number)]}
+    return {"question": "How many?", "context": context, "answers": answers}
+
+
 ROWS: dict[str, Rows] = {
     "causal_lm": completion,
     "dpo": pair,
     "simpo": pair,
     "cpo": pair,
     "orpo": pair,
+    "reward": pair,
+    "classification": sum_class,
+    "regression": size,
+    "token_classification": tagged,
+    "question_answering": asked,
 }
 """A maker of rows for each objective."""
 

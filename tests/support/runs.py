@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from tiny import tiny_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from samestep.train.config import TrainConfig, checked
 from samestep.train.objectives import config_class
@@ -44,6 +51,24 @@ def gpt2_folder(folder: Path) -> Path:
         vocab_size=size, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=3
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def bert_folder(folder: Path) -> Path:
+    """A folder with a two-layer BERT for masked language modelling, and its tokenizer."""
+    tokenizer = tiny_tokenizer(chat=True)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        pad_token_id=1,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -249,12 +249,19 @@ def dropout(runs: Runs) -> AxisResult:
     seen = compare(
         runs.run(cut, dropout=True).gradient, runs.run(runs.whole, dropout=True).gradient
     )
+
+    def diagnose() -> Diagnosis:
+        moved = compare(runs.run(cut, dropout=True).gradient, runs.run(cut).gradient)
+        if moved.relative_difference <= runs.tolerance:
+            return diagnose_split(runs, cut)  # there is no dropout: the same cause as without
+        return Diagnosis("rng", seen.relative_difference, "the masks follow the split")
+
     return judge(
         "dropout",
         runs,
         seen,
         reason=f"{shape(cut)} against the whole with dropout on, same seed",
-        diagnose=lambda: Diagnosis("rng", seen.relative_difference, "the masks follow the split"),
+        diagnose=diagnose,
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from samestep.audit.subject import Facts
+from samestep.errors import CheckError
 from samestep.targets import IGNORE
 
 
@@ -79,7 +80,7 @@ def places(batch: Any, lengths: Sequence[int]) -> list[Place]:
         lengths: Of each example by itself.
 
     Raises:
-        ValueError: Neither a row each, nor all side by side in one row.
+        CheckError: Neither a row each, nor all side by side in one row.
     """
     _, tensor = _tensors(batch)[0] if not _has(batch, "input_ids") else ("", batch["input_ids"])
     if tensor.shape[0] == len(lengths):
@@ -87,14 +88,14 @@ def places(batch: Any, lengths: Sequence[int]) -> list[Place]:
     if tensor.dim() > 1 and tensor.shape[0] == 1 and tensor.shape[1] == sum(lengths):
         ends = list(itertools.accumulate(lengths))
         return [(0, slice(end - one, end)) for end, one in zip(ends, lengths, strict=True)]
-    raise ValueError("the examples of this batch cannot be told apart")
+    raise CheckError("the examples of this batch cannot be told apart")
 
 
 def mask_targets(batch: Any, where: Sequence[Place]) -> Any:
     """A batch in which some examples have no target."""
     labels = batch["labels"].clone()
     if labels.is_floating_point():
-        raise ValueError("labels that are no classes cannot be masked")
+        raise CheckError("labels that are no classes cannot be masked")
     for place in where:
         labels[place] = IGNORE
     return {**batch, "labels": labels}
@@ -114,11 +115,11 @@ def alter(batch: Any, where: Sequence[Place]) -> Any:
     The inputs are ``input_ids``, or else the first tensor of the batch.
 
     Raises:
-        ValueError: There is no tensor.
+        CheckError: There is no tensor.
     """
     tensors = _tensors(batch)
     if not tensors:
-        raise ValueError("a batch without tensors cannot be altered")
+        raise CheckError("a batch without tensors cannot be altered")
     key, inputs = ("input_ids", batch["input_ids"]) if _has(batch, "input_ids") else tensors[0]
     changed = inputs.clone()
     for place in where:

@@ -111,6 +111,8 @@ def _run_axis(name: str, runs: Runs) -> AxisResult:
         return AxisResult(name, "skipped", reason)
     try:
         return AXES[name](runs)
+    except CheckError as error:
+        return AxisResult(name, "skipped", str(error))
     except Exception as error:  # the subject ran plain, but not under this axis
         return AxisResult(name, "skipped", f"the subject failed: {type(error).__name__}: {error}")
 

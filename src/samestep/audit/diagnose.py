@@ -104,6 +104,11 @@ def _checked(
         inner = _inside(runs, cut, case, **changes)
         if inner is not None:
             return inner
+    if law.cause == "example-weighted":
+        # The unit of the whole may be no count but a size of the micro-batch as a whole.
+        apart = coupled(runs, cut, **changes)
+        if apart is not None and apart > case.close:
+            return Diagnosis("batch-coupled-term", apart, evidence)
     return Diagnosis(law.cause, residual, evidence)
 
 

@@ -70,9 +70,8 @@ def case_of(runs: Runs, cut: Cut, **changes: object) -> Case:
     return Case(
         split=runs.gradient(cut, **changes),
         whole=runs.gradient((everything,), **changes),
-        # A loop need not know what to do with no target at all: alone it adds nothing.
         alone=[
-            runs.gradient((micro,), **changes) if targets is None or targets[at] else {}
+            _alone(runs, micro, empty=targets is not None and not targets[at], **changes)
             for at, micro in enumerate(cut)
         ],
         examples=[len(micro) for micro in cut],
@@ -80,6 +79,18 @@ def case_of(runs: Runs, cut: Cut, **changes: object) -> Case:
         counts=[runs.counts(micro, **changes) for micro in (*cut, everything)],
         close=closeness(runs),
     )
+
+
+def _alone(runs: Runs, micro: tuple[int, ...], *, empty: bool, **changes: object) -> Gradient:
+    """The gradient of a micro-batch; nothing of one without targets that cannot be run alone."""
+    try:
+        found = runs.gradient((micro,), **changes)
+    except Exception:  # the subject's code: it need not know what to do without any target
+        if not empty:
+            raise
+        return {}
+    finite = all(bool(tensor.isfinite().all()) for tensor in found.values())
+    return {} if empty and not finite else found
 
 
 def laws(case: Case) -> Iterator[Law]:

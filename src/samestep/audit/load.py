@@ -1,8 +1,10 @@
 """From what the user has, a file or an object, to a subject."""
 
+import functools
 import importlib.util
 import inspect
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +18,8 @@ def load_subject(reference: str) -> Subject:
     """The subject in a Python file.
 
     Args:
-        reference: ``FILE.py`` (its own names are the custom loop), or ``FILE.py:NAME`` for a
-            class or an object in it.
+        reference: ``FILE.py`` (its own names are the custom loop, or ``make_trainer``), or
+            ``FILE.py:NAME`` for a class, a factory of trainers or another object in it.
 
     Returns:
         The subject.
@@ -40,8 +42,8 @@ def as_subject(source: Any, *, name: str | None = None) -> Subject:
     """A subject of an object.
 
     Args:
-        source: A module, class, instance or mapping with the names of a custom
-            loop, or a subject.
+        source: A module, class, instance or mapping with the names of a custom loop or with
+            ``make_trainer``; such a factory itself; or a subject.
         name: For the report.
 
     Returns:
@@ -56,7 +58,27 @@ def as_subject(source: Any, *, name: str | None = None) -> Subject:
     if isinstance(source, Subject):
         found: Subject = source
         return found
+    factory = _factory(source)
+    if factory is not None:
+        return _trainer(factory, name=label)
     return LoopSubject(LoopNames.of(source), name=label)
+
+
+def _factory(source: Any) -> Callable[..., Any] | None:
+    """The factory of trainers that an object is, or has under the name ``make_trainer``."""
+    if inspect.isroutine(source) or isinstance(source, functools.partial):
+        found: Callable[..., Any] = source
+        return found
+    if isinstance(source, Mapping):
+        return source.get("make_trainer")
+    return getattr(source, "make_trainer", None)
+
+
+def _trainer(factory: Callable[..., Any], *, name: str) -> Subject:
+    # Imports the trainers' libraries, which other subjects do not need.
+    from samestep.audit.adapters.trainer import TrainerSubject
+
+    return TrainerSubject(factory, name=name)
 
 
 def _import(path: Path) -> ModuleType:

@@ -14,6 +14,9 @@ from samestep.data.collate import Padding, collate
 from samestep.data.examples import Example, Examples
 from samestep.targets import IGNORE, spans
 
+MODEL_INPUTS = ("token_type_ids",)
+"""Token fields that are inputs of the model."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Record:
@@ -153,7 +156,10 @@ def collate_records(
     }
     for name in records[0].token_fields:
         parts = [part for record in records for part in record.token_fields[name]]
-        fields[name] = _laid_out(parts, micro)
+        if name in MODEL_INPUTS:
+            micro[name] = _laid_out(parts, micro).clamp(min=0)
+        else:
+            fields[name] = _laid_out(parts, micro)
     return {**micro, "fields": fields} if fields else micro
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from samestep.products import add_product_, product
+
 
 class HeadGradients:
     """Gradients of hidden states, weight and bias of a linear head, added up over chunks.
@@ -37,12 +39,12 @@ class HeadGradients:
         # A row's factor is cheaper on its hidden state than on its logits.
         column = None if scale is None else scale[:, None].to(hidden.dtype)
         if self.hidden is not None:
-            product = slope @ weight
-            self.hidden[rows] = product if column is None else product * column
+            states = product(slope, weight)
+            self.hidden[rows] = states if column is None else states * column
         if self.weight is not None:
             states = hidden[rows] if column is None else hidden[rows] * column
             if self.weight.dtype == states.dtype:
-                self.weight.addmm_(slope.t(), states)
+                add_product_(self.weight, slope.t(), states)
             else:
                 self.weight += _wide_product(slope.t(), states, self.weight.dtype)
         if self.bias is not None:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from samestep.losses.head_gradients import HeadGradients
 from samestep.losses.linear_cross_entropy import CHUNK_ELEMENTS
+from samestep.products import product
 from samestep.targets import IGNORE
 
 
@@ -118,7 +119,7 @@ class _LinearLikelihoods(torch.autograd.Function):
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, wide: torch.dtype
 ) -> Tensor:
-    logits = (hidden @ weight.t()).to(wide)
+    logits = product(hidden, weight.t()).to(wide)
     if bias is not None:
         logits += bias
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

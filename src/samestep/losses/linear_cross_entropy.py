@@ -5,6 +5,7 @@ Rows are taken a chunk at a time. Where gradients are wanted they are computed i
 longer than its chunk. Rows that are not targets are never multiplied.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from samestep.losses.head_gradients import HeadGradients
+from samestep.products import product
 from samestep.targets import IGNORE
 
 CHUNK_ELEMENTS = 2**24
@@ -117,20 +119,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         options: _Options,
     ) -> tuple[Tensor, ...]:
         """Sums, and the gradients of the first one for a unit incoming gradient."""
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad, wide)
-        sums = torch.zeros(4, dtype=wide, device=hidden.device)
-        for start in range(0, len(hidden), options.chunk):
-            rows = slice(start, start + options.chunk)
-            scale = None if target_weights is None else target_weights[rows]
-            logits = (hidden[rows] @ weight.t()).to(wide)
-            if bias is not None:
-                logits += bias
-            found, slope = _chunk(logits, targets[rows], scale, options)
-            sums += found
-            if options.gradients:
-                gradients.add(rows, slope.to(hidden.dtype), scale)
-        ctx.save_for_backward(*gradients.finished())
+        sums, gradients = _pass(
+            hidden,
+            weight,
+            bias,
+            targets,
+            target_weights,
+            options=options,
+            needed=ctx.needs_input_grad if options.gradients else (False, False, False),
+        )
+        ctx.save_for_backward(hidden, weight, bias, targets, target_weights)
+        ctx.gradients, ctx.options = gradients, options
         results = tuple(sums.clone().unbind())
         ctx.mark_non_differentiable(*results[1:])
         return results
@@ -138,11 +137,44 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """The kept gradients times the incoming one."""
-        scaled = [
-            None if kept is None else kept * incoming.to(kept.dtype) for kept in ctx.saved_tensors
-        ]
+        """The kept gradients times the incoming one, handed over without a copy.
+
+        A second backward through the same graph computes them anew.
+        """
+        kept, ctx.gradients = ctx.gradients, None
+        if kept is None:
+            needed = ctx.needs_input_grad
+            kept = _pass(*ctx.saved_tensors, options=ctx.options, needed=needed)[1]
+        factor = incoming.to(ctx.saved_tensors[0].dtype)
+        scaled = [None if gradient is None else gradient.mul_(factor) for gradient in kept]
         return (*scaled, None, None, None)
+
+
+def _pass(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    target_weights: Tensor | None,
+    *,
+    options: _Options,
+    needed: Sequence[bool],
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The four sums, and the gradients of the first that are needed."""
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    gradients = HeadGradients(hidden, weight, bias, needed, wide)
+    sums = torch.zeros(4, dtype=wide, device=hidden.device)
+    for start in range(0, len(hidden), options.chunk):
+        rows = slice(start, start + options.chunk)
+        scale = None if target_weights is None else target_weights[rows]
+        logits = product(hidden[rows], weight.t()).to(wide)
+        if bias is not None:
+            logits += bias
+        found, slope = _chunk(logits, targets[rows], scale, options)
+        sums += found
+        if any(needed):
+            gradients.add(rows, slope.to(hidden.dtype), scale)
+    return sums, gradients.finished()
 
 
 def _chunk(

@@ -6,7 +6,7 @@ step stays a function of the effective batch, a resumed run needs no generator s
 checkpointing draws the same mask again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,20 +28,25 @@ class ExampleDropout(nn.Module):
         self.sequences: list[tuple[tuple[int, ...], int, slice]] = []
 
     def forward(self, states: Tensor) -> Tensor:
-        """Drop elements of states [rows, length, ...]; none in eval mode."""
+        """Drop elements of states [rows, length, ...] or [sequences, width]; none in eval mode."""
         if not self.training:
             return states
+        if states.dim() == 2 and len(states) == len(self.sequences):
+            return self._drop(states, [(key, at) for at, (key, _, _) in enumerate(self.sequences)])
         if states.shape[:2] != self.shape:
             raise ConfigError(
                 f"dropout saw {tuple(states.shape)} in a micro-batch of {self.shape} tokens: it "
                 "cannot tell the examples apart, so the step would depend on the split. Set this "
                 "model's dropout to 0"
             )
+        return self._drop(states, [(key, (row, span)) for key, row, span in self.sequences])
+
+    def _drop(self, states: Tensor, places: Sequence[tuple[tuple[int, ...], Any]]) -> Tensor:
         keep = torch.zeros_like(states)
-        for key, row, span in self.sequences:
+        for key, place in places:
             seed = np.random.SeedSequence([*key, self.layer]).generate_state(1, np.uint64)[0]
             generator = torch.Generator(states.device).manual_seed(int(seed >> np.uint64(1)))
-            keep[row, span].bernoulli_(1 - self.p, generator=generator)
+            keep[place] = keep[place].bernoulli_(1 - self.p, generator=generator)
         return states * keep / (1 - self.p)
 
 

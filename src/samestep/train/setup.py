@@ -11,6 +11,7 @@ from samestep.data.plan import cut_epoch, order
 from samestep.data.records import Records
 from samestep.errors import ConfigError
 from samestep.models.dropout import replace_dropout
+from samestep.models.linear import speed_up_linear
 from samestep.models.load import load_tokenizer, resolve
 from samestep.models.lora import add_lora
 from samestep.models.packing import choose_padding
@@ -87,6 +88,7 @@ def set_up(config: TrainConfig) -> Run:
             task=config.task,
         )
     replace_dropout(model)
+    speed_up_linear(model)
     model = model.to(device)
     padding = choose_padding(model, config.padding, config.outputs)
     if config.gradient_checkpointing:

@@ -148,6 +148,8 @@ class LoopSubject:
         singles = [loop.collate([example]) for example in loop.examples]
         self._facts = facts_of(singles)
         self._lengths = [length_of(single) for single in singles]
+        by_length = sorted(range(self.size), key=lambda index: self._lengths[index])
+        self._unequal = (by_length[-1], by_length[0])
 
     def facts(self) -> Sequence[Facts] | None:
         """From ``labels`` of each example's own batch."""
@@ -167,7 +169,7 @@ class LoopSubject:
             reasons["terms"] = f"the subject has no {OPTIONAL['terms']}"
         if self._facts is None or loop.collate([loop.examples[0]])["labels"].is_floating_point():
             reasons["zero-target"] = "batches have no tensor 'labels' of classes"
-        if not _has_rows_of_labels(loop.collate([loop.examples[0]])):
+        if not _has_rows_of_labels(self._batch(self._unequal, PLAIN)):
             reasons["padding"] = "batches have no 'input_ids' and 'labels' [rows, length]"
         function = loop.step or loop.train
         if function is not None and not accepts(function, "accumulation"):
@@ -218,10 +220,8 @@ class LoopSubject:
 
     def padding_sides(self) -> tuple[Literal["right", "left"], ...]:
         """The one on which the subject's own collator pads."""
-        by_length = sorted(range(self.size), key=lambda index: self._lengths[index])
-        short, long = by_length[0], by_length[-1]
-        pair = self._batch((long, short), PLAIN)
-        return (own_side(self._batch((short,), PLAIN), pair),)
+        pair = self._batch(self._unequal, PLAIN)
+        return (own_side(self._batch(self._unequal[1:], PLAIN), pair),)
 
     def counts(
         self, micro: tuple[int, ...], setting: Setting = PLAIN
@@ -343,10 +343,16 @@ def silence_dropout(model: nn.Module) -> None:
 
 
 def _has_rows_of_labels(batch: Any) -> bool:
+    """Whether the batch of two examples is padded rows of tokens, each with a label."""
     if not isinstance(batch, Mapping):
         return False
     ids, labels = batch.get("input_ids"), batch.get("labels")
-    return isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.shape == labels.shape
+    return (
+        isinstance(ids, Tensor)
+        and isinstance(labels, Tensor)
+        and ids.shape == labels.shape
+        and len(ids) == 2
+    )
 
 
 def numbers(reported: Any) -> dict[str, float]:

@@ -12,6 +12,11 @@ HOME = {
     "simpo": "preference:SimPOConfig",
     "cpo": "preference:CPOConfig",
     "orpo": "preference:ORPOConfig",
+    "reward": "classification:RewardConfig",
+    "classification": "classification:ClassificationConfig",
+    "regression": "classification:RegressionConfig",
+    "token_classification": "classification:TokenClassificationConfig",
+    "question_answering": "classification:QuestionAnsweringConfig",
 }
 """Where the settings of each objective are defined, beside this file."""
 

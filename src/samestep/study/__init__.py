@@ -1,0 +1,1 @@
+"""`samestep study`: batch configurations side by side, measured by one yardstick."""
