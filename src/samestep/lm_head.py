@@ -18,7 +18,7 @@ from samestep.losses.likelihood import (
 )
 from samestep.losses.linear_cross_entropy import CrossEntropySums, linear_cross_entropy
 
-NOT_FOR_THE_MODEL = ("labels", "example_ids", "example_weights", "fields")
+NOT_FOR_THE_MODEL = ("labels", "example_ids", "example_weights", "fields", "mismatched")
 """What a micro-batch holds beside the model's inputs."""
 
 

@@ -24,6 +24,13 @@ def pair(draw: random.Random) -> dict[str, Any]:
     return {"prompt": row["prompt"], "chosen": chosen, "rejected": bad}
 
 
+def judged(draw: random.Random) -> dict[str, Any]:
+    """One side of a pair, and which it was."""
+    row, good = pair(draw), draw.random() < 0.5
+    completion = row["chosen"] if good else row["rejected"]
+    return {"prompt": row["prompt"], "completion": completion, "label": good}
+
+
 def sum_class(draw: random.Random) -> dict[str, Any]:
     """The class is told by the words, not by the length."""
     kind = draw.choice(["forks", "euros", "treats"])
@@ -58,6 +65,7 @@ ROWS: dict[str, Rows] = {
     "simpo": pair,
     "cpo": pair,
     "orpo": pair,
+    "kto": judged,
     "reward": pair,
     "classification": sum_class,
     "regression": size,

@@ -180,7 +180,9 @@ def unpaired_loss(
         [examples].
     """
     gain = torch.where(is_desirable, ratios - reference_point, reference_point - ratios)
-    weight = torch.where(is_desirable, desirable_weight, undesirable_weight).to(ratios)
+    # Not where(..., 0.7, ...): numbers alone would make it float32.
+    up, down = ratios.new_tensor(desirable_weight), ratios.new_tensor(undesirable_weight)
+    weight = torch.where(is_desirable, up, down)
     return weight * (1 - torch.sigmoid(beta * gain))
 
 

@@ -68,18 +68,18 @@ class Reference:
         """Log likelihood of each sequence's targets under the reference [sequences]."""
         if self._model is not None:
             return completions(up_to_head, self._model, micro).log_p
-        with _without_adapters(policy):
+        adapters: Any = policy
+        with evaluating(policy), adapters.disable_adapter():
             return completions(up_to_head, policy, micro).log_p
 
 
 @contextmanager
-def _without_adapters(policy: Any) -> Iterator[None]:
-    """The policy as it was before training, without dropout."""
-    modes = {module: module.training for module in policy.modules()}
-    policy.eval()
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, so without dropout; each module back in its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
-        with policy.disable_adapter():
-            yield
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode

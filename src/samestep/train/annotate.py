@@ -34,7 +34,8 @@ def annotated(
     training = model.training
     model.eval()
     for micro in micro_batches(range(len(records)), 0):
-        order += [place[row] for row in micro["example_ids"][:: records.width].tolist()]
+        # Not every objective has all of a record's sequences in the micro-batch itself.
+        order += [place[row] for row in micro["example_ids"].tolist() if row in place]
         for name, values in annotate(model, micro).items():
             found.setdefault(name, []).append(values.cpu())
     model.train(training)

@@ -12,6 +12,7 @@ HOME = {
     "simpo": "preference:SimPOConfig",
     "cpo": "preference:CPOConfig",
     "orpo": "preference:ORPOConfig",
+    "kto": "kto:KTOConfig",
     "reward": "classification:RewardConfig",
     "classification": "classification:ClassificationConfig",
     "regression": "classification:RegressionConfig",
