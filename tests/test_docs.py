@@ -9,6 +9,8 @@ import yaml
 from experts import experts_folder
 from objective_rows import ROWS, write_rows_of
 from runs import bert_folder, llama_folder, read_lines
+from transformers import GotOcr2Processor
+from vision import got_folder
 
 from samestep.train.arguments import read_config
 from samestep.train.trainer import train
@@ -21,13 +23,14 @@ CONFIGS: list[dict[str, Any]] = [
 
 def tiny_model(folder: Path, name: str) -> Path:
     """A tiny model of the same kind."""
-    kinds = {"bert": bert_folder, "Qwen3-30B-A3B": experts_folder}
+    kinds = {"bert": bert_folder, "Qwen3-30B-A3B": experts_folder, "GOT-OCR": got_folder}
     return next((make for kind, make in kinds.items() if kind in name), llama_folder)(folder)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config["objective"])
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(GotOcr2Processor, "num_image_tokens", 16)  # of tiny images
     Path("my_objective.py").write_text(
         "import samestep\n\nloss = samestep.CausalLMLoss()\n", encoding="utf-8"
     )

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vision import draw_text
+
 Rows = Callable[[random.Random], dict[str, Any]]
 
 
@@ -59,8 +61,21 @@ def asked(draw: random.Random) -> dict[str, Any]:
     return {"question": "How many?", "context": context, "answers": answers}
 
 
+def pictured(draw: random.Random) -> dict[str, Any]:
+    """A question about the picture beside the rows."""
+    question = [{"type": "image", "image": "7.png"}, {"type": "text", "text": "How many?"}]
+    answer = "7" + " Yes." * draw.randint(0, 4)
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
 ROWS: dict[str, Rows] = {
     "causal_lm": completion,
+    "vision_language": pictured,
     "dpo": pair,
     "simpo": pair,
     "cpo": pair,
@@ -78,6 +93,8 @@ ROWS: dict[str, Rows] = {
 def write_rows_of(objective: str, path: Path, number: int, *, seed: int = 0) -> str:
     """A file of rows for an objective (of causal_lm for one of the user's own)."""
     draw = random.Random(seed)
+    if objective == "vision_language":
+        draw_text("7", (16, 16)).save(path.parent / "7.png")
     rows = [ROWS.get(objective, completion)(draw) for _ in range(number)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)

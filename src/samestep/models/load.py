@@ -1,7 +1,7 @@
 """Models and tokenizers from a Hub name, a folder or a GGUF file."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +70,33 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
+def load_processor(source: str, *, trust_remote_code: bool = False) -> Any:
+    """The processor of texts and images beside a model.
+
+    Args:
+        source: What `resolve` gave.
+        trust_remote_code: Run Python code that comes with it.
+
+    Returns:
+        A transformers processor.
+
+    Raises:
+        ConfigError: There is none, it cannot be read, or it takes no images.
+    """
+    from transformers import AutoProcessor, ProcessorMixin
+
+    try:
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ConfigError(
+            f"tokenizer: no processor of texts and images could be loaded from {source}: "
+            f"{_first_line(error)}. Name one by tokenizer (a folder or a Hub name)"
+        ) from error
+    if not isinstance(processor, ProcessorMixin):
+        raise ConfigError(f"tokenizer: {source} holds {type(processor).__name__}, no processor")
+    return processor
+
+
 def load_model(
     source: str,
     *,
@@ -108,9 +135,10 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options, **(settings or {}))
-        for name in LOOSE_NOISE:
-            if config.to_dict().get(name):
-                setattr(config, name, 0.0)
+        for part in _parts(config):
+            for name in LOOSE_NOISE:
+                if part.to_dict().get(name):
+                    setattr(part, name, 0.0)
         torch.manual_seed(seed)
         if init == "random":
             model = auto.from_config(config, dtype=dtype, **options)
@@ -133,6 +161,15 @@ def load_model(
             + (" (config.json is enough with init random)" if init == "pretrained" else "")
         ) from error
     return model.train()
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """A config and those inside it, such as that of the text model."""
+    yield config
+    for name in config.sub_configs:
+        part = getattr(config, name)
+        if part is not None:
+            yield from _parts(part)
 
 
 def _check_complete(source: str, model: Any, keys: Iterable[str], new_head: bool) -> None:

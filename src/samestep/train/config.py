@@ -126,6 +126,23 @@ class TrainConfig(BaseModel):
     task: ClassVar[str] = "CAUSAL_LM"
     """What PEFT calls the kind of the model; it decides which heads train beside adapters."""
 
+    def load_tokenizer(self, source: str) -> Any:
+        """What reads the rows and is saved beside the model: a tokenizer.
+
+        Args:
+            source: What `samestep.models.load.resolve` gave.
+
+        Raises:
+            ConfigError: There is none, or it cannot be read.
+        """
+        from samestep.models.load import load_tokenizer
+
+        return load_tokenizer(source, trust_remote_code=self.trust_remote_code)
+
+    def pad_id(self, tokenizer: Any) -> int:
+        """What padding is filled with; nothing depends on it."""
+        return tokenizer.pad_token_id or 0
+
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """The records of a data source.
 

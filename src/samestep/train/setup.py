@@ -12,7 +12,7 @@ from samestep.data.records import Records
 from samestep.errors import ConfigError
 from samestep.models.dropout import replace_dropout
 from samestep.models.linear import speed_up_linear
-from samestep.models.load import load_tokenizer, resolve
+from samestep.models.load import resolve
 from samestep.models.lora import add_lora
 from samestep.models.packing import choose_padding
 from samestep.objective import Objective
@@ -66,10 +66,9 @@ def set_up(config: TrainConfig) -> Run:
     """
     device = _device(config.device)
     source = resolve(config.model)
-    trust = config.trust_remote_code
-    if trust:
+    if config.trust_remote_code:
         log.warning("trust_remote_code: Python code that comes with the model will run")
-    tokenizer = load_tokenizer(resolve(config.tokenizer or source), trust_remote_code=trust)
+    tokenizer = config.load_tokenizer(resolve(config.tokenizer or source))
     # Data first: they fail sooner than a model loads.
     train = _read(config.data, tokenizer, config)
     evaluation = _read(config.eval_data, tokenizer, config, train) if config.eval_data else None
@@ -95,7 +94,7 @@ def set_up(config: TrainConfig) -> Run:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if padding == "right" and config.padding == "auto":
         log.warning("this model cannot take packs without padding: padding to the right")
-    pad_id = tokenizer.pad_token_id or 0
+    pad_id = config.pad_id(tokenizer)
 
     def micro_batches(records: Records) -> MakeMicroBatches:
         return micro_batch_maker(records, config, padding=padding, pad_id=pad_id, device=device)

@@ -8,6 +8,7 @@ from samestep.train.config import TrainConfig
 
 HOME = {
     "causal_lm": "causal_lm:CausalLMConfig",
+    "vision_language": "vision_language:VisionLanguageConfig",
     "dpo": "preference:DPOConfig",
     "simpo": "preference:SimPOConfig",
     "cpo": "preference:CPOConfig",
