@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from diffusion import video_folder
 from experts import experts_folder
 from objective_rows import ROWS, write_rows_of
 from runs import bert_folder, llama_folder, read_lines
@@ -23,7 +24,12 @@ CONFIGS: list[dict[str, Any]] = [
 
 def tiny_model(folder: Path, name: str) -> Path:
     """A tiny model of the same kind."""
-    kinds = {"bert": bert_folder, "Qwen3-30B-A3B": experts_folder, "GOT-OCR": got_folder}
+    kinds = {
+        "bert": bert_folder,
+        "Qwen3-30B-A3B": experts_folder,
+        "GOT-OCR": got_folder,
+        "hunyuan": video_folder,
+    }
     return next((make for kind, make in kinds.items() if kind in name), llama_folder)(folder)
 
 

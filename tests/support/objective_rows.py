@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffusion import write_latents
 from vision import draw_text
 
 Rows = Callable[[random.Random], dict[str, Any]]
@@ -73,6 +74,11 @@ def pictured(draw: random.Random) -> dict[str, Any]:
     }
 
 
+def latent_file(draw: random.Random) -> dict[str, Any]:
+    """One of the files beside the rows."""
+    return {"file": f"latents/00{draw.randint(0, 3)}.safetensors"}
+
+
 ROWS: dict[str, Rows] = {
     "causal_lm": completion,
     "vision_language": pictured,
@@ -80,6 +86,7 @@ ROWS: dict[str, Rows] = {
     "simpo": pair,
     "cpo": pair,
     "orpo": pair,
+    "flow_matching": latent_file,
     "kto": judged,
     "reward": pair,
     "classification": sum_class,
@@ -95,6 +102,8 @@ def write_rows_of(objective: str, path: Path, number: int, *, seed: int = 0) -> 
     draw = random.Random(seed)
     if objective == "vision_language":
         draw_text("7", (16, 16)).save(path.parent / "7.png")
+    if objective == "flow_matching":
+        write_latents(path.parent / "latents", 4)
     rows = [ROWS.get(objective, completion)(draw) for _ in range(number)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)

@@ -190,3 +190,33 @@ def _check_complete(source: str, model: Any, keys: Iterable[str], new_head: bool
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def check_tokens(model: Any, data: Mapping[str, Any]) -> None:
+    """Refuse tokens or positions that a model has no embedding for.
+
+    Args:
+        model: A model of transformers.
+        data: `samestep.data.records.Records` by the setting that names them.
+
+    Raises:
+        ConfigError: Every one that does not fit.
+    """
+    config = model.config.get_text_config()
+    positions = config.to_dict().get("max_position_embeddings")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    problems = []
+    for name, records in data.items():
+        longest, highest = records.longest_sequence(), records.highest_id()
+        if positions and longest > positions:
+            problems.append(
+                f"{name}: the longest row has {longest} tokens, but the model has {positions} "
+                f"positions: set max_length to {positions} or less"
+            )
+        if highest >= vocabulary:
+            problems.append(
+                f"{name}: the tokenizer gives id {highest}, but the model has {vocabulary} "
+                "embeddings: this tokenizer belongs to another model"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))

@@ -212,6 +212,37 @@ class TrainConfig(BaseModel):
 
         return collate_records([data[at] for at in indices], padding=padding, pad_id=pad_id)
 
+    def check_fit(self, model: Any, data: Sequence["Records"]) -> None:
+        """Refuse data that the model cannot take.
+
+        Args:
+            model: The model.
+            data: As for `load`.
+
+        Raises:
+            ConfigError: A token or a position has no embedding.
+        """
+        from samestep.models.load import check_tokens
+
+        check_tokens(model, dict(zip(("data", "eval_data"), data, strict=False)))
+
+    def layout(self, model: Any) -> "Padding":
+        """The layout of micro-batches; the model's attention is set to serve it.
+
+        Args:
+            model: On its device.
+
+        Raises:
+            ConfigError: The layout asked for lets sequences see each other.
+        """
+        from samestep.models.packing import choose_padding
+
+        return choose_padding(model, self.padding, self.outputs)
+
+    def checkpoint_activations(self, model: Any) -> None:
+        """Make the model recompute activations in the backward."""
+        model.activation_checkpointing_enable({"use_reentrant": False})
+
     def outputs(self, model: Any, micro: dict[str, Any]) -> "Tensor":
         """What the model makes of a micro-batch: a sequence must not change its neighbour's part.
 

@@ -14,7 +14,6 @@ from samestep.models.dropout import replace_dropout
 from samestep.models.linear import speed_up_linear
 from samestep.models.load import resolve
 from samestep.models.lora import add_lora
-from samestep.models.packing import choose_padding
 from samestep.objective import Objective
 from samestep.train.annotate import annotated
 from samestep.train.batches import MakeMicroBatches, micro_batch_maker
@@ -74,7 +73,7 @@ def set_up(config: TrainConfig) -> Run:
     evaluation = _read(config.eval_data, tokenizer, config, train) if config.eval_data else None
     data = [train] if evaluation is None else [train, evaluation]
     model = config.load(source, data)
-    _check_fit(model, train, evaluation)
+    config.check_fit(model, data)
     if config.lora_rank is not None:
         assert config.lora_alpha is not None
         model = add_lora(
@@ -89,9 +88,9 @@ def set_up(config: TrainConfig) -> Run:
     replace_dropout(model)
     speed_up_linear(model)
     model = model.to(device)
-    padding = choose_padding(model, config.padding, config.outputs)
+    padding = config.layout(model)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        config.checkpoint_activations(model)
     if padding == "right" and config.padding == "auto":
         log.warning("this model cannot take packs without padding: padding to the right")
     pad_id = config.pad_id(tokenizer)
@@ -131,30 +130,6 @@ def _read(source: str, tokenizer: Any, config: TrainConfig, like: Records | None
     for reason, rows in records.dropped.items():
         log.warning("%s: %d rows dropped: %s", source, rows, reason)
     return records
-
-
-def _check_fit(model: Any, train: Records, evaluation: Records | None) -> None:
-    """Refuse tokens or positions that the model has no embedding for."""
-    config = model.config.get_text_config()
-    positions = config.to_dict().get("max_position_embeddings")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    problems = []
-    for name, records in (("data", train), ("eval_data", evaluation)):
-        if records is None:
-            continue
-        longest, highest = records.longest_sequence(), records.highest_id()
-        if positions and longest > positions:
-            problems.append(
-                f"{name}: the longest row has {longest} tokens, but the model has {positions} "
-                f"positions: set max_length to {positions} or less"
-            )
-        if highest >= vocabulary:
-            problems.append(
-                f"{name}: the tokenizer gives id {highest}, but the model has {vocabulary} "
-                "embeddings: this tokenizer belongs to another model"
-            )
-    if problems:
-        raise ConfigError("\n".join(problems))
 
 
 def _total_steps(records: Records, config: TrainConfig) -> int:

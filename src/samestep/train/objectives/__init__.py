@@ -13,6 +13,7 @@ HOME = {
     "simpo": "preference:SimPOConfig",
     "cpo": "preference:CPOConfig",
     "orpo": "preference:ORPOConfig",
+    "flow_matching": "flow_matching:FlowMatchingConfig",
     "kto": "kto:KTOConfig",
     "reward": "classification:RewardConfig",
     "classification": "classification:ClassificationConfig",
