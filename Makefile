@@ -9,13 +9,15 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test lint unit slow demo bench study studies study-smollm2 format clean
+.PHONY: help setup test lint unit slow demo bench corpus audit study studies study-smollm2 format clean
 
 help:
 	@echo "make demo    fine-tune a real 135 M-parameter model and prove the step (5 minutes)"
 	@echo "make test    lint, types, and every test, the slow ones too"
 	@echo "make study   compare 32 x 1 with 1 x 32, exact and wrong, in a page (3 minutes)"
 	@echo "make bench   compare speed and memory with TRL (20 minutes)"
+	@echo "make corpus  audit the corpus of seeded bugs and sound loops (5 minutes)"
+	@echo "make audit   audit the trainers of transformers and TRL (an hour; it resumes)"
 	@echo "make format  put the code in its standard form"
 
 setup: $(READY)
@@ -47,6 +49,9 @@ demo: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
+corpus: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/corpus/corpus_run.py --json benchmarks/results/corpus.json
+
 study: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m samestep study studies/quick.yaml --out runs/study --jobs 2
 
@@ -57,6 +62,9 @@ studies: $(READY)
 
 study-smollm2: $(READY)
 	$(BIN)/python -m samestep study studies/accumulation.yaml --out runs/accumulation --model "$$($(BIN)/python studies/packaged_model.py)"
+
+audit: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/audit/run.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 from diffusion import video_folder
-from experts import experts_folder
+from experts import FAMILIES, experts_folder
 from objective_rows import ROWS, write_rows_of
-from runs import bert_folder, llama_folder, read_lines
+from runs import bert_folder, llama_folder, read_lines, t5_folder
 from transformers import GotOcr2Processor
 from vision import got_folder
 
@@ -24,12 +24,10 @@ CONFIGS: list[dict[str, Any]] = [
 
 def tiny_model(folder: Path, name: str) -> Path:
     """A tiny model of the same kind."""
-    kinds = {
-        "bert": bert_folder,
-        "Qwen3-30B-A3B": experts_folder,
-        "GOT-OCR": got_folder,
-        "hunyuan": video_folder,
-    }
+    for family in FAMILIES:
+        if family.replace("_", "") in name.lower().replace("-", ""):
+            return experts_folder(folder, family)
+    kinds = {"bert": bert_folder, "t5": t5_folder, "GOT-OCR": got_folder, "hunyuan": video_folder}
     return next((make for kind, make in kinds.items() if kind in name), llama_folder)(folder)
 
 
@@ -44,6 +42,7 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[s
         "model": str(tiny_model(tmp_path / "tiny", config["model"])),
         "data": write_rows_of(config["objective"], tmp_path / "rows.jsonl", 8),
         "out": "out",
+        **({"teacher": "tiny"} if "teacher" in config else {}),
         "steps": 1,
     }
     Path("run.yaml").write_text(yaml.safe_dump({**config, **tiny}), encoding="utf-8")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers as hf
 from datasets import Dataset
+from heads import head
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from trl import (
     DPOConfig,
@@ -199,6 +200,8 @@ bert_masked = plain("BertForMaskedLM", "masked")
 mixtral = plain("MixtralForCausalLM", "causal", **ROUTED)
 mixtral_router = plain("MixtralForCausalLM", "causal", output_router_logits=True, **ROUTED)
 
+qwen3_vl = head("Qwen3VLForConditionalGeneration")
+
 trl_sft = of_trl(SFTTrainer, SFTConfig, completions)
 trl_sft_dft = of_trl(SFTTrainer, SFTConfig, completions, loss_type="dft")
 trl_sft_router = of_trl(
@@ -217,3 +220,10 @@ trl_reward = of_trl(
 trl_kto = of_trl(KTOTrainer, KTOConfig, judged)
 trl_orpo = of_trl(ORPOTrainer, ORPOConfig, pairs)
 trl_cpo = of_trl(CPOTrainer, CPOConfig, pairs)
+
+NAMES = (
+    "llama", "gpt2", "llama_classes", "gpt2_classes", "bert_classes", "bert_masked", "mixtral",
+    "mixtral_router", "qwen3_vl", "trl_sft", "trl_sft_dft", "trl_sft_router", "trl_dpo",
+    "trl_dpo_sft", "trl_dpo_mixed", "trl_reward", "trl_kto", "trl_orpo", "trl_cpo",
+)  # fmt: skip
+"""Those that `run.py` audits, in the order of the table."""

@@ -8,26 +8,22 @@ of memory. Only the axis of the micro-batch is run.
 
 import argparse
 import json
-import multiprocessing
 import os
-import re
-import resource
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
+from forks import in_fork, short
 from heads import TASKS, classes_of, head
+from tables import HEADS
 
 from samestep.audit.adapters.trainer import TrainerSubject
 from samestep.audit.axes import micro_batch
 from samestep.audit.runs import Runs
 from samestep.audit.vectors import compare
 from samestep.files import write_atomically
-
-RESULTS = Path(__file__).parents[1] / "results" / "audit-heads.json"
-SECONDS, BYTES = 120, 8 << 30
 
 
 def audit(name: str) -> dict[str, Any]:
@@ -39,11 +35,11 @@ def audit(name: str) -> dict[str, Any]:
             runs = Runs.start(subject)
             axis = micro_batch(runs)
         except Exception as error:  # a class that cannot be built, or run, is listed with why
-            errors.append(_short(error))
+            errors.append(short(error))
             continue
         return {
             "verdict": axis.verdict,
-            **_at_four(runs),
+            **at_four(runs),
             "worst": axis.relative_difference,
             "cause": axis.cause,
             "inputs": "text and picture" if image else "text",
@@ -51,7 +47,7 @@ def audit(name: str) -> dict[str, Any]:
     return {"verdict": "not run", "why": errors[0]}
 
 
-def _at_four(runs: Runs) -> dict[str, Any]:
+def at_four(runs: Runs) -> dict[str, Any]:
     """Accumulation 4 against 1, which is how these bugs are usually told."""
     indices = range(runs.subject.size)
     cut = tuple(tuple(indices[start : start + 2]) for start in range(0, len(indices), 2))
@@ -59,61 +55,30 @@ def _at_four(runs: Runs) -> dict[str, Any]:
     return {"ratio": seen.ratio, "cosine": seen.cosine, "difference": seen.relative_difference}
 
 
-def _short(error: BaseException) -> str:
-    text = re.sub(r"\s+", " ", str(error)).replace("make_trainer failed: ", "")
-    text = re.sub(r"\(/[^ ]*/([\w.]+:\d+)\)", r"(\1)", text)
-    return text[:240]
-
-
-def _work(name: str, sender: Any) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-    try:
-        sender.send(audit(name))
-    except BaseException as error:
-        sender.send({"verdict": "not run", "why": f"{type(error).__name__}: {_short(error)}"})
-
-
-def in_fork(name: str) -> dict[str, Any]:
-    """The result of a class, from a process that is always ended."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(name, sender))
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(SECONDS):
-            return {"verdict": "not run", "why": f"stopped after {SECONDS} s"}
-        found: dict[str, Any] = receiver.recv()
-        return found
-    except EOFError:
-        process.join()
-        return {"verdict": "not run", "why": f"the process died with code {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
+def resume(tasks: Sequence[str] = tuple(TASKS), *, retry: bool = False) -> None:
+    """Audit the classes that have no result; with ``retry`` those that could not be run, too."""
+    done = json.loads(HEADS.read_text()) if HEADS.exists() else {"classes": {}}
+    done["versions"] = {name: version(name) for name in ("torch", "transformers", "samestep")}
+    for task in tasks:
+        for name in classes_of(task):
+            known = done["classes"].get(name)
+            if known is not None and not (retry and known["verdict"] == "not run"):
+                continue
+            start = time.perf_counter()
+            found = in_fork(audit, name)
+            done["classes"][name] = {"task": task, **found}
+            print(f"{name}: {found} {time.perf_counter() - start:.1f} s", flush=True)
+            write_atomically(HEADS, json.dumps(done, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", choices=[*TASKS, "all"], default="all")
+    parser.add_argument("--task", choices=[*TASKS], action="append", help="by default all")
     parser.add_argument("--retry", action="store_true", help="repeat the classes that were not run")
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)
-    done = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"classes": {}}
-    done["versions"] = {name: version(name) for name in ("torch", "transformers", "samestep")}
-    for task in TASKS if given.task == "all" else [given.task]:
-        for name in classes_of(task):
-            known = done["classes"].get(name)
-            if known is not None and not (given.retry and known["verdict"] == "not run"):
-                continue
-            start = time.perf_counter()
-            done["classes"][name] = {"task": task, **in_fork(name)}
-            print(
-                f"{name}: {done['classes'][name]} {time.perf_counter() - start:.1f} s", flush=True
-            )
-            write_atomically(RESULTS, json.dumps(done, indent=1) + "\n")
+    resume(given.task or tuple(TASKS), retry=given.retry)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,19 @@
 import difflib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from samestep import __version__
-from samestep.errors import CheckError, ConfigError, DataError, SamestepError
+from samestep.errors import (
+    CheckError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    RankError,
+    SamestepError,
+)
 
 USAGE = """\
 usage: samestep COMMAND ...
@@ -26,8 +34,10 @@ options:
   --debug        after a command: show the traceback of an error
 """
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-"""Exit codes beside 0: the run failed; settings, flags or data are wrong; Ctrl-C."""
+FAILED, BAD_INPUT, RANK_LOST = 1, 2, 3
+"""Exit codes beside 0: the run failed; settings, flags or data are wrong; another rank died or
+hangs. A run that a signal has stopped ends with 128 + its number: 130 after SIGINT, 143 after
+SIGTERM."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Those of the command line by default.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 bad settings or data, 130 interrupted.
+        The exit code: 0 done, 1 failed, 2 bad settings or data, 3 a rank lost, 130 or 143 stopped.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
@@ -56,16 +66,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"samestep: error: {error}", file=sys.stderr)
+        if isinstance(error, RankError):
+            return RANK_LOST
         return BAD_INPUT if isinstance(error, ConfigError | DataError | CheckError) else FAILED
     except BrokenPipeError:
         # The reader of our output went away, as in `| head`: there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if debug:
             raise
-        print("samestep: interrupted; `--resume` continues from the checkpoint", file=sys.stderr)
-        return INTERRUPTED
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        name = signal.Signals(number).name
+        print(
+            f"samestep: stopped by {name}; --resume continues from the checkpoint", file=sys.stderr
+        )
+        return 128 + number
 
 
 def _run(command: str, arguments: list[str]) -> int:

@@ -22,6 +22,38 @@ class StepError(SamestepError):
     """A step cannot be exact or finite: names the loss term at fault."""
 
 
+class NotFiniteError(StepError):
+    """The loss or its gradient is not finite: names the term or the weight; nothing was updated."""
+
+
+class OutOfMemoryError(StepError):
+    """A micro-batch does not fit into memory: a smaller one may; nothing was updated."""
+
+
+class SequenceTooLargeError(OutOfMemoryError):
+    """One sequence by itself does not fit into memory: names its row and length."""
+
+
+class StopAskedError(SamestepError):
+    """The run was asked to stop while a step was under way; nothing was updated."""
+
+
+class RankError(SamestepError):
+    """Another rank died or does not answer: names it."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that was asked to stop has saved and ends.
+
+    Args:
+        number: The signal's number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 class CheckError(SamestepError):
     """A subject cannot be audited: says what it lacks, or shows its own error."""
 

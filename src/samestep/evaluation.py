@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from samestep.errors import DataError
-from samestep.parallel import inner, is_sharded, on_every_rank, prepare
+from samestep.memory import memory_guard
+from samestep.parallel import Idle, inner, is_sharded, on_every_rank, prepare
 from samestep.ranks import agree, exchange
 from samestep.tally import Facts, Tally, read
 from samestep.terms import (
@@ -82,7 +83,8 @@ def evaluate(
 
     def own_part() -> tuple[Facts, Shapes, Counts, int, int]:
         for micro, counted in _turns(model, micro_batches):
-            result = loss_fn(inner(model), micro)
+            with memory_guard(micro):
+                result = loss_fn(inner(model), micro)
             if not counted:
                 continue
             terms = gathered.take(result)
@@ -120,10 +122,13 @@ def evaluate(
     )
 
 
-def _turns(model: nn.Module, micro_batches: Iterable[Micro]) -> Iterator[tuple[Micro, bool]]:
+def _turns(model: nn.Module, micro_batches: Iterable[Micro | Idle]) -> Iterator[tuple[Micro, bool]]:
     """The micro-batches; under FSDP2 the last one again until no rank has any left."""
     last = None
     for micro in micro_batches:
+        if isinstance(micro, Idle):
+            last = micro.micro
+            continue
         if is_sharded(model):
             agree(True)
         last = micro

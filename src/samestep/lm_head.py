@@ -69,6 +69,14 @@ class States:
             return linear_cross_entropy(hidden, weight, targets, **options)
         return module_cross_entropy(self.head, hidden, targets, **options)
 
+    def logits(self, states: Tensor) -> Tensor:
+        """The logits [rows, vocabulary] of some rows of ``states``."""
+        if self.rule is None:
+            return states
+        logits: Tensor = self.head(_scaled(states, self.rule))
+        cap = self.rule.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def likelihoods(self, targets: Tensor) -> Likelihoods:
         """The likelihood of each target of targets [rows, length], in reading order."""
         if self.rule is None:

@@ -10,17 +10,18 @@ instead of means, and gives every rank the same number of backwards.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from samestep.errors import ConfigError
 from samestep.ranks import Result, every_rank, exchange, world
-from samestep.terms import Micro, input_tokens
+from samestep.terms import LossResult, Micro, Term, input_tokens, named_terms
 
 _known_equal: WeakSet[nn.Module] = WeakSet()
 
@@ -119,28 +120,59 @@ def on_every_rank(model: nn.Module, work: Callable[[], Result]) -> list[Result]:
     return exchange(work()) if is_sharded(model) else every_rank(work)
 
 
-def turns(model: nn.Module, micros: Sequence[Micro]) -> list[tuple[int, bool]]:
-    """Which micro-batches this rank runs, so that all ranks run FSDP2's collectives equally often.
+@dataclass(frozen=True)
+class Idle:
+    """A micro-batch that counts for nothing, for a rank that has none.
+
+    Under FSDP2 every rank must run the model; this one is run with its objective times 0. In all
+    other layouts it is left out.
+
+    Attributes:
+        micro: Any micro-batch that the loss takes.
+    """
+
+    micro: Micro
+
+
+def turns(model: nn.Module, micros: Sequence[Micro | Idle]) -> list[tuple[Micro, int | None]]:
+    """What this rank runs, so that all ranks run FSDP2's collectives equally often.
 
     Args:
         model: The model.
         micros: This rank's micro-batches.
 
     Returns:
-        The index of each micro-batch, with True; under FSDP2 then, as often as others have more,
-        that of the smallest one again, with False: it must count 0 times.
+        The micro-batches, numbered; under FSDP2 then, as often as others have more, this rank's
+        smallest one with None in the place of its number: it must count for nothing.
 
     Raises:
-        ConfigError: Under FSDP2 a rank has no micro-batch to run.
+        ConfigError: Under FSDP2 a rank has no micro-batch to run, not even an `Idle` one.
     """
-    runs = [(index, True) for index in range(len(micros))]
+    real = [micro for micro in micros if not isinstance(micro, Idle)]
+    runs: list[tuple[Micro, int | None]] = [(micro, at) for at, micro in enumerate(real)]
     if world() == 1 or not is_sharded(model):
         return runs
-    numbers = exchange(len(micros))
-    if 0 in numbers and max(numbers) > 0:
+    numbers = exchange([len(micros), len(real)])
+    bare = [rank for rank, (any_at_all, _) in enumerate(numbers) if not any_at_all]
+    if bare and len(bare) < len(numbers):
         raise ConfigError(
-            f"rank {numbers.index(0)} has no micro-batch: under fully_shard every rank must run "
-            "the model. Give it any micro-batch with all labels -100: that adds exactly nothing"
+            f"rank {bare[0]} has no micro-batch: under fully_shard every rank must run the model. "
+            "Give it samestep.parallel.Idle(micro) with any micro-batch: it counts for nothing"
         )
-    smallest = min(range(len(micros)), key=lambda at: input_tokens(micros[at]), default=0)
-    return runs + [(smallest, False)] * (max(numbers) - len(micros))
+    every = [micro.micro if isinstance(micro, Idle) else micro for micro in micros]
+    missing = max(number for _, number in numbers) - len(real)
+    return runs + [(min(every, key=input_tokens), None)] * missing if missing else runs
+
+
+def tensors_of(result: LossResult) -> dict[str, Tensor]:
+    """What a loss returned, by name, without units: totals, and parts of coupled terms."""
+    return {
+        name: term.total if isinstance(term, Term) else term.part
+        for name, term in named_terms(result).items()
+    }
+
+
+def nothing_of(result: LossResult) -> Tensor:
+    """Zero, with the graph of all that a loss returned: its backward adds exactly nothing."""
+    tensors = [tensor for tensor in tensors_of(result).values() if tensor.requires_grad]
+    return torch.stack([0 * tensor.double().sum() for tensor in tensors]).sum()

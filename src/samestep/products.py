@@ -27,15 +27,18 @@ def onednn_is_faster() -> bool:
         torch.backends.mkldnn.is_available()
         and torch.backends.mkl.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and "AuthenticAMD" in _processor()
+        and "AuthenticAMD" in processor()
     )
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The maker and the name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        return cpuinfo.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
-    return platform.processor()
+    if not cpuinfo.is_file():
+        return platform.processor()
+    first = cpuinfo.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    named = [line for line in first.splitlines() if line.startswith(("vendor_id", "model name"))]
+    return "; ".join(line.partition(":")[2].strip() for line in named)
 
 
 def by_onednn(one: Tensor, other: Tensor, *, multiplications: int) -> bool:

@@ -23,6 +23,9 @@ ENVELOPE = 1024
 """Bytes that each rank sends in the one collective of an `exchange`; longer facts take two."""
 
 Result = TypeVar("Result")
+"""Something that JSON holds."""
+
+Anything = TypeVar("Anything")
 
 
 def world() -> int:
@@ -66,19 +69,20 @@ def every_rank(work: Callable[[], Result]) -> list[Result]:
         The results in the order of the ranks, on every rank.
 
     Raises:
-        SamestepError: What was raised on another rank (of the same class if it is one of
-            samestep's own errors, else a `StepError`); the message names that rank.
-        Exception: What was raised on this rank.
+        Exception: What the first rank that failed has raised. On the other ranks it is of the same
+            class if that is one of samestep's own errors, else a `StepError`; it names that rank.
     """
     if world() == 1:
         return [work()]
+    own: Exception | None = None
     try:
         outcome: dict[str, Any] = {"result": work()}
     except Exception as error:
-        exchange({"error": type(error).__name__, "message": str(error)})
-        raise
+        own, outcome = error, {"error": type(error).__name__, "message": str(error)}
     outcomes = exchange(outcome)
     failed = [number for number, found in enumerate(outcomes) if "error" in found]
+    if failed and failed[0] == rank() and own is not None:
+        raise own
     if failed:
         raise _of_another_rank(failed[0], **outcomes[failed[0]])
     return [found["result"] for found in outcomes]
@@ -89,6 +93,35 @@ def _of_another_rank(number: int, *, error: str, message: str) -> SamestepError:
     if isinstance(kind, type) and issubclass(kind, SamestepError):
         return kind(f"rank {number}: {message}")
     return StepError(f"rank {number}: {error}: {message}")
+
+
+def together(work: Callable[[], Anything]) -> Anything:
+    """Do something on every rank; fail on all of them if it fails on one.
+
+    Args:
+        work: Anything that uses no other collective.
+
+    Returns:
+        This rank's own result.
+
+    Raises:
+        Exception: As for `every_rank`.
+    """
+    results: list[Anything] = []
+    every_rank(lambda: results.append(work()))
+    return results[0]
+
+
+def on_rank_0(work: Callable[[], None]) -> None:
+    """Do something on rank 0 alone, while the others wait; fail on all if it fails.
+
+    Args:
+        work: Anything that uses no other collective.
+
+    Raises:
+        Exception: As for `every_rank`.
+    """
+    every_rank(work if rank() == 0 else lambda: None)
 
 
 def agree(flag: bool) -> bool:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from samestep.errors import ConfigError, StepError
+from samestep.errors import ConfigError, NotFiniteError
 from samestep.gradients import LOW_PRECISION, is_finite
 from samestep.parallel import is_sharded, prepare
 
@@ -55,7 +55,7 @@ def refuse_scaler(
         )
 
 
-def not_finite(model: nn.Module, gradients: Mapping[nn.Parameter, Tensor]) -> StepError:
+def not_finite(model: nn.Module, gradients: Mapping[nn.Parameter, Tensor]) -> NotFiniteError:
     """Clear the gradients, and name the weights whose gradient is not finite."""
     names = [
         name
@@ -63,7 +63,7 @@ def not_finite(model: nn.Module, gradients: Mapping[nn.Parameter, Tensor]) -> St
         if parameter in gradients and not is_finite(gradients[parameter])
     ]
     model.zero_grad()
-    return StepError(
+    return NotFiniteError(
         f"the step was not taken: the loss is finite but its gradient is not, in {names[0]}"
         + (f" and {len(names) - 1} other weights" if len(names) > 1 else "")
         + ". The weights are unchanged. Usual causes: an overflow in low precision, or a square "

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from samestep.errors import StepError
+from samestep.errors import NotFiniteError, StepError
 from samestep.terms import Constant, Counts, Sum, Unit, divisor
 
 Kind: TypeAlias = tuple[Unit, float]
@@ -87,8 +87,9 @@ def read(facts: Sequence[Facts], counts: Counts) -> tuple[float, dict[str, float
         was none has the value 0.
 
     Raises:
-        StepError: A term is not finite, has a total although its unit counts 0, or has another
-            unit or weight on another rank.
+        NotFiniteError: A term is not finite.
+        StepError: A term has a total although its unit counts 0, or another unit or weight on
+            another rank.
     """
     totals: dict[str, list[float]] = {}
     kinds: dict[str, Kind] = {}
@@ -112,9 +113,8 @@ def read(facts: Sequence[Facts], counts: Counts) -> tuple[float, dict[str, float
             problems.append(f"term {name!r} sums to {total} over unit {unit!r}, of which 0")
         values[name] = total / count if count else 0.0
     if problems:
-        raise StepError(
-            "the step was not taken: " + "; ".join(problems) + ". The weights are unchanged"
-        )
+        kind = StepError if all(map(math.isfinite, values.values())) else NotFiniteError
+        raise kind("the step was not taken: " + "; ".join(problems) + ". The weights are unchanged")
     return math.fsum(kinds[name][1] * value for name, value in values.items()), values
 
 

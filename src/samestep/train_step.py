@@ -16,7 +16,17 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from samestep.gradients import assign, clip_, float32_accumulation, missed, sum_over_replicas
-from samestep.parallel import inner, is_sharded, on_every_rank, prepare, quiet, turns
+from samestep.memory import memory_guard
+from samestep.parallel import (
+    Idle,
+    inner,
+    is_sharded,
+    nothing_of,
+    on_every_rank,
+    prepare,
+    quiet,
+    turns,
+)
 from samestep.ranks import every_rank
 from samestep.refusals import not_finite, refuse_scaler, refuse_strangers
 from samestep.tally import Facts, Tally, objective_share, read
@@ -79,7 +89,7 @@ def step(
             module (the same on every rank), DDP, or a module after FSDP2's ``fully_shard``.
         optimizer: Updates the weights, once.
         micro_batches: The effective batch, in micro-batches of any sizes; with several ranks, this
-            rank's part of it, which may be empty (not under FSDP2).
+            rank's part of it, which may be empty (under FSDP2 it is then one `Idle`).
         loss_fn: Maps (model, micro-batch) to a `Term` or ``{name: Term}``: sums, not means. One
             that returns `Coupled` terms is declared by `TwoPass`. It gets the module inside DDP.
         max_grad_norm: Clip the global gradient norm to this, after normalisation; None: do not.
@@ -92,8 +102,9 @@ def step(
         The report.
 
     Raises:
-        StepError: A unit was not counted, or a term or the gradient is not finite (the term is
-            named). The weights are then unchanged and no gradient is left behind.
+        StepError: A unit was not counted; a term or the gradient is not finite
+            (`NotFiniteError`, which names it); a micro-batch does not fit into memory
+            (`OutOfMemoryError`). The weights are then unchanged and no gradient is left behind.
         ConfigError: What the step cannot make exact: a scaler with weights of low precision, an
             optimizer over weights that are not the model's, or weights that lie on the ranks in an
             unknown way.
@@ -195,24 +206,26 @@ def accumulate(
     parameters = prepare(model)
     refuse_scaler(model, parameters, scaler)
     model.zero_grad()
-    micros = [] if nothing_counted(counts) else micros
-    tally, runs = Tally(), turns(model, micros)
+    tally, runs = Tally(), [] if nothing_counted(counts) else turns(model, micros)
 
     def own_part() -> tuple[Facts, list[int]]:
         """Run this rank's micro-batches: what they found, and the weights that they missed."""
-        for index, counted in runs:
-            result = gathered.resolve(loss_fn(inner(model), micros[index]), index)
-            sums = reduce_terms(result, micros[index], normalize=normalize)
-            share = objective_share(sums, counts)
-            if share is not None:
-                share = share if counted else 0 * share
-                (share if scaler is None else scaler.scale(share)).backward()
-            if counted:
+        for micro, number in runs:
+            with memory_guard(micro):
+                result = loss_fn(inner(model), micro)
+                if number is None:
+                    nothing_of(result).backward()
+                    continue
+                result = gathered.resolve(result, number)
+                sums = reduce_terms(result, micro, normalize=normalize)
+                share = objective_share(sums, counts)
+                if share is not None:
+                    (share if scaler is None else scaler.scale(share)).backward()
                 tally.add(sums)
         return tally.facts(), missed(parameters, gradients)
 
     with quiet(model), float32_accumulation(parameters) as gradients:
-        gathered = first_pass(model, micros, loss_fn, runs=runs)
+        gathered = first_pass(model, runs, loss_fn)
         parts = on_every_rank(model, own_part)
         loss, terms = read([facts for facts, _ in parts], counts)
     if not is_sharded(model):
@@ -239,7 +252,8 @@ def survey(
 
     def own_part() -> tuple[Counts, int, int]:
         micros.extend(micro_batches)
-        return count(micros, counters), sum(map(input_tokens, micros)), len(micros)
+        real = [micro for micro in micros if not isinstance(micro, Idle)]
+        return count(real, counters), sum(map(input_tokens, real)), len(real)
 
     counts, tokens, pieces = zip(*every_rank(own_part), strict=True)
     return micros, add_counts(counts), sum(tokens), sum(pieces)

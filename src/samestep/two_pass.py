@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from samestep.coupled import Coupled
-from samestep.errors import StepError
+from samestep.errors import NotFiniteError, StepError
+from samestep.memory import memory_guard
 from samestep.parallel import inner, on_every_rank
 from samestep.ranks import gather_rows, rank, rows_before, sum_over_ranks
 from samestep.terms import LossFn, LossResult, Micro, Sum, Term, constant, named_terms
@@ -161,15 +162,14 @@ class Gathered:
 
 
 def first_pass(
-    model: nn.Module, micros: Sequence[Micro], loss_fn: LossFn, *, runs: Iterable[tuple[int, bool]]
+    model: nn.Module, runs: Iterable[tuple[Micro, int | None]], loss_fn: LossFn
 ) -> Gathered:
     """Gather what a `TwoPass` loss couples; nothing is run for any other loss.
 
     Args:
         model: The model, in the mode of the step.
-        micros: This rank's micro-batches.
+        runs: This rank's micro-batches, as `samestep.parallel.turns` gives them.
         loss_fn: The loss.
-        runs: Which of them to run, as `samestep.parallel.turns` gives them.
 
     Returns:
         What `Gathered.resolve` needs in the second pass.
@@ -180,9 +180,10 @@ def first_pass(
     gathered = Gathered()
 
     def own_part() -> Shapes:
-        for index, counted in runs:
-            result = loss_fn(inner(model), micros[index])
-            if counted:
+        for micro, number in runs:
+            with memory_guard(micro):
+                result = loss_fn(inner(model), micro)
+            if number is not None:
                 gathered.take(result)
         return gathered.shapes()
 
@@ -215,7 +216,7 @@ def _check_value(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor) or value.dim() != 0:
         raise StepError(f"coupled term {name!r}: value(s) must be one number, a 0-d tensor")
     if not value.isfinite():
-        raise StepError(
+        raise NotFiniteError(
             f"the step was not taken: coupled term {name!r} is {value.item()} over the whole "
             "batch. The weights are unchanged"
         )

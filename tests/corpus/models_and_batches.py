@@ -1,4 +1,4 @@
-"""Models that couple examples, batches that leak, and everything around the loss."""
+"""Models and collators: batch statistics, padding that is seen, packs, LoRA, tied weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -252,6 +252,17 @@ def filled_to_four(examples: list[Tensor]) -> dict[str, Tensor]:
     return collate([*examples, *examples[: -len(examples) % 4]])
 
 
+def cut_to_the_shortest(examples: list[Tensor]) -> dict[str, Tensor]:
+    shortest = min(len(row) for row in examples)
+    return collate([row[:shortest] for row in examples])
+
+
+def padding_learned(examples: list[Tensor]) -> dict[str, Tensor]:
+    """Padding has the label 0, a token like any other."""
+    ids = nn.utils.rnn.pad_sequence(examples, batch_first=True)
+    return {"input_ids": ids, "labels": ids}
+
+
 def always_packed(apart: bool) -> Any:
     """A collator that packs: the leak shows wherever two sequences share a micro-batch."""
     return tokens(packing_step, model=lambda: Packing(apart), collate=packed)
@@ -287,6 +298,9 @@ CASES = [
     Case("a collator that packs, seeing neighbours", always_packed(False), "attention-leak",
          also=()),
     Case("LoRA, mean of means", tokens(mean_of_means, model=Tiny), "mean-of-means"),
+    Case("rows cut to the shortest", tokens(count_first, collate=cut_to_the_shortest),
+         "dropped-examples"),
+    Case("padding is learned", tokens(count_first, collate=padding_learned), "padding-counted"),
     Case("rows repeated to fill the batch", tokens(count_first, collate=filled_to_four),
          "duplicated-examples"),
 ]  # fmt: skip

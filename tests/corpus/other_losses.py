@@ -1,4 +1,4 @@
-"""Losses that are not next-token cross entropy: classes, regression, pairs, contrast, boxes."""
+"""Other losses: classes, regression, preference pairs, contrast, CTC, several terms."""
 
 from collections.abc import Callable
 from typing import Any

@@ -207,6 +207,11 @@ def short_window(model: nn.Module, micros: list[Any], accumulation: int) -> None
         (nll(model, micro, "mean") * share / accumulation).backward()
 
 
+def means_in_a_window(model: nn.Module, micros: list[Any], accumulation: int) -> None:
+    for micro in micros:
+        (nll(model, micro, "mean") / accumulation).backward()
+
+
 def right_window(model: nn.Module, micros: list[Any], accumulation: int) -> None:
     count_first(model, micros)
 
@@ -315,6 +320,8 @@ CASES = [
     Case("clips each, of means", tokens(clips_each_mean), "clip-per-micro-batch",
          also=("mean-of-means",)),
     Case("short window", tokens(short_window), "short-window", "short-window"),
+    Case("short window of means", tokens(means_in_a_window), "short-window", "short-window",
+         also=("mean-of-means",)),
     Case("weight penalty in each", tokens(penalty_each), "second-term-per-micro-batch"),
     Case("tokens dropped at random", tokens(noisy), "rng"),
 ]  # fmt: skip

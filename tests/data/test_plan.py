@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samestep.data.plan import cut_epoch, cut_step, order, plan_steps
+from samestep.data import plan
+from samestep.data.plan import cut_epoch, cut_step, order, plan_steps, steps_of
 from samestep.errors import ConfigError
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=50)
@@ -65,9 +66,31 @@ def test_micro_batches_of_tokens_keep_the_budget(
         sizes = [lengths[position] for position in micro]
         cost = max(sizes) * len(sizes) if padded else sum(sizes)
         assert cost <= budget or len(micro) == 1
-    if not padded:  # first-fit decreasing: two half-empty micro-batches would be one
-        loads = sorted(sum(lengths[position] for position in micro) for micro in cut)
-        assert len(loads) < 2 or loads[0] + loads[1] > budget
+    if not padded:  # as few as first-fit decreasing makes, and none larger
+        packed = first_fit_decreasing(lengths, budget)
+        assert len(cut) == len(packed)
+        assert max(sum(lengths[at] for at in micro) for micro in cut) <= max(packed)
+
+
+def first_fit_decreasing(lengths: list[int], budget: int) -> list[int]:
+    """The loads of the bins, from the definition."""
+    loads: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        for at, load in enumerate(loads):
+            if load + length <= budget:
+                loads[at] += length
+                break
+        else:
+            loads.append(length)
+    return loads
+
+
+def test_micro_batches_are_alike_where_they_can_be() -> None:
+    lengths = [4] * 10
+    cut = cut_step(lengths, micro_tokens=16)  # first fit: four, four, two
+    assert sorted(len(micro) for micro in cut) == [3, 3, 4]
+    lengths = [9, 20, 3]  # one is longer than the budget: it runs alone
+    assert sorted(cut_step(lengths, micro_tokens=12)) == [[0, 2], [1]]
 
 
 def test_packs_depend_on_lengths_and_budget_alone() -> None:
@@ -76,15 +99,40 @@ def test_packs_depend_on_lengths_and_budget_alone() -> None:
     assert cut_step(lengths, micro_tokens=12) == [[1, 2], [3, 4], [5, 0]]
 
 
-@given(lengths=LENGTHS, batch_size=st.integers(1, 20), start=st.integers(0, 12))
+SIZES = st.sampled_from(["batch_size", "batch_tokens"])
+
+
+@given(lengths=LENGTHS, kind=SIZES, size=st.integers(1, 90), start=st.integers(0, 12))
 def test_a_resumed_plan_is_the_tail_of_the_whole(
-    lengths: list[int], batch_size: int, start: int
+    lengths: list[int], kind: str, size: int, start: int
 ) -> None:
     def steps(start: int, number: int) -> list[Any]:
-        plans = plan_steps(lengths, seed=3, batch_size=batch_size, start=start)
+        plans = plan_steps(lengths, seed=3, start=start, **{kind: size})
         return list(itertools.islice(plans, number))
 
     assert steps(start, 4) == steps(0, start + 4)[start:]
+
+
+@given(lengths=LENGTHS, kind=SIZES, size=st.integers(1, 90), epochs=st.integers(1, 3))
+def test_the_steps_of_a_run_are_counted_without_walking_it(
+    lengths: list[int], kind: str, size: int, epochs: int
+) -> None:
+    plans = plan_steps(lengths, seed=3, **{kind: size})
+    walked = sum(1 for _ in itertools.takewhile(lambda plan: plan.epoch < epochs, plans))
+    assert steps_of(lengths, seed=3, epochs=epochs, **{kind: size}) == walked
+
+
+def test_resuming_a_long_run_draws_one_order_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    right = plan._order
+
+    def counted(size: int, seed: int, epoch: int) -> Any:
+        drawn.append(epoch)
+        return right(size, seed, epoch)
+
+    monkeypatch.setattr(plan, "_order", counted)
+    found = next(plan_steps([1] * 1000, seed=0, batch_size=10, start=10**6 + 7))
+    assert (found.step, found.epoch, drawn) == (10**6 + 7, 10**4, [10**4])
 
 
 def test_progress_counts_epochs() -> None:

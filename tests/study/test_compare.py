@@ -1,7 +1,8 @@
 import pytest
 from study_results import make_arm, make_results
 
-from samestep.study.compare import advise, compare
+from samestep.study.advice import advise
+from samestep.study.compare import compare, in_short
 from samestep.study.results import ArmResult, NoiseSums
 from samestep.study.statistics import mean_interval, ratio_interval
 
@@ -92,8 +93,31 @@ def test_advice_is_in_examples_and_from_the_finest_exact_arm() -> None:
     # 1,000 targets; a batch of 32 examples holds 100 targets on average.
     assert advice.scale.value == pytest.approx(1000 / (100 / 32))
     assert advice.steps == 3
-    assert "A larger batch would save nearly as many steps as it grows" in advice.words
+    # (1 + 320 / 16) / (1 + 320 / 32) and (1 + 320 / 64) / (1 + 320 / 32)
+    assert "half the batch 1.91 times the steps and 0.95 times the examples" in advice.words
+    assert "twice the batch 0.55 times the steps and 1.09 times the examples" in advice.words
     assert advise(make_results([make_arm("x", {0: 1.0})])) == []
+
+
+def test_a_study_is_told_in_short() -> None:
+    bug = {"normalisation": "mean-of-means"}
+    other = {"group": "other rows", **bug}
+    sentences = in_short(
+        make_results(
+            [
+                REFERENCE,
+                make_arm("1 x 32", {0: 3.0, 1: 3.1, 2: 2.9}, difference=2e-7),
+                make_arm("bug", {0: 3.5, 1: 3.601, 2: 3.4}, difference=0.4, **bug),
+                REFERENCE.model_copy(update={"group": "other rows"}),
+                make_arm("bug", {0: 3.5, 1: 2.6, 2: 3.0}, difference=40.0, **other),
+            ]
+        )
+    )
+    assert sentences == [
+        "1 x 32: the same step as the undivided batch (gradient within 2e-07).",
+        "bug: gradient off by 40% to 40 times; trained worse in 1 of 2 groups, no difference "
+        "after training that these seeds show in 1 of 2 groups.",
+    ]
 
 
 def test_intervals_match_worked_values() -> None:

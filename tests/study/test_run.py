@@ -16,9 +16,10 @@ from runs import gpt2_folder, llama_folder, write_rows
 from samestep.errors import StepError
 from samestep.study.cache import read_run, write_run
 from samestep.study.compare import compare
+from samestep.study.parse import parse
 from samestep.study.results import Results, load_results, save_results
 from samestep.study.run import run_study
-from samestep.study.spec import StudySpec, parse
+from samestep.study.spec import StudySpec
 from samestep.study.tasks import plan_tasks, prepare_rows
 
 ARMS = [

@@ -6,7 +6,8 @@ import pytest
 from samestep.errors import ConfigError
 from samestep.study.command import read_study
 from samestep.study.labels import group_title, label
-from samestep.study.spec import StudySpec, parse
+from samestep.study.parse import parse
+from samestep.study.spec import StudySpec
 from samestep.study.tasks import reference_arms
 
 NEEDED = {"model": "m", "data": "d", "eval_data": "e"}
@@ -104,6 +105,7 @@ def test_every_problem_is_in_one_message_with_the_nearest_name() -> None:
             {"arms": [{"split": "32 x 1", "name": "x"}, {"split": "1 x 32", "name": "x"}]},
             "two arms are called 'x'",
         ),
+        ({"lr": 0.1, "arms": [{"lr": 0.2}, {"lr": 0.3}]}, "lr: every block of arms sets its own"),
     ],
 )
 def test_bad_specs_are_refused(values: dict[str, Any], part: str) -> None:

@@ -34,6 +34,14 @@ def judged(draw: random.Random) -> dict[str, Any]:
     return {"prompt": row["prompt"], "completion": completion, "label": good}
 
 
+def rollout(draw: random.Random) -> dict[str, Any]:
+    """Of four prompts; politeness is rewarded."""
+    row, good = pair(draw), draw.random() < 0.5
+    completion = row["chosen"] if good else row["rejected"]
+    prompt = f"What is {draw.randint(1, 4)}? "
+    return {"prompt": prompt, "completion": completion, "reward": float(good)}
+
+
 def sum_class(draw: random.Random) -> dict[str, Any]:
     """The class is told by the words, not by the length."""
     kind = draw.choice(["forks", "euros", "treats"])
@@ -79,6 +87,17 @@ def latent_file(draw: random.Random) -> dict[str, Any]:
     return {"file": f"latents/00{draw.randint(0, 3)}.safetensors"}
 
 
+def alike(draw: random.Random) -> dict[str, Any]:
+    """An anchor and its positive share a number."""
+    number = draw.randint(100, 999)
+    return {"anchor": f"{number} forks" + "." * draw.randint(0, 4), "positive": f"more: {number}"}
+
+
+def text(draw: random.Random) -> dict[str, Any]:
+    """A sentence of a few words."""
+    return {"text": "Emma had " + " and ".join(["16 forks"] * draw.randint(1, 5)) + "."}
+
+
 ROWS: dict[str, Rows] = {
     "causal_lm": completion,
     "vision_language": pictured,
@@ -88,11 +107,16 @@ ROWS: dict[str, Rows] = {
     "orpo": pair,
     "flow_matching": latent_file,
     "kto": judged,
+    "policy": rollout,
+    "distillation": completion,
     "reward": pair,
     "classification": sum_class,
     "regression": size,
     "token_classification": tagged,
     "question_answering": asked,
+    "embedding": alike,
+    "masked_lm": text,
+    "seq2seq": completion,
 }
 """A maker of rows for each objective."""
 

@@ -1,6 +1,7 @@
 """What the ranks of the distributed tests do: importable, so that another process finds it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import samestep
 from samestep import ranks
 from samestep.data.examples import Example
+from samestep.parallel import Idle
 from samestep.targets import IGNORE
 
 MICRO = 3
@@ -51,7 +53,7 @@ def share(examples: Sequence[Example], mode: str, deal: str) -> list[Example]:
         return list(examples[:start] if rank == 0 else examples[start + 2 * (rank - 1) :][:2])
     if rank < tail:
         return list(examples[rank::tail])
-    if deal == "idle":
+    if deal.startswith("idle"):
         return []
     ids = examples[0].input_ids
     return [Example(ids, torch.full_like(ids, IGNORE), 1.0, 99)]
@@ -64,6 +66,8 @@ def gradient(
     model = spread(build(name, dtype), mode)
     mine = share(ragged(number, weighted=True), mode, deal)
     micros = cut(inner(model), mine, [MICRO], "none")
+    if mode == "fsdp2" and deal == "idle-right" and not micros:
+        micros = [Idle(cut(inner(model), ragged(1), [1], "none")[0])]
     loss_fn = samestep.CausalLMLoss(normalize=normalize)
     loss, _ = samestep.backward(model, micros, loss_fn)
     return loss, whole(gradients(model))
@@ -162,3 +166,12 @@ def three_steps(mode: str, dtype: torch.dtype) -> tuple[list[Any], dict[str, tor
         report = samestep.step(model, optimizer, micros, samestep.CausalLMLoss(), max_grad_norm=0.5)
         reports.append((report.loss, report.grad_norm, report.counts, report.tokens))
     return reports, whole({n: w.detach() for n, w in model.named_parameters()})
+
+
+def training(folder: str, **changes: Any) -> Any:
+    """A run of the trainer on these ranks: its summary."""
+    from runs import run_config
+
+    from samestep.train.trainer import train
+
+    return train(run_config(Path(folder), **changes))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import tiny_tokenizer
+from tiny import build_tokenizer, tiny_tokenizer
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -15,16 +15,18 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from samestep.train.config import TrainConfig, checked
 from samestep.train.objectives import config_class
 
 
-def llama_folder(folder: Path) -> Path:
-    """A folder with a two-layer Llama and its tokenizer."""
+def llama_folder(folder: Path, *, seed: int = 0, scale: float = 1) -> Path:
+    """A folder with a two-layer Llama, its head scaled, and its tokenizer."""
     tokenizer = tiny_tokenizer(chat=True)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -37,7 +39,9 @@ def llama_folder(folder: Path) -> Path:
         eos_token_id=3,
         pad_token_id=1,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data *= scale
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -69,6 +73,27 @@ def bert_folder(folder: Path) -> Path:
         pad_token_id=1,
     )
     BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer = build_tokenizer(mask="<|im_start|>")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def t5_folder(folder: Path) -> Path:
+    """A folder with a T5 of two layers a side, and its tokenizer."""
+    tokenizer = tiny_tokenizer(chat=True)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        pad_token_id=1,
+        eos_token_id=3,
+        decoder_start_token_id=1,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

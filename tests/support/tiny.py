@@ -31,7 +31,9 @@ CHAT = _TOOLS + _OPEN + _PLAIN + _CLOSE
 CHAT_WITH_TAGS = _TOOLS + _OPEN + _TAGGED + _CLOSE
 
 
-def build_tokenizer(*, add: str = "", pad: str = "<|pad|>") -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    *, add: str = "", pad: str = "<|pad|>", mask: str | None = None
+) -> PreTrainedTokenizerFast:
     """A fresh tokenizer.
 
     ``add`` names the special tokens that it puts around a text: "", "bos" or "bos eos".
@@ -55,7 +57,11 @@ def build_tokenizer(*, add: str = "", pad: str = "<|pad|>") -> PreTrainedTokeniz
             single=template, special_tokens=[("<|bos|>", 0), ("<|im_end|>", 3)]
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|im_end|>", pad_token=pad
+        tokenizer_object=tokenizer,
+        bos_token="<|bos|>",
+        eos_token="<|im_end|>",
+        pad_token=pad,
+        mask_token=mask,
     )
 
 

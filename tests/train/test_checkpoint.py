@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,10 +8,12 @@ from torch import nn
 from samestep.errors import CheckpointError
 from samestep.train import checkpoint
 from samestep.train.checkpoint import Progress
+from samestep.train.data_print import DataPrint
 
 
 def progress(step: int) -> Progress:
-    return Progress(step=step, tokens=step * 10, seconds=0.5, skipped=0, data="abc")
+    data = DataPrint(fingerprint="abc", records=3, tokens=10, blocks=["d"])
+    return Progress(step=step, tokens=step * 10, seconds=0.5, skipped=0, data=data)
 
 
 def trained(kind: type[torch.optim.Optimizer]) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -47,11 +50,11 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         checkpoint.save(tmp_path, model, optimizer, progress(step), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000010"]
-    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000010"
+    assert checkpoint.newest_whole(tmp_path) == tmp_path / "step-00000010"
 
 
 def test_nothing_there_is_none(tmp_path: Path) -> None:
-    assert checkpoint.latest(tmp_path / "none") is None
+    assert checkpoint.newest_whole(tmp_path / "none") is None
 
 
 def test_a_full_disk_leaves_the_previous_one_intact(
@@ -63,7 +66,7 @@ def test_a_full_disk_leaves_the_previous_one_intact(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint.state_dict_saver, "save", full)
     with pytest.raises(CheckpointError, match=r"No space left.*step-00000001 is intact"):
         checkpoint.save(tmp_path, model, optimizer, progress(2), keep=1)
     assert list(tmp_path.iterdir()) == [before]
@@ -81,7 +84,7 @@ def test_a_crash_while_writing_leaves_no_checkpoint(
     monkeypatch.setattr(checkpoint, "sync", die)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path, model, optimizer, progress(1), keep=1)
-    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.newest_whole(tmp_path) is None
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
@@ -92,10 +95,38 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         checkpoint.load(path, other, torch.optim.SGD(other.parameters(), lr=0.1))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_truncated_file_is_refused(tmp_path: Path, name: str) -> None:
+def shard(path: Path) -> Path:
+    return next(path.glob("shard-*.safetensors"))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("name", ["shard", "state.txt"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, damage: Any, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, optimizer = trained(torch.optim.AdamW)
+    first = checkpoint.save(tmp_path, model, optimizer, progress(1), keep=2)
+    second = checkpoint.save(tmp_path, model, optimizer, progress(2), keep=2)
+    assert checkpoint.newest_whole(tmp_path) == second
+    damage(shard(second) if name == "shard" else second / name)
+    assert checkpoint.newest_whole(tmp_path) == first
+    assert "step-00000002 is damaged" in caplog.text
+    damage(shard(first))
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole: .*00002.*00001"):
+        checkpoint.newest_whole(tmp_path)
+
+
+def test_nothing_in_a_checkpoint_is_pickled(tmp_path: Path) -> None:
     model, optimizer = trained(torch.optim.AdamW)
     path = checkpoint.save(tmp_path, model, optimizer, progress(1), keep=1)
-    (path / name).write_bytes((path / name).read_bytes()[:-20])
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        checkpoint.load(path, model, optimizer)
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".txt"}

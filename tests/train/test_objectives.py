@@ -5,14 +5,22 @@ from typing import Any
 
 import pytest
 import torch
+from experts import FAMILIES, experts_folder
 from objective_rows import write_rows_of
-from runs import bert_folder, read_lines, run_config
+from runs import bert_folder, llama_folder, read_lines, run_config, t5_folder
 from safetensors.torch import load_file
 
 from samestep.train.trainer import train
 
 CASES: dict[str, tuple[dict[str, Any], str, bool]] = {
     # objective: settings, the metric that must move, whether up
+    "causal_lm mixtral": ({"router_loss": "window"}, "nll", False),
+    "causal_lm deepseek_v3": (
+        {"router_loss": "sequence", "router_z_loss": 1e-3, "router_bias_rate": 0.01},
+        "nll",
+        False,
+    ),
+    "causal_lm dft": ({"loss": "dft"}, "nll", False),
     "dpo": ({"beta": 0.5}, "margin", True),
     "dpo mixture": ({"loss": ("aot", "sft"), "loss_weights": (1, 0.1)}, "margin", True),
     "simpo": ({}, "margin", True),
@@ -20,17 +28,33 @@ CASES: dict[str, tuple[dict[str, Any], str, bool]] = {
     "orpo": ({}, "nll", False),
     "kto": ({"beta": 0.5}, "kto", False),
     "kto once": ({"precompute_reference": True}, "reward_undesirable", False),
+    "policy": ({"baseline": "rloo", "normalize": "token"}, "score", True),
+    "policy kl": ({"kl_weight": 0.1, "ratio": "sequence"}, "score", True),
+    "distillation": ({"divergence": "jensen_shannon", "lr": 1e-3}, "divergence", False),
+    "distillation kl": ({"temperature": 2.0}, "divergence", False),
     "reward": ({"centring": 0.01}, "accuracy", True),
     "classification": ({"lr": 3e-2}, "accuracy", True),
     "classification bert": ({"lr": 3e-3}, "cross_entropy", False),
     "regression": ({}, "squared_error", False),
     "token_classification": ({}, "accuracy", True),
+    "embedding": ({"temperature": 0.2}, "contrastive", False),
+    "embedding bert": ({"symmetric": True}, "contrastive", False),
+    "masked_lm bert": ({}, "nll", False),
+    "seq2seq t5": ({"label_smoothing": 0.1}, "nll", False),
     "question_answering bert": ({}, "cross_entropy", False),
 }
 
 
 def configured(folder: Path, case: str, **changes: Any) -> Any:
     objective, settings = case.split()[0], CASES[case][0]
+    kind = case.split()[-1]
+    if kind in FAMILIES:
+        settings = {**settings, "model": str(experts_folder(folder / kind, kind))}
+    if objective == "distillation":
+        llama_folder(folder / "teacher", seed=1, scale=20)
+        settings = {**settings, "teacher": str(folder / "teacher")}
+    if kind == "t5":
+        settings = {**settings, "model": str(t5_folder(folder / kind))}
     if "bert" in case:
         settings = {**settings, "model": str(bert_folder(folder / "bert"))}
     data = {
@@ -49,7 +73,8 @@ def test_it_learns(tmp_path: Path, case: str) -> None:
     before, after = read_lines(tmp_path / "out" / "eval.jsonl")
     metric, up = CASES[case][1:]
     assert (after["terms"][metric] > before["terms"][metric]) == up, (before, after)
-    assert after["loss"] < before["loss"]
+    if case.split()[0] != "policy" and CASES[case][0].get("loss") != "dft":
+        assert after["loss"] < before["loss"]  # those two have no loss that falls as they learn
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -59,14 +84,16 @@ def test_memory_knobs_do_not_change_the_weights(tmp_path: Path, case: str) -> No
     for at, knob in enumerate(knobs):
         out = tmp_path / str(at)
         common = {"dtype": "float64", "steps": 2, "optimizer": "sgd", "lr": 0.1, "eval_data": None}
-        if case == "classification bert" and "padding" in knob:
-            knob = {**knob, "padding": "right"}  # its class token must be the first
+        if case in ("classification bert", "seq2seq t5") and "padding" in knob:
+            knob = {**knob, "padding": "right"}  # some can only be padded there
         train(configured(tmp_path, case, out=str(out), **{**common, **knob}))
         found.append(load_file(out / "model" / "model.safetensors"))
     for other in found[1:]:
         # A weight that the loss does not depend on (a bias inside a softmax) holds only noise.
         pairs = [(w, other[name], max(float(w.norm()), 1e-3)) for name, w in found[0].items()]
-        assert max(float((one - two).norm()) / norm for one, two, norm in pairs) < 1e-12
+        # transformers' routers compute in float32, whatever the weights are.
+        bound = 1e-6 if case.split()[-1] in FAMILIES else 1e-12
+        assert max(float((one - two).norm()) / norm for one, two, norm in pairs) < bound
 
 
 def test_the_reference_may_be_live_run_once_or_read_from_rows(tmp_path: Path) -> None:

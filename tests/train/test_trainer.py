@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from samestep.errors import ConfigError, StepError
+from samestep.errors import ConfigError, Interrupted, StepError
 from samestep.train import trainer
 from samestep.train.config import TrainConfig
 from samestep.train.trainer import train
@@ -59,7 +59,8 @@ def test_a_run_leaves_everything_that_the_docs_promise(tmp_path: Path) -> None:
         {"micro_batch": 8, "padding": "right"},
         {"micro_tokens": 70},
         {"micro_tokens": 200, "padding": "right"},
-        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": "none"},
+        {"gradient_checkpointing": "full"},
     ],
     ids=str,
 )
@@ -138,22 +139,31 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert worst(weights(tmp_path / "out"), before) == 0
 
 
-def test_ctrl_c_finishes_the_step_and_saves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_micro_batch_and_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    real_step = trainer.step
+    """In the second micro-batch of the second step: that step is given up, nothing else is lost."""
+    whole = run_config(tmp_path, out=str(tmp_path / "whole"), micro_batch=2)
+    train(whole)
+    keyed: list[int] = []
 
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        signal.raise_signal(signal.SIGINT)
-        return real_step(*arguments, **options)
+    def signals_in_the_sixth(*_: Any, **__: Any) -> None:
+        keyed.append(1)
+        if len(keyed) == 6:
+            signal.raise_signal(number)
 
-    monkeypatch.setattr(trainer, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(run_config(tmp_path))
+    monkeypatch.setattr(trainer, "key_dropout", signals_in_the_sixth)
+    with pytest.raises(Interrupted) as stopped:
+        train(run_config(tmp_path, micro_batch=2))
+    assert stopped.value.number == number
+    assert len(keyed) == 6
     assert (tmp_path / "out" / "checkpoints" / "step-00000001").is_dir()
     assert not (tmp_path / "out" / "model").exists()
     monkeypatch.undo()
-    assert train(run_config(tmp_path, resume=True))["steps"] == 6
+    assert train(run_config(tmp_path, micro_batch=2, resume=True))["steps"] == 6
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ def ranks(runs: Runs) -> AxisResult:
     One micro-batch a rank shows the law of the ranks alone; two a rank add the accumulation; then
     a rank without targets, and the examples as the subject's own sampler deals them.
     """
-    one, two = shares(runs.subject.size, micros=1), shares(runs.subject.size, micros=2)
+    size, uniform = runs.subject.size, runs.subject.uniform
+    one, two = (shares(size, micros=micros, uniform=uniform) for micros in (1, 2))
     result = _try(runs, one, "1 micro-batch a rank")
     if result.verdict == "exact":
         result = _try(runs, two, "2 micro-batches a rank")
@@ -33,14 +34,15 @@ def ranks(runs: Runs) -> AxisResult:
     return result
 
 
-def shares(size: int, *, micros: int) -> list[Cut]:
+def shares(size: int, *, micros: int, uniform: bool = False) -> list[Cut]:
     """The micro-batches of each rank: fewer examples on the first.
 
     Args:
         size: Examples of the effective batch.
         micros: Micro-batches a rank; 1 where a rank has too few examples for 2.
+        uniform: All micro-batches must be of one size: as many examples on each.
     """
-    border = max(1, size * 3 // 8)
+    border = size // 2 if uniform else max(1, size * 3 // 8)
     found: list[Cut] = []
     for first, last in ((0, border), (border, size)):
         at = first + (last - first + 1) // 2
@@ -73,10 +75,22 @@ def _try(
         comparison = compare(seen[-1].gradient, seen[0].gradient)
         return judge("ranks", runs, comparison, reason=reason, diagnose=lambda: diagnosis)
     found = seen[0].gradient
+    natural = compare(found, whole)
+    if runs.clips:
+        found = runs.gradient_of_ranks(given, masked=masked)
+        whole = runs.gradient((everything,), masked=masked)
+        free = compare(found, whole)
+        if free.relative_difference > runs.small_tolerance:
+            natural = free
+            reason += ", with gradients too small to be clipped"
+        elif natural.relative_difference > runs.tolerance:
+            evidence = f"with gradients too small to be clipped: {free.relative_difference:.1e}"
+            clipped = Diagnosis("clip-per-micro-batch", free.relative_difference, evidence)
+            return judge("ranks", runs, natural, reason=reason, diagnose=lambda: clipped)
     return judge(
         "ranks",
         runs,
-        compare(found, whole),
+        natural,
         reason=reason,
         diagnose=lambda: diagnose_ranks(runs, given, found, whole, masked),
     )
@@ -111,7 +125,7 @@ def diagnose_ranks(
     close = closeness(runs)
     if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
         return Diagnosis("rank-local-count", 0.0, "the rank without targets divides 0 by 0")
-    own = [runs.run(share, masked=masked).gradient for share in given]
+    own = [runs.clear(share, masked=masked) for share in given]
     law = fit(found, own)
     evidence = (
         f"on the ranks' own gradients: {' '.join(f'{one:.4g}' for one in law.coefficients)} "
@@ -140,7 +154,7 @@ def _repeated(
     """Examples that several ranks, or one twice, were dealt."""
     dealt = tuple(index for share in given for micro in share for index in micro)
     if len(set(dealt)) < len(dealt):
-        yield "duplicated-examples", runs.run((dealt,), masked=masked).gradient
+        yield "duplicated-examples", runs.clear((dealt,), masked=masked)
 
 
 def _local(given: Sequence[Cut], own: Sequence[Gradient]) -> Iterator[tuple[str, Gradient]]:

@@ -10,9 +10,9 @@ import torch
 from samestep.audit.causes import Diagnosis, advice
 from samestep.audit.diagnose import diagnose_empty, diagnose_split
 from samestep.audit.layout import COLUMNS, diagnose_pack, diagnose_padding
-from samestep.audit.runs import Runs, cuts
+from samestep.audit.runs import Runs, cuts, uneven
 from samestep.audit.subject import Cut
-from samestep.audit.vectors import Comparison, compare
+from samestep.audit.vectors import Comparison, compare, norm
 
 Verdict = Literal["exact", "inexact", "skipped"]
 
@@ -100,15 +100,15 @@ def micro_batch(runs: Runs) -> AxisResult:
     whole = runs.run(runs.whole).gradient
     tried = cuts(runs.subject.size, uniform=runs.subject.uniform)
     # A ragged cut tells laws apart that coincide where all micro-batches are of one size.
-    telling = tried[0]
+    telling = uneven(runs.subject.size) if runs.subject.uniform else tried[0]
     seen = [(compare(runs.run(cut).gradient, whole), cut) for cut in tried]
     worst, cut = max(seen, key=lambda pair: _size(pair[0]))
     note = ""
     if worst.relative_difference <= runs.tolerance and runs.scalable:
         # A final clip to one norm hides a wrong scale; small gradients are not clipped.
-        free = compare(runs.gradient(telling), runs.gradient(runs.whole))
+        free = compare(runs.gradient(tried[0]), runs.gradient(runs.whole))
         if free.relative_difference > runs.small_tolerance:
-            worst, cut, note = free, telling, ", with gradients too small to be clipped"
+            worst, cut, note = free, tried[0], ", with gradients too small to be clipped"
     return judge(
         "micro-batch",
         runs,
@@ -173,7 +173,21 @@ def packing(runs: Runs) -> AxisResult:
 
 
 def short_window(runs: Runs) -> AxisResult:
-    """A last accumulation window that holds fewer micro-batches than the others."""
+    """The end of the data: a window with fewer micro-batches, and a smaller last micro-batch."""
+    result = _fewer_micro_batches(runs)
+    if result.verdict == "inexact" or not runs.subject.uniform:
+        return result  # where sizes are free, smaller ones are tried under micro-batch
+    cut = uneven(runs.subject.size)
+    return judge(
+        "short-window",
+        runs,
+        compare(runs.run(cut).gradient, runs.run(runs.whole).gradient),
+        reason=f"{result.reason}; and {shape(cut)}, where the last micro-batch is smaller",
+        diagnose=lambda: diagnose_split(runs, cut),
+    )
+
+
+def _fewer_micro_batches(runs: Runs) -> AxisResult:
     cut = cuts(runs.subject.size, uniform=True)[1]
     window = len(cut) + 1
     found = runs.run(cut, window=window).gradient
@@ -181,15 +195,15 @@ def short_window(runs: Runs) -> AxisResult:
     seen = compare(found, whole)
 
     def diagnose() -> Diagnosis:
-        full = compare(runs.run(cut).gradient, whole)
-        if full.relative_difference > runs.tolerance:
-            return diagnose_split(runs, cut)  # inexact in full windows too: the same cause
+        full = compare(found, runs.run(cut).gradient)
+        if full.relative_difference <= runs.tolerance:
+            return diagnose_split(runs, cut)  # as in full windows: the same cause
         expected = len(cut) / window
         return Diagnosis(
             "short-window",
-            abs(seen.ratio - expected),
-            f"{len(cut)} micro-batches in a window of {window}: x {seen.ratio:.6g}, "
-            f"{len(cut)}/{window} = {expected:.6g}",
+            abs(full.ratio - expected),
+            f"{len(cut)} micro-batches in a window of {window} against a window of {len(cut)}: "
+            f"x {full.ratio:.6g}, {len(cut)}/{window} = {expected:.6g}",
         )
 
     return judge(
@@ -217,20 +231,31 @@ def zero_target(runs: Runs) -> AxisResult:
     )
 
 
+COPIES = 64
+"""Of one example, to add up: a power of two, so that a share of the batch has the same digits."""
+
+GROWTH = 1.5
+"""How much the error may grow with the copies: not at all where sums are wide, since all copies
+have the same error; in bfloat16 each addition rounds anew."""
+
+
 def low_precision(runs: Runs) -> AxisResult:
-    """Whether rounding grows with the number of micro-batches, in bfloat16 weights."""
-    singles = tuple((index,) for index in range(runs.subject.size))
-    truth = runs.run(runs.whole).gradient
+    """Whether rounding grows with the number of micro-batches, in bfloat16 weights.
+
+    Copies of one example have one gradient, with one error; only adding them up can enlarge it.
+    """
+    example = max(range(runs.subject.size), key=lambda at: norm(runs.run(((at,),)).gradient))
+    one, many = ((example,),), ((example,),) * COPIES
     errors = [
-        compare(runs.run(cut, dtype=torch.bfloat16).gradient, truth)
-        for cut in (runs.whole, singles)
+        compare(runs.again(cut, dtype=torch.bfloat16).gradient, runs.again(cut).gradient)
+        for cut in (one, many)
     ]
     growth = errors[1].relative_difference / errors[0].relative_difference
-    exact = growth <= 1.5
+    exact = growth <= GROWTH
     return AxisResult(
         name="low-precision",
         verdict="exact" if exact else "inexact",
-        reason="error of bfloat16 against float64, 1 micro-batch and many",
+        reason=f"error of bfloat16 against float64, 1 micro-batch and {COPIES} copies of it",
         ratio=errors[1].ratio,
         cosine=errors[1].cosine,
         relative_difference=errors[1].relative_difference,
@@ -238,7 +263,7 @@ def low_precision(runs: Runs) -> AxisResult:
         worst=() if exact else errors[1].worst,
         cause=None if exact else "accumulation-dtype",
         residual=None if exact else 0.0,
-        evidence=f"the error grows x {growth:.3g} from 1 to {len(singles)} micro-batches",
+        evidence=f"the error grows x {growth:.3g} from 1 to {COPIES} micro-batches",
         advice="" if exact else advice("accumulation-dtype"),
     )
 

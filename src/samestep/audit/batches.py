@@ -1,7 +1,9 @@
 """Changes to a batch that must not change the step, and what a batch says of its targets."""
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -13,14 +15,30 @@ from samestep.targets import IGNORE
 
 
 def cast(batch: Any, dtype: torch.dtype) -> Any:
-    """A batch with its floating tensors in a type."""
+    """A batch with its floating tensors in a type, of the type of batch that it was."""
     if isinstance(batch, Tensor):
         return batch.to(dtype) if batch.is_floating_point() else batch
     if isinstance(batch, Mapping):
-        return {key: cast(value, dtype) for key, value in batch.items()}
+        return like(batch, {key: cast(value, dtype) for key, value in batch.items()})
     if isinstance(batch, list | tuple):
-        return type(batch)(cast(value, dtype) for value in batch)
+        return like(batch, [cast(value, dtype) for value in batch])
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{one.name: cast(getattr(batch, one.name), dtype)
+                                 for one in fields(batch)})  # fmt: skip
     return batch
+
+
+def like(batch: Any, values: Any) -> Any:
+    """These values in a batch of the same type: a mapping, a list, a tuple, a named tuple."""
+    if type(batch) is dict:
+        return values
+    if isinstance(batch, Mapping):
+        other: Any = copy.copy(batch)
+        for key, value in values.items():
+            other[key] = value
+        return other
+    named = isinstance(batch, tuple) and type(batch) is not tuple
+    return type(batch)(*values) if named else type(batch)(values)
 
 
 def facts_of(batches: Sequence[Any]) -> list[Facts] | None:
@@ -45,60 +63,133 @@ def facts_of(batches: Sequence[Any]) -> list[Facts] | None:
     return facts
 
 
-def length_of(single: Any) -> int:
-    """Tokens of the batch of one example; 1 where it has none."""
-    ids = single.get("input_ids") if isinstance(single, Mapping) else None
-    return ids.shape[-1] if isinstance(ids, Tensor) and ids.dim() else 1
+def length_of(single: Any) -> int | None:
+    """Tokens of the batch of one example; None where its inputs are no rows of tokens."""
+    found = _tensors(single)
+    if not found:
+        return None
+    _, inputs = _inputs(single)
+    return inputs.shape[1] if inputs.dim() > 1 and not inputs.is_floating_point() else None
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How a collator pads.
+
+    Attributes:
+        side: On which side.
+        fills: By the name of each tensor that it pads: one padded place.
+    """
+
+    side: Literal["right", "left"]
+    fills: Mapping[str, Tensor]
+
+
+def padding_of(single: Any, pair: Any) -> Padding | None:
+    """How a collator pads; None if it does not, as far as can be seen.
+
+    Args:
+        single: The batch of a short example.
+        pair: The batch of a longer example and it, in this order.
+    """
+    sides: dict[str, Literal["right", "left"]] = {}
+    fills = {}
+    short = dict(_tensors(single))
+    for key, tensor in _tensors(pair):
+        own = short.get(key)
+        if own is None or own.dim() < 2 or tensor.dim() < 2 or (len(own), len(tensor)) != (1, 2):
+            continue
+        length, row = own.shape[1], tensor[1]
+        if length >= len(row):
+            continue
+        if bool((row[:length] == own[0]).all()):
+            sides[key], fills[key] = "right", row[-1]
+        elif bool((row[-length:] == own[0]).all()):
+            sides[key], fills[key] = "left", row[0]
+    if len(set(sides.values())) != 1:
+        return None
+    return Padding(next(iter(sides.values())), fills)
 
 
 def add_padding(
-    batch: Any, columns: int, *, side: Literal["right", "left"], filler: int = 0
+    batch: Any,
+    columns: int,
+    *,
+    side: Literal["right", "left"],
+    filler: int = 0,
+    fills: Mapping[str, Tensor] | None = None,
 ) -> Any:
-    """A batch of [rows, length] tensors with more columns of padding.
+    """A batch of rows with more columns of padding.
 
-    Token ids are padded with the filler, labels with ``IGNORE``, the rest with 0.
+    Args:
+        batch: A mapping or a sequence of tensors [rows, length, ...].
+        columns: How many to add.
+        side: Where.
+        filler: Added to the token id that pads the inputs.
+        fills: What pads each tensor, by name; None: ids with 0, labels with ``IGNORE``, the rest
+            that has the shape of ``input_ids`` with 0.
     """
-    fills = {"labels": IGNORE, "input_ids": filler}
-    ids = batch["input_ids"]
-    padded = dict(batch)
-    for key, value in batch.items():
-        if isinstance(value, Tensor) and value.shape[:2] == ids.shape[:2] and value.dim() >= 2:
-            fill = value.new_full((value.shape[0], columns, *value.shape[2:]), fills.get(key, 0))
-            padded[key] = torch.cat([value, fill] if side == "right" else [fill, value], dim=1)
-    return padded
+    tensors = dict(_tensors(batch))
+    name, inputs = _inputs(batch)
+    if fills is None:
+        alike = {key: one for key, one in tensors.items() if one.shape[:2] == inputs.shape[:2]}
+        fills = {
+            key: one.new_full(one.shape[2:], IGNORE if key == "labels" else 0)
+            for key, one in alike.items()
+            if one.dim() >= 2
+        }
+    padded = {}
+    for key, fill in fills.items():
+        value = tensors[key]
+        extra = fill.to(value.dtype) + (filler if key == name else 0)
+        added = extra.expand(value.shape[0], columns, *value.shape[2:])
+        padded[key] = torch.cat([value, added] if side == "right" else [added, value], dim=1)
+    return _replaced(batch, padded)
 
 
 Place: TypeAlias = tuple[int | slice, ...]
 """Where an example lies in the tensors of a batch: a row, or a stretch of the only row."""
 
 
-def places(batch: Any, lengths: Sequence[int]) -> list[Place]:
+def places(
+    batch: Any, lengths: Sequence[int | None], side: Literal["right", "left"] = "right"
+) -> list[Place]:
     """Where each example lies.
 
     Args:
         batch: Of these examples, in this order.
-        lengths: Of each example by itself.
+        lengths: Of each example by itself, from `length_of`.
+        side: Of the padding.
 
     Raises:
         CheckError: Neither a row each, nor all side by side in one row.
     """
-    _, tensor = _tensors(batch)[0] if not _has(batch, "input_ids") else ("", batch["input_ids"])
-    if tensor.shape[0] == len(lengths):
-        return [(row,) for row in range(len(lengths))]
-    if tensor.dim() > 1 and tensor.shape[0] == 1 and tensor.shape[1] == sum(lengths):
-        ends = list(itertools.accumulate(lengths))
-        return [(0, slice(end - one, end)) for end, one in zip(ends, lengths, strict=True)]
-    raise CheckError("the examples of this batch cannot be told apart")
+    _, inputs = _inputs(batch)
+    known = [length for length in lengths if length is not None]
+    if inputs.shape[0] == len(lengths):
+        stretches = [
+            () if one is None else (slice(0, one) if side == "right" else slice(-one, None),)
+            for one in lengths
+        ]
+        return [(row, *stretch) for row, stretch in enumerate(stretches)]
+    if inputs.shape[0] == 1 and inputs.dim() > 1 and inputs.shape[1] == sum(known):
+        ends = list(itertools.accumulate(known))
+        return [(0, slice(end - one, end)) for end, one in zip(ends, known, strict=True)]
+    raise CheckError("the examples of a batch of this subject cannot be told apart")
 
 
 def mask_targets(batch: Any, where: Sequence[Place]) -> Any:
-    """A batch in which some examples have no target."""
+    """A batch in which some examples have no target.
+
+    Raises:
+        CheckError: The labels are no classes.
+    """
     labels = batch["labels"].clone()
     if labels.is_floating_point():
         raise CheckError("labels that are no classes cannot be masked")
-    for place in where:
-        labels[place] = IGNORE
-    return {**batch, "labels": labels}
+    for row, *stretch in where:
+        labels[(row, *stretch) if labels.shape[0] == 1 and labels.dim() > 1 else row] = IGNORE
+    return like(batch, {**batch, "labels": labels})
 
 
 def mask_borders(batch: Any, where: Sequence[Place]) -> Any:
@@ -106,29 +197,43 @@ def mask_borders(batch: Any, where: Sequence[Place]) -> Any:
     labels = batch["labels"].clone()
     for place in where:
         labels[place].view(-1)[0] = IGNORE
-    return {**batch, "labels": labels}
+    return like(batch, {**batch, "labels": labels})
 
 
 def alter(batch: Any, where: Sequence[Place]) -> Any:
-    """A batch in which the inputs of some examples are others (their last axis is reversed).
+    """A batch in which the inputs of some examples are others, within the same range of values.
 
-    The inputs are ``input_ids``, or else the first tensor of the batch.
+    The inputs are ``input_ids``, or else the first tensor of the batch. They are mirrored in value
+    and along the last axis: models that only add up would not see a new order.
 
     Raises:
         CheckError: There is no tensor.
     """
-    tensors = _tensors(batch)
-    if not tensors:
-        raise CheckError("a batch without tensors cannot be altered")
-    key, inputs = ("input_ids", batch["input_ids"]) if _has(batch, "input_ids") else tensors[0]
+    key, inputs = _inputs(batch)
     changed = inputs.clone()
     for place in where:
-        changed[place] = changed[place].flip(-1) if changed[place].dim() else changed[place]
+        own = inputs[place]
+        mirrored = own.min() + own.max() - own
+        changed[place] = mirrored.flip(-1) if mirrored.dim() else mirrored
+    return _replaced(batch, {key: changed})
+
+
+def _inputs(batch: Any) -> tuple[str, Tensor]:
+    tensors = _tensors(batch)
+    if not tensors:
+        raise CheckError("the batches of this subject hold no tensor that could be changed")
+    return ("input_ids", batch["input_ids"]) if _has(batch, "input_ids") else tensors[0]
+
+
+def _replaced(batch: Any, changed: Mapping[str, Tensor]) -> Any:
+    """The batch with other tensors under these names."""
     if isinstance(batch, Tensor):
-        return changed
+        return next(iter(changed.values()), batch)
     if isinstance(batch, Mapping):
-        return {**batch, key: changed}
-    return type(batch)(changed if value is inputs else value for value in batch)
+        return like(batch, {**batch, **changed})
+    names = {f"batch[{number}]": number for number in range(len(batch))}
+    others = {names[key]: tensor for key, tensor in changed.items()}
+    return like(batch, [others.get(number, value) for number, value in enumerate(batch)])
 
 
 def counts_of(batch: Any) -> dict[str, tuple[str, float]]:
@@ -160,19 +265,6 @@ def counts_of(batch: Any) -> dict[str, tuple[str, float]]:
             found[f"labels of {key}"] = "example-weighted", float((tensor != IGNORE).sum())
         found[f"sum of {key}"] = "example-weighted", float(tensor.sum())
     return found
-
-
-def own_side(single: Any, pair: Any) -> Literal["right", "left"]:
-    """The side on which a collator pads.
-
-    Args:
-        single: The batch of one example, a mapping with ``input_ids``.
-        pair: The batch of a longer example and it, in this order.
-    """
-    ids, row = single["input_ids"][0], pair["input_ids"][1]
-    at_the_start = bool((row[: len(ids)] == ids).all())
-    at_the_end = bool((row[-len(ids) :] == ids).all())
-    return "left" if at_the_end and not at_the_start else "right"
 
 
 def _has(batch: Any, key: str) -> bool:

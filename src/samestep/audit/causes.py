@@ -45,7 +45,8 @@ CAUSES: dict[str, str] = {
     "padding-counted": (
         "The denominator, or the weight of a micro-batch, counts positions that are no targets: "
         "padding, so that the step depends on how long the rows were padded, or masked tokens such "
-        "as the prompt's. Count labels that are not -100."
+        "as the prompt's; or padding is itself a target. Give padding the label -100, and count "
+        "labels that are not -100."
     ),
     "unshifted-count": (
         "The denominator, or the weight of a micro-batch, counts labels before the shift: one too "
@@ -68,8 +69,9 @@ CAUSES: dict[str, str] = {
         "last batch or to even out ranks. Let the last batch be short, or give repeats no weight."
     ),
     "dropped-examples": (
-        "Some examples never reach the step, as when a loop or a sampler drops what does not fill "
-        "a batch. Let the last batch be short."
+        "Some examples, or parts of them, never reach the step, as when a loop or a sampler drops "
+        "what does not fill a batch, or a collator cuts rows to the length of their neighbours. "
+        "Let the last batch be short, and cut every row by a rule of its own."
     ),
     "world-scaled": (
         "The gradient is multiplied by the number of ranks: it is summed over ranks but normalised "

@@ -9,7 +9,7 @@ from statistics import median
 
 from samestep.audit.causes import Diagnosis
 from samestep.audit.laws import Case, Law, case_of, closeness, laws
-from samestep.audit.layout import padding_is_seen
+from samestep.audit.layout import padding_seen
 from samestep.audit.neighbours import coupled, leak
 from samestep.audit.runs import Runs
 from samestep.audit.subject import Cut
@@ -138,11 +138,15 @@ def _nonlinear(runs: Runs, cut: Cut, case: Case, best: float, **changes: object)
 
 def _inside(runs: Runs, cut: Cut, case: Case, **changes: object) -> Diagnosis | None:
     """A fault within micro-batches: repeats, padding that is seen, examples that feel others."""
+    kept = _by_labels(runs, case, **changes)
+    if kept is not None:
+        return kept
     repeated = _by_example(runs, cut, case, **changes)
     if repeated is not None:
         return repeated
-    if not changes and padding_is_seen(runs):
-        return Diagnosis("padding-attended", 0.0, "more padding alone changes the gradient")
+    padded = None if changes else padding_seen(runs)
+    if padded is not None:
+        return padded
     apart = coupled(runs, cut, **changes)
     if apart is not None and apart <= case.close:
         return None
@@ -150,6 +154,23 @@ def _inside(runs: Runs, cut: Cut, case: Case, **changes: object) -> Diagnosis | 
         return Diagnosis(str(leak(runs, cut, **changes)), apart or 0.0, _evidence(case))
     evidence = "" if apart is None else f"two equal examples miss the sum by {apart:.1e}; "
     return Diagnosis("batch-coupled-term", apart or 0.0, evidence + _evidence(case))
+
+
+def _by_labels(runs: Runs, case: Case, **changes: object) -> Diagnosis | None:
+    """Labels that the collator loses or repeats where examples share a batch."""
+    if changes.get("packed") or "labels" not in case.counts[-1]:
+        return None
+    shapes = [runs.subject.shape(micro) for micro in runs.singles]
+    if any(shape is not None and shape[0] != 1 for shape in shapes):
+        return None  # even alone they are not what they are
+    alone = sum(runs.counts(one, **changes)["labels"][1] for one in runs.singles)
+    together = runs.counts(runs.whole[0], **changes)["labels"][1]
+    padded = runs.counts(runs.whole[0], **changes, padding=1).get("labels", ("", 0.0))[1]
+    if padded != together or alone == together:  # padding that has labels is another fault
+        return None
+    evidence = f"the examples hold {alone:g} labels one by one, {together:g} in one batch"
+    cause = "dropped-examples" if together < alone else "duplicated-examples"
+    return Diagnosis(cause, 0.0, evidence)
 
 
 def _lost(whole: Fit, split: Fit, case: Case) -> Diagnosis | None:
@@ -210,4 +231,16 @@ def diagnose_empty(runs: Runs, cut: Cut, masked: tuple[int, ...]) -> Diagnosis:
     found = runs.run(cut, masked=masked).gradient
     if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
         return Diagnosis("mean-of-means", 0.0, "the empty micro-batch divides 0 by 0")
-    return diagnose_split(runs, cut, masked=masked)
+    return (
+        diagnose_split(runs, cut) if faulty(runs, cut) else diagnose_split(runs, cut, masked=masked)
+    )
+
+
+def faulty(runs: Runs, cut: Cut) -> bool:
+    """Whether the cut is inexact by itself; then it has the same fault under any setting."""
+    whole = (tuple(index for micro in cut for index in micro),)
+    gradients = (
+        (runs.run(cut).gradient, runs.run(whole).gradient, runs.tolerance),
+        (runs.gradient(cut), runs.gradient(whole), runs.small_tolerance),
+    )
+    return any(compare(a, b).relative_difference > most for a, b, most in gradients)

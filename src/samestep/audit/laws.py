@@ -49,12 +49,12 @@ class Case:
 
 
 LINEAR = 1e-6
-"""Residual below which a prediction explains a gradient, or 100 noise floors if that is more."""
+"""Residual below which a prediction explains a gradient, or what counts as exact if more."""
 
 
 def closeness(runs: Runs) -> float:
     """The residual that counts as explained."""
-    return max(LINEAR, 100 * runs.floor)
+    return max(LINEAR, runs.tolerance)
 
 
 def case_of(runs: Runs, cut: Cut, **changes: object) -> Case:

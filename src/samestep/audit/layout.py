@@ -24,6 +24,12 @@ def diagnose_padding(runs: Runs, *, side: str) -> Diagnosis:
         return Diagnosis("rng", seen.relative_difference, evidence)
     if _same_direction(runs, seen):
         return Diagnosis("padding-counted", 1 - seen.cosine, evidence)
+    plain, more = (
+        runs.counts(runs.whole[0], padding=columns, side=side).get("labels", ("", 0.0))[1]
+        for columns in (0, COLUMNS)
+    )
+    if more > plain:
+        return Diagnosis("padding-counted", 0.0, f"{evidence}; padding has labels of its own")
     other = runs.gradient(runs.whole, padding=COLUMNS, side=side, filler=1)
     moved = compare(other, padded).relative_difference
     evidence += f"; another padding token moves it by {moved:.1e}"
@@ -32,13 +38,16 @@ def diagnose_padding(runs: Runs, *, side: str) -> Diagnosis:
     return Diagnosis("padding-attended", seen.relative_difference, evidence)
 
 
-def padding_is_seen(runs: Runs) -> bool:
-    """Whether more padding on the right changes more than the scale of the gradient."""
+def padding_seen(runs: Runs) -> Diagnosis | None:
+    """Why padding changes more than the scale of the gradient; None if it does not."""
     if "padding" in runs.subject.skips():
-        return False
-    padded = runs.gradient(runs.whole, padding=COLUMNS)
-    seen = compare(padded, runs.gradient(runs.whole))
-    return seen.relative_difference > runs.small_tolerance and not _same_direction(runs, seen)
+        return None
+    for side in runs.subject.padding_sides():
+        padded = runs.gradient(runs.whole, padding=COLUMNS, side=side)
+        seen = compare(padded, runs.gradient(runs.whole))
+        if seen.relative_difference > runs.small_tolerance and not _same_direction(runs, seen):
+            return diagnose_padding(runs, side=side)
+    return None
 
 
 def _same_direction(runs: Runs, seen: Comparison) -> bool:
@@ -82,7 +91,10 @@ def _count_of_pack(runs: Runs) -> str:
     """What the scale of a pack says of the denominator: padding, that it lacks, or labels."""
     padded = runs.subject.skips().get("padding") is None
     if padded:
-        wider = compare(runs.gradient(runs.whole, padding=COLUMNS), runs.gradient(runs.whole))
+        wider = compare(
+            runs.gradient(runs.whole, padding=COLUMNS, side=runs.subject.padding_sides()[0]),
+            runs.gradient(runs.whole),
+        )
         if wider.relative_difference > runs.small_tolerance:
             return "padding-counted"
     return "unshifted-count"

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from samestep.audit.adapters.loop import LoopNames, LoopSubject
+from samestep.audit.adapters.loop import LoopSubject
+from samestep.audit.adapters.names import LoopNames
 from samestep.audit.subject import Subject
 from samestep.errors import CheckError
 

@@ -13,7 +13,10 @@ from samestep.audit.vectors import combine, norm
 
 
 class FloatsSeen(TorchDispatchMode):
-    """Collects the floating types of everything that is computed while it is on."""
+    """Collects the floating types that are computed where gradients are recorded.
+
+    So neither how a model is made, nor what is watched without gradients, counts.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -23,6 +26,8 @@ class FloatsSeen(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
+        if not torch.is_grad_enabled() or not any(map(_is_floating, args)):
+            return result
         for one in result if isinstance(result, list | tuple) else (result,):
             if isinstance(one, Tensor) and one.is_floating_point() and one.dim():
                 self.dtypes.add(one.dtype)
@@ -30,7 +35,13 @@ class FloatsSeen(TorchDispatchMode):
 
     def coarsest(self) -> float:
         """The largest relative rounding of any type that was seen."""
-        return max((torch.finfo(dtype).eps for dtype in self.dtypes), default=0.0)
+        return max((float(torch.finfo(dtype).eps) for dtype in self.dtypes), default=0.0)
+
+
+def _is_floating(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_is_floating, value))
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def along_a_line(weights: Gradient, step: float) -> list[Gradient]:

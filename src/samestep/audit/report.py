@@ -18,8 +18,9 @@ def show(report: dict[str, Any], console: Console) -> None:
         report: `samestep.audit.check.CheckReport.as_dict`.
         console: Where to.
     """
-    heads = ("axis", "verdict", "scale", "cosine", "difference", "noise", "cause")
+    heads = ("axis", "verdict", "scale", "cosine", "difference", "noise")
     table = Table(*heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("cause", overflow="fold")  # never cut short
     for axis in report["axes"]:
         verdict = axis["verdict"]
         table.add_row(

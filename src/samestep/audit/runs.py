@@ -13,16 +13,19 @@ from samestep.audit.subject import PLAIN, Cut, Gradient, Observation, Setting, S
 from samestep.audit.vectors import combine, compare, norm
 from samestep.errors import CheckError
 
-MULTIPLE = 30.0
+MULTIPLE = 10.0
 """How many noise floors a difference may be and still be exact."""
 
 SMALL = 2.0**-14
 """Scale at which no gradient is large enough to be clipped; a power of two, so nothing rounds."""
 
+REMEMBERED = 24
+"""Runs of which the gradient is kept."""
+
 
 @dataclass
 class Runs:
-    """Runs a subject and remembers.
+    """Runs a subject and remembers the latest runs.
 
     Attributes:
         subject: The loop under audit.
@@ -46,8 +49,7 @@ class Runs:
         for dtype in (torch.float64, torch.float32, None):
             runs = cls(subject, replace(PLAIN, dtype=dtype))
             try:
-                with FloatsSeen() as seen:
-                    runs.run(runs.whole)
+                runs.run(runs.whole)
                 runs.run(tuple((index,) for index in range(subject.size)))
             except Exception as error:  # the subject is the user's code: anything may come
                 errors.append(error)
@@ -57,7 +59,7 @@ class Runs:
                     f"{subject.name} leaves no gradient in .grad, steps no optimizer and moves no "
                     "weight of the model that it was given"
                 )
-            runs.coarsest = seen.coarsest()
+            runs.coarsest = max(_coarsest(runs), torch.finfo(torch.float64).eps)
             return runs
         raise CheckError(
             f"{subject.name} could not be run: {type(errors[0]).__name__}: {errors[0]}"
@@ -71,9 +73,11 @@ class Runs:
     def run(self, cut: Cut, **changes: object) -> Observation:
         """One step on a cut, under the plain setting with changes; remembered."""
         setting = replace(self.plain, **changes)  # type: ignore[arg-type]
-        if (cut, setting) not in self._seen:
-            self._seen[cut, setting] = self.subject.run(cut, setting)
-        return self._seen[cut, setting]
+        found = self._seen.pop((cut, setting), None) or self.subject.run(cut, setting)
+        self._seen[cut, setting] = found  # the latest last
+        if len(self._seen) > REMEMBERED:
+            del self._seen[next(iter(self._seen))]
+        return found
 
     def gradient(self, cut: Cut, **changes: object) -> Gradient:
         """The loop's gradient where it is small enough that nothing is clipped, scaled back.
@@ -86,6 +90,28 @@ class Runs:
         if self._offset is not None:
             found = combine([found, self._offset], [1.0, -1.0])
         return combine([found], [1 / SMALL])
+
+    def gradient_of_ranks(self, shares: Sequence[Cut], **changes: object) -> Gradient:
+        """That of the first rank, as `gradient` has it."""
+        found = self.run_ranks(shares, **changes, scale=SMALL)[0].gradient
+        if self._offset is not None:
+            found = combine([found, self._offset], [1.0, -1.0])
+        return combine([found], [1 / SMALL])
+
+    def clear(self, cut: Cut, **changes: object) -> Gradient:
+        """The gradient, small where the loop clips it."""
+        return self.gradient(cut, **changes) if self.clips else self.run(cut, **changes).gradient
+
+    @cached_property
+    def clips(self) -> bool:
+        """Whether the whole batch's gradient is cut short."""
+        if not self.scalable:
+            return False
+        natural = self.run(self.whole).gradient
+        if self._offset is not None:
+            natural = combine([natural, self._offset], [1.0, -1.0])
+        seen = compare(self.gradient(self.whole), natural)
+        return seen.relative_difference > self.small_tolerance
 
     @cached_property
     def scalable(self) -> bool:
@@ -181,20 +207,28 @@ class Runs:
         return MULTIPLE * max(self.floor, rounding)
 
 
+def _coarsest(runs: Runs) -> float:
+    """The largest rounding that takes part, or that of the gradient if it cannot be watched."""
+    try:
+        with FloatsSeen() as seen:
+            runs.again(runs.whole)
+    except Exception:  # some compiled code cannot run under a watch
+        return runs.run(runs.whole).rounding
+    return float(seen.coarsest())
+
+
 def cuts(size: int, *, uniform: bool) -> list[Cut]:
     """The cuts of a batch that the audit tries: ragged first where the subject can.
 
     Args:
         size: Examples; at least 4.
-        uniform: Micro-batches must be of one size, but for the last.
+        uniform: Micro-batches are of one size; see `uneven` for a smaller last one.
 
     Returns:
         Different cuts, none of them whole.
     """
     examples = range(size)
     sizes = [1, 2] if size < 8 else [1, 2, size // 2]
-    if uniform and size >= 5:
-        sizes = [3, *sizes]  # the last is smaller: means and sums of examples differ
     regular = [
         tuple(tuple(examples[start : start + one]) for start in range(0, size, one))
         for one in sizes
@@ -205,3 +239,9 @@ def cuts(size: int, *, uniform: bool) -> list[Cut]:
     borders = sorted({0, third, third + 1, min(size, third + 1 + third), size})
     ragged = tuple(tuple(examples[a:b]) for a, b in itertools.pairwise(borders))
     return [ragged, *regular]
+
+
+def uneven(size: int) -> Cut:
+    """What a data set is cut into that no batch size divides: the last micro-batch is smaller."""
+    examples = range(size)
+    return tuple(tuple(examples[start : start + 3]) for start in range(0, size, 3))

@@ -5,7 +5,6 @@ not of the micro-batch that it is in.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from samestep.data.examples import Examples
+from samestep.data.examples import Example, Examples
 from samestep.data.forms import weight_of
 from samestep.data.load import load_rows
 from samestep.data.problems import RowError, raise_all
-from samestep.data.records import Record, Records
+from samestep.data.records import Records
 from samestep.errors import DataError
 
 LATENTS = "latents"
@@ -50,44 +49,26 @@ class LatentFile:
 
 
 class LatentRecords(Records):
-    """Examples that stay in their files until they are used.
+    """Examples that stay in their files until they are used; they have no tokens.
 
     Args:
         files: At least one.
-        names: The tensors that every file has.
-        digest: SHA-256 of the files' contents and weights.
+        digests: SHA-256 of each file's content.
     """
 
-    def __init__(self, files: Sequence[LatentFile], names: Sequence[str], digest: str) -> None:
-        super().__init__(Examples.from_examples([]))
+    def __init__(self, files: Sequence[LatentFile], digests: Sequence[bytes]) -> None:
+        nothing = torch.empty(0, dtype=torch.int64)
+        rows = (Example(nothing, nothing, file.weight, at) for at, file in enumerate(files))
+        content = torch.from_numpy(np.frombuffer(b"".join(digests), dtype=np.uint8).copy())
+        super().__init__(
+            Examples.from_examples(rows), fields={"sha256": content.view(len(files), -1)}
+        )
         self.files = tuple(files)
-        self.names = tuple(names)
-        self._digest = digest
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        return Record((), read_tensors(self.files[index].path))
 
     @property
     def lengths(self) -> list[int]:
         """Positions of the latents of each example: what its memory and time follow."""
         return [int(np.prod(file.shape[1:])) for file in self.files]
-
-    def longest_sequence(self) -> int:
-        """There are no tokens."""
-        return 0
-
-    def first_rows(self) -> list[int]:
-        """The place of each example in the source."""
-        return list(range(len(self)))
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the contents, hexadecimal."""
-        return self._digest
 
 
 def latent_records(source: str) -> LatentRecords:
@@ -111,7 +92,7 @@ def latent_records(source: str) -> LatentRecords:
     problems: list[str] = []
     files: list[LatentFile] = []
     names: dict[tuple[str, ...], str] = {}
-    digest = hashlib.sha256()
+    digests: list[bytes] = []
     for origin, path, weight in _listed(folder, source):
         try:
             if isinstance(weight, RowError):
@@ -123,12 +104,12 @@ def latent_records(source: str) -> LatentRecords:
             continue
         names.setdefault(tuple(sorted(tensors)), origin)
         files.append(LatentFile(path, tuple(tensors[LATENTS].shape), weight, origin))
-        digest.update(hashlib.sha256(path.read_bytes()).digest() + json.dumps(weight).encode())
+        digests.append(hashlib.sha256(path.read_bytes()).digest())
     if len(names) > 1:
         has = "; ".join(f"{origin} has {', '.join(found)}" for found, origin in names.items())
         problems.append(f"all files must hold the same tensors, but {has}")
     raise_all(problems)
-    return LatentRecords(files, next(iter(names)), digest.hexdigest())
+    return LatentRecords(files, digests)
 
 
 def _listed(folder: Path, source: str) -> list[tuple[str, Path, Any]]:

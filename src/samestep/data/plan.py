@@ -1,16 +1,22 @@
 """The plan: which examples make a step, and how a step is cut into micro-batches.
 
 All pure functions. What a step holds depends on (seed, epoch) and the batch size alone; how it is
-cut depends on the lengths and the budget alone, and cannot change the step.
+dealt out to ranks and cut depends on the lengths, the number of ranks and the budget alone, and
+cannot change the step.
 """
 
+import heapq
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from samestep.errors import ConfigError
+
+Numbers: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,12 @@ def order(size: int, *, seed: int, epoch: int) -> list[int]:
     Returns:
         A permutation of range(size).
     """
-    permutation: list[int] = np.random.default_rng([seed, epoch]).permutation(size).tolist()
+    permutation: list[int] = _order(size, seed, epoch).tolist()
     return permutation
+
+
+def _order(size: int, seed: int, epoch: int) -> Numbers:
+    return np.random.default_rng([seed, epoch]).permutation(size)
 
 
 def cut_epoch(
@@ -66,24 +76,60 @@ def cut_epoch(
     Raises:
         ConfigError: Not exactly one of the two is given, or it is below 1.
     """
-    given = [value for value in (batch_size, batch_tokens) if value is not None]
-    if len(given) != 1 or given[0] < 1:
-        raise ConfigError(
-            f"batch_size={batch_size}, batch_tokens={batch_tokens}: give exactly one, at least 1"
-        )
+    _exactly_one(batch_size=batch_size, batch_tokens=batch_tokens)
+    ends = _ends(np.asarray(lengths)[epoch_order], batch_size, batch_tokens)
+    return [tuple(epoch_order[a:b]) for a, b in itertools.pairwise([0, *ends])]
+
+
+def steps_of(
+    lengths: Sequence[int],
+    *,
+    seed: int,
+    epochs: int,
+    batch_size: int | None = None,
+    batch_tokens: int | None = None,
+) -> int:
+    """The number of steps in the first epochs; by ``batch_size`` without looking at the data.
+
+    Args:
+        lengths: The length of every example, in tokens.
+        seed: Seed of the order.
+        epochs: How many.
+        batch_size: As for `cut_epoch`.
+        batch_tokens: As for `cut_epoch`.
+
+    Returns:
+        The steps.
+    """
+    _exactly_one(batch_size=batch_size, batch_tokens=batch_tokens)
     if batch_size is not None:
-        starts = range(0, len(epoch_order), batch_size)
-        return [tuple(epoch_order[start : start + batch_size]) for start in starts]
+        return epochs * -(-len(lengths) // batch_size)
+    sizes = np.asarray(lengths)
+    orders = (_order(len(sizes), seed, epoch) for epoch in range(epochs))
+    return sum(len(_ends(sizes[one], None, batch_tokens)) for one in orders)
+
+
+def _exactly_one(**sizes: int | None) -> None:
+    given = [value for value in sizes.values() if value is not None]
+    if len(given) != 1 or given[0] < 1:
+        found = ", ".join(f"{name}={value}" for name, value in sizes.items())
+        raise ConfigError(f"{found}: give exactly one, at least 1")
+
+
+def _ends(sizes: Numbers, batch_size: int | None, batch_tokens: int | None) -> list[int]:
+    """Where each batch ends in an epoch whose examples have these sizes."""
+    if batch_size is not None:
+        return [*range(batch_size, len(sizes), batch_size), len(sizes)]
     assert batch_tokens is not None
-    batches: list[list[int]] = []
-    room = 0
-    for example in epoch_order:
-        if lengths[example] > room:
-            batches.append([])
-            room = batch_tokens
-        batches[-1].append(example)
-        room -= lengths[example]
-    return [tuple(batch) for batch in batches]
+    through = sizes.cumsum()
+    ends: list[int] = []
+    start = before = 0
+    while start < len(sizes):
+        fitting = int(through.searchsorted(before + batch_tokens, side="right"))
+        start = max(fitting, start + 1)  # a longer example is a batch by itself
+        before = int(through[start - 1])
+        ends.append(start)
+    return ends
 
 
 def plan_steps(
@@ -106,17 +152,51 @@ def plan_steps(
     Yields:
         One plan a step.
     """
-    step = 0
-    for epoch in itertools.count():
-        epoch_order = order(len(lengths), seed=seed, epoch=epoch)
-        seen = 0
-        for batch in cut_epoch(
-            epoch_order, lengths, batch_size=batch_size, batch_tokens=batch_tokens
-        ):
-            seen += len(batch)
-            if step >= start:
-                yield StepPlan(step, epoch, epoch + seen / len(lengths), batch)
+    _exactly_one(batch_size=batch_size, batch_tokens=batch_tokens)
+    sizes = np.asarray(lengths)
+    first = 0 if batch_size is None else start // -(-len(sizes) // batch_size)
+    step = first if batch_size is None else first * -(-len(sizes) // batch_size)
+    for epoch in itertools.count(first):
+        epoch_order = _order(len(sizes), seed, epoch)
+        ends = _ends(sizes[epoch_order], batch_size, batch_tokens)
+        skipped = min(max(0, start - step), len(ends))
+        step += skipped
+        for a, b in itertools.pairwise([0, *ends][skipped:]):
+            batch = tuple(epoch_order[a:b].tolist())
+            yield StepPlan(step, epoch, epoch + b / len(sizes), batch)
             step += 1
+
+
+def deal(lengths: Sequence[int], *, ranks: int) -> list[list[int]]:
+    """Deal a step's sequences out to ranks, so that all work about equally long.
+
+    A sequence costs its share of all tokens (matrix products) plus its share of all squared
+    lengths (attention). The costliest goes first, each to the rank that has the least (longest
+    processing time first: at most 4/3 of the best possible, Graham 1969).
+
+    Args:
+        lengths: The lengths of the step's sequences, in tokens.
+        ranks: At least 1.
+
+    Returns:
+        Positions in ``lengths``, ascending, each exactly once, by rank; none for some ranks if
+        there are fewer sequences than ranks.
+    """
+    tokens = max(1, sum(lengths))
+    squares = max(1, sum(length**2 for length in lengths))
+    costs = [length / tokens + length**2 / squares for length in lengths]
+    return [sorted(hand) for hand in _spread(costs, ranks)]
+
+
+def _spread(costs: Sequence[float], parts: int) -> list[list[int]]:
+    """Positions by part: the costliest first, each to the part that has the least so far."""
+    hands: list[list[int]] = [[] for _ in range(parts)]
+    piles = [(0.0, part) for part in range(parts)]
+    for position in sorted(range(len(costs)), key=lambda at: (-costs[at], at)):
+        load, part = heapq.heappop(piles)
+        hands[part].append(position)
+        heapq.heappush(piles, (load + costs[position], part))
+    return hands
 
 
 def cut_step(
@@ -130,6 +210,7 @@ def cut_step(
 
     With ``micro_tokens`` this packs first-fit decreasing: longest first, each into the first
     micro-batch with room. At most 11/9 of the fewest possible micro-batches, plus one (Dósa 2007).
+    Where the same number of micro-batches can be filled evenly, they are.
 
     Args:
         lengths: The lengths of the step's sequences, in tokens.
@@ -143,15 +224,22 @@ def cut_step(
     Raises:
         ConfigError: Not exactly one of the two is given, or it is below 1.
     """
-    given = [value for value in (micro_batch, micro_tokens) if value is not None]
-    if len(given) != 1 or given[0] < 1:
-        raise ConfigError(
-            f"micro_batch={micro_batch}, micro_tokens={micro_tokens}: give exactly one, at least 1"
-        )
+    _exactly_one(micro_batch=micro_batch, micro_tokens=micro_tokens)
     if micro_batch is not None:
         positions = list(range(len(lengths)))
         return [positions[i : i + micro_batch] for i in range(0, len(positions), micro_batch)]
     assert micro_tokens is not None
+    packed = _first_fit(lengths, micro_tokens, padded=padded)
+    if padded:
+        return packed
+    # As many micro-batches, but alike: the largest, which memory is taken for, is smaller.
+    even = _spread(lengths, len(packed))
+    if all(sum(lengths[one] for one in micro) <= micro_tokens for micro in even):
+        return even
+    return packed
+
+
+def _first_fit(lengths: Sequence[int], budget: int, *, padded: bool) -> list[list[int]]:
     bins: list[list[int]] = []
     room: list[int] = []
     for position in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
@@ -160,7 +248,7 @@ def cut_step(
         fit = next((i for i, cost in enumerate(costs) if cost <= room[i]), None)
         if fit is None:
             bins.append([position])
-            room.append(micro_tokens - lengths[position])
+            room.append(budget - lengths[position])
         else:
             bins[fit].append(position)
             room[fit] -= costs[fit]

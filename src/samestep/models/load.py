@@ -160,6 +160,9 @@ def load_model(
             "config.json and *.safetensors, a Hub name, or a .gguf file"
             + (" (config.json is enough with init random)" if init == "pretrained" else "")
         ) from error
+    if dtype == torch.float64:
+        # The grouped products that transformers prefers for experts have no float64.
+        model.set_experts_implementation("eager")
     return model.train()
 
 

@@ -63,14 +63,28 @@ class Reference:
         if model is not None:
             model.eval().requires_grad_(False)
 
-    @torch.no_grad()
     def log_p(self, up_to_head: UpToHead, policy: nn.Module, micro: Mapping[str, Any]) -> Tensor:
         """Log likelihood of each sequence's targets under the reference [sequences]."""
-        if self._model is not None:
-            return completions(up_to_head, self._model, micro).log_p
-        adapters: Any = policy
-        with evaluating(policy), adapters.disable_adapter():
-            return completions(up_to_head, policy, micro).log_p
+        with self._in_place_of(policy) as model:
+            return completions(up_to_head, model, micro).log_p
+
+    def targets_log_p(
+        self, up_to_head: UpToHead, policy: nn.Module, micro: Mapping[str, Any]
+    ) -> Tensor:
+        """Log likelihood of each target under the reference [targets]."""
+        with self._in_place_of(policy) as model:
+            return -up_to_head(model, micro).likelihoods(shifted_targets(micro)).nll
+
+    @contextmanager
+    def _in_place_of(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The model that is the reference, without gradients and dropout."""
+        with torch.no_grad():
+            if self._model is not None:
+                yield self._model
+            else:
+                adapters: Any = policy
+                with evaluating(policy), adapters.disable_adapter():
+                    yield policy
 
 
 @contextmanager

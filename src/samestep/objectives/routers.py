@@ -18,7 +18,7 @@ from samestep.losses.router import (
     z_totals,
 )
 from samestep.models.routers import Routing, overheard, router_biases
-from samestep.ranks import sum_over_ranks
+from samestep.ranks import exchange, rank, sum_over_ranks
 from samestep.targets import sequence_ids, spans
 from samestep.terms import Counter, LossFn, Term, named_terms, sequence_targets
 
@@ -86,7 +86,9 @@ class RouterBias:
         """Move the biases, on every rank the same way; only forget, if the step was not taken."""
         biases = list(router_biases(model).values())
         own = torch.zeros(len(biases), len(biases[0]), dtype=torch.float64, device=biases[0].device)
-        for example in sorted(self._loads):
+        # A rank without work may have run an example of another one, for FSDP2's sake.
+        seen = {example for ids in exchange(sorted(self._loads))[: rank()] for example in ids}
+        for example in sorted(self._loads.keys() - seen):
             own += self._loads[example]
         self._loads = {}
         for bias, load in zip(biases, sum_over_ranks(own), strict=True):

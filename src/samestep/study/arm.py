@@ -23,7 +23,7 @@ from samestep.study.normalisation import COUNTERS, normalised
 from samestep.study.results import Evaluations, Gradients, NoiseSums, Run, Steps
 from samestep.study.spec import Normalisation
 from samestep.terms import LossFn, Term, count
-from samestep.train.batches import micro_batch_maker
+from samestep.train.batches import MicroBatches
 from samestep.train.config import TrainConfig
 from samestep.train.optim import learning_rate, set_learning_rate
 from samestep.train.setup import set_up
@@ -128,7 +128,7 @@ class _Trial:
         config = self.job.config
         lr = learning_rate(plan.step, total=self.run_.steps, config=config)
         set_learning_rate(self.run_.optimizer, lr)
-        micros = list(self.run_.micro_batches(plan.examples, plan.step))
+        micros = list(self.run_.micro_batches.of(plan.examples, plan.step))
         loss_fn = self._keyed(self.loss_fn, plan.step)
         noisy = self.job.normalisation == "exact" and len(micros) > 1
         with micro_norms(self.model) if noisy else nullcontext() as norms:
@@ -160,14 +160,14 @@ class _Trial:
     def _evaluate(self, done: int) -> None:
         assert self.run_.evaluation is not None
         assert self.run_.eval_micro_batches is not None
-        micros = self.run_.eval_micro_batches(range(len(self.run_.evaluation)), 0)
+        micros = self.run_.eval_micro_batches.of(range(len(self.run_.evaluation)), 0)
         report = evaluate(self.model, micros, self.run_.objective.loss_fn)
         self.evaluations.step.append(done)
         self.evaluations.loss.append(report.terms["nll"])
 
     def _compare_gradients(self, plan: StepPlan) -> None:
         """The arm's gradient beside that of the undivided batch, at the same weights."""
-        micros = list(self.run_.micro_batches(plan.examples, plan.step))
+        micros = list(self.run_.micro_batches.of(plan.examples, plan.step))
         backward(self.model, micros, self._keyed(self.loss_fn, plan.step), counters=COUNTERS)
         found = [_gradient(weight).clone() for weight in self.model.parameters()]
         whole = list(self._undivided(plan))
@@ -184,19 +184,19 @@ class _Trial:
 
     def _undivided(self, plan: StepPlan) -> Any:
         whole = self.job.config.model_copy(update={"micro_batch": len(plan.examples)})
-        return micro_batch_maker(
+        return MicroBatches(
             self.run_.train,
             whole,
             padding=self._layout(),
             pad_id=self.run_.tokenizer.pad_token_id or 0,
             device=self.device,
-        )(plan.examples, plan.step)
+        ).of(plan.examples, plan.step)
 
     def _layout(self) -> Any:
         """The layout in use: "auto" was settled when the model was asked."""
         if self.job.config.padding != "auto":
             return self.job.config.padding
-        first = next(iter(self.run_.micro_batches([0], 0)))
+        first = next(iter(self.run_.micro_batches.of([0], 0)))
         return "right" if "attention_mask" in first else "none"
 
     def _keyed(self, loss_fn: LossFn, step_: int) -> Callable[[nn.Module, Any], Any]:

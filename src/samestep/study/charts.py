@@ -214,7 +214,7 @@ def _map(results: Results) -> Any:
         .encode(
             x=alt.X(
                 "spread:Q",
-                title="spread of targets a row (standard deviation / mean)",
+                title="spread of targets a row (std / mean)",
                 axis=alt.Axis(tickCount=6),
                 scale=alt.Scale(zero=False, padding=20),
             ),

@@ -4,13 +4,15 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 import yaml
+from pydantic.fields import FieldInfo
 
 from samestep.errors import ConfigError
-from samestep.study.spec import StudySpec, parse
+from samestep.study.parse import parse
+from samestep.study.spec import StudySpec
 
 INTERRUPTED = 130
 
@@ -56,12 +58,36 @@ def _flags() -> type:
         ),
     ]
     for name, field in StudySpec.model_fields.items():
-        if name != "arms":
-            about = tyro.conf.arg(help=(field.description or "").replace("\n", " "))
-            kind: Any = field.annotation
-            flag = (name, Annotated[kind | None, about], dataclasses.field(default=None))
-            fields.append(flag)
+        if name == "arms":
+            continue
+        about = tyro.conf.arg(
+            help=(field.description or "").replace("\n", " "),
+            help_behavior_hint=_hint(field),
+            metavar=_metavar(name, field.annotation),
+        )
+        kind: Any = field.annotation
+        flag = (name, Annotated[kind | None, about], dataclasses.field(default=None))
+        fields.append(flag)
     return dataclasses.make_dataclass("Study", fields, frozen=True)
+
+
+def _metavar(name: str, annotation: Any) -> str:
+    """The values to choose from, or the field's name."""
+    inner = get_args(annotation)
+    if inner and get_origin(inner[0]) is Literal:  # a tuple of them
+        inner = get_args(inner[0])
+    choices = [one for one in inner if isinstance(one, str)]
+    return "{" + ",".join(choices) + "}" if choices else name.upper()
+
+
+def _hint(field: FieldInfo) -> str:
+    if field.is_required():
+        return "(here or in the file)"
+    default = field.default
+    if default is None or default == ():
+        return ""
+    values = default if isinstance(default, tuple) else [default]
+    return f"(default: {' '.join(map(str, values))})"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """Verdicts: is the step the same, and did the training differ by more than seeds do?"""
 
-import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from samestep.study.noise import noise_scale
-from samestep.study.results import ArmResult, Results, Run
+from samestep.study.results import ArmResult, Results
 from samestep.study.statistics import Estimate, mean_interval
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2}
@@ -78,6 +77,55 @@ def compare(results: Results) -> list[Comparison]:
 def final_losses(arm: ArmResult) -> dict[int, float]:
     """The last evaluation loss of each run that finished, by seed."""
     return {run.seed: run.evaluations.loss[-1] for run in arm.finished()}
+
+
+def in_short(results: Results) -> list[str]:
+    """One sentence for each arm over all groups, those that exact arithmetic covers together.
+
+    Args:
+        results: The results.
+
+    Returns:
+        The sentences.
+    """
+    compared = [one for one in compare(results) if one.gradient_difference is not None]
+    same = [one for one in compared if one.same_step]
+    sentences = []
+    if same:
+        labels = ", ".join(dict.fromkeys(one.arm for one in same))
+        most = max(one.gradient_difference or 0.0 for one in same)
+        sentences.append(
+            f"{labels}: the same step as the undivided batch (gradient within {most:.0e})."
+        )
+    by_label: dict[str, list[Comparison]] = {}
+    for one in compared:
+        if not one.same_step:
+            by_label.setdefault(one.arm, []).append(one)
+    for label, group in by_label.items():
+        sizes = [one.gradient_difference or 0.0 for one in group]
+        outcomes = Counter(_OUTCOMES[one.outcome] for one in group)
+        told = ", ".join(
+            name if len(group) == 1 else f"{name} in {number} of {len(group)} groups"
+            for name, number in outcomes.items()
+        )
+        sentences.append(f"{label}: gradient off by {_off(min(sizes), max(sizes))}; {told}.")
+    return sentences
+
+
+_OUTCOMES: dict[Outcome, str] = {
+    "worse": "trained worse",
+    "better": "trained better",
+    "small": "trained differently, by less than seeds do",
+    "unresolved": "no difference after training that these seeds show",
+    "one seed": "one seed, so no claim about the training",
+    "diverged": "diverged",
+    "no reference": "no exact arm to compare the training with",
+}
+
+
+def _off(low: float, high: float) -> str:
+    first, last = (f"{one:.0%}" if one < 10 else f"{one:,.0f} times" for one in (low, high))
+    return first if first == last else f"{first} to {last}"
 
 
 def _compare(arm: ArmResult, reference: ArmResult | None, tolerance: float) -> Comparison:
@@ -205,78 +253,3 @@ def _outcome_words(
         "small": f"The training can be told apart, but by less than seeds differ: {measured}.",
         "unresolved": f"These seeds show no difference after training: {measured}.",
     }[outcome] + tail
-
-
-@dataclass(frozen=True)
-class BatchAdvice:
-    """What the gradient noise scale says about the batch of one group.
-
-    Attributes:
-        group: The group.
-        batch: Its effective batch, in examples.
-        scale: The noise scale in examples, with its 95 % interval.
-        steps: How many step estimates it is from.
-        words: What it means.
-    """
-
-    group: str
-    batch: int
-    scale: Estimate
-    steps: int
-    words: str
-
-
-def advise(results: Results) -> list[BatchAdvice]:
-    """The noise scale of each group that has an exact arm with accumulation.
-
-    Of several such arms the one with the most micro-batches is used.
-
-    Args:
-        results: The results.
-
-    Returns:
-        The advice, in the order of the groups.
-    """
-    advice = []
-    for group, arms in results.groups().items():
-        usable = [arm for arm in arms if any(run.noise.signal for run in arm.finished())]
-        if not usable:
-            continue
-        arm = min(usable, key=lambda one: int(one.split.split(" x ")[0]))
-        runs = arm.finished()
-        found = noise_scale([run.noise for run in runs])
-        if found is None:
-            continue
-        each = _targets_an_example(runs, arm.batch)
-        scale = Estimate(found.value / each, found.low / each, found.high / each)
-        steps = sum(len(run.noise.signal) for run in runs)
-        words = _advice_words(scale, arm.batch)
-        advice.append(BatchAdvice(group, arm.batch, scale, steps, words))
-    return advice
-
-
-def _targets_an_example(runs: list[Run], batch: int) -> float:
-    targets = [number for run in runs for number in run.steps.targets]
-    return sum(targets) / (len(targets) * batch)
-
-
-def _advice_words(scale: Estimate, batch: int) -> str:
-    if math.isnan(scale.value):
-        return (
-            "Not resolved: the gradient's signal could not be told from its noise. That happens "
-            "where the noise scale is far above the batch; more steps or seeds would tell."
-        )
-    high = f"{scale.high:.3g}" if math.isfinite(scale.high) else "no upper bound"
-    size = f"{scale.value:.3g} examples (95 % interval {scale.low:.3g} to {high})"
-    steps, examples = 1 + scale.value / batch, 1 + batch / scale.value
-    meaning = (
-        f"At batch {batch} a target loss would take about {steps:.3g} times the steps of an "
-        f"unlimited batch, and {examples:.3g} times the examples of a tiny one."
-    )
-    if scale.low > batch:
-        advice = "A larger batch would save nearly as many steps as it grows."
-    elif scale.high < batch:
-        advice = "A smaller batch would need hardly more steps, and far fewer examples."
-    else:
-        advice = "The batch is of the same order: neither way is a clear gain."
-    return f"Noise scale {size}. {meaning} {advice}"

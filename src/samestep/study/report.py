@@ -7,8 +7,9 @@ from typing import Any
 from samestep.errors import ConfigError
 from samestep.files import write_atomically
 from samestep.study import words
+from samestep.study.advice import advise
 from samestep.study.charts import Figure, colours, figures
-from samestep.study.compare import advise, compare
+from samestep.study.compare import compare, in_short
 from samestep.study.results import Results
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -36,9 +37,9 @@ def write_report(results: Results, out: Path) -> list[Path]:
     written = []
     for name, figure in drawn.items():
         path = out / f"{name}.png"
-        path.write_bytes(vl_convert.vegalite_to_png(_still(figure).to_json(), scale=2))
+        path.write_bytes(vl_convert.vegalite_to_png(_still(figure).to_json(), scale=1.5))
         written.append(path)
-    pictures = {f"{name}.png": _caption(figure) for name, figure in drawn.items()}
+    pictures = {f"{name}.png": caption(figure) for name, figure in drawn.items()}
     for path, text in (
         (out / "report.md", words.markdown(results, pictures)),
         (out / "report.html", page(results, drawn)),
@@ -68,6 +69,7 @@ def page(results: Results, drawn: dict[str, Figure]) -> str:
         results=results,
         words=words,
         comparisons=compare(results),
+        in_short=in_short(results),
         advice=advise(results),
         drawn=drawn,
         colours=colours(results),
@@ -81,12 +83,13 @@ def page(results: Results, drawn: dict[str, Figure]) -> str:
     )
 
 
-def _caption(figure: Figure) -> str:
+def caption(figure: Figure) -> str:
+    """A figure's title, with its group if it is of one."""
     return f"{figure.title}: {figure.group}" if figure.group else figure.title
 
 
 def _still(figure: Figure) -> Any:
-    chart = figure.chart.properties(width=640, height=320, title=_caption(figure))
+    chart = figure.chart.properties(width=560, height=280, title=caption(figure))
     return chart.configure(background="#ffffff").configure_axis(titleFontWeight="normal")
 
 

@@ -1,15 +1,12 @@
 """What a study compares: axes, blocks of arms, and the settings that all arms share."""
 
-import difflib
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from samestep.errors import ConfigError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Normalisation = Literal["exact", "mean-of-means", "sum"]
 """How an arm divides. Only "exact" is right; the others exist to be measured."""
@@ -209,76 +206,6 @@ def parts(split: str) -> tuple[int, int]:
     """Micro-batch and accumulation of a split "8 x 4"."""
     micro, times = split.split(" x ")
     return int(micro), int(times)
-
-
-def parse(values: Mapping[str, Any], *, source: str) -> StudySpec:
-    """A spec from plain values.
-
-    Args:
-        values: Fields by name; hyphens and underscores are the same.
-        source: Where they are from, for the message.
-
-    Returns:
-        The spec, with its defaults filled in.
-
-    Raises:
-        ConfigError: Every problem, with the nearest valid name.
-    """
-    given = _underscored(values)
-    if isinstance(given.get("arms"), list | tuple):
-        inherited = {axis: given[axis] for axis in AXES if _is_good(axis, given)}
-        given["arms"] = [_block(one, inherited) for one in given["arms"]]
-        # The study's own split need not fit its batch when the blocks bring theirs.
-        given.pop("split", None)
-    try:
-        return StudySpec.model_validate(given)
-    except ValidationError as error:
-        problems = [f"  - {_describe(problem)}" for problem in error.errors()]
-        raise ConfigError(f"{source}:\n" + "\n".join(problems)) from None
-
-
-def _is_good(axis: str, given: Mapping[str, Any]) -> bool:
-    """Whether blocks can take an axis over; a wrong one is named once, not in each of them."""
-    if axis not in given or axis == "split":
-        return axis in given
-    try:
-        Axes.model_validate({axis: given[axis]})
-    except ValidationError:
-        return False
-    return True
-
-
-def _underscored(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
-
-
-def _block(value: Any, shared: Mapping[str, Any]) -> Any:
-    return {**shared, **_underscored(value)} if isinstance(value, Mapping) else value
-
-
-def _describe(problem: Any) -> str:
-    where = [str(part) for part in problem["loc"]]
-    path = ".".join(where) or "study"
-    if problem["type"] == "extra_forbidden":
-        model = Block if where[0] == "arms" else StudySpec
-        return f"{path}: no such field{_nearest(where[-1], model.model_fields)}"
-    if problem["type"] == "missing":
-        return f"{path}: is missing (in the file, or as --{where[-1].replace('_', '-')})"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error" and isinstance(problem["input"], Mapping):
-        return f"{path}: {message}"
-    if problem["type"] == "literal_error":
-        accepted = re.findall(r"'([^']+)'", problem["ctx"]["expected"])
-        message = f"{message[0].lower()}{message[1:]}"
-        return (
-            f"{path}: {message}; found {problem['input']!r}{_nearest(problem['input'], accepted)}"
-        )
-    return f"{path}: {message[0].lower()}{message[1:]}; found {problem['input']!r}"
-
-
-def _nearest(name: Any, accepted: Any) -> str:
-    near = difflib.get_close_matches(str(name), list(accepted), n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _arms(block: Block) -> Iterator[Arm]:

@@ -3,7 +3,8 @@
 import statistics
 from typing import Any
 
-from samestep.study.compare import advise, compare, final_losses, signed, span
+from samestep.study.advice import advise
+from samestep.study.compare import compare, final_losses, in_short, signed, span
 from samestep.study.normalisation import EXPLAINED
 from samestep.study.results import ArmResult, Results
 
@@ -83,6 +84,8 @@ def markdown(results: Results, pictures: dict[str, str]) -> str:
     lines = [f"# {_escaped(results.name)}", "", settings(results) + ".", ""]
     lines += [f"- {name}: {text}" for name, text in explanations(results).items()]
     lines += [f"- **Note:** {_escaped(note)}" for note in results.notes]
+    lines += ["", "In short:", ""]
+    lines += [f"- {_escaped(sentence)}" for sentence in in_short(results)]
     compared = compare(results)
     for group in results.groups():
         lines += ["", f"## {_escaped(group)}", ""]

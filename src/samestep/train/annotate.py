@@ -7,21 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from samestep.data.records import Records
-from samestep.train.batches import MakeMicroBatches
+from samestep.train.batches import MicroBatches
 
 
 @torch.no_grad()
 def annotated(
     model: nn.Module,
     records: Records,
-    micro_batches: MakeMicroBatches,
+    micro_batches: MicroBatches,
     annotate: Callable[[nn.Module, Mapping[str, Any]], dict[str, Tensor]],
 ) -> Records:
     """The records with the fields that a function finds for them.
 
     Args:
         model: Put in eval mode meanwhile.
-        records: All of them are run once.
+        records: All of them are run once, on every rank.
         micro_batches: Cuts them.
         annotate: As `samestep.objective.Objective.annotate`.
 
@@ -33,7 +33,7 @@ def annotated(
     found: dict[str, list[Tensor]] = {}
     training = model.training
     model.eval()
-    for micro in micro_batches(range(len(records)), 0):
+    for micro in micro_batches.of(range(len(records)), 0):
         # Not every objective has all of a record's sequences in the micro-batch itself.
         order += [place[row] for row in micro["example_ids"].tolist() if row in place]
         for name, values in annotate(model, micro).items():

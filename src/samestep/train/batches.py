@@ -1,32 +1,21 @@
-"""From a step's records to its micro-batches."""
+"""From a step's records to this rank's micro-batches."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from samestep.data.collate import Padding, to_device
-from samestep.data.plan import cut_step
+from samestep.data.plan import cut_step, deal
 from samestep.data.records import Records
+from samestep.parallel import Idle
+from samestep.ranks import rank, world
+from samestep.train.budget import DEFAULT
 from samestep.train.config import TrainConfig
 
-AUTO_MICRO_TOKENS = 2048
-"""Tokens a micro-batch under ``micro_tokens: auto``: large enough to keep the matrix products
-busy, small enough for the activations of a billion-parameter model to fit beside its weights."""
 
-MakeMicroBatches = Callable[[Sequence[int], int], Iterator[dict[str, Any]]]
-"""Maps indices of records, and the number of the step, to the micro-batches that hold them."""
-
-
-def micro_batch_maker(
-    records: Records,
-    config: TrainConfig,
-    *,
-    padding: Padding,
-    pad_id: int,
-    device: torch.device,
-) -> MakeMicroBatches:
-    """How records become micro-batches in this run.
+class MicroBatches:
+    """Cuts records of a data set into micro-batches, under a budget that can be lowered.
 
     Args:
         records: The data set.
@@ -34,24 +23,69 @@ def micro_batch_maker(
         padding: The layout that the model takes.
         pad_id: What to fill padding with.
         device: Where the tensors go.
-
-    Returns:
-        A function from indices of records and the step to their micro-batches.
     """
-    budget = AUTO_MICRO_TOKENS if config.micro_tokens == "auto" else config.micro_tokens
-    lengths = records.lengths
 
-    def make(indices: Sequence[int], step: int) -> Iterator[dict[str, Any]]:
+    def __init__(
+        self,
+        records: Records,
+        config: TrainConfig,
+        *,
+        padding: Padding,
+        pad_id: int,
+        device: torch.device,
+    ) -> None:
+        self._records = records
+        self._config = config
+        self._padding = padding
+        self._pad_id = pad_id
+        self._device = device
+        tokens = DEFAULT if config.micro_tokens == "auto" else config.micro_tokens
+        self._by_number = config.micro_batch is not None
+        self._budget = config.micro_batch or tokens
+
+    def of_this_rank(self, indices: Sequence[int], step: int) -> Iterator[dict[str, Any] | Idle]:
+        """This rank's part of the records: over all ranks each is there exactly once.
+
+        Args:
+            indices: Of records.
+            step: Its number: what is random about a record depends on it.
+
+        Yields:
+            Micro-batches; one that is `Idle` on a rank that gets no record.
+        """
+        hand = self.hand(indices)
+        yield from self.of(hand, step)
+        if not hand:
+            shortest = min(indices, key=lambda index: self._records.lengths[index])
+            yield Idle(self._collate([shortest], step))
+
+    def hand(self, indices: Sequence[int]) -> list[int]:
+        """The records that this rank gets."""
+        lengths = [self._records.lengths[index] for index in indices]
+        return [indices[position] for position in deal(lengths, ranks=world())[rank()]]
+
+    def of(self, indices: Sequence[int], step: int) -> Iterator[dict[str, Any]]:
+        """The micro-batches of the records, all of them on this rank."""
         cut = cut_step(
-            [lengths[index] for index in indices],
-            micro_batch=config.micro_batch,
-            micro_tokens=None if config.micro_batch else budget,
-            padded=padding != "none",
+            [self._records.lengths[index] for index in indices],
+            micro_batch=self._budget if self._by_number else None,
+            micro_tokens=None if self._by_number else self._budget,
+            padded=self._padding != "none",
         )
         for positions in cut:
-            chosen = [indices[position] for position in positions]
-            key = (config.seed, step)
-            micro = config.collate(records, chosen, padding=padding, pad_id=pad_id, key=key)
-            yield to_device(micro, device)
+            yield self._collate([indices[position] for position in positions], step)
 
-    return make
+    def halve(self) -> str:
+        """Halve the budget of every micro-batch from here on, and say what it is now."""
+        self._budget = max(1, self._budget // 2)
+        return f"{self._budget} {'records' if self._by_number else 'tokens'}"
+
+    def _collate(self, indices: Sequence[int], step: int) -> dict[str, Any]:
+        micro = self._config.collate(
+            self._records,
+            indices,
+            padding=self._padding,
+            pad_id=self._pad_id,
+            key=(self._config.seed, step),
+        )
+        return to_device(micro, self._device)

@@ -1,27 +1,45 @@
 """Checkpoints: everything that a later step needs, written whole or not at all.
 
-A checkpoint is a folder ``step-00000012`` (12 steps are done) with ``model.safetensors`` (the
-trained weights and the buffers), ``optimizer.safetensors`` and ``state.json``. It is written under
-a hidden name, flushed to disk, and renamed; only then are older ones deleted. No random state is
-kept: order, learning rate and dropout are functions of the step.
+A checkpoint is a folder ``step-00000012`` (12 steps are done) with ``shard-*.safetensors``, one a
+rank, written and read by torch.distributed.checkpoint (so that it can be read on any number of
+ranks, replicated or sharded), and ``state.txt`` with the rest and the checksum of every shard. It
+is written under a hidden name, flushed to disk, and renamed; only then are older ones deleted. No
+random state is kept: order, learning rate and dropout are functions of the step. Nothing is
+pickled: DCP's safetensors storage keeps where each shard belongs in the files' own headers.
 """
 
+import hashlib
 import json
+import logging
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from samestep.errors import CheckpointError
-from samestep.files import sync
+from samestep.files import sha256_of, sync
+from samestep.ranks import every_rank, on_rank_0, rank, world
+from samestep.train.data_print import DataPrint
 
-FORMAT = 1
+log = logging.getLogger("samestep")
+
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -33,23 +51,23 @@ class Progress:
         tokens: Input tokens seen.
         seconds: Time spent in steps.
         skipped: Steps without an update.
-        data: Fingerprint of the tokenised training data.
+        data: What tells the training data apart from others.
     """
 
     step: int
     tokens: int
     seconds: float
     skipped: int
-    data: str
+    data: DataPrint
 
 
 def save(
     folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, *, keep: int
 ) -> Path:
-    """Write a checkpoint, then delete all but the newest ``keep``.
+    """Write a checkpoint, each rank its part, then delete all but the newest ``keep``.
 
     Args:
-        folder: ``checkpoints/``; made if it is not there.
+        folder: ``checkpoints/``; made if it is not there. All ranks must see the same folder.
         model: Its weights that require gradients, and its buffers.
         optimizer: Its state.
         progress: How far the run is.
@@ -63,43 +81,79 @@ def save(
     """
     target = folder / f"step-{progress.step:08d}"
     aside = folder / f".{target.name}.tmp"
-    tensors, scalars = _flatten(optimizer.state_dict())
-    state = {"format": FORMAT, "progress": asdict(progress), "optimizer": scalars}
-    try:
+    tensors, others = _flatten(optimizer.state_dict())
+    tensors |= {f"model.{name}": tensor for name, tensor in _trained(model).items()}
+    state: dict[str, Any] = {
+        "format": FORMAT,
+        "progress": asdict(progress),
+        "optimizer": others,
+        "files": {},
+    }
+
+    def clear() -> None:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_file(_trained(model), aside / "model.safetensors")
-        save_file(tensors, aside / "optimizer.safetensors")
-        (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        for path in (*aside.iterdir(), aside):
-            sync(path)
+
+    def finish() -> None:
+        text = json.dumps(state)
+        (aside / "state.txt").write_text(f"{_digest(text)} {text}", encoding="utf-8")
+        sync(aside / "state.txt")
+        sync(aside)
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
         sync(folder)
-    except (OSError, SafetensorError) as error:
+        for old in _all(folder)[:-keep]:
+            shutil.rmtree(old)
+
+    try:
+        on_rank_0(clear)
+        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        with _alone_is_fine():
+            state_dict_saver.save(tensors, storage_writer=writer, no_dist=world() == 1)
+        for sums in every_rank(lambda: _checksums(aside)):
+            state["files"] |= sums
+        on_rank_0(finish)
+    except (OSError, SafetensorError, CheckpointException) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        older = latest(folder)
+        older = _all(folder)
         raise CheckpointError(
-            f"checkpoint {target} could not be written: {error}. "
-            + (f"{older} is intact" if older else "There is no earlier one")
+            f"checkpoint {target} could not be written: {_reason(error)}. "
+            + (f"{older[-1]} is intact" if older else "There is no earlier one")
         ) from error
-    for old in _all(folder)[:-keep]:
-        shutil.rmtree(old)
     return target
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint in ``checkpoints/``, or None."""
-    found = _all(folder)
-    return found[-1] if found else None
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are as they were written; says which ones are not.
+
+    Args:
+        folder: ``checkpoints/``.
+
+    Returns:
+        Its folder, or None if there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: There are checkpoints, and every one is damaged.
+    """
+    found = every_rank(lambda: [path.name for path in _all(folder)])[0]
+    problems = []
+    for checkpoint in (folder / name for name in reversed(found)):
+        damage = [part for part in every_rank(partial(_damage, checkpoint)) if part]
+        if not damage:
+            return checkpoint
+        problems.append(f"{checkpoint} is damaged: {'; '.join(damage)}")
+        log.warning("%s; looking for the checkpoint before it", problems[-1])
+    if problems:
+        raise CheckpointError("no checkpoint is whole: " + "; ".join(problems))
+    return None
 
 
 def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
-    """Put a checkpoint's weights and optimizer state in place.
+    """Put a checkpoint's weights and optimizer state in place, on any number of ranks.
 
     Args:
-        checkpoint: Its folder.
-        model: Built as when it was saved.
+        checkpoint: A whole one, as `newest_whole` finds it.
+        model: Built as when it was saved; replicated or sharded.
         optimizer: Built as when it was saved.
 
     Returns:
@@ -109,24 +163,81 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
         CheckpointError: It cannot be read, or belongs to another model or optimizer.
     """
     try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        weights = load_file(checkpoint / "model.safetensors")
-        tensors = load_file(checkpoint / "optimizer.safetensors")
-        assert state["format"] == FORMAT
-        progress = Progress(**state["progress"])
-        own = _trained(model)
-        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in weights.items()}:
+        state = _read_state(checkpoint)
+        reader = HuggingFaceStorageReader(str(checkpoint))
+        kept = {
+            name: meta
+            for name, meta in reader.read_metadata().state_dict_metadata.items()
+            if isinstance(meta, TensorStorageMetadata)
+        }
+        tensors = {f"model.{name}": tensor for name, tensor in _trained(model).items()}
+        shapes = {name: meta.size for name, meta in kept.items() if name.startswith("model.")}
+        if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
             raise CheckpointError(f"{checkpoint} was saved from another model than this one")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(weights[name])
-        optimizer.load_state_dict(_unflatten(tensors, state["optimizer"]))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint} cannot be read ({error}): delete that folder to continue from the "
-            "checkpoint before it"
-        ) from error
-    return progress
+        moments = _places(kept, optimizer)
+        with _alone_is_fine():
+            state_dict_loader.load(
+                {**tensors, **moments}, storage_reader=reader, no_dist=world() == 1
+            )
+        optimizer.load_state_dict(_unflatten(moments, state["optimizer"]))
+        progress = state["progress"]
+        return Progress(**{**progress, "data": DataPrint(**progress["data"])})
+    except (
+        *(OSError, SafetensorError, CheckpointException),
+        *(ValueError, KeyError, TypeError, IndexError),
+    ) as error:
+        raise CheckpointError(f"{checkpoint} cannot be read: {_reason(error)}") from error
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """DCP warns of a single process even when it is told that there is only one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+        yield
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Flush this rank's shards to disk, and give their checksums."""
+    shards = sorted(folder.glob(f"shard-{rank() + 1:05d}-*"))
+    for shard in shards:
+        sync(shard)
+    return {shard.name: sha256_of(shard) for shard in shards}
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """What stands in ``state.txt`` after its own checksum."""
+    digest, text = (checkpoint / "state.txt").read_text(encoding="utf-8").split(" ", 1)
+    if digest != _digest(text):
+        raise ValueError("state.txt does not match its checksum")
+    state: dict[str, Any] = json.loads(text)
+    return state
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _damage(checkpoint: Path) -> str:
+    """What is wrong with the files that this rank looks at; empty if nothing is."""
+    try:
+        state = _read_state(checkpoint)
+        if state["format"] != FORMAT:
+            return f"format {state['format']}, not {FORMAT}"
+        for name, digest in sorted(state["files"].items())[rank() :: world()]:
+            if sha256_of(checkpoint / name) != digest:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause; DCP wraps those of all ranks."""
+    if isinstance(error, CheckpointException):
+        number, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {number}: {cause}" if world() > 1 else str(cause)
+    return str(error)
 
 
 def _all(folder: Path) -> list[Path]:
@@ -141,21 +252,35 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors "index.name", and the rest as JSON."""
+    """An optimizer's state as tensors "optimizer.index.name", and the rest as JSON."""
     tensors: dict[str, Tensor] = {}
     others: dict[str, Any] = {}
     for index, values in state["state"].items():
         for name, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
+                tensors[f"optimizer.{index}.{name}"] = value
             else:
-                others[f"{index}.{name}"] = value
+                others[f"optimizer.{index}.{name}"] = value
     return tensors, {"param_groups": state["param_groups"], "values": others}
 
 
-def _unflatten(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
+def _places(kept: dict[str, TensorStorageMetadata], optimizer: Optimizer) -> dict[str, Tensor]:
+    """Tensors to read an optimizer's state into: sharded like the weight where of its shape."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    places: dict[str, Tensor] = {}
+    for name, meta in kept.items():
+        if name.startswith("optimizer."):
+            weight, dtype = weights[int(name.split(".")[1])], meta.properties.dtype
+            if meta.size == weight.shape and weight.dim() > 0:
+                places[name] = torch.zeros_like(weight, dtype=dtype, requires_grad=False)
+            else:
+                places[name] = torch.zeros(meta.size, dtype=dtype)
+    return places
+
+
+def _unflatten(tensors: dict[str, Tensor], others: dict[str, Any]) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {}
-    for key, value in (tensors | scalars["values"]).items():
-        index, name = key.split(".", 1)
+    for key, value in (tensors | others["values"]).items():
+        _, index, name = key.split(".", 2)
         state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": scalars["param_groups"]}
+    return {"state": state, "param_groups": others["param_groups"]}

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from samestep.train.arguments import read_config
+from samestep.train.group import launch, process_group, to_launch
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -12,20 +13,27 @@ def run(arguments: Sequence[str]) -> int:
         arguments: ``[run.yaml] [--flag value ...]``.
 
     Returns:
-        Exit code 0.
+        The exit code: 0, or that of the ranks that were started.
 
     Raises:
         SamestepError: As `samestep.train.trainer.train`.
     """
     config = read_config(arguments)
+    ranks = to_launch(config.ranks)
+    if ranks is not None:
+        return launch(ranks, ["train", *arguments])
     # After the arguments are known to be good: this import loads PyTorch.
     from transformers.utils import logging as transformers_logging
 
+    from samestep.ranks import rank
     from samestep.train.trainer import train
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    summary = train(config)
+    with process_group():
+        summary = train(config)
+        if rank() > 0:
+            return 0
     print(f"{summary['steps']} steps, {summary['tokens']:,} tokens, {summary['seconds']:.1f} s")
     if summary["evaluation_after"] is not None:
         before, after = summary["evaluation_before"], summary["evaluation_after"]

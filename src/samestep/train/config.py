@@ -67,6 +67,8 @@ class TrainConfig(BaseModel):
     """Sequences a micro-batch. Changes speed and memory, not the step."""
     micro_tokens: int | Literal["auto"] = "auto"
     """Tokens a micro-batch, unless --micro-batch is given. Not the step either."""
+    memory_limit: float | None = Field(default=None, gt=0)
+    """GB that --micro-tokens auto may fill (80 % of what is free). Not the step either."""
     padding: Literal["auto", "none", "right", "left"] = "auto"
     """How micro-batches are laid out; auto: none, where the model allows. Not the step either."""
 
@@ -101,12 +103,26 @@ class TrainConfig(BaseModel):
 
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the weights and of the computation; gradients add up in float32 at least."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward: less memory, more time."""
+    gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """What the backward computes again: nothing, all but matrix products and attention, or whole
+    layers. auto: selective on CPUs. Changes speed and memory, not the step."""
     device: str = "auto"
     """cpu, cuda, mps; auto takes what there is."""
     seed: int = Field(default=0, ge=0)
     """Of the random weights, the order of the data, and dropout."""
+
+    ranks: int | None = Field(default=None, ge=1)
+    """Processes to start on this machine. Under torchrun it is torchrun that says how many."""
+    parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """Weights on every rank (ddp), or sharded over them (fsdp2); auto: ddp where they fit."""
+    mixed_precision: bool = False
+    """fsdp2: compute in bfloat16 over weights of --dtype; gradients add up in float32."""
+    cpu_offload: bool = False
+    """fsdp2: keep shards and optimizer state in the CPU's memory."""
+    rank_timeout: float = Field(default=600.0, ge=1)
+    """Seconds without progress after which a run on several ranks gives up, naming the rank."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite: end the run, or go on without it."""
 
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between evaluations."""
@@ -125,6 +141,9 @@ class TrainConfig(BaseModel):
     """The class of transformers that loads the model."""
     task: ClassVar[str] = "CAUSAL_LM"
     """What PEFT calls the kind of the model; it decides which heads train beside adapters."""
+
+    calibrated: ClassVar[bool] = True
+    """Whether the cost of micro-batches is measured where ``micro_tokens`` is auto."""
 
     def load_tokenizer(self, source: str) -> Any:
         """What reads the rows and is saved beside the model: a tokenizer.
@@ -240,8 +259,10 @@ class TrainConfig(BaseModel):
         return choose_padding(model, self.padding, self.outputs)
 
     def checkpoint_activations(self, model: Any) -> None:
-        """Make the model recompute activations in the backward."""
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        """Choose what the model keeps for its backward, as ``gradient_checkpointing`` says."""
+        from samestep.models.checkpointing import checkpoint_activations
+
+        checkpoint_activations(model, self.gradient_checkpointing)
 
     def outputs(self, model: Any, micro: dict[str, Any]) -> "Tensor":
         """What the model makes of a micro-batch: a sequence must not change its neighbour's part.
@@ -283,7 +304,9 @@ class TrainConfig(BaseModel):
 
 SAME_STEP = frozenset(
     {
-        *("micro_batch", "micro_tokens", "padding", "gradient_checkpointing", "device"),
+        *("micro_batch", "micro_tokens", "memory_limit", "padding", "gradient_checkpointing"),
+        "device",
+        *("ranks", "parallel", "cpu_offload", "rank_timeout", "not_finite"),
         *("eval_data", "eval_every", "save_every", "keep", "track", "merge", "out"),
     }
 )

@@ -16,10 +16,11 @@ class RunConsole:
     Args:
         total: Steps of the whole run.
         done: Steps already done before this call.
+        quiet: Show nothing.
     """
 
-    def __init__(self, *, total: int, done: int) -> None:
-        self._console = Console(stderr=True, highlight=False, markup=False)
+    def __init__(self, *, total: int, done: int, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, highlight=False, markup=False, quiet=quiet)
         self._total, self._done = total, done
         self._seconds, self._steps, self._tokens = 0.0, 0, 0
         self._bar = Progress(

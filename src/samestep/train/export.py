@@ -4,11 +4,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
 from samestep.errors import CheckpointError
+from samestep.parallel import is_sharded
+from samestep.ranks import on_rank_0
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, *, merge: bool) -> None:
-    """Save a model so that ``from_pretrained`` loads it, whole or not at all.
+    """Save a model so that ``from_pretrained`` loads it, whole or not at all; rank 0 writes.
 
     Args:
         model: A transformers model (saved with its weights), or a PEFT model (its adapter alone).
@@ -20,12 +24,20 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, merge: bool) -> None
     Raises:
         CheckpointError: It cannot be written.
     """
+    weights = None
+    if is_sharded(model):
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=whole)
+    elif merge:
+        model = model.merge_and_unload()
+    on_rank_0(lambda: _write(model, tokenizer, folder, weights))
+
+
+def _write(model: Any, tokenizer: Any, folder: Path, weights: Any) -> None:
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    if merge:
-        model = model.merge_and_unload()
     try:
-        model.save_pretrained(aside)
+        model.save_pretrained(aside, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         shutil.rmtree(folder, ignore_errors=True)

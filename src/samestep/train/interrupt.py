@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run between two steps, not inside one."""
+"""SIGINT and SIGTERM end a run between two micro-batches, not inside one."""
 
 import signal
 import threading
@@ -6,31 +6,38 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from samestep.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 @contextmanager
-def interruptible(announce: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT into a question that the loop asks between steps.
+def interruptible(announce: Callable[[str], None]) -> Iterator[Callable[[], int]]:
+    """Turn the first SIGINT or SIGTERM into a question that the loop asks between micro-batches.
 
     Args:
         announce: Called with one line when the signal comes.
 
     Yields:
-        A function that says whether to stop. A second SIGINT raises KeyboardInterrupt at once.
+        A function that gives the number of the signal that came, or 0. A second signal raises
+        `Interrupted` at once.
     """
-    asked = False
+    asked = 0
 
-    def ask(_: int, __: FrameType | None) -> None:
+    def ask(number: int, _: FrameType | None) -> None:
         nonlocal asked
         if asked:
-            raise KeyboardInterrupt
-        asked = True
-        announce("stopping after this step, then saving; Ctrl-C again stops at once")
+            raise Interrupted(number)
+        asked = number
+        name = signal.Signals(number).name
+        announce(f"{name}: stopping after this micro-batch, then saving; again stops at once")
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # signals reach the main thread only
+        yield lambda: 0  # signals reach the main thread only
         return
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in SIGNALS}
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

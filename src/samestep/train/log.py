@@ -1,6 +1,9 @@
 """Where a run's numbers go: always JSONL, and the trackers that were asked for."""
 
+import errno
 import json
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,16 +31,28 @@ class JsonLines:
     """A file of one JSON object a line, flushed after each."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        # Unbuffered: what could not be written must not come up again when the file is closed.
+        self._file = path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line."""
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Append one line; numbers that are not finite, which JSON has not, become null.
+
+        Raises:
+            OSError: It cannot be written, as on a full disk.
+        """
+        line = (json.dumps(_finite(record), ensure_ascii=False) + "\n").encode()
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Journal:
@@ -47,6 +62,9 @@ class Journal:
         folder: The run's folder, open for writing.
         config: The settings; ``track`` names the trackers.
         done: Steps that a resumed run has behind it; later lines of the logs are dropped.
+
+    Attributes:
+        evaluated: The steps after which an evaluation is written down already.
 
     Raises:
         ConfigError: The package of a tracker is not installed.
@@ -58,6 +76,7 @@ class Journal:
         )
         for path in (folder.log, folder.evaluations):
             keep_steps(path, done)
+        self.evaluated = _steps_in(folder.evaluations)
         self._log = JsonLines(folder.log)
         self._evaluations = JsonLines(folder.evaluations)
 
@@ -93,6 +112,12 @@ def keep_steps(path: Path, done: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
     write_atomically(path, "".join(line + "\n" for line in kept))
+
+
+def _steps_in(path: Path) -> set[int]:
+    if not path.exists():
+        return set()
+    return {json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()}
 
 
 def open_trackers(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from samestep.errors import ConfigError
 from samestep.files import write_atomically
@@ -34,6 +35,7 @@ class RunFolder:
         self.checkpoints = root / "checkpoints"
         self.model = root / "model"
         self.tracking = root / "tracking"
+        self._lock = FileLock(root / ".lock")
 
     def holds_a_run(self) -> bool:
         """Whether a run has written here."""
@@ -47,6 +49,9 @@ class RunFolder:
         """
         if self.root.exists() and not self.root.is_dir():
             raise ConfigError(f"out: {self.root} is a file, not a folder")
+        if self.root.exists():
+            self._hold()
+            self.close()
         if not self.holds_a_run() or config.overwrite:
             return
         if not config.resume:
@@ -75,14 +80,37 @@ class RunFolder:
             )
 
     def open(self, config: TrainConfig) -> None:
-        """Make the folder ready to write: clear it if asked, and save the settings."""
+        """Hold the folder, clear it if asked, and save the settings.
+
+        Raises:
+            ConfigError: Another run writes there, or nobody can.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._hold()
+            self._start(config)
+        except OSError as error:
+            raise ConfigError(f"out: {self.root} cannot be written ({error})") from error
+
+    def close(self) -> None:
+        """Let other runs write here. The system does it for a process that was killed."""
+        self._lock.release()
+
+    def _hold(self) -> None:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"out: another run is writing to {self.root}: wait for it, or choose another folder"
+            ) from None
+
+    def _start(self, config: TrainConfig) -> None:
         if config.overwrite:
             for path in self._contents():
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
-        self.root.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.saved(), sort_keys=False, allow_unicode=True)
         write_atomically(self.config, text)
 

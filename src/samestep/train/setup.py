@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from samestep.data.plan import cut_epoch, order
+from samestep.data.plan import plan_steps, steps_of
 from samestep.data.records import Records
 from samestep.errors import ConfigError
 from samestep.models.dropout import replace_dropout
@@ -15,9 +15,14 @@ from samestep.models.linear import speed_up_linear
 from samestep.models.load import resolve
 from samestep.models.lora import add_lora
 from samestep.objective import Objective
+from samestep.parallel import prepare
+from samestep.ranks import together, world
 from samestep.train.annotate import annotated
-from samestep.train.batches import MakeMicroBatches, micro_batch_maker
+from samestep.train.batches import MicroBatches
+from samestep.train.calibrate import micro_token_budget
 from samestep.train.config import TrainConfig
+from samestep.train.group import first_of_this_machine
+from samestep.train.layout import choose_layout, shard
 from samestep.train.optim import build_optimizer
 
 log = logging.getLogger("samestep")
@@ -45,8 +50,8 @@ class Run:
     objective: Objective
     train: Records
     evaluation: Records | None
-    micro_batches: MakeMicroBatches
-    eval_micro_batches: MakeMicroBatches | None
+    micro_batches: MicroBatches
+    eval_micro_batches: MicroBatches | None
     steps: int
 
 
@@ -63,16 +68,80 @@ def set_up(config: TrainConfig) -> Run:
         ConfigError: A setting does not fit the model or the machine.
         DataError: The data cannot be used.
     """
-    device = _device(config.device)
+    device = together(lambda: _device(config.device))
+    # First once a machine: the other ranks find converted weights and tokens in the cache.
+    if world() > 1:
+        together(lambda: _load_data(config) if first_of_this_machine() else None)
+    tokenizer, data = together(lambda: _load_data(config))
+    model = together(lambda: _load_model(config, data))
+    layout = together(lambda: choose_layout(model, config, device))
+    model = shard(model, config, device) if layout == "fsdp2" else model.to(device)
+    padding = config.layout(model)
+    prepare(model)
+    config.checkpoint_activations(model)
+    if padding == "right" and config.padding == "auto":
+        log.warning("this model cannot take packs without padding: padding to the right")
+    pad_id = config.pad_id(tokenizer)
+
+    def micro_batches(records: Records, config: TrainConfig = config) -> MicroBatches:
+        return MicroBatches(records, config, padding=padding, pad_id=pad_id, device=device)
+
+    objective = config.build(model, data)
+    if objective.annotate is not None:
+        data = [annotated(model, one, micro_batches(one), objective.annotate) for one in data]
+        prepare(model)
+    wanted = config.micro_tokens == "auto" and config.micro_batch is None
+    if wanted and config.calibrated and world() == 1:
+        first = _first_step(data[0], config)
+        budget = micro_token_budget(
+            model,
+            objective,
+            config,
+            cut=lambda budget: list(micro_batches(data[0], _under(config, budget)).of(first, 0)),
+        )
+        config = _under(config, budget)
+    return Run(
+        model=model,
+        tokenizer=tokenizer,
+        optimizer=build_optimizer(model, config),
+        objective=objective,
+        train=data[0],
+        evaluation=data[1] if data[1:] else None,
+        micro_batches=micro_batches(data[0], config),
+        eval_micro_batches=micro_batches(data[1], config) if data[1:] else None,
+        steps=_total_steps(data[0], config),
+    )
+
+
+def _under(config: TrainConfig, budget: int) -> TrainConfig:
+    return config.model_copy(update={"micro_tokens": budget})
+
+
+def _first_step(records: Records, config: TrainConfig) -> tuple[int, ...]:
+    plans = plan_steps(
+        records.lengths,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
+    )
+    return next(plans).examples
+
+
+def _load_data(config: TrainConfig) -> tuple[Any, list[Records]]:
+    """The tokenizer, and the records to train on, then those to evaluate on if there are any."""
     source = resolve(config.model)
     if config.trust_remote_code:
         log.warning("trust_remote_code: Python code that comes with the model will run")
     tokenizer = config.load_tokenizer(resolve(config.tokenizer or source))
-    # Data first: they fail sooner than a model loads.
-    train = _read(config.data, tokenizer, config)
-    evaluation = _read(config.eval_data, tokenizer, config, train) if config.eval_data else None
-    data = [train] if evaluation is None else [train, evaluation]
-    model = config.load(source, data)
+    data = [_read(config.data, tokenizer, config)]
+    if config.eval_data:
+        data.append(_read(config.eval_data, tokenizer, config, data[0]))
+    return tokenizer, data
+
+
+def _load_model(config: TrainConfig, data: list[Records]) -> Any:
+    """The model, with adapters if asked for, and its dropout tied to the examples."""
+    model = config.load(resolve(config.model), data)
     config.check_fit(model, data)
     if config.lora_rank is not None:
         assert config.lora_alpha is not None
@@ -87,31 +156,7 @@ def set_up(config: TrainConfig) -> Run:
         )
     replace_dropout(model)
     speed_up_linear(model)
-    model = model.to(device)
-    padding = config.layout(model)
-    if config.gradient_checkpointing:
-        config.checkpoint_activations(model)
-    if padding == "right" and config.padding == "auto":
-        log.warning("this model cannot take packs without padding: padding to the right")
-    pad_id = config.pad_id(tokenizer)
-
-    def micro_batches(records: Records) -> MakeMicroBatches:
-        return micro_batch_maker(records, config, padding=padding, pad_id=pad_id, device=device)
-
-    objective = config.build(model, data)
-    if objective.annotate is not None:
-        data = [annotated(model, one, micro_batches(one), objective.annotate) for one in data]
-    return Run(
-        model=model,
-        tokenizer=tokenizer,
-        optimizer=build_optimizer(model, config),
-        objective=objective,
-        train=data[0],
-        evaluation=data[1] if data[1:] else None,
-        micro_batches=micro_batches(data[0]),
-        eval_micro_batches=micro_batches(data[1]) if data[1:] else None,
-        steps=_total_steps(data[0], config),
-    )
+    return model
 
 
 def _device(wanted: str) -> torch.device:
@@ -136,14 +181,10 @@ def _total_steps(records: Records, config: TrainConfig) -> int:
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
-    return sum(
-        len(
-            cut_epoch(
-                order(len(records), seed=config.seed, epoch=epoch),
-                records.lengths,
-                batch_size=config.batch_size,
-                batch_tokens=config.batch_tokens,
-            )
-        )
-        for epoch in range(config.epochs)
+    return steps_of(
+        records.lengths,
+        seed=config.seed,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
     )

@@ -8,14 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
 
 from samestep.audit.subject import Gradient, Observation
 from samestep.audit.vectors import combine, norm
 
+DROPOUTS = (
+    functional.dropout,
+    functional.dropout1d,
+    functional.dropout2d,
+    functional.dropout3d,
+    functional.alpha_dropout,
+    functional.feature_alpha_dropout,
+    torch.dropout,
+)
+
 
 def copied(tensors: Mapping[str, Tensor]) -> Gradient:
-    """Float64 copies on the CPU; sharded tensors are gathered."""
+    """Float64 copies on the CPU; sharded tensors are gathered, sparse ones filled."""
     return {
         name: _whole(tensor).detach().to("cpu", torch.float64, copy=True)
         for name, tensor in tensors.items()
@@ -23,7 +35,8 @@ def copied(tensors: Mapping[str, Tensor]) -> Gradient:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.to_dense() if whole.is_sparse else whole
 
 
 def gradients(model: nn.Module) -> Gradient:
@@ -70,6 +83,22 @@ def scaled_gradients(model: nn.Module, scale: float) -> Iterator[None]:
             handle.remove()
 
 
+class WithoutDropout(TorchFunctionMode):
+    """While it is on, no call of a dropout function drops anything."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if function in DROPOUTS:
+            return args[0] if args else given["input"]
+        if function is functional.scaled_dot_product_attention:
+            # Its fifth argument, by position or by name.
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            given |= {} if len(args) > 4 else {"dropout_p": 0.0}
+        return function(*args, **given)
+
+
 def shift_weights(model: nn.Module, by: Gradient) -> None:
     """Add to the weights."""
     with torch.no_grad():
@@ -102,7 +131,7 @@ def observe(
         total = combine(steps, [1.0] * len(steps))
         return Observation(total, reported=reported, rounding=precision, updates=updates)
     moved = combine([before, weights(model)], [1.0, -1.0])
-    if not norm(moved):
+    if norm(moved) <= 8 * precision * norm(before):  # at most there and back again
         return Observation(gradients(model), reported=reported, rounding=precision)
-    rounding = precision * norm(before) / norm(moved)
+    rounding = precision * max(1.0, norm(before) / norm(moved))
     return Observation(moved, reported=reported, rounding=rounding)

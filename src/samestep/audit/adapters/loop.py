@@ -1,12 +1,11 @@
-"""A custom loop as a subject: four names in a file or on an object."""
+"""A custom loop as a subject."""
 
 import contextlib
-import inspect
+import copy
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import CodeType, FunctionType, ModuleType
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from samestep.audit.adapters.capture import (
+    WithoutDropout,
     observe,
     optimizer_steps,
     scaled_gradients,
     shift_weights,
     weights,
 )
+from samestep.audit.adapters.names import OPTIONAL, LoopNames, accepts
 from samestep.audit.batches import (
     add_padding,
     alter,
@@ -29,7 +30,7 @@ from samestep.audit.batches import (
     length_of,
     mask_borders,
     mask_targets,
-    own_side,
+    padding_of,
     places,
 )
 from samestep.audit.children import alone, in_ranks
@@ -37,86 +38,8 @@ from samestep.audit.subject import PLAIN, Cut, Facts, Observation, Setting
 from samestep.audit.vectors import combine, norm
 from samestep.errors import CheckError
 
-NAMES = {
-    "model": "model() -> nn.Module, the same architecture each time",
-    "examples": "the examples of one effective batch, a sequence",
-    "collate": "collate(list of examples) -> batch",
-    "step": "step(model, micro_batches): leaves the gradient in .grad; or",
-    "train": "train(model, micro_batches): updates the weights",
-}
-OPTIONAL = {
-    "pack": "pack(list of examples) -> batch, without padding",
-    "evaluate": "evaluate(model, batches) -> loss, or {name: value}",
-    "terms": "names of loss terms; step or train then takes term=",
-    "wrap": "wrap(model) -> model for several ranks, such as DistributedDataParallel; None where "
-    "step or train calls torch.distributed by itself",
-    "shard": "shard(indices, rank, world) -> the indices of one rank, as your sampler deals them",
-}
-
 PATIENCE = 10.0
 """Seconds that ranks may take, and 40 single runs more, before they count as hung."""
-
-
-@dataclass(frozen=True)
-class LoopNames:
-    """The user's own functions, by the names of `NAMES` and `OPTIONAL`."""
-
-    model: Callable[[], nn.Module]
-    examples: Sequence[Any]
-    collate: Callable[[list[Any]], Any]
-    step: Callable[..., Any] | None = None
-    train: Callable[..., Any] | None = None
-    pack: Callable[[list[Any]], Any] | None = None
-    evaluate: Callable[[nn.Module, list[Any]], Any] | None = None
-    terms: tuple[str, ...] = ()
-    wrap: Callable[[nn.Module], nn.Module] | None = None
-    shard: Callable[[list[int], int, int], Sequence[int]] | None = None
-    ranks: bool = False
-    """Whether it runs on several ranks: it names ``wrap``, or calls torch.distributed itself."""
-
-    @classmethod
-    def of(cls, source: Any) -> "LoopNames":
-        """Read the names off a module, a class instance, or a mapping.
-
-        Raises:
-            CheckError: A needed name is missing; lists all that are.
-        """
-        members = _members(source)
-        missing = [name for name in ("model", "examples", "collate") if name not in members]
-        if "step" not in members and "train" not in members:
-            missing.append("step")
-        if missing:
-            lines = "\n".join(f"  - {NAMES[name]}" for name in missing)
-            raise CheckError(f"the subject lacks:\n{lines}\n`samestep check --init` writes one")
-        found = {name: members[name] for name in (*NAMES, *OPTIONAL) if name in members}
-        examples = found["examples"]
-        found["examples"] = list(examples() if callable(examples) else examples)
-        found["terms"] = tuple(found.get("terms") or ())
-        function = found.get("step") or found.get("train")
-        return cls(**found, ranks="wrap" in found or _calls_distributed(function))
-
-
-def _calls_distributed(function: Any, seen: frozenset[str] = frozenset()) -> bool:
-    """Whether a function, or one of its own file that it calls, names torch.distributed."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    if code is None:
-        return False
-    inside = [const for const in code.co_consts if isinstance(const, CodeType)]
-    names = {name for one in (code, *inside) for name in one.co_names} - seen
-    known = function.__globals__
-    if "distributed" in names or any(known.get(name) is torch.distributed for name in names):
-        return True
-    called = [known[name] for name in names if isinstance(known.get(name), FunctionType)]
-    own = [one for one in called if one.__module__ == function.__module__]
-    return any(_calls_distributed(one, seen | names) for one in own)
-
-
-def _members(source: Any) -> dict[str, Any]:
-    if isinstance(source, Mapping):
-        return dict(source)
-    if isinstance(source, ModuleType):
-        return vars(source)
-    return {name: getattr(source, name) for name in dir(source) if not name.startswith("_")}
 
 
 class LoopSubject:
@@ -145,11 +68,12 @@ class LoopSubject:
         seed_all(0)
         self._initial = {key: value.clone() for key, value in loop.model().state_dict().items()}
         self._slowest = 0.0
-        singles = [loop.collate([example]) for example in loop.examples]
+        singles = [self._collated([example]) for example in loop.examples]
         self._facts = facts_of(singles)
         self._lengths = [length_of(single) for single in singles]
-        by_length = sorted(range(self.size), key=lambda index: self._lengths[index])
-        self._unequal = (by_length[-1], by_length[0])
+        by_length = sorted(range(self.size), key=lambda index: self._lengths[index] or 0)
+        short, long = (loop.examples[at] for at in (by_length[0], by_length[-1]))
+        self._padding = padding_of(self._collated([short]), self._collated([long, short]))
 
     def facts(self) -> Sequence[Facts] | None:
         """From ``labels`` of each example's own batch."""
@@ -167,10 +91,10 @@ class LoopSubject:
             reasons["ranks"] = f"the subject has no {OPTIONAL['wrap']}"
         if not loop.terms:
             reasons["terms"] = f"the subject has no {OPTIONAL['terms']}"
-        if self._facts is None or loop.collate([loop.examples[0]])["labels"].is_floating_point():
+        if self._facts is None or self._collated(loop.examples[:1])["labels"].is_floating_point():
             reasons["zero-target"] = "batches have no tensor 'labels' of classes"
-        if not _has_rows_of_labels(self._batch(self._unequal, PLAIN)):
-            reasons["padding"] = "batches have no 'input_ids' and 'labels' [rows, length]"
+        if self._padding is None:
+            reasons["padding"] = "collate does not pad rows [rows, length], as far as can be seen"
         function = loop.step or loop.train
         if function is not None and not accepts(function, "accumulation"):
             reasons["short-window"] = (
@@ -220,8 +144,7 @@ class LoopSubject:
 
     def padding_sides(self) -> tuple[Literal["right", "left"], ...]:
         """The one on which the subject's own collator pads."""
-        pair = self._batch(self._unequal, PLAIN)
-        return (own_side(self._batch(self._unequal[1:], PLAIN), pair),)
+        return () if self._padding is None else (self._padding.side,)
 
     def counts(
         self, micro: tuple[int, ...], setting: Setting = PLAIN
@@ -287,15 +210,19 @@ class LoopSubject:
 
     def _batch(self, micro: Sequence[int], setting: Setting) -> Any:
         examples = [self.loop.examples[index] for index in micro]
-        if setting.packed:
-            assert self.loop.pack is not None
-            batch = self.loop.pack(examples)
-        else:
-            batch = self.loop.collate(examples)
+        batch = self._collated(examples, packed=setting.packed)
         batch = self._edited(batch, micro, setting)
         if setting.padding:
-            batch = add_padding(batch, setting.padding, side=setting.side, filler=setting.filler)
+            fills = None if self._padding is None else self._padding.fills
+            batch = add_padding(
+                batch, setting.padding, side=setting.side, filler=setting.filler, fills=fills
+            )
         return batch if setting.dtype is None else cast(batch, setting.dtype)
+
+    def _collated(self, examples: Sequence[Any], *, packed: bool = False) -> Any:
+        function = self.loop.pack if packed else self.loop.collate
+        assert function is not None
+        return function(copy.deepcopy(list(examples)))  # it may change what it is given
 
     def _edited(self, batch: Any, micro: Sequence[int], setting: Setting) -> Any:
         changed = {at for at, index in enumerate(micro) if index in setting.altered}
@@ -304,7 +231,8 @@ class LoopSubject:
         masked = {at for at, index in enumerate(micro) if index in setting.masked}
         if not (changed or masked or setting.borders_masked):
             return batch
-        where = places(batch, [self._lengths[index] for index in micro])
+        side = "right" if self._padding is None else self._padding.side
+        where = places(batch, [self._lengths[index] for index in micro], side)
         if changed:
             batch = alter(batch, [where[at] for at in changed])
         if masked:
@@ -320,7 +248,8 @@ class LoopSubject:
         if accepts(function, "accumulation"):
             options["accumulation"] = setting.window or len(micros)
         before = weights(inner)
-        with scaled_gradients(inner, setting.scale), optimizer_steps(inner) as steps:
+        dropping = contextlib.nullcontext() if setting.dropout else WithoutDropout()
+        with scaled_gradients(inner, setting.scale), optimizer_steps(inner) as steps, dropping:
             reported = function(model, micros, **options)
         return observe(inner, before, steps, numbers(reported))
 
@@ -342,19 +271,6 @@ def silence_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _has_rows_of_labels(batch: Any) -> bool:
-    """Whether the batch of two examples is padded rows of tokens, each with a label."""
-    if not isinstance(batch, Mapping):
-        return False
-    ids, labels = batch.get("input_ids"), batch.get("labels")
-    return (
-        isinstance(ids, Tensor)
-        and isinstance(labels, Tensor)
-        and ids.shape == labels.shape
-        and len(ids) == 2
-    )
-
-
 def numbers(reported: Any) -> dict[str, float]:
     """What a loop returned, as numbers by name; what is not a number is left out."""
     if reported is None:
@@ -365,8 +281,3 @@ def numbers(reported: Any) -> dict[str, float]:
         for name, value in values.items()
         if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
     }
-
-
-def accepts(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function takes an argument of this name."""
-    return name in inspect.signature(function).parameters

@@ -2,20 +2,19 @@
 
 import contextlib
 import gc
-import itertools
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils.data import IterableDataset, SequentialSampler, Subset
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel
 
+from samestep.audit.adapters.rows import is_stream
 from samestep.audit.subject import Gradient
 
 LEARNING_RATE = 0.1
@@ -74,38 +73,6 @@ class Collator:
         batch = self.change(self.collate(features, *args, **options), number, self.seen)
         self.seen += number
         return batch
-
-
-class _Stream(IterableDataset[Any]):
-    """Rows without a length, for a trainer whose own data have none."""
-
-    def __init__(self, rows: Sequence[Any]) -> None:
-        self.rows = rows
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.rows)
-
-
-def is_stream(dataset: Any) -> bool:
-    """Whether a dataset can only be iterated over."""
-    return isinstance(dataset, IterableDataset | datasets.IterableDataset)
-
-
-def length(dataset: Any, most: int) -> int:
-    """How many rows a dataset holds; of a stream, as far as ``most``."""
-    if is_stream(dataset):
-        return sum(1 for _ in itertools.islice(dataset, most))
-    return len(dataset)
-
-
-def restrict(dataset: Any, indices: Sequence[int]) -> Any:
-    """A dataset of these rows in this order, of the same kind as far as a trainer can tell."""
-    if isinstance(dataset, datasets.Dataset):
-        return dataset.select(indices)
-    if is_stream(dataset):
-        rows = list(itertools.islice(dataset, max(indices) + 1))
-        return _Stream([rows[index] for index in indices])
-    return Subset(dataset, indices)
 
 
 def make_plain(trainer: Any, *, stream_steps: int) -> None:

@@ -15,10 +15,15 @@ HOME = {
     "orpo": "preference:ORPOConfig",
     "flow_matching": "flow_matching:FlowMatchingConfig",
     "kto": "kto:KTOConfig",
+    "policy": "policy:PolicyConfig",
+    "distillation": "distillation:DistillationConfig",
     "reward": "classification:RewardConfig",
     "classification": "classification:ClassificationConfig",
     "regression": "classification:RegressionConfig",
     "token_classification": "classification:TokenClassificationConfig",
+    "embedding": "texts:EmbeddingConfig",
+    "masked_lm": "texts:MaskedLMConfig",
+    "seq2seq": "texts:Seq2SeqConfig",
     "question_answering": "classification:QuestionAnsweringConfig",
 }
 """Where the settings of each objective are defined, beside this file."""

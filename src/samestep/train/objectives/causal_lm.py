@@ -11,6 +11,28 @@ from samestep.train.config import TrainConfig
 if TYPE_CHECKING:
     from samestep.data.records import Records
     from samestep.objective import Objective
+    from samestep.terms import LossFn
+
+
+def read_language(
+    config: TrainConfig, source: str, tokenizer: Any, train_on: Literal["completion", "all"]
+) -> "Records":
+    """Rows of text, prompt and completion, messages, or token ids."""
+    from samestep.data.load import load_rows
+    from samestep.data.records import Records
+    from samestep.data.tokenize import tokenize_rows
+    from samestep.files import cache_folder
+
+    return Records(
+        tokenize_rows(
+            load_rows(source),
+            tokenizer,
+            max_length=config.max_length,
+            append_eos=config.append_eos,
+            train_on=train_on,
+            cache=cache_folder() / "tokens",
+        )
+    )
 
 
 class CausalLMConfig(TrainConfig):
@@ -22,6 +44,8 @@ class CausalLMConfig(TrainConfig):
     """Targets: completions and assistant turns, or every token."""
     normalize: Literal["token", "sequence"] | float = "token"
     """Every token weighs the same, every sequence does, or divide by this constant."""
+    loss: Literal["nll", "dft"] = "nll"
+    """Cross entropy, or dynamic fine-tuning: each target's times its probability."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target probability that is spread over the vocabulary."""
     z_loss: float = Field(default=0.0, ge=0)
@@ -37,39 +61,27 @@ class CausalLMConfig(TrainConfig):
 
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of text, prompt and completion, messages, or token ids."""
-        from samestep.data.load import load_rows
-        from samestep.data.records import Records
-        from samestep.data.tokenize import tokenize_rows
-        from samestep.files import cache_folder
-
-        return Records(
-            tokenize_rows(
-                load_rows(source),
-                tokenizer,
-                max_length=self.max_length,
-                append_eos=self.append_eos,
-                train_on=self.train_on,
-                cache=cache_folder() / "tokens",
-            )
-        )
+        return read_language(self, source, tokenizer, self.train_on)
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """Cross entropy, normalised as asked, and what was asked of the routers."""
         from samestep.causal_lm import CausalLMLoss
         from samestep.objective import Objective
+        from samestep.objectives.policy import DFT
         from samestep.terms import constant
 
-        normalize = self.normalize
-        loss = CausalLMLoss(
-            normalize=constant(normalize) if isinstance(normalize, float) else normalize,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
+        value = self.normalize
+        normalize = constant(value) if isinstance(value, float) else value
+        loss: LossFn = CausalLMLoss(
+            normalize=normalize, label_smoothing=self.label_smoothing, z_loss=self.z_loss
         )
-        if self.router_loss is None and not self.router_z_loss and not self.router_bias_rate:
-            return Objective(loss)
-        return self._with_routers(loss, model)
+        if self.loss == "dft":
+            loss = DFT(normalize)
+        if self.router_loss or self.router_z_loss or self.router_bias_rate:
+            return self._with_routers(loss, model)
+        return Objective(loss)
 
-    def _with_routers(self, loss: Any, model: Any) -> "Objective":
+    def _with_routers(self, loss: "LossFn", model: Any) -> "Objective":
         from samestep.models.routers import router_biases, routers
         from samestep.objective import Objective
         from samestep.objectives.routers import COUNTERS, RouterBias, RouterLosses
@@ -93,10 +105,12 @@ class CausalLMConfig(TrainConfig):
         )
 
     def problems(self) -> list[str]:
-        """A constant that cannot divide, and what adapters cannot hold."""
+        """A constant that cannot divide, terms that dft does not have, biases in adapters."""
         found = []
         if isinstance(self.normalize, float) and not 0 < self.normalize < float("inf"):
             found.append(f"normalize: a constant must be above 0, not {self.normalize}")
+        if self.loss == "dft" and (self.label_smoothing or self.z_loss):
+            found.append("loss: dft goes with neither label_smoothing nor z_loss")
         if self.router_bias_rate and self.lora_rank is not None:
             found.append("router_bias_rate: adapters do not hold the biases; leave lora_rank out")
         return found

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from samestep.errors import ConfigError
 from samestep.train.config import TrainConfig
-from samestep.train.objectives.causal_lm import CausalLMConfig
-from samestep.train.objectives.preference import PairConfig
+from samestep.train.objectives.causal_lm import read_language
+from samestep.train.objectives.preference import read_pairs
 
 if TYPE_CHECKING:
     from samestep.data.records import Records
@@ -25,10 +25,9 @@ class CustomConfig(TrainConfig):
 
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows as of the objective whose form was chosen."""
-        shared = self.model_dump(include=set(TrainConfig.model_fields) - {"objective"})
         if self.rows == "pairs":
-            return PairConfig.model_construct(**shared).read(source, tokenizer)
-        return CausalLMConfig.model_construct(**shared).read(source, tokenizer)
+            return read_pairs(self, source, tokenizer)
+        return read_language(self, source, tokenizer, "completion")
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """What the file defines."""

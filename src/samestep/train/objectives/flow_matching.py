@@ -1,7 +1,7 @@
 """Flow matching on precomputed latents."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,8 @@ class FlowMatchingConfig(TrainConfig):
     """How the time of each example is drawn in each step."""
     time_shift: float = Field(default=1.0, gt=0)
     """Above 1: more of the noisy times."""
+
+    calibrated: ClassVar[bool] = False
 
     def load_tokenizer(self, source: str) -> Any:
         """There is no text to read."""
@@ -73,8 +75,9 @@ class FlowMatchingConfig(TrainConfig):
         return "right"
 
     def checkpoint_activations(self, model: Any) -> None:
-        """As diffusers does it."""
-        model.enable_gradient_checkpointing()
+        """As diffusers does it: everything, or nothing."""
+        if self.gradient_checkpointing == "full":
+            model.enable_gradient_checkpointing()
 
     def collate(
         self,
@@ -107,4 +110,6 @@ class FlowMatchingConfig(TrainConfig):
             found.append("lora_rank: adapters are not served for models of diffusers")
         if self.tokenizer is not None or self.max_length is not None:
             found.append("tokenizer and max_length are for text: leave them out")
+        if self.gradient_checkpointing == "selective":
+            found.append("gradient_checkpointing: models of diffusers have none and full alone")
         return found

@@ -31,22 +31,27 @@ DPOLoss = Literal[
 """`samestep.losses.preference.PairLoss`, and those that are no loss of a pair by itself."""
 
 
+def read_pairs(config: TrainConfig, source: str, tokenizer: Any) -> "Records":
+    """Rows of prompt, chosen and rejected."""
+    from samestep.data.load import load_rows
+    from samestep.data.preference import pair_records
+    from samestep.files import cache_folder
+
+    return pair_records(
+        load_rows(source),
+        tokenizer,
+        max_length=config.max_length,
+        append_eos=config.append_eos,
+        cache=cache_folder() / "tokens",
+    )
+
+
 class PairConfig(TrainConfig):
     """Rows of a prompt with a chosen and a rejected completion."""
 
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of prompt, chosen and rejected."""
-        from samestep.data.load import load_rows
-        from samestep.data.preference import pair_records
-        from samestep.files import cache_folder
-
-        return pair_records(
-            load_rows(source),
-            tokenizer,
-            max_length=self.max_length,
-            append_eos=self.append_eos,
-            cache=cache_folder() / "tokens",
-        )
+        return read_pairs(self, source, tokenizer)
 
 
 class ReferenceConfig(TrainConfig):

@@ -1,0 +1,63 @@
+"""Activation checkpointing: which results of the forward are kept for the backward."""
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from samestep.errors import ConfigError
+
+Checkpointing = Literal["none", "selective", "full"]
+
+_ATEN = torch.ops.aten
+COSTLY = frozenset(
+    {
+        *(_ATEN.mm.default, _ATEN.addmm.default),
+        _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+        _ATEN._scaled_dot_product_flash_attention.default,
+        _ATEN._scaled_dot_product_efficient_attention.default,
+        _ATEN._scaled_dot_product_cudnn_attention.default,
+    }
+)
+"""Operations whose results selective checkpointing keeps: matrix products and attention."""
+
+
+def checkpoint_activations(model: Any, mode: Literal["auto"] | Checkpointing) -> Checkpointing:
+    """Choose what each layer keeps for its backward; the rest is computed again there.
+
+    What is computed again gives the same numbers, so no mode changes the step.
+
+    Args:
+        model: A transformers model; changed in place.
+        mode: "none" keeps everything that autograd wants. "selective" keeps what is costly, the
+            results of matrix products and attention, and computes norms, rotations and
+            activation functions again. "full" keeps each layer's input alone: the least memory,
+            for one more forward. "auto" is selective on a CPU if the model allows, else none.
+
+    Returns:
+        The mode that was set.
+
+    Raises:
+        ConfigError: The model has no layers that can be checkpointed.
+    """
+    if mode == "auto":
+        on_cpu = model.device.type == "cpu"
+        mode = "selective" if on_cpu and model.supports_gradient_checkpointing else "none"
+    if mode == "none":
+        return mode
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"gradient_checkpointing: {type(model).__name__} does not support it: use none"
+        )
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    model.activation_checkpointing_enable(options)
+    return mode
+
+
+def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    if operation in COSTLY or operation.namespace == "mkldnn":
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

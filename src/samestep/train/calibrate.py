@@ -1,0 +1,124 @@
+"""Measures what micro-batches of a run cost, and chooses their budget."""
+
+import hashlib
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import samestep
+from samestep.files import cache_folder
+from samestep.models.dropout import key_dropout
+from samestep.objective import Objective
+from samestep.products import processor
+from samestep.terms import LossResult, input_tokens
+from samestep.train.budget import (
+    DEFAULT,
+    Costs,
+    Sample,
+    best_budget,
+    measured,
+    peak_bytes,
+    remembered,
+)
+from samestep.train.config import TrainConfig
+from samestep.train.resident import memory_to_have, peak_memory
+from samestep.train_step import backward
+from samestep.two_pass import TwoPass
+
+log = logging.getLogger("samestep")
+
+SPARE = 0.8
+"""Share of what the process could have that is taken if no limit is given."""
+
+STATE = {"adamw": 2, "sgd": 0, "adafactor": 0}
+"""Elements of optimizer state for each element of a weight (adafactor's are few)."""
+
+Cut = Callable[[int], Sequence[dict[str, Any]]]
+"""Maps a budget to the micro-batches of the first step under it."""
+
+
+def micro_token_budget(model: Any, objective: Objective, config: TrainConfig, *, cut: Cut) -> int:
+    """The tokens of a micro-batch for this model on this machine.
+
+    Costs are measured once, on the first step's data, and remembered in the cache folder: by model,
+    settings that matter, machine and versions. No weight is changed.
+
+    Args:
+        model: On its device, in train mode, as it will be trained.
+        objective: What is optimised.
+        config: ``memory_limit`` in GB; None: 80 % of what the process could have.
+        cut: The first step's micro-batches under a budget.
+
+    Returns:
+        The budget.
+    """
+    path = cache_folder() / "costs" / f"{_key(model, config)}.json"
+    costs = remembered(path, lambda: _measure(model, objective, config, cut))
+    if costs is None:
+        return DEFAULT  # such a step is one or two micro-batches anyway
+    could = memory_to_have(model.device)
+    limit = None if could is None else SPARE * could
+    if config.memory_limit is not None:
+        limit = config.memory_limit * 1e9
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    reserved = STATE[config.optimizer] * sum(w.numel() * w.element_size() for w in trained)
+    budget = best_budget(costs, limit=limit, reserved=reserved)
+    peak = peak_bytes(costs, budget, reserved=reserved)
+    memory = "" if peak is None else f"; about {peak / 1e9:.1f} GB at the peak"
+    log.info("micro_tokens: %d tokens a micro-batch%s", budget, memory)
+    if peak is not None and limit is not None and peak > limit:
+        log.warning("micro_tokens: even that is above the limit of %.1f GB", limit / 1e9)
+    return budget
+
+
+def _measure(model: Any, objective: Objective, config: TrainConfig, cut: Cut) -> Costs | None:
+    def loss_fn(model: Any, micro: dict[str, Any]) -> LossResult:
+        key_dropout(model, micro, seed=config.seed, step=0)
+        return objective.loss_fn(model, micro)
+
+    two_pass = isinstance(objective.loss_fn, TwoPass)
+
+    def run(budget: int, place: int) -> Sample:
+        micro = cut(budget)[place]
+        with peak_memory(model.device) as peak:
+            started = time.perf_counter()
+            backward(
+                model,
+                [micro],
+                TwoPass(loss_fn) if two_pass else loss_fn,
+                counters=objective.counters,
+            )
+            if model.device.type != "cpu":
+                torch.accelerator.synchronize()
+            seconds = time.perf_counter() - started
+        return Sample(input_tokens(micro), seconds, peak.bytes)
+
+    log.info("micro_tokens: measuring what a micro-batch costs (once for this model and machine)")
+    try:
+        return measured(lambda budget: [input_tokens(micro) for micro in cut(budget)], run)
+    finally:
+        model.zero_grad()
+        if objective.after_step is not None:
+            objective.after_step(model, False)  # what it saw here was no step
+
+
+def _key(model: Any, config: TrainConfig) -> str:
+    """What the costs depend on, as a file name."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    config_of_model = model.config.to_dict()
+    config_of_model.pop("_name_or_path", None)
+    facts = {
+        "model": config_of_model,
+        "trained": [len(trained), sum(weight.numel() for weight in trained)],
+        "dtype": str(model.dtype),
+        "settings": [config.objective, config.padding, config.gradient_checkpointing],
+        "machine": [str(model.device), platform.node(), processor(), torch.get_num_threads()],
+        "versions": [samestep.__version__, torch.__version__],
+    }
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

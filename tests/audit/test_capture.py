@@ -1,0 +1,125 @@
+"""What is captured of a step: gradients, updates, moved weights."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from samestep.audit.adapters.capture import (
+    WithoutDropout,
+    gradients,
+    observe,
+    optimizer_steps,
+    scaled_gradients,
+    weights,
+)
+from samestep.audit.subject import Observation
+
+X = torch.arange(6.0).view(2, 3)
+
+
+def observed(train: Any, model: nn.Module | None = None, scale: float = 1.0) -> Observation:
+    torch.manual_seed(0)
+    model = model or nn.Linear(3, 2)
+    before = weights(model)
+    with scaled_gradients(model, scale), optimizer_steps(model) as steps:
+        train(model)
+    return observe(model, before, steps, {})
+
+
+def backward(model: nn.Module) -> None:
+    model(X).square().sum().backward()
+
+
+def adam(model: nn.Module, times: int = 1) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.5)
+    for _ in range(times):
+        backward(model)
+        optimizer.step()
+
+
+def by_hand(model: nn.Module) -> None:
+    backward(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight -= 0.5 * weight.grad
+
+
+def test_the_gradient_is_the_one_that_the_optimizer_saw() -> None:
+    left, seen = observed(backward), observed(adam)
+    assert (left.updates, seen.updates) == (0, 1)
+    for name, gradient in left.gradient.items():
+        assert torch.equal(gradient, seen.gradient[name])
+    assert observed(lambda model: adam(model, 3)).updates == 3
+
+
+def test_without_an_optimizer_it_is_how_far_weights_moved() -> None:
+    left, moved = observed(backward), observed(by_hand)
+    for name, gradient in left.gradient.items():
+        assert torch.allclose(moved.gradient[name], 0.5 * gradient, atol=1e-6)
+    assert moved.rounding >= left.rounding
+
+
+def test_weights_that_came_back_have_not_moved() -> None:
+    def there_and_back(model: nn.Module) -> None:
+        backward(model)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += 0.1
+                weight -= 0.1
+
+    assert observed(there_and_back).gradient.keys() == {"weight", "bias"}
+    assert torch.equal(
+        observed(there_and_back).gradient["bias"], observed(backward).gradient["bias"]
+    )
+
+
+def test_two_optimizers_of_different_weights_are_one_update() -> None:
+    def train(model: Any) -> None:
+        backward(model)
+        torch.optim.SGD([model.weight], lr=0.1).step()
+        torch.optim.SGD([model.bias], lr=0.1).step()
+
+    seen = observed(train)
+    assert seen.updates == 1
+    assert seen.gradient.keys() == {"weight", "bias"}
+
+
+def test_a_scale_reaches_the_gradient_before_anything_else() -> None:
+    def clipped(model: nn.Module) -> None:
+        backward(model)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+    whole, small = observed(backward), observed(clipped, scale=2.0**-14)
+    for name, gradient in whole.gradient.items():
+        assert torch.allclose(small.gradient[name] * 2.0**14, gradient)
+
+
+def test_sparse_gradients_are_filled() -> None:
+    model = nn.Embedding(5, 2, sparse=True)
+    model(torch.tensor([1, 3])).sum().backward()
+    assert gradients(model)["weight"].sum(1).tolist() == [0, 2, 0, 2, 0]
+
+
+@pytest.mark.parametrize(
+    "drop",
+    [
+        lambda x: functional.dropout(x, 0.5),
+        lambda x: functional.dropout(input=x, p=0.5, training=True),
+        lambda x: torch.dropout(x, 0.5, True),
+        lambda x: functional.scaled_dot_product_attention(x, x, x, None, 0.5),
+        lambda x: functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+    ],
+)
+def test_no_function_drops(drop: Any) -> None:
+    x = torch.randn(1, 1, 50, 4)
+
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return drop(x)
+
+    assert not torch.equal(run(0), run(1))
+    with WithoutDropout():
+        assert torch.equal(run(0), run(1))

@@ -1,0 +1,71 @@
+"""The measured noise follows the coarsest type, and only that."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from samestep.audit.adapters.loop import LoopSubject
+from samestep.audit.adapters.names import LoopNames
+from samestep.audit.noise import FloatsSeen, along_a_line, trembling
+from samestep.audit.runs import Runs, cuts
+from samestep.audit.vectors import compare
+
+
+def test_what_is_smooth_does_not_tremble_and_noise_is_measured() -> None:
+    points = torch.linspace(0, 1e-3, 4, dtype=torch.float64)
+    smooth = [{"w": torch.full((100,), 1 + float(p) + float(p) ** 2)} for p in points]
+    assert trembling(smooth) < 1e-7  # float32 numbers
+    draw = torch.Generator().manual_seed(0)
+    noise = [{"w": 1 + 1e-3 * torch.randn(10_000, generator=draw)} for _ in points]
+    assert trembling(noise) == pytest.approx(1e-3, rel=0.05)
+
+
+def test_a_line_has_equal_steps() -> None:
+    one, two, three = along_a_line({"w": torch.zeros(5)}, 1e-3)
+    assert torch.allclose(two["w"], 2 * one["w"])
+    assert torch.allclose(three["w"], 3 * one["w"])
+
+
+def test_types_are_seen_where_gradients_are_recorded() -> None:
+    weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    with FloatsSeen() as seen:
+        (weight * 2).sum().backward()
+        with torch.no_grad():
+            weight.float()
+    assert seen.coarsest() == torch.finfo(torch.float64).eps
+    with FloatsSeen() as seen:
+        (weight.bfloat16() * 2).sum().backward()
+    assert seen.coarsest() == torch.finfo(torch.bfloat16).eps
+
+
+class Narrow(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.body = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.body.weight.to(self.dtype)
+        return torch.tanh((x.to(self.dtype) @ weight.T).to(x.dtype) + self.body.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_floor_is_the_rounding_inside_the_model(dtype: torch.dtype) -> None:
+    def step(model: nn.Module, micros: list[Tensor]) -> None:
+        for micro in micros:
+            (model(micro).square().sum() / sum(map(len, micros))).backward()
+
+    draw = torch.Generator().manual_seed(0)
+    names = {
+        "model": lambda: Narrow(dtype),
+        "examples": [torch.randn(6, generator=draw) for _ in range(8)],
+        "collate": torch.stack,
+        "step": step,
+    }
+    runs = Runs.start(LoopSubject(LoopNames.of(names), name="narrow"))
+    eps = torch.finfo(dtype).eps
+    assert eps / 50 < runs.floor < 5 * eps
+    whole = runs.run(runs.whole).gradient
+    for cut in cuts(8, uniform=False):
+        seen = compare(runs.run(cut).gradient, whole).relative_difference
+        assert seen < runs.tolerance

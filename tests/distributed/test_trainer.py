@@ -1,0 +1,130 @@
+"""Whole runs on real ranks: those of one process, and resumed on other numbers of ranks."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_work
+from cases import worst
+from gloo import on_ranks
+from runs import llama_folder, read_lines, run_config, write_rows
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from samestep.train.trainer import train
+
+SETTINGS: dict[str, Any] = {
+    "dtype": "float64",
+    "micro_batch": 2,
+    "steps": 7,  # of 8 rows; the third and the sixth batch of an epoch of 17 rows hold one row
+    "eval_every": 3,
+    "save_every": 2,
+    "keep": 9,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, rows, and a run of one process in ``alone``."""
+    folder = tmp_path_factory.mktemp("ranks")
+    llama_folder(folder / "tiny")
+    write_rows(folder / "rows.jsonl", 17)
+    write_rows(folder / "eval.jsonl", 5, seed=1)
+    train(run_config(folder, out=str(folder / "alone"), **settings(folder)))
+    return folder
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    return {**SETTINGS, "eval_data": str(folder / "eval.jsonl"), **changes}
+
+
+def weights(out: Path) -> dict[str, Any]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def assert_same_run(out: Path, alone: Path) -> None:
+    assert worst(weights(out), weights(alone)) < 1e-9
+    for name in ("log.jsonl", "eval.jsonl"):
+        found, wanted = read_lines(out / name), read_lines(alone / name)
+        assert [line["step"] for line in found] == [line["step"] for line in wanted]
+        for one, other in zip(found, wanted, strict=True):
+            assert one["loss"] == pytest.approx(other["loss"], rel=1e-9)
+            assert one["counts"] == other["counts"]
+            assert one["tokens"] == other["tokens"]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_the_run_is_that_of_one_process(folder: Path, number: int, parallel: str) -> None:
+    out = folder / f"{parallel}-{number}"
+    options = settings(folder, out=str(out), parallel=parallel)
+    summaries = on_ranks(number, rank_work.training, str(folder), **options)
+    assert {summary["ranks"] for summary in summaries} == {number}
+    assert_same_run(out, folder / "alone")
+    assert AutoModelForCausalLM.from_pretrained(out / "model").config.vocab_size > 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, "fsdp2"), (4, "fsdp2")), ((4, "fsdp2"), (2, "ddp")), ((4, "ddp"), (2, "fsdp2"))],
+    ids=str,
+)
+def test_resumed_on_other_ranks_and_layouts(folder: Path, before: Any, after: Any) -> None:
+    out = folder / f"resumed-{before}-{after}"
+    on_ranks(
+        before[0],
+        rank_work.training,
+        str(folder),
+        **settings(folder, out=str(out), parallel=before[1]),
+    )
+    for step in (6, 7):  # what a run that died after step 5 leaves
+        shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(out / "model")
+    on_ranks(
+        after[0],
+        rank_work.training,
+        str(folder),
+        **settings(folder, out=str(out), parallel=after[1], resume=True),
+    )
+    assert_same_run(out, folder / "alone")
+
+
+def test_resumed_on_one_process(folder: Path) -> None:
+    out = folder / "to-one"
+    options = settings(folder, out=str(out), parallel="fsdp2")
+    on_ranks(2, rank_work.training, str(folder), **options)
+    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    shutil.rmtree(out / "checkpoints" / "step-00000007")
+    train(run_config(folder, **settings(folder, out=str(out), resume=True)))
+    assert_same_run(out, folder / "alone")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_rank": 2, "lora_dropout": 0.2, "optimizer": "sgd", "lr": 0.1},
+        {"micro_batch": None, "micro_tokens": 40, "normalize": "sequence"},
+        {"cpu_offload": True, "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_options_under_fsdp2(folder: Path, options: dict[str, Any]) -> None:
+    common = {**settings(folder, steps=3), **options}
+    alone = {name: value for name, value in common.items() if name != "cpu_offload"}
+    name = "-".join(options)
+    train(run_config(folder, out=str(folder / f"{name}-alone"), **alone))
+    out = folder / name
+    on_ranks(2, rank_work.training, str(folder), out=str(out), parallel="fsdp2", **common)
+    file = "adapter_model.safetensors" if "lora_rank" in options else "model.safetensors"
+    one, other = (load_file(where / "model" / file) for where in (out, folder / f"{name}-alone"))
+    assert worst(one, other) < 1e-9
+
+
+def test_mixed_precision_keeps_float32_weights(folder: Path) -> None:
+    out = folder / "mixed"
+    options = {"dtype": "float32", "mixed_precision": True, "parallel": "fsdp2", "lr": 1e-2}
+    on_ranks(2, rank_work.training, str(folder), **settings(folder, out=str(out), **options))
+    lines = read_lines(out / "log.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert str(next(iter(weights(out).values())).dtype) == "torch.float32"

@@ -1,0 +1,81 @@
+"""What is kept for the backward changes memory, never a gradient."""
+
+from typing import Any
+
+import pytest
+import torch
+from alive import Made
+from cases import build, cut, gradients, plain_objective, ragged, worst
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import samestep
+from samestep import products
+from samestep.errors import ConfigError
+from samestep.models import checkpointing
+from samestep.models.checkpointing import checkpoint_activations
+from samestep.models.linear import speed_up_linear
+
+MODES: Any = ["none", "selective", "full"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "gpt2"])
+def test_gradients_in_float64(name: str, mode: Any) -> None:
+    model, examples = build(name), ragged(12)
+    plain_objective(model, examples).backward()
+    wanted = gradients(model)
+    assert checkpoint_activations(model, mode) == mode
+    for sizes, padding in (([5], "none"), ([1], "right")):
+        samestep.backward(model, cut(model, examples, sizes, padding), samestep.CausalLMLoss())
+        assert worst(gradients(model), wanted) < 1e-12
+
+
+def held(mode: Any) -> tuple[int, dict[str, Tensor]]:
+    """Bytes that a forward leaves for its backward, and the gradients."""
+    model = build("llama", torch.float32)
+    speed_up_linear(model)
+    checkpoint_activations(model, mode)
+    (micro,) = cut(model, ragged(32), [32], "none")
+    with Made() as made:
+        loss = samestep.CausalLMLoss()(model, micro)["nll"].total
+    found = made.held()
+    loss.backward()
+    return found, gradients(model)
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+def test_each_mode_keeps_less_than_the_one_before(
+    onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if onednn and not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch was built without oneDNN")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    (everything, wanted), (selective, one), (full, other) = (held(mode) for mode in MODES)
+    assert full < 0.6 * selective < 0.6 * 0.7 * everything
+    assert worst(one, wanted) < 1e-6
+    assert worst(other, wanted) < 1e-6
+
+
+def test_what_differs_the_second_time_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were results kept that the backward cannot use, gradients would show it."""
+    monkeypatch.setattr(checkpointing, "COSTLY", frozenset({torch.ops.aten.mul.Tensor}))
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "_detach_helper", lambda kept: kept.detach() * 1.001
+    )
+    model, examples = build("llama"), ragged(12)
+    plain_objective(model, examples).backward()
+    wanted = gradients(model)
+    checkpoint_activations(model, "selective")
+    samestep.backward(model, cut(model, examples, [5], "none"), samestep.CausalLMLoss())
+    assert worst(gradients(model), wanted) > 1e-4
+
+
+def test_auto_is_selective_where_the_model_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checkpoint_activations(build("llama"), "auto") == "selective"
+    monkeypatch.setattr(PreTrainedModel, "supports_gradient_checkpointing", False)
+    monkeypatch.setattr(type(build("llama")), "supports_gradient_checkpointing", False)
+    assert checkpoint_activations(build("llama"), "auto") == "none"
+    with pytest.raises(ConfigError, match="does not support it: use none"):
+        checkpoint_activations(build("llama"), "full")

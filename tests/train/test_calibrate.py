@@ -1,0 +1,64 @@
+"""Measuring a run's micro-batches, and choosing a budget, through a real run."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import worst
+from runs import read_lines, run_config, write_rows
+from safetensors.torch import load_file
+
+from samestep.files import cache_folder
+from samestep.train import calibrate
+from samestep.train.resident import memory_to_have, peak_memory
+from samestep.train.trainer import train
+
+
+def run(folder: Path, **changes: Any) -> Any:
+    write_rows(folder / "rows.jsonl", 120)
+    settings = {"batch_size": 100, "steps": 2, "dtype": "float64", "optimizer": "sgd", "lr": 0.1}
+    return run_config(folder, **{**settings, **changes})
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def test_auto_measures_once_and_does_not_change_the_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "samestep")
+    train(run(tmp_path, out=str(tmp_path / "a")))
+    assert caplog.text.count("measuring what a micro-batch costs") == 1
+    assert "tokens a micro-batch" in caplog.text
+    assert len(list((cache_folder() / "costs").iterdir())) >= 1
+    train(run(tmp_path, out=str(tmp_path / "b")))
+    assert caplog.text.count("measuring what a micro-batch costs") == 1
+    train(run(tmp_path, out=str(tmp_path / "c"), micro_batch=7))
+    assert weights(tmp_path / "a").keys() == weights(tmp_path / "c").keys()
+    assert worst(weights(tmp_path / "a"), weights(tmp_path / "c")) < 1e-12
+
+
+def test_a_limit_below_what_is_needed_takes_the_smallest_budget_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "_key", lambda *_: "one")  # this test's own costs
+    config = run(tmp_path, memory_limit=0.001, steps=1)
+    train(config)
+    assert "above the limit of 0.0 GB" in caplog.text
+    (line,) = read_lines(Path(config.out) / "log.jsonl")
+    assert line["tokens"] / line["micro_batches"] <= 256
+
+
+@pytest.mark.skipif(memory_to_have(torch.device("cpu")) is None, reason="the system does not say")
+def test_the_peak_of_a_block_is_seen() -> None:
+    with peak_memory(torch.device("cpu")) as before:
+        pass
+    with peak_memory(torch.device("cpu")) as during:
+        block = torch.ones(25_000_000)
+        del block
+    assert before.bytes is not None
+    assert during.bytes is not None
+    assert during.bytes > before.bytes + 20e6
