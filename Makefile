@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test lint unit slow demo bench corpus audit study studies study-smollm2 format clean
+.PHONY: help setup test lint unit slow demo bench corpus audit models study studies study-smollm2 format clean
 
 help:
 	@echo "make demo    fine-tune a real 135 M-parameter model and prove the step (5 minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench   compare speed and memory with TRL (20 minutes)"
 	@echo "make corpus  audit the corpus of seeded bugs and sound loops (5 minutes)"
 	@echo "make audit   audit the trainers of transformers and TRL (an hour; it resumes)"
+	@echo "make models  measure every named model at reduced size and write docs/models.md (2 minutes)"
 	@echo "make format  put the code in its standard form"
 
 setup: $(READY)
@@ -65,6 +66,9 @@ study-smollm2: $(READY)
 
 audit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/audit/run.py
+
+models: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/named/named_run.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix

@@ -21,6 +21,8 @@ from transformers import (
     Ernie4_5_VLMoeProcessor,
     GotOcr2Config,
     GotOcr2Processor,
+    Kimi_K25Config,
+    Kimi_K25Processor,
     MiniCPMV4_6Config,
     MiniCPMV4_6Processor,
     PreTrainedTokenizerFast,
@@ -43,6 +45,10 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 FAMILIES = ["qwen3_vl", "got_ocr2", "smolvlm", "ernie4_5_vl_moe", "minicpmv4_6"]
 
+WRAPPED = "kimi_k25"
+"""Kimi-K2.5, DeepSeek-V3 with images: its image processor is torchvision's alone, so that of
+Qwen3-VL, which cuts patches too, stands in."""
+
 FULL = "minicpmv4_6 with full attention"
 """MiniCPM without the linear attention, which is in float32 whatever the weights are."""
 
@@ -54,6 +60,12 @@ TOKENS: dict[str, dict[str, str]] = {
         "vision_end_token": "<|vision_end|>",
     },
     "got_ocr2": {"start": "<img>", "end": "</img>", "image_token": "<imgpad>"},
+    "kimi_k25": {
+        "image_token": "<|media_pad|>",
+        "video_token": "<|kimi_k25_video_placeholder|>",
+        "start": "<|media_begin|>",
+        "end": "<|media_end|>",
+    },
     "smolvlm": {
         "image_token": "<image>",
         "fake_image_token": "<fake_token_around_image>",
@@ -82,6 +94,7 @@ TOKENS: dict[str, dict[str, str]] = {
 }
 
 AROUND = {
+    "kimi_k25": ("<|media_begin|>", "<|media_end|>"),
     "qwen3_vl": ("<|vision_start|>", "<|vision_end|>"),
     "got_ocr2": ("<img>", "</img>"),
     "ernie4_5_vl_moe": ("<|IMAGE_START|>", "<|IMAGE_END|>"),
@@ -113,6 +126,15 @@ def template_of(family: str) -> str:
     return CHAT.replace("{{ m['content'] + '<|im_end|>' }}", parts + "<|im_end|>")
 
 
+class SquarePatches(Qwen2VLImageProcessorPil):
+    """The patches of Qwen's processor as pictures [patches, 3, side, side]."""
+
+    def __call__(self, images: Any, **options: Any) -> Any:
+        outputs = super().__call__(images, **options)
+        outputs["pixel_values"] = outputs["pixel_values"].reshape(-1, 3, 4, 4)
+        return outputs
+
+
 def build_processor(family: str) -> Any:
     """The family's processor for images of a few patches."""
     family = family.split()[0]
@@ -125,6 +147,13 @@ def build_processor(family: str) -> Any:
         if family == "qwen3_vl":
             images = Qwen2VLImageProcessorPil(**few, temporal_patch_size=2)
             return Qwen3VLProcessor(images, tokenizer, videos, chat_template=template)
+        if family == WRAPPED:
+            return Kimi_K25Processor(
+                SquarePatches(**few, temporal_patch_size=1),
+                tokenizer,
+                videos,
+                chat_template=template,
+            )
         if family == "got_ocr2":
             images = GotOcr2ImageProcessorPil(size={"height": 64, "width": 64})
             got = GotOcr2Processor(images, tokenizer, chat_template=template)
@@ -180,6 +209,23 @@ def config_of(family: str, tokenizer: Any) -> Any:
             video_token_id=ids["video_token"],
             vision_start_token_id=ids["vision_start_token"],
             vision_end_token_id=ids["vision_end_token"],
+            **image,
+        )
+    if family == WRAPPED:
+        latent = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4}
+        heads = {"qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4}
+        experts = {"moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2}
+        experts |= {"n_group": 2, "topk_group": 1, "n_shared_experts": 1}
+        vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+        vision |= {"num_attention_heads": 2, "patch_size": 4, "pos_emb_height": 8}
+        return Kimi_K25Config(
+            text_config={**text, **latent, **heads, **experts, "first_k_dense_replace": 1},
+            vision_config={**vision, "pos_emb_width": 8},
+            projection_hidden_size=16,
+            tie_word_embeddings=False,
+            video_token_id=ids["video_token"],
+            vision_start_token_id=ids["start"],
+            vision_end_token_id=ids["end"],
             **image,
         )
     if family == "got_ocr2":

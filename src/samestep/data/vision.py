@@ -190,7 +190,12 @@ def _process(
 
 
 def collate_illustrated(
-    records: Records, indices: Sequence[int], *, padding: Padding, pad_id: int
+    records: Records,
+    indices: Sequence[int],
+    *,
+    padding: Padding,
+    pad_id: int,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """One micro-batch of conversations with images.
 
@@ -199,6 +204,7 @@ def collate_illustrated(
         indices: Which of them; at least one.
         padding: "right" or "left".
         pad_id: What to fill padding with.
+        dtype: Of pixels; not every model casts them to its own.
 
     Returns:
         What `collate` gives, and what the processor made of tokens and images. Without
@@ -231,7 +237,8 @@ def collate_illustrated(
     for name, rows in by_token.items():
         micro[name] = _laid_out(rows, micro)
     for name, parts in by_image.items():
-        micro[name] = _joined(parts, gallery.axes[name])
+        joined = _joined(parts, gallery.axes[name])
+        micro[name] = joined.to(dtype) if joined.is_floating_point() else joined
     return micro
 
 

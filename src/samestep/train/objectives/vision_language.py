@@ -55,6 +55,9 @@ class VisionLanguageConfig(CausalLMConfig):
         key: tuple[int, int],
     ) -> dict[str, Any]:
         """Tokens side by side, and the images of all of them."""
+        import torch
+
         from samestep.data.vision import collate_illustrated
 
-        return collate_illustrated(data, indices, padding=padding, pad_id=pad_id)
+        dtype = getattr(torch, self.dtype)
+        return collate_illustrated(data, indices, padding=padding, pad_id=pad_id, dtype=dtype)
