@@ -70,13 +70,14 @@ studies: $(READY)
 study-smollm2: $(READY)
 	$(BIN)/python -m samestep study studies/accumulation.yaml --out runs/accumulation --model "$$($(BIN)/python studies/packaged_model.py)"
 
-models: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/models.py
-
 audit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/audit/run.py
+
 chaos: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py
+
+models: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/named/named_run.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import yaml
-from experts import MIXTURES, mixture_folder
+from diffusion import video_folder
+from experts import FAMILIES, experts_folder
 from objective_rows import ROWS, write_rows_of
 from runs import bert_folder, llama_folder, read_lines, t5_folder
+from transformers import GotOcr2Processor
+from vision import got_folder
 
 from samestep.train.arguments import read_config
 from samestep.train.trainer import train
@@ -21,17 +24,17 @@ CONFIGS: list[dict[str, Any]] = [
 
 def tiny_model(folder: Path, name: str) -> Path:
     """A tiny model of the same kind."""
-    for mixture in MIXTURES:
-        if mixture.replace("_", "") in name.lower().replace("-", ""):
-            return mixture_folder(folder, mixture)
-    if "t5" in name:
-        return t5_folder(folder)
-    return bert_folder(folder) if "bert" in name else llama_folder(folder)
+    for family in FAMILIES:
+        if family.replace("_", "") in name.lower().replace("-", ""):
+            return experts_folder(folder, family)
+    kinds = {"bert": bert_folder, "t5": t5_folder, "GOT-OCR": got_folder, "hunyuan": video_folder}
+    return next((make for kind, make in kinds.items() if kind in name), llama_folder)(folder)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config["objective"])
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(GotOcr2Processor, "num_image_tokens", 16)  # of tiny images
     Path("my_objective.py").write_text(
         "import samestep\n\nloss = samestep.CausalLMLoss()\n", encoding="utf-8"
     )

@@ -19,12 +19,11 @@ class Objective:
         annotate: Run once on every micro-batch of the data before the first step, without a
             graph: (model, micro-batch) to further fields of its records, each [records, ...];
             such as what a reference model says. None: nothing is added.
-        before_step: Called before each attempt at a step. None: nothing is done.
-        after_step: Called with the model after each step that was taken. None: nothing is done.
+        after_step: Run on every rank after each step of training: (model, whether the weights
+            moved). None: nothing is run.
     """
 
     loss_fn: LossFn
     counters: Mapping[str, Counter] = field(default_factory=dict)
     annotate: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]] | None = None
-    before_step: Callable[[], None] | None = None
-    after_step: Callable[[Any], None] | None = None
+    after_step: Callable[[Any, bool], None] | None = None

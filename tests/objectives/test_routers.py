@@ -1,161 +1,278 @@
-"""Router terms of mixtures of experts: the formulas over the whole batch, under every split."""
+"""Mixtures of experts: the papers' and transformers' values, the same under every split."""
 
-from typing import Any, Literal
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from cases import gradients, worst
-from experts import MIXTURES, build_mixture
-from torch import Tensor
+from experts import FAMILIES, build_experts
+from torch import Tensor, nn
 
 import samestep
-from objectives import check_all_splits, check_wrong_is_caught, cut, log_probs, ragged_records
-from samestep.data.records import Records
+from objectives import check_all_splits, cut, ragged_records
+from samestep.causal_lm import CausalLMLoss
+from samestep.data.collate import collate
+from samestep.data.examples import Example
+from samestep.errors import ConfigError
+from samestep.models.routers import router_biases, routers
 from samestep.objective import Objective
-from samestep.objectives.routers import (
-    ROUTER_COUNTERS,
-    BiasBalance,
-    WithRouters,
-    router_biases,
-    routers_of,
-    watched,
-)
+from samestep.objectives.routers import COUNTERS, RouterBias, RouterLosses
+from samestep.terms import Term
 from samestep.two_pass import TwoPass
 
-E, K, WEIGHT, Z = 4, 2, 0.3, 0.01
-BOUND = 1e-6  # transformers' routers compute in float32, whatever the weights are
+K = 2
+BOUND = {"deepseek_v3": 1e-6, "minimax_m2": 1e-7}
+"""Parts of these routers are in float32 whatever the weights are: DeepSeek-V3's logits, and the
+sigmoids of MiniMax-M2, whose last digit in PyTorch depends on the position in the tensor."""
 
 
-def objective(balance: Literal["window", "sequence"] | None, z: float = 0.0) -> Objective:
-    loss = WithRouters(samestep.CausalLMLoss(), balance=balance, balance_weight=WEIGHT, z_weight=z)
-    return Objective(TwoPass(loss) if balance == "window" else loss, ROUTER_COUNTERS)
+def objective(kind: str, loss: Any = None, **options: Any) -> Objective:
+    losses = RouterLosses(
+        loss or CausalLMLoss(),
+        balance=None if kind == "z" else kind,  # type: ignore[arg-type]
+        balance_weight=0.7,
+        z_weight=0.3 if kind == "z" else 0.0,
+        **options,
+    )
+    return Objective(TwoPass(losses) if kind == "window" else losses, COUNTERS)
 
 
-def routed(model: Any, records: Records) -> list[list[Any]]:
-    """What each router did with each sequence by itself: [sequences][layers]."""
+def router_logits(model: Any, examples: Sequence[Example]) -> tuple[Tensor, list[list[Tensor]]]:
+    """The nll of the batch, and the logits of each router on each example by itself."""
     model.set_attn_implementation("sdpa")
-    found = []
-    for sequence in records.sequences:
-        with watched(model) as seen:
-            model(input_ids=sequence.input_ids[None])
-        found.append(seen)
-    return found
+    by_router: list[list[Tensor]] = [[] for _ in routers(model)]
+    nll, targets, total = torch.zeros(()).double(), 0.0, []
+    for example in examples:
+        out = model.model(input_ids=example.input_ids[None], output_router_logits=True)
+        logits = model.lm_head(out.last_hidden_state)[0, :-1]
+        chosen = example.labels[1:] != -100
+        total.append(
+            example.weight
+            * nn.functional.cross_entropy(
+                logits[chosen], example.labels[1:][chosen], reduction="sum"
+            )
+        )
+        targets += example.weight * int(chosen.sum())
+        for kept, found in zip(by_router, out.router_logits, strict=True):
+            kept.append(found)
+    nll = torch.stack(total).sum() / targets
+    return nll, by_router
 
 
-def scores(name: str, logits: Tensor) -> Tensor:
-    if name in ("mixtral", "qwen3_moe"):
-        return logits.softmax(-1)
-    return logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+def chosen_of(model: Any, at: int, logits: Tensor) -> Tensor:
+    """One-hot choices [tokens, experts] of a router, its rule written out for these models."""
+    scores = scores_of(model, logits)
+    if model.config.model_type == "deepseek_v3":
+        scores = scores + list(router_biases(model).values())[at]
+        groups = scores.view(len(scores), 2, 4)
+        best = groups.topk(2, dim=-1).values.sum(-1).argmax(-1)
+        keep = torch.zeros_like(groups).scatter(1, best[:, None, None].expand(-1, 1, 4), 1.0)
+        scores = scores.masked_fill(keep.flatten(1) == 0, -torch.inf)
+    elif model.config.model_type == "minimax_m2":
+        scores = scores + list(router_biases(model).values())[at]
+    hot = torch.zeros_like(logits)
+    return hot.scatter(1, scores.topk(K, dim=-1).indices, 1.0)
 
 
-def chosen_counts(chosen: Tensor) -> Tensor:
-    return torch.nn.functional.one_hot(chosen, E).sum(dim=(0, 1)).double()
+def scores_of(model: Any, logits: Tensor) -> Tensor:
+    """What a router compares."""
+    sigmoid = model.config.model_type in ("deepseek_v3", "minimax_m2")
+    return logits.sigmoid() if sigmoid else logits.softmax(-1)
 
 
-def plain(name: str, records: Records, balance: str | None, z: float) -> Any:
-    """The objective from its formulas, each sequence by itself."""
+def plain_truth(examples: Sequence[Example], kind: str) -> Callable[[Any], Tensor]:
+    """The formulas of the papers, on examples by themselves, put together by their weights."""
 
     def truth(model: Any) -> Tensor:
-        nlls = torch.cat([-log_probs(model, one) for one in records.sequences])
-        total, seen = nlls.mean(), routed(model, records)
-        logits = [[layer.logits.double() for layer in one] for one in seen]
-        if balance == "window":
-            rows = torch.cat([scores(name, layer) for one in logits for layer in one])
-            loads = sum(chosen_counts(layer.chosen) for one in seen for layer in one)
-            total = total + WEIGHT * E * (loads / len(rows) * rows.mean(0)).sum()
-        if balance == "sequence":
-            losses = []
-            for one, own in zip(seen, logits, strict=True):
-                for layer, found in zip(one, own, strict=True):
-                    shares = chosen_counts(layer.chosen) / len(found)
-                    losses.append(E / K * (shares * scores(name, found).mean(0)).sum())
-            total = total + WEIGHT * torch.stack(losses).mean()
-        if z:
-            total = (
-                total
-                + z
-                * torch.cat(
-                    [layer.logsumexp(-1).square() for one in logits for layer in one]
-                ).mean()
-            )
-        return total
+        nll, by_router = router_logits(model, examples)
+        weights = torch.tensor([example.weight for example in examples], dtype=torch.float64)
+        terms = []
+        for at, logits in enumerate(by_router):
+            shares = [scores_of(model, one) for one in logits]
+            shares = [one / one.sum(-1, keepdim=True) for one in shares]
+            hot = [chosen_of(model, at, one) for one in logits]
+            tokens = sum(w * len(one) for w, one in zip(weights, logits, strict=True))
+            experts = logits[0].shape[1]
+            if kind == "window":
+                f = sum(w * one.sum(0) for w, one in zip(weights, hot, strict=True)) / tokens
+                p = sum(w * one.sum(0) for w, one in zip(weights, shares, strict=True)) / tokens
+                terms.append(experts * (f * p).sum())
+            elif kind == "sequence":
+                each = torch.stack(
+                    [
+                        experts / K * (h.mean(0) * s.mean(0)).sum()
+                        for h, s in zip(hot, shares, strict=True)
+                    ]
+                )
+                terms.append((weights * each).sum() / weights.sum())
+            else:
+                squares = [one.logsumexp(-1).square().sum() for one in logits]
+                terms.append((weights * torch.stack(squares)).sum() / tokens)
+        return nll + (0.3 if kind == "z" else 0.7) * torch.stack(terms).mean()
 
     return truth
 
 
-@pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("balance", ["window", "sequence", None])
-def test_every_split(name: str, balance: Any) -> None:
-    model, records = build_mixture(name), ragged_records(8)
-    z = Z if balance is None else 0.0
-    truth, loss = plain(name, records, balance, z), objective(balance, z)
-    terms = check_all_splits(model, records, loss, truth, bound=BOUND)
-    assert len(terms) == 3
-    check_wrong_is_caught(model, records, loss, truth)
+@pytest.mark.parametrize("kind", ["window", "sequence", "z"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_papers_formula_under_every_split(family: str, kind: str) -> None:
+    model, records = build_experts(family), ragged_records(7, weighted=True)
+    with torch.no_grad():  # biases that choose other experts than the scores alone would
+        for bias in router_biases(model).values():
+            bias.copy_(0.2 * torch.randn(bias.shape))
+    truth = plain_truth(list(records.sequences), kind)
+    check_all_splits(model, records, objective(kind), truth, bound=BOUND.get(family, 1e-12))
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_window_is_transformers_on_one_batch(name: str) -> None:
-    model, records = build_mixture(name), ragged_records(8)
-    micros = cut(model, records, [8], "right")
-    _, terms = samestep.backward(
-        model, micros, objective("window").loss_fn, counters=ROUTER_COUNTERS
-    )
-    inputs = samestep.model_inputs(micros[0])
-    theirs = model(**inputs, output_router_logits=True).aux_loss
-    assert terms["load_balance"] == pytest.approx(theirs.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("name", ["mixtral", "minimax_m2"])
-def test_float32(name: str) -> None:
-    model, records = build_mixture(name, torch.float32), ragged_records(8)
+@pytest.mark.parametrize("kind", ["window", "sequence", "z"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32(family: str, kind: str) -> None:
+    model, records = build_experts(family, torch.float32), ragged_records(7)
     found = []
-    for sizes, padding in (([8], "right"), ([1], "none"), ([3, 2], "left")):
-        micros = cut(model, records, sizes, padding)
-        loss = objective("window", Z).loss_fn
-        samestep.backward(model, micros, loss, counters=ROUTER_COUNTERS)
+    for sizes, padding in (([7], "right"), ([1], "none"), ([3, 2], "left")):
+        samestep.backward(
+            model, cut(model, records, sizes, padding), objective(kind).loss_fn, counters=COUNTERS
+        )
         found.append(gradients(model))
-    assert max(worst(one, found[0]) for one in found[1:]) < 5e-6
+    assert max(worst(one, found[0]) for one in found[1:]) < 2e-6
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "minimax_m2"])
-def test_biases_follow_the_loads_of_the_whole_batch(name: str) -> None:
-    records, found = ragged_records(8), []
-    for sizes, padding in (([8], "right"), ([1], "none"), ([3, 2], "left")):
-        model = build_mixture(name)
-        seen = routed(model, records)
-        bias = BiasBalance(0.01)
-        loss = WithRouters(samestep.CausalLMLoss(), bias=bias)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_window_is_transformers_loss_of_each_layer(family: str) -> None:
+    """transformers pools the layers; of one layer its function is the same number and gradient."""
+    model, records = build_experts(family), ragged_records(7)
+    module = importlib.import_module(type(model).__module__)
+    micro = collate(list(records.sequences), padding="right")
+    model.set_attn_implementation("sdpa")
+    out = model.model(**samestep.model_inputs(micro), output_router_logits=True, use_cache=False)
+    theirs = torch.stack(
+        [
+            module.load_balancing_loss_func((one.float(),), 6, K, micro["attention_mask"])
+            for one in out.router_logits
+        ]
+    ).mean()
+    theirs.backward()
+    wanted = gradients(model)
+    alone = RouterLosses(no_loss, balance="window", balance_weight=1.0)
+    for sizes, padding in (([7], "right"), ([1], "none"), ([2, 3], "left")):
+        found, _ = samestep.backward(model, cut(model, records, sizes, padding), TwoPass(alone))
+        assert found == pytest.approx(theirs.item(), rel=1e-6)
+        assert worst(gradients(model), wanted) < 1e-6
+
+
+def no_loss(model: Any, micro: Any) -> Term:
+    """Runs the model, and learns nothing of its logits."""
+    return Term(0 * model(**samestep.model_inputs(micro)).logits.sum(), "token")
+
+
+def test_wrong_ways_are_caught() -> None:
+    """Balance of each micro-batch by itself, and balance that counts padding."""
+    model, records = build_experts("mixtral"), ragged_records(7)
+    truth = plain_truth(list(records.sequences), "window")
+    model.zero_grad()
+    truth(model).backward()
+    wanted = gradients(model)
+    right = objective("window").loss_fn
+
+    def per_micro_batch(model: nn.Module, micro: Any) -> Any:
+        terms = dict(right(model, micro))
+        balance = terms["router_balance"]
+        share = len(micro["example_ids"]) / len(records)
+        terms["router_balance"] = Term(
+            share * balance.value(balance.part), samestep.constant(1), balance.weight
+        )
+        return terms
+
+    def with_padding(model: nn.Module, micro: Any) -> Any:
+        full = {**micro, "attention_mask": torch.ones_like(micro["attention_mask"])}
+        losses = objective("window", lambda m, _: CausalLMLoss()(m, micro)).loss_fn
+        return losses(model, full)
+
+    for wrong in (per_micro_batch, TwoPass(with_padding)):
+        samestep.backward(model, cut(model, records, [3, 1], "right"), wrong)
+        assert worst(gradients(model), wanted) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_gradient_checkpointing(family: str) -> None:
+    model, records = build_experts(family), ragged_records(7)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        loss = objective("window").loss_fn
+        samestep.backward(model, cut(model, records, [2], "none"), loss, counters=COUNTERS)
+        found.append(gradients(model))
+    assert worst(found[1], found[0]) < BOUND.get(family, 1e-12)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "minimax_m2"])
+def test_biases_move_against_the_load_of_the_whole_batch(family: str) -> None:
+    records = ragged_records(9)
+    wanted = None
+    for sizes, padding in (([9], "right"), ([1], "none"), ([4, 2], "left")):
+        model = build_experts(family)
+        bias = RouterBias(0.1)
+        loss = objective("sequence", bias=bias)
         micros = cut(model, records, sizes, padding)
-        samestep.backward(model, micros[:1], loss, counters=ROUTER_COUNTERS)
-        bias.forget()  # as the trainer does before each attempt: that one ran out of memory
-        samestep.backward(model, micros, loss, counters=ROUTER_COUNTERS)
-        samestep.evaluate(model, micros, loss, counters=ROUTER_COUNTERS)  # counts nothing
-        bias.after_step(model)
-        for layer, moved in enumerate(router_biases(model)):
-            loads = sum(chosen_counts(one[layer].chosen) for one in seen)
-            torch.testing.assert_close(moved.double(), 0.01 * (loads.mean() - loads).sign())
-        found.append([one.clone() for one in router_biases(model)])
-        assert not bias._loads
-    assert all(torch.equal(a, b) for one in found[1:] for a, b in zip(one, found[0], strict=True))
+        for _ in range(2):  # as if every micro-batch ran twice: it counts once
+            samestep.backward(model, micros, loss.loss_fn, counters=COUNTERS)
+        bias.after_step(model, True)
+        found = list(router_biases(model).values())
+        if wanted is None:
+            _, by_router = router_logits(build_experts(family), list(records.sequences))
+            wanted = []
+            for at, logits in enumerate(by_router):
+                load = chosen_of(build_experts(family), at, torch.cat(logits)).sum(0)
+                wanted.append(0.1 * (load.mean() - load).sign())
+        for one, right in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one.double(), right.double())
+            assert one.abs().max() > 0
+        bias.after_step(model, True)  # nothing is left of the step before
+        assert torch.equal(found[0], next(iter(router_biases(model).values())))
 
 
-def test_balance_is_lowest_where_it_is_even() -> None:
-    model = build_mixture("mixtral")
-    for router in routers_of(model):
-        router.weight.data.zero_()
-    micros = cut(model, ragged_records(4), [4], "none")
-    _, terms = samestep.backward(
-        model, micros, objective("window").loss_fn, counters=ROUTER_COUNTERS
-    )
-    assert terms["load_balance"] == pytest.approx(K)
+def test_biases_balance_the_load() -> None:
+    model, records = build_experts("deepseek_v3", skew=2.0), ragged_records(9)
+    bias, spread = RouterBias(0.02), []
+    loss = objective("sequence", bias=bias).loss_fn
+    for _ in range(15):
+        samestep.backward(model, cut(model, records, [3], "none"), loss, counters=COUNTERS)
+        load = sum(bias._loads.values())
+        spread.append(float((load.max(1).values / load.mean(1)).mean()))
+        bias.after_step(model, True)
+    assert spread[-1] < 0.8 * spread[0], spread
 
 
-def test_models_without_experts_are_refused() -> None:
-    from cases import build
+def test_a_step_that_was_not_taken_moves_no_bias() -> None:
+    model, records, bias = build_experts("deepseek_v3"), ragged_records(4), RouterBias(0.1)
+    loss = objective("sequence", bias=bias).loss_fn
+    samestep.backward(model, cut(model, records, [4], "none"), loss, counters=COUNTERS)
+    bias.after_step(model, False)
+    assert not any(one.any() for one in router_biases(model).values())
 
-    model = build("llama")
-    with pytest.raises(samestep.ConfigError, match="LlamaForCausalLM has no router"):
-        routers_of(model)
-    with pytest.raises(samestep.ConfigError, match="no bias to balance by"):
-        router_biases(build_mixture("mixtral"))
+
+def test_sequences_without_targets_do_not_count() -> None:
+    """They are not in the counts, so they may not be in the sums."""
+    model, examples = build_experts("mixtral"), list(ragged_records(5).sequences)
+    ids = torch.arange(2, 30)
+    bare = [*examples, Example(ids, torch.full_like(ids, -100), row=99)]
+    for kind in ("window", "sequence", "z"):
+        found = []
+        for batch in (examples, bare):
+            model.set_attn_implementation("sdpa")
+            micros = [collate(batch[:3], padding="right"), collate(batch[3:], padding="right")]
+            loss, _ = samestep.backward(model, micros, objective(kind).loss_fn, counters=COUNTERS)
+            found.append(loss)
+        assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
+def test_routers_that_see_only_some_tokens_are_refused() -> None:
+    model, records = build_experts("mixtral"), ragged_records(2)
+    micro = cut(model, records, [2], "right")[0]
+    losses = RouterLosses(lambda m, b: CausalLMLoss()(m, b), balance="sequence")
+    longer = {**micro, "input_ids": torch.zeros(2, 99).long()}
+    with pytest.raises(ConfigError, match=r"saw \d+ tokens of a micro-batch of 198"):
+        RouterLosses(lambda m, _: losses.loss_fn(m, micro), balance="sequence")(model, longer)

@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts: two layers, four experts, two of them a token."""
+"""Tiny mixtures of experts, their routers far from uniform."""
 
 from pathlib import Path
 from typing import Any
@@ -17,47 +17,47 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "minimax_m2")
+from samestep.models import attention
+
+FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v3", "minimax_m2"]
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+}
 
 
-def config_of(name: str, vocabulary: int = V) -> Any:
-    """The configuration of a model of this architecture."""
-    shape: dict[str, Any] = {
-        "vocab_size": vocabulary,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 256,
-        "bos_token_id": 0,
-        "eos_token_id": 3,
-        "pad_token_id": 1,
-    }
-    if name == "mixtral":
-        return MixtralConfig(**shape, num_local_experts=4)
-    if name == "qwen3_moe":
-        return Qwen3MoeConfig(**shape, num_experts=4, moe_intermediate_size=24, head_dim=8)
-    if name == "minimax_m2":
-        return MiniMaxM2Config(**shape, num_local_experts=4, head_dim=8)
+def config_of(family: str, vocabulary: int = V) -> Any:
+    """Two layers, six or eight experts of which two are chosen."""
+    shape = {**SHAPE, "vocab_size": vocabulary}
+    grouped = {"num_key_value_heads": 2, "head_dim": 8}
+    if family == "mixtral":
+        return MixtralConfig(**shape, **grouped, intermediate_size=16, num_local_experts=6)
+    if family == "qwen3_moe":
+        experts = {"moe_intermediate_size": 16, "num_experts": 6, "norm_topk_prob": True}
+        return Qwen3MoeConfig(**shape, **grouped, intermediate_size=48, **experts)
+    if family == "minimax_m2":
+        return MiniMaxM2Config(**shape, **grouped, intermediate_size=16, num_local_experts=6)
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+    groups = {"n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 0}
     return DeepseekV3Config(
-        **{**shape, "num_key_value_heads": 4},
-        n_routed_experts=4,
-        n_shared_experts=1,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        moe_intermediate_size=24,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
+        **shape,
+        **latent,
+        **groups,
         v_head_dim=8,
+        num_key_value_heads=4,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        n_routed_experts=8,
     )
 
 
-CLASSES = {
+CLASSES: dict[str, Any] = {
     "mixtral": MixtralForCausalLM,
     "qwen3_moe": Qwen3MoeForCausalLM,
     "deepseek_v3": DeepseekV3ForCausalLM,
@@ -65,23 +65,26 @@ CLASSES = {
 }
 
 
-def build_mixture(name: str, dtype: torch.dtype = torch.float64) -> Any:
-    """The model, with routers that are not balanced."""
+def build_experts(
+    family: str, dtype: torch.dtype = torch.float64, *, vocabulary: int = V, skew: float = 0.5
+) -> Any:
+    """A tiny model; ``skew`` is the spread of the routers' weights."""
+    attention.register()
     torch.manual_seed(0)
-    model = CLASSES[name](config_of(name)).to(dtype).train()
-    if dtype == torch.float64:  # grouped products have no float64
-        model.set_experts_implementation("eager")
+    model = CLASSES[family](config_of(family, vocabulary))
     with torch.no_grad():
-        for key, weight in model.named_parameters():
-            if key.endswith("gate.weight"):
-                weight.normal_(std=0.5)
+        for name, weight in model.named_parameters():
+            if name.endswith("gate.weight"):
+                weight.normal_(std=skew)
+    model = model.to(dtype).train()
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")
     return model
 
 
-def mixture_folder(folder: Path, name: str) -> Path:
-    """A folder with such a model and its tokenizer."""
+def experts_folder(folder: Path, family: str = "qwen3_moe") -> Path:
+    """A folder with a tiny mixture of experts and its tokenizer."""
     tokenizer = tiny_tokenizer(chat=True)
-    torch.manual_seed(0)
-    CLASSES[name](config_of(name, len(tokenizer))).save_pretrained(folder)
+    build_experts(family, torch.float32, vocabulary=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

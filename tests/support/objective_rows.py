@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffusion import write_latents
+from vision import draw_text
+
 Rows = Callable[[random.Random], dict[str, Any]]
 
 
@@ -67,6 +70,23 @@ def asked(draw: random.Random) -> dict[str, Any]:
     return {"question": "How many?", "context": context, "answers": answers}
 
 
+def pictured(draw: random.Random) -> dict[str, Any]:
+    """A question about the picture beside the rows."""
+    question = [{"type": "image", "image": "7.png"}, {"type": "text", "text": "How many?"}]
+    answer = "7" + " Yes." * draw.randint(0, 4)
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+def latent_file(draw: random.Random) -> dict[str, Any]:
+    """One of the files beside the rows."""
+    return {"file": f"latents/00{draw.randint(0, 3)}.safetensors"}
+
+
 def alike(draw: random.Random) -> dict[str, Any]:
     """An anchor and its positive share a number."""
     number = draw.randint(100, 999)
@@ -80,10 +100,12 @@ def text(draw: random.Random) -> dict[str, Any]:
 
 ROWS: dict[str, Rows] = {
     "causal_lm": completion,
+    "vision_language": pictured,
     "dpo": pair,
     "simpo": pair,
     "cpo": pair,
     "orpo": pair,
+    "flow_matching": latent_file,
     "kto": judged,
     "policy": rollout,
     "distillation": completion,
@@ -102,6 +124,10 @@ ROWS: dict[str, Rows] = {
 def write_rows_of(objective: str, path: Path, number: int, *, seed: int = 0) -> str:
     """A file of rows for an objective (of causal_lm for one of the user's own)."""
     draw = random.Random(seed)
+    if objective == "vision_language":
+        draw_text("7", (16, 16)).save(path.parent / "7.png")
+    if objective == "flow_matching":
+        write_latents(path.parent / "latents", 4)
     rows = [ROWS.get(objective, completion)(draw) for _ in range(number)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)

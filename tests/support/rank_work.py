@@ -194,6 +194,16 @@ def training(folder: str, **changes: Any) -> Any:
     return train(run_config(Path(folder), **changes))
 
 
+def trained(config: Any) -> None:
+    """A run of the trainer on these ranks, which are no process of the tests themselves."""
+    from transformers import GotOcr2Processor
+
+    from samestep.train.trainer import train
+
+    GotOcr2Processor.num_image_tokens = 16  # of tiny images; a folder does not keep it
+    train(config)
+
+
 def faulty_training(folder: str, fault: str, **changes: Any) -> Any:
     """A run in which one rank alone meets a fault: its summary, or its error's class and text.
 

@@ -65,9 +65,9 @@ class Runs:
             runs.coarsest = max(_coarsest(runs), torch.finfo(torch.float64).eps)
             if runs.tolerance > BLIND:
                 raise CheckError(
-                    f"{subject.name}: the gradient is lost in rounding (noise floor {runs.floor:.0e} "
-                    "of it): at these weights there is nothing to learn, as where a teacher is the "
-                    "student. Start from other weights or rows"
+                    f"{subject.name}: the gradient is lost in rounding (noise floor "
+                    f"{runs.floor:.0e} of it): at these weights there is nothing to learn, as "
+                    "where a teacher is the student. Start from other weights or rows"
                 )
             return runs
         raise CheckError(

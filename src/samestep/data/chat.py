@@ -134,7 +134,7 @@ def _masked_by_template(group: list[Conversation], tokenizer: Any) -> Iterator[M
         ids = np.asarray(encoded["input_ids"][at], dtype=np.int64)
         mask = np.asarray(encoded["assistant_masks"][at], dtype=np.bool_)
         if any(message["role"] == "assistant" for message in one.messages[: one.prompt]):
-            render = _renderer(tokenizer, one.tools)
+            render = renderer(tokenizer, one.tools)
             whole, prompt = render(one.messages, False), render(one.messages[: one.prompt], False)
             _check_prefix(prompt, whole, "the prompt")
             completion = [(len(prompt), len(whole))]
@@ -148,7 +148,7 @@ def _encode_marked(
 ) -> list[Masked | RowError]:
     marked: list[MarkedText | RowError] = []
     for one in group:
-        render = _renderer(tokenizer, one.tools)
+        render = renderer(tokenizer, one.tools)
         try:
             if everything:
                 marked.append(MarkedText(render(one.messages, False), None))
@@ -163,7 +163,17 @@ def _encode_marked(
     return [next(masked) if isinstance(one, MarkedText) else one for one in marked]
 
 
-def _renderer(tokenizer: Any, tools: list[Any] | None) -> Render:
+def renderer(tokenizer: Any, tools: list[Any] | None) -> Render:
+    """How a chat template renders messages.
+
+    Args:
+        tokenizer: A tokenizer or a processor with a chat template.
+        tools: For the template, or None.
+
+    Returns:
+        A function of messages; it raises a `RowError` if the template fails.
+    """
+
     def render(messages: Messages, header: bool) -> str:
         try:
             text: str = tokenizer.apply_chat_template(

@@ -1,102 +1,128 @@
-"""Losses that spread tokens over experts: load balance and z-loss of a router.
+"""Losses on the routers of a mixture of experts: load balance, and the z-loss of their logits.
 
-A router gives each token logits over E experts, and the k experts that it goes to. Its scores are
-the softmax of the logits, or (DeepSeek-V3, MiniMax-M2) their sigmoid; here always divided by their
-sum over the experts.
+A token's row of a router holds its logits over the experts and the k experts that it was sent to.
+Rows of padding get the weight 0.
 """
 
 import torch
 from torch import Tensor
 
 
-def router_scores(logits: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-    """The normalised scores of a router, whose kind is read off the weights that it gave.
+def probabilities(logits: Tensor, scores: Tensor, choices: Tensor) -> Tensor | None:
+    """What share of a token each expert would get, by the rule that the router itself follows.
+
+    Routers take the softmax of their logits (Mixtral, Qwen3-MoE) or divide sigmoids by their sum
+    (DeepSeek-V3, MiniMax-M2). Which of the two is told from the scores that it gave.
 
     Args:
         logits: [tokens, experts].
-        weights: The factors of the chosen experts [tokens, k].
-        chosen: Their numbers [tokens, k].
+        scores: Of the chosen experts [tokens, k], up to a factor for each token.
+        choices: The chosen experts [tokens, k].
 
     Returns:
-        [tokens, experts], float64; each row adds up to 1.
+        Shares [tokens, experts] that sum to 1, in float32 at least; None if it is neither rule.
     """
-    wide = logits.double()  # small beside the experts' own work, and summed over many tokens
-    soft, sigmoid = wide.softmax(dim=-1), wide.sigmoid()
-    given = _shares(weights.detach().to(wide))
-    error = {
-        name: float((_shares(scores.detach().gather(1, chosen)) - given).abs().sum())
-        for name, scores in (("softmax", soft), ("sigmoid", sigmoid))
-    }
-    return soft if error["softmax"] <= error["sigmoid"] else _shares(sigmoid)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    errors = []
+    rules = wide.softmax(-1), wide.sigmoid()
+    given = _shares(scores.detach().double())
+    for rule in rules:
+        found = _shares(rule.detach().double().gather(1, choices))
+        errors.append(float((found - given).norm() / (given.norm() + 1e-300)))
+    best = int(errors[1] < errors[0])
+    tolerance = 1e-4 if scores.dtype in (torch.float32, torch.float64) else 2e-2
+    return _shares(rules[best]) if errors[best] <= tolerance else None
 
 
-def _shares(scores: Tensor) -> Tensor:
-    return scores / scores.sum(dim=-1, keepdim=True)
+def _shares(values: Tensor) -> Tensor:
+    return values / values.sum(-1, keepdim=True)
 
 
-def load_statistic(scores: Tensor, chosen: Tensor, token_weights: Tensor) -> Tensor:
-    """What load balance needs to know of a layer; it adds up over parts of a batch.
+def choices_by_group(choices: Tensor, weights: Tensor, groups: Tensor, shape: Tensor) -> Tensor:
+    """How often each expert was chosen, in each group of tokens.
 
     Args:
-        scores: [tokens, experts].
-        chosen: [tokens, k].
-        token_weights: The weight of each token [tokens]; 0 for padding.
+        choices: The chosen experts [tokens, k].
+        weights: How much each token counts [tokens].
+        groups: The group of each token [tokens].
+        shape: Zeros [groups, experts] of the type of the result.
 
     Returns:
-        [2 experts + 1]: how often each expert was chosen (no gradient), the sum of its scores,
-        the number of tokens.
+        [groups, experts].
     """
-    weights = token_weights.to(scores)
-    loads = scores.new_zeros(scores.shape[1])
-    loads.index_add_(0, chosen.flatten(), weights.repeat_interleave(chosen.shape[1]))
-    return torch.cat([loads, weights @ scores, weights.sum()[None]])
+    experts = shape.shape[1]
+    cells = (groups[:, None] * experts + choices).flatten()
+    counted = weights.to(shape)[:, None].expand_as(choices).flatten()
+    return torch.zeros_like(shape).flatten().index_add(0, cells, counted).view_as(shape)
 
 
-def load_balance(statistic: Tensor) -> Tensor:
-    """Load balance over everything that a statistic was added up over.
-
-    E x sum over experts of (share of tokens that chose it) x (its mean score), arXiv:2101.03961
-    eq. 4-6 with shares that add up to k, over all layers together, as transformers has it. Not a
-    sum over tokens: the product of two means.
+def load_statistic(shares: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
+    """What `window_balance` needs of one router on a part of the batch; parts add up.
 
     Args:
-        statistic: `load_statistic` of each layer [layers, 2 experts + 1].
+        shares: [tokens, experts], of `probabilities`.
+        choices: The chosen experts [tokens, k].
+        weights: How much each token counts [tokens].
 
     Returns:
-        0-d; k where the load is balanced.
+        [2, experts]: how often each expert was chosen, and the sum of its shares (with a graph).
     """
-    total = statistic.sum(dim=0)
-    loads, scores = total[:-1].chunk(2)
-    return len(loads) * (loads * scores).sum() / total[-1].square()
+    everything = shares.new_zeros(1, shares.shape[1])
+    chosen = choices_by_group(choices, weights, torch.zeros_like(choices[:, 0]), everything)
+    return torch.cat([chosen, (shares * weights.to(shares)[:, None]).sum(0, keepdim=True)])
 
 
-def sequence_load_balance(
-    scores: Tensor, chosen: Tensor, sequences: Tensor, number: int, real: Tensor
-) -> Tensor:
-    """Load balance inside each sequence: E / k x sum of share x mean score, arXiv:2412.19437.
+def window_balance(statistic: Tensor, top_k: int) -> Tensor:
+    """Load balance over all tokens: experts x sum of f P, the mean over the routers.
+
+    f is how often an expert was chosen by a token, P its mean share. Switch Transformers
+    (arXiv:2101.03961), equations 4 to 6, with k choices a token counted as transformers counts
+    them: the least value is k.
 
     Args:
-        scores: [tokens, experts].
-        chosen: [tokens, k].
-        sequences: Each token's sequence [tokens].
-        number: How many sequences there are.
-        real: Whether a token is no padding [tokens].
+        statistic: [routers, 2, experts], `load_statistic` added up over the batch.
+        top_k: Choices a token.
 
     Returns:
-        [sequences]; 1 where the load is balanced.
+        0-d; 0 without tokens.
     """
-    experts, k = scores.shape[1], chosen.shape[1]
-    shape = (number, experts)
-    ones = real.to(scores)
-    tokens = scores.new_zeros(number).index_add(0, sequences, ones).clamp(min=1)[:, None]
-    loads = scores.new_zeros(shape).view(-1)
-    loads.index_add_(
-        0, (sequences[:, None] * experts + chosen).flatten(), ones.repeat_interleave(k)
-    )
-    sums = scores.new_zeros(shape).index_add(0, sequences, scores * ones[:, None])
-    return experts / k * (loads.view(shape) / tokens * sums / tokens).sum(dim=1)
+    chosen, shares = statistic[:, 0], statistic[:, 1]
+    tokens = (chosen.sum(-1, keepdim=True) / top_k).clamp(min=torch.finfo(chosen.dtype).tiny)
+    return (chosen / tokens * (shares / tokens)).sum(-1).mean() * statistic.shape[-1]
 
 
-def router_z_losses(logits: Tensor) -> Tensor:
-    """logsumexp(logits)² of each token [tokens], ST-MoE (arXiv:2202.08906 eq. 5)."""
-    return logits.double().logsumexp(dim=-1).square()
+def sequence_balance(shares: Tensor, choices: Tensor, groups: Tensor, sequences: int) -> Tensor:
+    """Load balance within each sequence: experts / k x sum of f P.
+
+    DeepSeek-V3 (arXiv:2412.19437), equations 17 to 20, without the factor alpha: the least value
+    is 1.
+
+    Args:
+        shares: [tokens, experts], of `probabilities`; no padding.
+        choices: The chosen experts [tokens, k].
+        groups: The sequence of each token [tokens].
+        sequences: How many there are.
+
+    Returns:
+        [sequences].
+    """
+    experts, top_k = shares.shape[1], choices.shape[1]
+    empty = shares.new_zeros(sequences, experts)
+    chosen = choices_by_group(choices, torch.ones_like(shares[:, 0]), groups, empty)
+    sums = empty.index_add(0, groups, shares)
+    tokens = torch.bincount(groups, minlength=sequences).clamp(min=1).to(shares)[:, None]
+    return (chosen / tokens * (sums / tokens)).sum(1) * (experts / top_k)
+
+
+def z_totals(logits: Tensor, weights: Tensor) -> Tensor:
+    """Sum over tokens of logsumexp², the router z-loss of ST-MoE (arXiv:2202.08906), equation 5.
+
+    Args:
+        logits: [tokens, experts].
+        weights: How much each token counts [tokens].
+
+    Returns:
+        0-d.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return (wide.logsumexp(-1).square() * weights.to(wide)).sum()

@@ -1,7 +1,7 @@
 """Models and tokenizers from a Hub name, a folder or a GGUF file."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,11 @@ from samestep.models.gguf import model_folder
 
 log = logging.getLogger("samestep")
 
-ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-"""What configs call the dropout of attention probabilities."""
+LOOSE_NOISE = (
+    *("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"),
+    "router_jitter_noise",
+)
+"""What configs call randomness that cannot be tied to examples."""
 
 NEW_HEADS = (
     "AutoModel",
@@ -67,6 +70,33 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
+def load_processor(source: str, *, trust_remote_code: bool = False) -> Any:
+    """The processor of texts and images beside a model.
+
+    Args:
+        source: What `resolve` gave.
+        trust_remote_code: Run Python code that comes with it.
+
+    Returns:
+        A transformers processor.
+
+    Raises:
+        ConfigError: There is none, it cannot be read, or it takes no images.
+    """
+    from transformers import AutoProcessor, ProcessorMixin
+
+    try:
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ConfigError(
+            f"tokenizer: no processor of texts and images could be loaded from {source}: "
+            f"{_first_line(error)}. Name one by tokenizer (a folder or a Hub name)"
+        ) from error
+    if not isinstance(processor, ProcessorMixin):
+        raise ConfigError(f"tokenizer: {source} holds {type(processor).__name__}, no processor")
+    return processor
+
+
 def load_model(
     source: str,
     *,
@@ -80,7 +110,8 @@ def load_model(
     """A model of transformers, its attention dropout off.
 
     Dropout of attention probabilities happens inside fused kernels, where random numbers cannot be
-    tied to examples; it would make the step depend on the split. The other kinds stay.
+    tied to examples; it would make the step depend on the split. So does the jitter of routers. The
+    other kinds of dropout stay.
 
     Args:
         source: What `resolve` gave.
@@ -104,9 +135,10 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options, **(settings or {}))
-        for name in ATTENTION_DROPOUT:
-            if config.to_dict().get(name):
-                setattr(config, name, 0.0)
+        for part in _parts(config):
+            for name in LOOSE_NOISE:
+                if part.to_dict().get(name):
+                    setattr(part, name, 0.0)
         torch.manual_seed(seed)
         if init == "random":
             model = auto.from_config(config, dtype=dtype, **options)
@@ -120,6 +152,8 @@ def load_model(
                 **options,
             )
             _check_complete(source, model, loading["missing_keys"], auto_class in NEW_HEADS)
+        if dtype == torch.float64:
+            model.set_experts_implementation("eager")  # PyTorch's grouped products lack float64
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"model: {source} could not be loaded: {_first_line(error)}. It takes a folder with "
@@ -130,6 +164,15 @@ def load_model(
         # The grouped products that transformers prefers for experts have no float64.
         model.set_experts_implementation("eager")
     return model.train()
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """A config and those inside it, such as that of the text model."""
+    yield config
+    for name in config.sub_configs:
+        part = getattr(config, name)
+        if part is not None:
+            yield from _parts(part)
 
 
 def _check_complete(source: str, model: Any, keys: Iterable[str], new_head: bool) -> None:
@@ -150,3 +193,33 @@ def _check_complete(source: str, model: Any, keys: Iterable[str], new_head: bool
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def check_tokens(model: Any, data: Mapping[str, Any]) -> None:
+    """Refuse tokens or positions that a model has no embedding for.
+
+    Args:
+        model: A model of transformers.
+        data: `samestep.data.records.Records` by the setting that names them.
+
+    Raises:
+        ConfigError: Every one that does not fit.
+    """
+    config = model.config.get_text_config()
+    positions = config.to_dict().get("max_position_embeddings")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    problems = []
+    for name, records in data.items():
+        longest, highest = records.longest_sequence(), records.highest_id()
+        if positions and longest > positions:
+            problems.append(
+                f"{name}: the longest row has {longest} tokens, but the model has {positions} "
+                f"positions: set max_length to {positions} or less"
+            )
+        if highest >= vocabulary:
+            problems.append(
+                f"{name}: the tokenizer gives id {highest}, but the model has {vocabulary} "
+                "embeddings: this tokenizer belongs to another model"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))

@@ -1,8 +1,7 @@
-"""Mixtures of experts: terms of the routers beside any loss."""
+"""Losses on the routers of a mixture of experts, beside any loss that runs the model."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,172 +10,165 @@ from torch import Tensor, nn
 from samestep.coupled import Coupled
 from samestep.errors import ConfigError
 from samestep.losses.router import (
-    load_balance,
+    choices_by_group,
     load_statistic,
-    router_scores,
-    router_z_losses,
-    sequence_load_balance,
+    probabilities,
+    sequence_balance,
+    window_balance,
+    z_totals,
 )
-from samestep.objectives.classification import example_weights
-from samestep.ranks import sum_over_ranks
-from samestep.targets import sequence_ids
-from samestep.terms import Counter, LossFn, Term, named_terms
+from samestep.models.routers import Routing, overheard, router_biases
+from samestep.ranks import exchange, rank, sum_over_ranks
+from samestep.targets import sequence_ids, spans
+from samestep.terms import Counter, LossFn, Term, named_terms, sequence_targets
 
 
 @dataclass(frozen=True)
-class Routing:
-    """What one router did with the tokens of a micro-batch: logits, weights, chosen experts."""
-
-    logits: Tensor
-    weights: Tensor
-    chosen: Tensor
-
-
-def routers_of(model: nn.Module) -> list[nn.Module]:
-    """The routers of a model of transformers, in order of depth.
-
-    Raises:
-        ConfigError: It has none.
-    """
-    found = [module for module in model.modules() if type(module).__name__.endswith("Router")]
-    if not found:
-        raise ConfigError(
-            f"{type(model).__name__} has no router: leave the settings of routers out, they are "
-            "for mixtures of experts"
-        )
-    return found
-
-
-@contextmanager
-def watched(model: nn.Module) -> Iterator[list[Routing]]:
-    """Collects what the routers do in the forwards inside the block."""
-    seen: list[Routing] = []
-
-    def keep(_: nn.Module, __: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        seen.append(Routing(*output))
-
-    hooks = [router.register_forward_hook(keep) for router in routers_of(model)]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def token_weights(micro: Mapping[str, Any]) -> Tensor:
-    """The weight of each input token [rows x length], float64; 0 for padding."""
-    weights = example_weights(micro)[sequence_ids(micro)]
-    mask = micro.get("attention_mask")
-    return (weights if mask is None else weights * mask).flatten()
-
-
-ROUTER_COUNTERS: dict[str, Counter] = {
-    "input token": lambda micro: float(token_weights(micro).sum()),
-    "input sequence": lambda micro: float(example_weights(micro).sum()),
-}
-"""Routers see every token of every sequence, targets or not."""
-
-
-@dataclass(frozen=True)
-class WithRouters:
-    """A loss with terms of the routers beside it.
-
-    Terms: "load_balance" ("window": coupled over the effective batch; "sequence": unit "input
-    sequence", the mean over layers) and "router_z" (unit "input token", the mean over layers).
+class Tokens:
+    """The tokens of a micro-batch that count, those of sequences with a target; never padding.
 
     Attributes:
-        loss_fn: The loss; it runs the model once.
-        balance: Which load balance; None leaves it out.
-        balance_weight: Its weight.
+        at: Their positions in the flattened rows [tokens].
+        sequence: The sequence of each [tokens].
+        weight: The weight of each, its example's [tokens], float64.
+        by_sequence: The weight of each sequence [sequences], float64; 0 without a target.
+    """
+
+    at: Tensor
+    sequence: Tensor
+    weight: Tensor
+    by_sequence: Tensor
+
+    @classmethod
+    def of(cls, micro: Mapping[str, Any]) -> "Tokens":
+        """Those of a micro-batch of `samestep.data.collate.collate`."""
+        targets, weights = sequence_targets(micro)
+        weights = weights * (targets > 0)
+        ids = sequence_ids(micro)
+        real = torch.zeros_like(ids, dtype=torch.bool)
+        for row, span in spans(micro):
+            real[row, span] = True
+        at = (real & (weights[ids] > 0)).flatten().nonzero().squeeze(1)
+        sequence = ids.flatten()[at]
+        return cls(at, sequence, weights[sequence], weights)
+
+
+COUNTERS: dict[str, Counter] = {"routed token": lambda micro: float(Tokens.of(micro).weight.sum())}
+"""Counters of the units of this module."""
+
+
+class RouterBias:
+    """Balance without a loss: after each step the bias of an expert moves against its load.
+
+    b += rate x sign(mean load - load), as in DeepSeek-V3 (arXiv:2408.15664, arXiv:2412.19437); a
+    load is how often an expert was chosen in the whole effective batch, on all ranks.
+
+    Args:
+        rate: How far a bias moves in a step.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self._loads: dict[int, Tensor] = {}
+
+    def observe(self, micro: Mapping[str, Any], routings: Mapping[str, Routing]) -> None:
+        """Take note of a micro-batch's choices; one that runs again does not count again."""
+        tokens, loads = Tokens.of(micro), []
+        for routing in routings.values():
+            empty = tokens.by_sequence.new_zeros(len(tokens.by_sequence), routing.logits.shape[1])
+            chosen = routing.choices.detach()[tokens.at]
+            loads.append(choices_by_group(chosen, tokens.weight, tokens.sequence, empty))
+        by_example = torch.stack(loads, dim=1)  # [sequences, routers, experts]
+        self._loads |= dict(zip(micro["example_ids"].tolist(), by_example, strict=True))
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, taken: bool) -> None:
+        """Move the biases, on every rank the same way; only forget, if the step was not taken."""
+        biases = list(router_biases(model).values())
+        own = torch.zeros(len(biases), len(biases[0]), dtype=torch.float64, device=biases[0].device)
+        # A rank without work may have run an example of another one, for FSDP2's sake.
+        seen = {example for ids in exchange(sorted(self._loads))[: rank()] for example in ids}
+        for example in sorted(self._loads.keys() - seen):
+            own += self._loads[example]
+        self._loads = {}
+        for bias, load in zip(biases, sum_over_ranks(own), strict=True):
+            if taken:
+                bias += (self.rate * (load.mean() - load).sign()).to(bias)
+
+
+@dataclass(frozen=True)
+class RouterLosses:
+    """A loss, with terms on the routers of its forward beside it.
+
+    Adds the terms "router_balance" and "router_z" (unit: routed token), each the mean over the
+    routers. By "window" the balance is that of the whole effective batch, so it couples the batch
+    and needs `samestep.TwoPass`; by "sequence" it is a sum over sequences.
+
+    Attributes:
+        loss_fn: Runs the model.
+        balance: Where loads are to be equal: over the "window" (the effective batch), within each
+            "sequence", or None.
+        balance_weight: Weight of the term.
         z_weight: Weight of the z-loss; 0 leaves it out.
-        bias: Balances by bias, without a loss; None: not.
+        bias: Moves biases after the step, or None.
     """
 
     loss_fn: LossFn
     balance: Literal["window", "sequence"] | None = None
     balance_weight: float = 0.001
     z_weight: float = 0.0
-    bias: "BiasBalance | None" = None
+    bias: RouterBias | None = None
 
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term | Coupled]:
-        """The loss's own terms and those of the routers."""
-        with watched(model) as routings:
+        """The loss's terms and those of the routers.
+
+        Raises:
+            ConfigError: A router does not see every token of the micro-batch once.
+        """
+        with overheard(model) as routings:
             terms = dict(named_terms(self.loss_fn(model, micro)))
-        weights = token_weights(micro)
+        _check(routings, micro["input_ids"].numel())
+        if self.bias is not None and torch.is_grad_enabled():
+            self.bias.observe(micro, routings)
+        tokens, number = Tokens.of(micro), len(routings)
         if self.balance is not None:
-            terms["load_balance"] = self._balance(routings, micro, weights)
+            terms["router_balance"] = self._balance(list(routings.values()), tokens)
         if self.z_weight:
-            sums = [weights.to(z) @ z for z in (router_z_losses(r.logits) for r in routings)]
-            terms["router_z"] = Term(torch.stack(sums).mean(), "input token", self.z_weight)
-        if self.bias is not None and model.training and torch.is_grad_enabled():
-            self.bias.count(routings, weights)
+            totals = [z_totals(one.logits[tokens.at], tokens.weight) for one in routings.values()]
+            total = torch.stack(totals).sum() / number
+            terms["router_z"] = Term(total, "routed token", self.z_weight)
         return terms
 
-    def _balance(
-        self, routings: list[Routing], micro: Mapping[str, Any], weights: Tensor
-    ) -> Term | Coupled:
-        scores = [router_scores(one.logits, one.weights, one.chosen) for one in routings]
+    def _balance(self, routings: list[Routing], tokens: Tokens) -> Term | Coupled:
+        shares = [_shares(one)[tokens.at] for one in routings]
+        choices = [one.choices[tokens.at] for one in routings]
+        top_k = choices[0].shape[1]
+        both = list(zip(shares, choices, strict=True))
         if self.balance == "window":
-            parts = [
-                load_statistic(score, one.chosen, weights)
-                for score, one in zip(scores, routings, strict=True)
-            ]
-            return Coupled(torch.stack(parts), load_balance, "sum", self.balance_weight)
-        by_sequence = example_weights(micro)
-        ids = sequence_ids(micro).flatten()
-        losses = [
-            sequence_load_balance(score, one.chosen, ids, len(by_sequence), weights > 0)
-            for score, one in zip(scores, routings, strict=True)
-        ]
-        mean = torch.stack(losses).mean(dim=0)
-        return Term((by_sequence.to(mean) * mean).sum(), "input sequence", self.balance_weight)
+            part = torch.stack([load_statistic(s, c, tokens.weight) for s, c in both])
+            return Coupled(part, lambda s: window_balance(s, top_k), weight=self.balance_weight)
+        number = len(tokens.by_sequence)
+        values = torch.stack([sequence_balance(s, c, tokens.sequence, number) for s, c in both])
+        total = (values.mean(0) * tokens.by_sequence.to(values)).sum()
+        return Term(total, "sequence", self.balance_weight)
 
 
-@dataclass
-class BiasBalance:
-    """Load balance without a loss: the routers' biases follow the loads, arXiv:2408.15664.
-
-    After each step the bias of every expert moves by ``rate`` towards balance: up if it was chosen
-    less often than the mean over the whole effective batch, else down.
-
-    Attributes:
-        rate: The size of a move.
-    """
-
-    rate: float
-    _loads: list[Tensor] = field(default_factory=list, repr=False)
-
-    def count(self, routings: list[Routing], weights: Tensor) -> None:
-        """Count the loads of one micro-batch."""
-        found = [load_statistic(r.logits.detach(), r.chosen, weights) for r in routings]
-        loads = torch.stack([one[: (len(one) - 1) // 2].double() for one in found])
-        self._loads = [loads + sum(self._loads)] if self._loads else [loads]
-
-    def forget(self) -> None:
-        """Start counting anew: the last attempt at a step was not taken."""
-        self._loads.clear()
-
-    @torch.no_grad()
-    def after_step(self, model: nn.Module) -> None:
-        """Move the biases by what was counted since the last step, on all ranks."""
-        biases = router_biases(model)
-        own = self._loads.pop() if self._loads else torch.zeros_like(torch.stack(biases).double())
-        for bias, load in zip(biases, sum_over_ranks(own), strict=True):
-            bias += self.rate * (load.mean() - load).sign().to(bias)
-
-
-def router_biases(model: nn.Module) -> list[Tensor]:
-    """The biases that routers add to their scores to choose experts, in order of depth.
-
-    Raises:
-        ConfigError: The model's routers have none.
-    """
-    found = [
-        buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")
-    ]
-    if not found:
+def _shares(routing: Routing) -> Tensor:
+    shares = probabilities(routing.logits, routing.scores, routing.choices)
+    if shares is None:
         raise ConfigError(
-            f"{type(model).__name__}'s routers have no bias to balance by (DeepSeek-V3 and "
-            "MiniMax-M2 have): use the loss instead"
+            "router_loss: this model's routers neither take the softmax of their logits nor divide "
+            "sigmoids by their sum, so the loss is not defined for them"
         )
-    return found
+    return shares
+
+
+def _check(routings: Mapping[str, Routing], tokens: int) -> None:
+    """Every router must have seen the micro-batch's tokens, all of them, in order."""
+    wrong = {n: len(one.logits) for n, one in routings.items() if len(one.logits) != tokens}
+    if not routings or wrong:
+        name, seen = next(iter(wrong.items()), ("of a model without routers", 0))
+        raise ConfigError(
+            f"router losses: the router {name} saw {seen} tokens of a micro-batch of {tokens}: "
+            "they serve models whose routers all see every token"
+        )

@@ -95,6 +95,8 @@ def _measure(model: Any, objective: Objective, config: TrainConfig, cut: Cut) ->
         return measured(lambda budget: [input_tokens(micro) for micro in cut(budget)], run)
     finally:
         model.zero_grad()
+        if objective.after_step is not None:
+            objective.after_step(model, False)  # what it saw here was no step
 
 
 def _key(model: Any, config: TrainConfig) -> str:

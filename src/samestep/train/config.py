@@ -142,6 +142,26 @@ class TrainConfig(BaseModel):
     task: ClassVar[str] = "CAUSAL_LM"
     """What PEFT calls the kind of the model; it decides which heads train beside adapters."""
 
+    calibrated: ClassVar[bool] = True
+    """Whether the cost of micro-batches is measured where ``micro_tokens`` is auto."""
+
+    def load_tokenizer(self, source: str) -> Any:
+        """What reads the rows and is saved beside the model: a tokenizer.
+
+        Args:
+            source: What `samestep.models.load.resolve` gave.
+
+        Raises:
+            ConfigError: There is none, or it cannot be read.
+        """
+        from samestep.models.load import load_tokenizer
+
+        return load_tokenizer(source, trust_remote_code=self.trust_remote_code)
+
+    def pad_id(self, tokenizer: Any) -> int:
+        """What padding is filled with; nothing depends on it."""
+        return tokenizer.pad_token_id or 0
+
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """The records of a data source.
 
@@ -210,6 +230,39 @@ class TrainConfig(BaseModel):
         from samestep.data.records import collate_records
 
         return collate_records([data[at] for at in indices], padding=padding, pad_id=pad_id)
+
+    def check_fit(self, model: Any, data: Sequence["Records"]) -> None:
+        """Refuse data that the model cannot take.
+
+        Args:
+            model: The model.
+            data: As for `load`.
+
+        Raises:
+            ConfigError: A token or a position has no embedding.
+        """
+        from samestep.models.load import check_tokens
+
+        check_tokens(model, dict(zip(("data", "eval_data"), data, strict=False)))
+
+    def layout(self, model: Any) -> "Padding":
+        """The layout of micro-batches; the model's attention is set to serve it.
+
+        Args:
+            model: On its device.
+
+        Raises:
+            ConfigError: The layout asked for lets sequences see each other.
+        """
+        from samestep.models.packing import choose_padding
+
+        return choose_padding(model, self.padding, self.outputs)
+
+    def checkpoint_activations(self, model: Any) -> None:
+        """Choose what the model keeps for its backward, as ``gradient_checkpointing`` says."""
+        from samestep.models.checkpointing import checkpoint_activations
+
+        checkpoint_activations(model, self.gradient_checkpointing)
 
     def outputs(self, model: Any, micro: dict[str, Any]) -> "Tensor":
         """What the model makes of a micro-batch: a sequence must not change its neighbour's part.

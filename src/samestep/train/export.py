@@ -16,7 +16,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, merge: bool) -> None
 
     Args:
         model: A transformers model (saved with its weights), or a PEFT model (its adapter alone).
-        tokenizer: Saved beside it.
+        tokenizer: Saved beside it; None: there is none.
         folder: Replaced if it is there.
         merge: Fold the adapters of a PEFT model into its weights and save those. The model then
             has no adapters any more.
@@ -38,7 +38,8 @@ def _write(model: Any, tokenizer: Any, folder: Path, weights: Any) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         model.save_pretrained(aside, state_dict=weights)
-        tokenizer.save_pretrained(aside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     except OSError as error:

@@ -11,12 +11,10 @@ from torch.optim import Optimizer
 from samestep.data.plan import StepPlan, plan_steps, steps_of
 from samestep.data.records import Records
 from samestep.errors import ConfigError
-from samestep.models.checkpointing import checkpoint_activations
 from samestep.models.dropout import replace_dropout
 from samestep.models.linear import speed_up_linear
-from samestep.models.load import load_tokenizer, resolve
+from samestep.models.load import resolve
 from samestep.models.lora import add_lora
-from samestep.models.packing import choose_padding
 from samestep.objective import Objective
 from samestep.parallel import prepare
 from samestep.ranks import together, world
@@ -79,12 +77,12 @@ def set_up(config: TrainConfig) -> Run:
     model = together(lambda: _load_model(config, data))
     layout = together(lambda: choose_layout(model, config, device))
     model = shard(model, config, device) if layout == "fsdp2" else model.to(device)
-    padding = choose_padding(model, config.padding, config.outputs)
+    padding = config.layout(model)
     prepare(model)
-    checkpoint_activations(model, config.gradient_checkpointing)
+    config.checkpoint_activations(model)
     if padding == "right" and config.padding == "auto":
         log.warning("this model cannot take packs without padding: padding to the right")
-    pad_id = tokenizer.pad_token_id or 0
+    pad_id = config.pad_id(tokenizer)
 
     def micro_batches(records: Records, config: TrainConfig = config) -> MicroBatches:
         return MicroBatches(records, config, padding=padding, pad_id=pad_id, device=device)
@@ -99,7 +97,8 @@ def set_up(config: TrainConfig) -> Run:
     if objective.annotate is not None:
         data = [annotated(model, one, micro_batches(one), objective.annotate) for one in data]
         prepare(model)
-    if config.micro_tokens == "auto" and config.micro_batch is None and world() == 1:
+    wanted = config.micro_tokens == "auto" and config.micro_batch is None
+    if wanted and config.calibrated and world() == 1:
         first = next(plans_of(data[0], config)).examples
         budget = micro_token_budget(
             model,
@@ -139,10 +138,9 @@ def plans_of(records: Records, config: TrainConfig, *, start: int = 0) -> Iterat
 def _load_data(config: TrainConfig) -> tuple[Any, list[Records]]:
     """The tokenizer, and the records to train on, then those to evaluate on if there are any."""
     source = resolve(config.model)
-    trust = config.trust_remote_code
-    if trust:
+    if config.trust_remote_code:
         log.warning("trust_remote_code: Python code that comes with the model will run")
-    tokenizer = load_tokenizer(resolve(config.tokenizer or source), trust_remote_code=trust)
+    tokenizer = config.load_tokenizer(resolve(config.tokenizer or source))
     data = [_read(config.data, tokenizer, config)]
     if config.eval_data:
         data.append(_read(config.eval_data, tokenizer, config, data[0]))
@@ -152,7 +150,7 @@ def _load_data(config: TrainConfig) -> tuple[Any, list[Records]]:
 def _load_model(config: TrainConfig, data: list[Records]) -> Any:
     """The model, with adapters if asked for, and its dropout tied to the examples."""
     model = config.load(resolve(config.model), data)
-    _check_fit(model, data[0], data[1] if data[1:] else None)
+    config.check_fit(model, data)
     if config.lora_rank is not None:
         assert config.lora_alpha is not None
         model = add_lora(
@@ -185,30 +183,6 @@ def _read(source: str, tokenizer: Any, config: TrainConfig, like: Records | None
     for reason, rows in records.dropped.items():
         log.warning("%s: %d rows dropped: %s", source, rows, reason)
     return records
-
-
-def _check_fit(model: Any, train: Records, evaluation: Records | None) -> None:
-    """Refuse tokens or positions that the model has no embedding for."""
-    config = model.config.get_text_config()
-    positions = config.to_dict().get("max_position_embeddings")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    problems = []
-    for name, records in (("data", train), ("eval_data", evaluation)):
-        if records is None:
-            continue
-        longest, highest = records.longest_sequence(), records.highest_id()
-        if positions and longest > positions:
-            problems.append(
-                f"{name}: the longest row has {longest} tokens, but the model has {positions} "
-                f"positions: set max_length to {positions} or less"
-            )
-        if highest >= vocabulary:
-            problems.append(
-                f"{name}: the tokenizer gives id {highest}, but the model has {vocabulary} "
-                "embeddings: this tokenizer belongs to another model"
-            )
-    if problems:
-        raise ConfigError("\n".join(problems))
 
 
 def _total_steps(records: Records, config: TrainConfig) -> int:

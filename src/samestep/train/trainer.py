@@ -169,8 +169,8 @@ class Loop:
                 raise NotFiniteError(problem) from None
             report = _skipped(problem, seconds=time.perf_counter() - started)
         after = self.run.objective.after_step
-        if after is not None and report.skipped is None:
-            after(self.run.model)
+        if after is not None:
+            after(self.run.model, report.skipped is None)
         self.progress = _after(self.progress, report)
         done = self.progress.step
         on_rank_0(lambda: self.recorder.step(report, step=done, epoch=plan.progress, lr=lr))
@@ -179,8 +179,6 @@ class Loop:
         objective, micro_batches = self.run.objective, self.run.micro_batches
 
         def attempt() -> StepReport:
-            if objective.before_step is not None:
-                objective.before_step()
             return step(
                 self.run.model,
                 self.run.optimizer,

@@ -8,10 +8,12 @@ from samestep.train.config import TrainConfig
 
 HOME = {
     "causal_lm": "causal_lm:CausalLMConfig",
+    "vision_language": "vision_language:VisionLanguageConfig",
     "dpo": "preference:DPOConfig",
     "simpo": "preference:SimPOConfig",
     "cpo": "preference:CPOConfig",
     "orpo": "preference:ORPOConfig",
+    "flow_matching": "flow_matching:FlowMatchingConfig",
     "kto": "kto:KTOConfig",
     "policy": "policy:PolicyConfig",
     "distillation": "distillation:DistillationConfig",

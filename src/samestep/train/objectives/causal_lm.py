@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from samestep.errors import ConfigError
 from samestep.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -49,22 +50,21 @@ class CausalLMConfig(TrainConfig):
     """Share of the target probability that is spread over the vocabulary."""
     z_loss: float = Field(default=0.0, ge=0)
     """Factor of the squared logsumexp."""
-
     router_loss: Literal["window", "sequence"] | None = None
-    """Balance a mixture of experts over the effective batch (two passes) or in each sequence."""
-    router_weight: float = Field(default=0.001, gt=0)
-    """Weight of that loss."""
+    """Mixtures of experts: equal loads over the whole batch, or within each sequence."""
+    router_loss_weight: float = Field(default=0.001, gt=0)
+    """Weight of the router loss."""
     router_z_loss: float = Field(default=0.0, ge=0)
-    """Weight of the squared logsumexp of the routers' logits."""
+    """Factor of the squared logsumexp of router logits."""
     router_bias_rate: float = Field(default=0.0, ge=0)
-    """Balance by biases instead: how far they move a step (DeepSeek-V3, MiniMax-M2)."""
+    """Step of the experts' biases against their loads, after each step of training."""
 
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of text, prompt and completion, messages, or token ids."""
         return read_language(self, source, tokenizer, self.train_on)
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
-        """Cross entropy, normalised as asked, and the terms of routers."""
+        """Cross entropy, normalised as asked, and what was asked of the routers."""
         from samestep.causal_lm import CausalLMLoss
         from samestep.objective import Objective
         from samestep.objectives.policy import DFT
@@ -82,34 +82,35 @@ class CausalLMConfig(TrainConfig):
         return Objective(loss)
 
     def _with_routers(self, loss: "LossFn", model: Any) -> "Objective":
+        from samestep.models.routers import router_biases, routers
         from samestep.objective import Objective
-        from samestep.objectives import routers
+        from samestep.objectives.routers import COUNTERS, RouterBias, RouterLosses
         from samestep.two_pass import TwoPass
 
-        routers.routers_of(model)
-        bias = None
-        if self.router_bias_rate:
-            routers.router_biases(model)
-            bias = routers.BiasBalance(self.router_bias_rate)
-        whole = routers.WithRouters(
-            loss,
-            balance=self.router_loss,
-            balance_weight=self.router_weight,
-            z_weight=self.router_z_loss,
-            bias=bias,
+        if not routers(model):
+            raise ConfigError(f"router settings: {type(model).__name__} has no routers")
+        if self.router_bias_rate and len(router_biases(model)) < len(routers(model)):
+            raise ConfigError(
+                f"router_bias_rate: the routers of {type(model).__name__} have no bias to move; "
+                "use router_loss"
+            )
+        bias = RouterBias(self.router_bias_rate) if self.router_bias_rate else None
+        both = RouterLosses(
+            loss, self.router_loss, self.router_loss_weight, self.router_z_loss, bias
         )
         return Objective(
-            TwoPass(whole) if self.router_loss == "window" else whole,
-            routers.ROUTER_COUNTERS,
-            before_step=bias.forget if bias else None,
-            after_step=bias.after_step if bias else None,
+            TwoPass(both) if self.router_loss == "window" else both,
+            COUNTERS if self.router_z_loss else {},
+            after_step=None if bias is None else bias.after_step,
         )
 
     def problems(self) -> list[str]:
-        """A constant that cannot divide, or terms that dft does not have."""
+        """A constant that cannot divide, terms that dft does not have, biases in adapters."""
         found = []
         if isinstance(self.normalize, float) and not 0 < self.normalize < float("inf"):
             found.append(f"normalize: a constant must be above 0, not {self.normalize}")
         if self.loss == "dft" and (self.label_smoothing or self.z_loss):
             found.append("loss: dft goes with neither label_smoothing nor z_loss")
+        if self.router_bias_rate and self.lora_rank is not None:
+            found.append("router_bias_rate: adapters do not hold the biases; leave lora_rank out")
         return found
