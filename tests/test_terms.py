@@ -119,6 +119,18 @@ def test_target_weights_share_a_sequence_out() -> None:
         samestep.target_weights(batch, "pair")
 
 
+def test_tokens_have_weights() -> None:
+    weights = torch.tensor([[9.0, 0.5, 2.0], [9.0, 3.0, 9.0]])
+    batch = micro([5, 6, 7], [5, 6, I], token_weights=weights)
+    assert samestep.target_weights(batch, "token").tolist() == [[0.5, 2, 0], [3, 0, 0]]
+    assert samestep.target_weights(batch, "sequence").tolist() == [[0.2, 0.8, 0], [1, 0, 0]]
+    assert count([batch])["token"] == 5.5
+    with pytest.raises(StepError, match="the micro-batch weighs tokens"):
+        reduce_terms(Term(torch.ones(2)), batch, normalize="token")
+    with pytest.raises(ConfigError, match="token_weights has shape"):
+        count([micro([5, 6], token_weights=torch.ones(3))])
+
+
 def test_input_tokens_leave_padding_out() -> None:
     ids = torch.ones(2, 3)
     assert input_tokens({"input_ids": ids}) == 6

@@ -18,7 +18,9 @@ from samestep.losses.likelihood import (
 )
 from samestep.losses.linear_cross_entropy import CrossEntropySums, linear_cross_entropy
 
-NOT_FOR_THE_MODEL = ("labels", "example_ids", "example_weights", "fields", "mismatched")
+NOT_FOR_THE_MODEL = (
+    "labels", "example_ids", "example_weights", "token_weights", "fields", "mismatched"
+)  # fmt: skip
 """What a micro-batch holds beside the model's inputs."""
 
 

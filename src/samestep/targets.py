@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samestep.errors import ConfigError
+
 IGNORE = -100
 """The label of a position that is not a target (the convention of PyTorch and transformers)."""
 
@@ -42,6 +44,28 @@ def shifted_targets(micro: Mapping[str, Any]) -> Tensor:
     targets = torch.full_like(labels, IGNORE)
     targets[:, :-1] = torch.where(is_target, following, IGNORE)
     return targets
+
+
+def shifted_weights(micro: Mapping[str, Any]) -> Tensor:
+    """How much the next token counts as a target at every position.
+
+    Args:
+        micro: As for `shifted_targets`; optionally ``token_weights`` [rows, length], in which
+            number i is that of token i as a target.
+
+    Returns:
+        [rows, length], float64; 0 where there is no target.
+    """
+    is_target = (shifted_targets(micro) != IGNORE).double()
+    weights = micro.get("token_weights")
+    if weights is None:
+        return is_target
+    if weights.shape != is_target.shape:
+        raise ConfigError(
+            f"token_weights has shape {tuple(weights.shape)}, but labels {tuple(is_target.shape)}"
+        )
+    is_target[:, :-1] *= weights[:, 1:]
+    return is_target
 
 
 def sequence_ids(micro: Mapping[str, Any]) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from samestep.coupled import Coupled
 from samestep.errors import ConfigError, StepError
-from samestep.targets import IGNORE, sequence_ids, shifted_targets
+from samestep.targets import IGNORE, sequence_ids, shifted_weights
 
 
 @dataclass(frozen=True)
@@ -114,17 +114,18 @@ def sequence_targets(micro: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Targets and weight of each sequence of a micro-batch.
 
     Args:
-        micro: As for `samestep.targets.shifted_targets`; optionally ``example_weights``
+        micro: As for `samestep.targets.shifted_weights`; optionally ``example_weights``
             [sequences].
 
     Returns:
-        The number of targets [sequences] and the weights [sequences], float64.
+        The number of targets [sequences], each counted by its token weight, and the weights
+        [sequences], float64.
 
     Raises:
         ConfigError: ``example_weights`` has another length than the sequences.
     """
     ids = sequence_ids(micro)
-    is_target = (shifted_targets(micro) != IGNORE).double()
+    is_target = shifted_weights(micro)
     sequences = int(ids.max()) + 1 if ids.numel() else 0
     targets = is_target.new_zeros(sequences).index_add_(0, ids.flatten(), is_target.flatten())
     weights = micro.get("example_weights")
@@ -142,8 +143,8 @@ def target_weights(micro: Mapping[str, Any], normalize: Unit) -> Tensor:
     """The weight of each target in a sum whose unit is ``normalize``.
 
     An example of weight 2 counts as if it stood twice in the batch. By "token" or
-    `constant` each target carries its example's weight; by "sequence" that weight is
-    shared out among the targets of the sequence.
+    `constant` each target carries its example's weight, times its token's; by "sequence" the
+    example's is shared out among the targets of the sequence by their tokens'.
 
     Args:
         micro: As for `sequence_targets`.
@@ -157,13 +158,13 @@ def target_weights(micro: Mapping[str, Any], normalize: Unit) -> Tensor:
     """
     targets, weights = sequence_targets(micro)
     if normalize == "sequence":
-        weights = weights / targets.clamp(min=1)
+        weights = weights / targets.where(targets > 0, 1)
     elif normalize != "token" and not isinstance(normalize, Constant):
         raise ConfigError(
             f"normalize={normalize!r}: targets can be normalised by 'token', 'sequence' or "
             "constant(k)"
         )
-    return weights[sequence_ids(micro)] * (shifted_targets(micro) != IGNORE)
+    return weights[sequence_ids(micro)] * shifted_weights(micro)
 
 
 def count_labels(micro: Mapping[str, Any]) -> Counts:
@@ -307,6 +308,11 @@ def _reduce(name: str, term: Any, micro: Micro, normalize: Unit) -> Sum:
                 "the targets by samestep.target_weights and give the unit 'sequence'"
             )
         return Sum(term.total, unit, term.weight)
+    if micro.get("token_weights") is not None:
+        raise StepError(
+            f"term {name!r} has totals by sequence, but the micro-batch weighs tokens: weigh the "
+            "targets by samestep.target_weights and return one number"
+        )
     targets, weights = sequence_targets(micro)
     if term.total.shape != targets.shape:
         raise StepError(
@@ -314,7 +320,7 @@ def _reduce(name: str, term: Any, micro: Micro, normalize: Unit) -> Sum:
             "return one total a sequence, in reading order, or one number"
         )
     if term.unit == "token" and unit == "sequence":
-        weights = weights / targets.clamp(min=1)
+        weights = weights / targets.where(targets > 0, 1)
     return Sum((term.total * weights.to(term.total)).sum(), unit, term.weight)
 
 

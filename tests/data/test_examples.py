@@ -72,6 +72,17 @@ def test_save_and_load(examples, tmp_path):
     assert len(Examples.load(path)) == 0
 
 
+def test_weights_of_tokens_are_kept(tmp_path):
+    weighed = make([5, 6], [0, 1], token_weights=torch.tensor([0.0, 0.5]))
+    stored = Examples.from_examples([make([7], [1]), weighed])
+    stored.save(tmp_path / "some.safetensors")
+    again = Examples.load(tmp_path / "some.safetensors")
+    assert [one.token_weights.tolist() for one in again] == [[1.0], [0.0, 0.5]]
+    assert again.fingerprint() == stored.fingerprint()
+    plain = Examples.from_examples([make([7], [1]), make([5, 6], [0, 1])])
+    assert plain.fingerprint() != stored.fingerprint()
+
+
 def test_fingerprint_sees_every_part(examples):
     base = [make([5, 6, 7], [1, 0, 1])]
     others = [

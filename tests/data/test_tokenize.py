@@ -285,7 +285,49 @@ def test_wrong_ids(value, part):
     assert part in message
 
 
+def test_given_weights_of_tokens():
+    ids = [5, 6, 7, 8]
+    values = rows({"input_ids": ids, "token_weights": [1, 0, 0.5, 2]}, {"input_ids": ids})
+    examples = tokenize_rows(values, tiny_tokenizer(), max_length=3, weigh_tokens=True)
+    first, second = examples
+    assert first.labels.tolist() == [5, IGNORE, 7]  # a weight of 0 is no target
+    assert first.token_weights.tolist() == [1.0, 0.0, 0.5]
+    assert second.token_weights.tolist() == [1.0, 1.0, 1.0]
+    assert error_of([{"input_ids": ids, "token_weights": [1, 0, 1, 1]}]).startswith(
+        "row 1: it has weights of tokens or messages, which this objective does not honour"
+    )
+
+
+@pytest.mark.parametrize("weights", [[1, 1], [1, -1, 1], [1, float("nan"), 1], "abc", 1])
+def test_wrong_weights_of_tokens(weights):
+    assert "token_weights" in error_of([{"input_ids": [5, 6, 7], "token_weights": weights}])
+
+
 # Conversations
+
+
+@pytest.mark.parametrize("tags", [False, True])
+def test_weights_of_messages(tags):
+    tokenizer = tiny_tokenizer(chat=True, generation_tags=tags)
+    talk = [dict(message) for message in TALK]
+    talk[2]["weight"] = 0
+    talk[4]["weight"] = 0.25
+    plain, weighed = tokenize_rows(
+        rows({"messages": TALK}, {"messages": talk}), tokenizer, weigh_tokens=True
+    )
+    assert torch.equal(plain.input_ids, weighed.input_ids)
+    assert target_runs(weighed, tokenizer) == TURNS[1:]
+    of_targets = weighed.token_weights[weighed.labels != IGNORE]
+    assert set(of_targets.tolist()) == {0.25}
+    assert "train_on: all" in error_of([{"messages": talk}], tokenizer, train_on="all")
+
+
+@pytest.mark.parametrize("weight", [-1, "much", True, float("inf")])
+def test_wrong_weights_of_messages(weight):
+    talk = [TALK[1], {**TALK[2], "weight": weight}]
+    assert "the weight of a message must be" in error_of(
+        [{"messages": talk}], tiny_tokenizer(chat=True)
+    )
 
 
 @pytest.mark.parametrize("tags", [False, True])

@@ -1,6 +1,7 @@
 """The central proof: no split changes the gradient, the weights or the loss."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,6 +70,21 @@ def test_normalisations_and_terms(
         found, _ = samestep.backward(model, cut(model, examples, sizes, padding), loss_fn)
         assert found == pytest.approx(loss, rel=1e-12)
         assert worst(gradients(model), wanted) < 1e-12
+
+
+@pytest.mark.parametrize("normalize", ["token", "sequence", 50.0])
+def test_weights_of_tokens(normalize: Any) -> None:
+    model, examples = build("llama"), ragged(12, weighted=True, by_token=True)
+    loss, wanted = reference(model, examples, normalize=normalize)
+    unit = samestep.constant(normalize) if isinstance(normalize, float) else normalize
+    loss_fn = samestep.CausalLMLoss(normalize=unit)
+    for sizes, padding in (([12], "none"), ([1], "right"), ([5, 2], "left")):
+        found, _ = samestep.backward(model, cut(model, examples, sizes, padding), loss_fn)
+        assert found == pytest.approx(loss, rel=1e-12)
+        assert worst(gradients(model), wanted) < 1e-12
+    plain = [replace(one, token_weights=None) for one in examples]
+    samestep.backward(model, cut(model, plain, [12], "none"), loss_fn)
+    assert worst(gradients(model), wanted) > 1e-2
 
 
 @pytest.mark.parametrize("name", MODELS)

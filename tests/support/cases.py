@@ -47,7 +47,9 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> Any:
     return model.to(dtype).train()
 
 
-def ragged(number: int, *, seed: int = 0, weighted: bool = False) -> list[Example]:
+def ragged(
+    number: int, *, seed: int = 0, weighted: bool = False, by_token: bool = False
+) -> list[Example]:
     """Examples of 3 to 30 tokens with masked prompts; every seventh has no target at all."""
     draw = torch.Generator().manual_seed(seed)
     examples = []
@@ -59,7 +61,8 @@ def ragged(number: int, *, seed: int = 0, weighted: bool = False) -> list[Exampl
         if row % 7 == 3:
             labels[:] = -100
         weight = 0.5 + float(torch.rand((), generator=draw)) if weighted else 1.0
-        examples.append(Example(ids, labels, weight, row))
+        tokens = torch.rand(length, generator=draw) if by_token and row % 2 else None
+        examples.append(Example(ids, labels, weight, row, tokens))
     return examples
 
 
@@ -94,7 +97,10 @@ def plain_objective(
     total, count = torch.zeros((), dtype=model.dtype), 0.0
     for example in examples:
         targets = example.labels[1:]
-        number = int((targets != -100).sum())
+        given = example.token_weights
+        weights = (torch.ones(len(targets)) if given is None else given[1:]).to(model.dtype)
+        weights = weights[targets != -100]
+        number = float(weights.sum())
         if not number:
             continue
         logits = model(input_ids=example.input_ids[None]).logits[0, :-1][targets != -100]
@@ -105,10 +111,10 @@ def plain_objective(
             + z_loss * logits.logsumexp(-1).square()
         )
         if normalize == "sequence":
-            total = total + example.weight * losses.mean()
+            total = total + example.weight * (weights @ losses) / number
             count += example.weight
         else:
-            total = total + example.weight * losses.sum()
+            total = total + example.weight * (weights @ losses)
             count += example.weight * number
     return total / (count if isinstance(normalize, str) else normalize)
 

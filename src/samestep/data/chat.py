@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from samestep.data.encode import MarkedText, Masked, encode
-from samestep.data.forms import messages_of, tools_of
+from samestep.data.encode import MarkedText, Masked, encode, masked
+from samestep.data.forms import message_weight, messages_of, tools_of
 from samestep.data.load import Row
-from samestep.data.mask import mask_from_offsets
+from samestep.data.mask import Mask, mask_from_borders, mask_from_offsets
 from samestep.data.problems import RowError
 from samestep.errors import ConfigError
 
@@ -68,8 +68,8 @@ def encode_conversations(
         )
     read = [_conversation(row) for row in rows]
     usable = [one for one in read if isinstance(one, Conversation)]
-    masked = iter(_encode(usable, tokenizer, everything))
-    return [next(masked) if isinstance(one, Conversation) else one for one in read]
+    found = iter(_encode(usable, tokenizer, everything))
+    return [next(found) if isinstance(one, Conversation) else one for one in read]
 
 
 def _conversation(row: Row) -> Conversation | RowError:
@@ -140,7 +140,27 @@ def _masked_by_template(group: list[Conversation], tokenizer: Any) -> Iterator[M
             completion = [(len(prompt), len(whole))]
             offsets = encoded["offset_mapping"][at]
             mask &= mask_from_offsets(offsets, completion, text_length=len(whole))
-        yield Masked(ids, mask)
+        yield masked(ids, *_turns_of_tags(mask, one))
+
+
+def _turns_of_tags(mask: Mask, one: Conversation) -> tuple[list[Mask], list[float] | None]:
+    """The mask of each turn that a template's tags mark, and the turns' weights."""
+    turns = [message for message in one.messages[one.prompt :] if message["role"] == "assistant"]
+    weights = _weights(turns)
+    if weights is None:
+        return [mask], None
+    borders = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
+    if len(borders) != len(turns):
+        raise RowError(
+            f"its messages have weights, but the template marks {len(borders)} stretches for "
+            f"{len(turns)} assistant messages, so it cannot be told which is whose"
+        )
+    return [mask_from_borders(len(mask), [(start, end)]) for start, end in borders], weights
+
+
+def _weights(turns: Sequence[dict[str, Any]]) -> list[float] | None:
+    """The weight of each message, or None if no message has one."""
+    return [message_weight(turn) for turn in turns] if any("weight" in t for t in turns) else None
 
 
 def _encode_marked(
@@ -151,6 +171,8 @@ def _encode_marked(
         render = renderer(tokenizer, one.tools)
         try:
             if everything:
+                if _weights(one.messages) is not None:
+                    raise RowError("a message has a weight, which train_on: all would ignore")
                 marked.append(MarkedText(render(one.messages, False), None))
             else:
                 endings = (*tokenizer.all_special_tokens, tokenizer.eos_token)
@@ -159,8 +181,8 @@ def _encode_marked(
             marked.append(error)
     texts = [one for one in marked if isinstance(one, MarkedText)]
     # The template writes the special tokens itself.
-    masked = iter(encode(texts, tokenizer, special_tokens=False))
-    return [next(masked) if isinstance(one, MarkedText) else one for one in marked]
+    found = iter(encode(texts, tokenizer, special_tokens=False))
+    return [next(found) if isinstance(one, MarkedText) else one for one in marked]
 
 
 def renderer(tokenizer: Any, tools: list[Any] | None) -> Render:
@@ -199,13 +221,13 @@ def mark_turns(
             the assistant's, and no target.
 
     Returns:
-        The whole rendering; it may have no span.
+        The whole rendering; it may have no span. Its weights are those of the messages.
 
     Raises:
         RowError: The template rewrites earlier turns when later ones follow.
     """
     whole = render(messages, False)
-    spans = []
+    spans, turns = [], []
     for at, message in enumerate(messages):
         if message["role"] != "assistant" or at < first:
             continue
@@ -216,7 +238,9 @@ def mark_turns(
         bare = done.rstrip()
         ended = any(ending and bare.endswith(ending) for ending in endings)
         spans.append((len(prefix), max(len(prefix), len(bare if ended else done))))
-    return MarkedText(whole, tuple(spans))
+        turns.append(message)
+    weights = _weights(turns)
+    return MarkedText(whole, tuple(spans), None if weights is None else tuple(weights))
 
 
 def _first_header(messages: Messages, done: str, render: Render) -> str:

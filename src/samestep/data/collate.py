@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from samestep.data.examples import Example
-from samestep.targets import IGNORE
+from samestep.targets import IGNORE, spans
 
 Padding = Literal["none", "right", "left"]
 
@@ -29,14 +29,25 @@ def collate(
     Returns:
         ``input_ids``, ``labels``, ``position_ids`` [rows, length] int64, what ``padding`` adds,
         ``example_ids`` [sequences] int64 (their rows in the source), and ``example_weights``
-        [sequences] float64 if any weight is not 1.
+        [sequences] float64 if any weight is not 1, and ``token_weights`` [rows, length] float64
+        if any example has them.
     """
     batch = _pack(examples) if padding == "none" else _pad(examples, padding, pad_id)
     batch["example_ids"] = torch.tensor([example.row for example in examples])
     if any(example.weight != 1 for example in examples):
         weights = [example.weight for example in examples]
         batch["example_weights"] = torch.tensor(weights, dtype=torch.float64)
+    if any(example.token_weights is not None for example in examples):
+        batch["token_weights"] = _token_weights(examples, batch)
     return batch
+
+
+def _token_weights(examples: Sequence[Example], batch: dict[str, Any]) -> Tensor:
+    laid_out = torch.zeros(batch["labels"].shape, dtype=torch.float64)
+    for example, (row, span) in zip(examples, spans(batch), strict=True):
+        given = example.token_weights
+        laid_out[row, span] = 1.0 if given is None else given.double()
+    return laid_out
 
 
 def _pack(examples: Sequence[Example]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samestep.data.mask import Mask, Span, mask_from_borders, mask_from_offsets
+from samestep.data.mask import Mask, Span, Weights, mask_from_borders, mask_from_offsets
 from samestep.data.problems import RowError
 
 
@@ -18,10 +18,12 @@ class MarkedText:
     Attributes:
         text: The whole text.
         spans: The target characters; None: everything, with whatever the tokenizer adds.
+        weights: The weight of each span's tokens; None: 1.
     """
 
     text: str
     spans: tuple[Span, ...] | None
+    weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,16 +33,19 @@ class Masked:
     Attributes:
         ids: [length], int64.
         mask: [length], bool.
+        weights: The weight of each token as a target [length], float32; None: 1.
     """
 
     ids: NDArray[np.int64]
     mask: Mask
+    weights: Weights | None = None
 
     def with_eos(self, eos_id: int | None) -> "Masked":
         """The tokens closed by an end-of-sequence token, as a target, if they are not yet."""
         if eos_id is None or (len(self.ids) and self.ids[-1] == eos_id):
             return self
-        return Masked(np.append(self.ids, eos_id), np.append(self.mask, True))
+        weights = None if self.weights is None else np.append(self.weights, np.float32(1))
+        return Masked(np.append(self.ids, eos_id), np.append(self.mask, True), weights)
 
 
 def encode(
@@ -82,17 +87,36 @@ def _encode_readable(
         ids = np.asarray(encoded["input_ids"][at], dtype=np.int64)
         try:
             if one.spans is None:
-                mask: Mask = np.ones(len(ids), dtype=np.bool_)
-            elif tokenizer.is_fast:
+                results.append(Masked(ids, np.ones(len(ids), dtype=np.bool_)))
+                continue
+            if tokenizer.is_fast:
                 offsets = encoded["offset_mapping"][at]
-                mask = mask_from_offsets(offsets, one.spans, text_length=len(one.text))
+                masks = [
+                    mask_from_offsets(offsets, [span], text_length=len(one.text))
+                    for span in one.spans
+                ]
             else:
                 borders = _token_borders(one, ids, tokenizer, special_tokens)
-                mask = mask_from_borders(len(ids), borders)
-            results.append(Masked(ids, mask))
+                masks = [mask_from_borders(len(ids), [border]) for border in borders]
+            results.append(masked(ids, masks, one.weights))
         except RowError as error:
             results.append(error)
     return results
+
+
+def masked(
+    ids: NDArray[np.int64], masks: Sequence[Mask], weights: Sequence[float] | None
+) -> Masked:
+    """Tokens with the targets of several spans, and the weight of each span."""
+    mask: Mask = np.zeros(len(ids), dtype=np.bool_)
+    if weights is None:
+        for one in masks:
+            mask |= one
+        return Masked(ids, mask)
+    of_tokens: Weights = np.zeros(len(ids), dtype=np.float32)
+    for one, weight in zip(masks, weights, strict=True):
+        of_tokens[one] = weight
+    return Masked(ids, of_tokens > 0, of_tokens)
 
 
 def call(tokenizer: Any, texts: list[str], *, special_tokens: bool) -> Any:

@@ -38,16 +38,18 @@ class Example:
             shifted: the loss shifts.
         weight: The weight of the example in the loss.
         row: The row of the source that it is from, from 0.
+        token_weights: How much each token counts as a target [length], float32; None: 1.
     """
 
     input_ids: Tensor
     labels: Tensor
     weight: float = 1.0
     row: int = 0
+    token_weights: Tensor | None = None
 
 
 class Examples(Sequence[Example]):
-    """A sequence of examples in five flat tensors (5 bytes a token).
+    """A sequence of examples in flat tensors (5 bytes a token).
 
     Attributes:
         ids: Token ids of all examples [tokens], int32.
@@ -55,6 +57,7 @@ class Examples(Sequence[Example]):
         offsets: Where each example starts, and the end [examples + 1], int64.
         weights: [examples], float64.
         rows: [examples], int64.
+        token_weights: [tokens], float32; None: all are 1.
         dropped: How many rows of the source are missing, by reason.
     """
 
@@ -67,12 +70,14 @@ class Examples(Sequence[Example]):
         weights: Tensor,
         rows: Tensor,
         dropped: Mapping[str, int],
+        token_weights: Tensor | None = None,
     ) -> None:
         self.ids = ids
         self.is_target = is_target
         self.offsets = offsets
         self.weights = weights
         self.rows = rows
+        self.token_weights = token_weights
         self.dropped = dict(dropped)
 
     @classmethod
@@ -95,6 +100,7 @@ class Examples(Sequence[Example]):
         is_target: list[Tensor] = []
         weights: list[float] = []
         rows: list[int] = []
+        token_weights: list[Tensor | None] = []
         for example in examples:
             target = example.labels != IGNORE
             if not torch.equal(example.labels[target], example.input_ids[target]):
@@ -106,6 +112,7 @@ class Examples(Sequence[Example]):
             is_target.append(target)
             weights.append(example.weight)
             rows.append(example.row)
+            token_weights.append(example.token_weights)
         offsets = torch.zeros(len(ids) + 1, dtype=torch.int64)
         offsets[1:] = torch.tensor([len(one) for one in ids], dtype=torch.int64).cumsum(0)
         return cls(
@@ -115,6 +122,7 @@ class Examples(Sequence[Example]):
             weights=torch.tensor(weights, dtype=torch.float64),
             rows=torch.tensor(rows, dtype=torch.int64),
             dropped=dropped or {},
+            token_weights=_flat_weights(token_weights, ids),
         )
 
     def __len__(self) -> int:
@@ -137,6 +145,7 @@ class Examples(Sequence[Example]):
             labels=input_ids.where(self.is_target[part], IGNORE),
             weight=float(self.weights[at]),
             row=int(self.rows[at]),
+            token_weights=None if self.token_weights is None else self.token_weights[part],
         )
 
     @cached_property
@@ -213,7 +222,8 @@ class Examples(Sequence[Example]):
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: cannot be read ({error})") from error
         types = {name: tensor.dtype for name, tensor in tensors.items()}
-        if metadata.get("format") != _FORMAT or types != _TYPES:
+        wanted = _TYPES | ({"token_weights": torch.float32} if "token_weights" in types else {})
+        if metadata.get("format") != _FORMAT or types != wanted:
             raise DataError(f"{path}: not a file of examples ({_FORMAT})")
         ids, is_target = tensors.pop("ids"), tensors.pop("is_target")
         examples = cls(ids, is_target, dropped=json.loads(metadata["dropped"]), **tensors)
@@ -222,10 +232,24 @@ class Examples(Sequence[Example]):
         return examples
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {
+        tensors = {
             "ids": self.ids,
             "is_target": self.is_target,
             "offsets": self.offsets,
             "weights": self.weights,
             "rows": self.rows,
         }
+        if self.token_weights is not None:
+            tensors["token_weights"] = self.token_weights
+        return tensors
+
+
+def _flat_weights(given: Sequence[Tensor | None], ids: Sequence[Tensor]) -> Tensor | None:
+    if all(one is None for one in given):
+        return None
+    return torch.cat(
+        [
+            torch.ones(len(tokens)) if one is None else one.float()
+            for one, tokens in zip(given, ids, strict=True)
+        ]
+    )

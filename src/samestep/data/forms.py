@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samestep.data.load import Row
-from samestep.data.mask import Mask
+from samestep.data.mask import Mask, Weights
 from samestep.data.problems import RowError, raise_all
 from samestep.targets import IGNORE
 
@@ -18,7 +18,7 @@ Form = Literal[
 ]
 
 COLUMNS: dict[Form, tuple[str, ...]] = {
-    "token ids": ("input_ids", "labels"),
+    "token ids": ("input_ids", "labels", "token_weights"),
     "messages": ("messages", "tools"),
     "prompt and completion": ("prompt", "completion"),
     "prompt and completion turns": ("prompt", "completion", "tools"),
@@ -27,8 +27,8 @@ COLUMNS: dict[Form, tuple[str, ...]] = {
 """The columns that each form reads."""
 
 ACCEPTED = (
-    "accepted columns: input_ids (and labels); or messages (and tools); or prompt and completion, "
-    "both text or both lists of messages; or text. All rows must have the same. "
+    "accepted columns: input_ids (and labels, token_weights); or messages (and tools); or prompt "
+    "and completion, both text or both lists of messages; or text. All rows must have the same. "
     "Each form may add weight"
 )
 
@@ -152,6 +152,44 @@ def tokens_of(values: Mapping[str, Any]) -> tuple[NDArray[np.int64], Mask]:
             f"at its own position (not shifted) or {IGNORE}"
         )
     return ids, mask
+
+
+def token_weights_of(values: Mapping[str, Any], length: int) -> Weights | None:
+    """How much each token of a row that is tokenised already counts as a target.
+
+    Args:
+        values: The columns; ``token_weights`` [length] may be missing.
+        length: Of ``input_ids``.
+
+    Raises:
+        RowError: They are not as many finite numbers of at least 0.
+    """
+    if values.get("token_weights") is None:
+        return None
+    try:
+        weights = np.asarray(values["token_weights"], dtype=np.float32)
+    except (TypeError, ValueError):
+        weights = np.asarray(np.nan, dtype=np.float32)
+    if weights.shape != (length,):
+        raise RowError(f"token_weights must be a list of {length} numbers, as input_ids has")
+    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(wrong):
+        at = wrong[0]
+        raise RowError(f"token_weights[{at}] is {weights[at]}: a finite number of at least 0")
+    return weights
+
+
+def message_weight(message: Mapping[str, Any]) -> float:
+    """How much the tokens of a message count as targets: its ``weight``, or 1.
+
+    Raises:
+        RowError: It is not a finite number of at least 0.
+    """
+    weight = message.get("weight", 1.0)
+    known = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not (known and math.isfinite(weight) and weight >= 0):
+        raise RowError(f"the weight of a message must be a number of at least 0, found {weight!r}")
+    return float(weight)
 
 
 def _integers(name: str, value: Any) -> NDArray[np.int64]:

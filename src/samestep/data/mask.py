@@ -11,6 +11,9 @@ Span = tuple[int, int]
 Mask = NDArray[np.bool_]
 """Whether each token is a target [length]."""
 
+Weights = NDArray[np.float32]
+"""How much each token counts as a target [length]; 0 where it is none."""
+
 
 def mask_from_offsets(offsets: Sequence[Span], spans: Sequence[Span], *, text_length: int) -> Mask:
     """Mark every token that covers at least one character of a span.

@@ -11,7 +11,7 @@ from samestep.data.cache import cache_key, read_cache, write_cache
 from samestep.data.chat import encode_conversations
 from samestep.data.encode import MarkedText, Masked, encode
 from samestep.data.examples import Example, Examples
-from samestep.data.forms import COLUMNS, Form, common_form, tokens_of, weight_of
+from samestep.data.forms import COLUMNS, Form, common_form, token_weights_of, tokens_of, weight_of
 from samestep.data.load import Row
 from samestep.data.problems import RowError, raise_all
 from samestep.errors import ConfigError, DataError
@@ -32,13 +32,16 @@ def tokenize_rows(
     append_eos: bool = True,
     train_on: Literal["completion", "all"] = "completion",
     cache: Path | None = None,
+    weigh_tokens: bool = False,
 ) -> Examples:
     """Tokenise rows and mark their targets.
 
     The form of the rows is told from their columns: ``input_ids`` (and ``labels``); ``messages``
     (and ``tools``), where the assistant's turns are targets; ``prompt`` and ``completion``, both
     text or both messages, where the completion is; ``text``, where everything is. Of several, the
-    first counts. Each may add ``weight``, a number above 0. The pad token plays no part.
+    first counts. Each may add ``weight``, a number above 0. Given ids may add ``token_weights``,
+    and a message of the assistant a ``weight``: how much their tokens count as targets, 0 for not
+    at all. The pad token plays no part.
 
     Args:
         rows: At least one; all of the same form.
@@ -48,6 +51,7 @@ def tokenize_rows(
             target. Chat templates and given ids close themselves.
         train_on: "all" makes every token a target, in any form.
         cache: A folder to keep the result in, for fast tokenizers.
+        weigh_tokens: Whether what the examples are for honours weights of tokens.
 
     Returns:
         An example for every row that has a target; ``dropped`` counts the others by reason.
@@ -77,6 +81,8 @@ def tokenize_rows(
             return examples
     dropped: Counter[str] = Counter()
     masked = _masked_rows(rows, tokenizer, form, append_eos=append_eos, everything=everything)
+    if not weigh_tokens:
+        masked = map(_unweighted, masked)
     examples = Examples.from_examples(_examples(rows, masked, max_length, dropped), dropped)
     if not len(examples):
         counts = "; ".join(f"{count} rows: {reason}" for reason, count in dropped.items())
@@ -110,9 +116,20 @@ def _masked_rows(
 def _given(row: Row, everything: bool) -> Masked | RowError:
     try:
         ids, mask = tokens_of(row.values)
+        weights = token_weights_of(row.values, len(ids))
     except RowError as error:
         return error
-    return Masked(ids, mask | everything)
+    mask = mask | everything
+    return Masked(ids, mask if weights is None else mask & (weights > 0), weights)
+
+
+def _unweighted(one: Masked | RowError) -> Masked | RowError:
+    if isinstance(one, Masked) and one.weights is not None:
+        return RowError(
+            "it has weights of tokens or messages, which this objective does not honour: only "
+            "causal_lm, vision_language and distillation do"
+        )
+    return one
 
 
 def _mark_text(row: Row, form: Form, everything: bool) -> MarkedText:
@@ -144,7 +161,8 @@ def _examples(
         if mask[1:].any():
             ids = torch.from_numpy(one.ids[:max_length])
             labels = ids.where(torch.from_numpy(mask), IGNORE)
-            yield Example(input_ids=ids, labels=labels, weight=weight, row=at)
+            weights = None if one.weights is None else torch.from_numpy(one.weights[:max_length])
+            yield Example(ids, labels, weight, row=at, token_weights=weights)
         elif one.mask[1:].any():
             dropped[f"no target left after truncation to max_length {max_length}"] += 1
         else:

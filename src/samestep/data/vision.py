@@ -20,7 +20,7 @@ from torch import Tensor
 
 from samestep.data.chat import mark_turns, renderer
 from samestep.data.collate import Padding, collate
-from samestep.data.encode import MarkedText, Masked
+from samestep.data.encode import MarkedText, Masked, masked
 from samestep.data.examples import Example, Examples
 from samestep.data.forms import tools_of, weight_of
 from samestep.data.images import illustrated_messages, open_image, sha256_of_images
@@ -104,21 +104,23 @@ def illustrated_records(
     for at, row in enumerate(rows):
         try:
             one = _marked(row, processor, folder, everything)
-            masked, is_image = _encode(*one, processor)
+            tokens, is_image = _encode(*one, processor)
             weight = weight_of(row.values)
         except RowError as error:
             problems.append(f"{row.origin}: {error}")
             continue
-        mask = masked.mask[:max_length]
+        mask = tokens.mask[:max_length]
         if is_image[len(mask) :].any():
             dropped[f"an image does not fit in max_length {max_length}"] += 1
         elif not mask[1:].any():
             dropped["no target"] += 1
         else:
-            ids = torch.from_numpy(masked.ids[: len(mask)])
+            ids = torch.from_numpy(tokens.ids[: len(mask)])
+            given = tokens.weights
+            weights = None if given is None else torch.from_numpy(given[: len(mask)])
             labels = ids.where(torch.from_numpy(mask), IGNORE)
             illustrated = Illustrated(one[0].text, one[1])
-            kept.append((Example(ids, labels, weight, at), illustrated))
+            kept.append((Example(ids, labels, weight, at, weights), illustrated))
             digest.update(sha256_of_images(list(one[1])).encode() + one[0].text.encode())
     raise_all(problems)
     if not kept:
@@ -136,6 +138,8 @@ def _marked(
     messages, files = illustrated_messages(row.values, folder)
     render = renderer(processor, tools_of(row.values))
     if everything:
+        if any("weight" in message for message in messages):
+            raise RowError("a message has a weight, which train_on: all would ignore")
         marked = MarkedText(render(messages, False), None)
     else:
         endings = processor.tokenizer.all_special_tokens
@@ -160,8 +164,8 @@ def _encode(marked: MarkedText, files: Sequence[Path], processor: Any) -> tuple[
     if marked.spans is None:
         return Masked(ids, ~is_image), is_image
     moved = [(_moved(start, replaced), _moved(end, replaced)) for start, end in marked.spans]
-    mask = mask_from_offsets(offsets, moved, text_length=length)
-    return Masked(ids, mask & ~is_image), is_image
+    masks = [mask_from_offsets(offsets, [span], text_length=length) & ~is_image for span in moved]
+    return masked(ids, masks, marked.weights), is_image
 
 
 def _growth(replacement: Mapping[str, Any]) -> int:

@@ -31,6 +31,7 @@ def read_language(
             append_eos=config.append_eos,
             train_on=train_on,
             cache=cache_folder() / "tokens",
+            weigh_tokens=True,
         )
     )
 
