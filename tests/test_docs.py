@@ -38,9 +38,10 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[s
     Path("my_objective.py").write_text(
         "import samestep\n\nloss = samestep.CausalLMLoss()\n", encoding="utf-8"
     )
+    kind = "taught" if config["data"] == "taught.jsonl" else config["objective"]
     tiny = {
         "model": str(tiny_model(tmp_path / "tiny", config["model"])),
-        "data": write_rows_of(config["objective"], tmp_path / "rows.jsonl", 8),
+        "data": write_rows_of(kind, tmp_path / "rows.jsonl", 8),
         "out": "out",
         **({"teacher": "tiny"} if "teacher" in config else {}),
         "steps": 1,

@@ -34,6 +34,19 @@ def judged(draw: random.Random) -> dict[str, Any]:
     return {"prompt": row["prompt"], "completion": completion, "label": good}
 
 
+def taught(draw: random.Random) -> dict[str, Any]:
+    """A teacher is nearly sure of one of three tokens, wherever it is asked."""
+    ids = [draw.randint(5, 200) for _ in range(draw.randint(4, 20))]
+    start = draw.randint(1, len(ids) - 2)
+    targets = len(ids) - start
+    return {
+        "input_ids": ids,
+        "labels": [-100] * start + ids[start:],
+        "top_ids": [[7, 8, 9]] * targets,
+        "top_logps": [[-0.1, -3.0, -4.0]] * targets,
+    }
+
+
 def rollout(draw: random.Random) -> dict[str, Any]:
     """Of four prompts; politeness is rewarded."""
     row, good = pair(draw), draw.random() < 0.5
@@ -109,6 +122,7 @@ ROWS: dict[str, Rows] = {
     "kto": judged,
     "policy": rollout,
     "distillation": completion,
+    "taught": taught,
     "reward": pair,
     "classification": sum_class,
     "regression": size,

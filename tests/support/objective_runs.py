@@ -28,6 +28,7 @@ CASES: dict[str, tuple[dict[str, Any], str, bool]] = {
     "policy kl": ({"kl_weight": 0.1, "ratio": "sequence"}, "score", True),
     "distillation": ({"divergence": "jensen_shannon", "lr": 1e-3}, "divergence", False),
     "distillation kl": ({"temperature": 2.0}, "divergence", False),
+    "distillation taught": ({}, "divergence", False),
     "reward": ({"centring": 0.01}, "accuracy", True),
     "classification": ({"lr": 3e-2}, "accuracy", True),
     "classification bert": ({"lr": 3e-3}, "cross_entropy", False),
@@ -50,7 +51,7 @@ def configured(folder: Path, case: str, **changes: Any) -> Any:
     kind = case.split()[-1]
     if kind in FAMILIES:
         settings = {**settings, "model": str(experts_folder(folder / kind, kind))}
-    if objective == "distillation":
+    if objective == "distillation" and kind != "taught":
         llama_folder(folder / "teacher", seed=1, scale=20)
         settings = {**settings, "teacher": str(folder / "teacher")}
     if kind == "t5":
@@ -58,7 +59,9 @@ def configured(folder: Path, case: str, **changes: Any) -> Any:
     if "bert" in case:
         settings = {**settings, "model": str(bert_folder(folder / "bert"))}
     data = {
-        name: write_rows_of(objective, folder / f"{name}.jsonl", number, seed=number)
+        name: write_rows_of(
+            kind if kind == "taught" else objective, folder / f"{name}.jsonl", number, seed=number
+        )
         for name, number in SIZES.items()
     }
     return run_config(folder, objective=objective, **{**data, **settings, **changes})

@@ -141,6 +141,14 @@ def test_models_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_teacher_of_another_vocabulary_is_refused_in_rows_too(tmp_path: Path) -> None:
+    config = configured(tmp_path, "distillation taught")
+    rows = Path(config.data)
+    rows.write_text(rows.read_text().replace("[7, 8, 9]", "[7, 8, 99999]"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="the teacher names token 99999"):
+        train(config)
+
+
 def test_routers_of_a_dense_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no router"):
         train(run_config(tmp_path, router_loss="window"))
@@ -155,6 +163,7 @@ def test_routers_of_a_dense_model_are_refused(tmp_path: Path) -> None:
         ("causal_lm", {"loss": "dft", "z_loss": 0.1}, "dft goes with neither"),
         ("seq2seq", {"padding": "left"}, "pads to the right"),
         ("policy", {"precompute_reference": True}, "live reference"),
+        ("distillation", {"temperature": 2.0}, "it needs whole logits"),
     ],
 )
 def test_settings_that_do_not_fit(objective: str, settings: Any, message: str) -> None:

@@ -40,7 +40,7 @@ class Records(Sequence[Record]):
         sequences: All sequences, those of a record side by side.
         width: Sequences a record.
         fields: By name, [records, ...].
-        token_fields: By name, [tokens], over all sequences in order.
+        token_fields: By name, [tokens, ...], over all sequences in order.
         meta: What belongs to all records, such as the names of the classes.
         dropped: How many rows of the source are missing, by reason.
         derived: The fields that were computed from the records.
@@ -147,7 +147,7 @@ def collate_records(
 
     Returns:
         What `collate` gives for all sequences of the records, in order; and ``fields``, if there
-        are any: those of records stacked [records, ...], those of tokens [rows, length].
+        are any: those of records stacked [records, ...], those of tokens [rows, length, ...].
     """
     sequences = [sequence for record in records for sequence in record.sequences]
     micro = collate(sequences, padding=padding, pad_id=pad_id)
@@ -166,7 +166,7 @@ def collate_records(
 def _laid_out(parts: Sequence[Tensor], micro: Mapping[str, Any]) -> Tensor:
     """Values of tokens in the layout of the micro-batch; ``IGNORE`` or 0 in padding."""
     fill = 0 if parts[0].is_floating_point() else IGNORE
-    out = parts[0].new_full(micro["input_ids"].shape, fill)
+    out = parts[0].new_full((*micro["input_ids"].shape, *parts[0].shape[1:]), fill)
     for part, (row, span) in zip(parts, spans(micro), strict=True):
         out[row, span] = part
     return out

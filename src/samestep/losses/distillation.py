@@ -57,6 +57,54 @@ def divergences(
     return torch.cat(parts)
 
 
+def top_k_divergences(
+    student: Tensor,
+    top_ids: Tensor,
+    top_logps: Tensor,
+    *,
+    student_logits: Logits,
+    kind: Divergence,
+    chunk: int | None = None,
+) -> Tensor:
+    """How far the student is from a teacher of which the k likeliest tokens are known.
+
+    All other tokens together count as one more, in both distributions; that divergence is a lower
+    bound of the one over the whole vocabulary (merging outcomes cannot raise it), and the same
+    where k is everything.
+
+    Args:
+        student: Its hidden states at the targets [targets, width].
+        top_ids: The teacher's tokens [targets, k].
+        top_logps: Their log probabilities [targets, k], over the whole vocabulary.
+        student_logits: The student's head.
+        kind: As for `divergences`.
+        chunk: As for `divergences`.
+
+    Returns:
+        [targets], at least 0; float32 or above.
+    """
+    chunk = chunk or CHUNK_ELEMENTS // 2**16
+
+    def part(own: Tensor, ids: Tensor, log_p: Tensor) -> Tensor:
+        log_q = _log_softmax(student_logits(own), 1.0).gather(1, ids)
+        return divergence(_with_rest(log_q), _with_rest(log_p.to(log_q)), kind)
+
+    parts = [
+        checkpoint(part, own, ids, log_p, use_reentrant=False)
+        for own, ids, log_p in zip(
+            student.split(chunk), top_ids.split(chunk), top_logps.split(chunk), strict=True
+        )
+    ]
+    return torch.cat(parts)
+
+
+def _with_rest(log_p: Tensor) -> Tensor:
+    """Log probabilities [rows, k], and that of everything else [rows, k + 1]."""
+    least = torch.finfo(log_p.dtype).eps  # of the rest, which rounding could make negative
+    rest = (1 - log_p.exp().sum(dim=-1, keepdim=True)).clamp(min=least).log()
+    return torch.cat([log_p, rest], dim=-1)
+
+
 def divergence(log_q: Tensor, log_p: Tensor, kind: Divergence) -> Tensor:
     """The divergence of each row [rows] of log q and log p [rows, vocabulary]."""
     if kind == "forward_kl":

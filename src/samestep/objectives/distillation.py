@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samestep.lm_head import UpToHead
-from samestep.losses.distillation import Divergence, divergences
+from samestep.lm_head import States, UpToHead
+from samestep.losses.distillation import Divergence, divergences, top_k_divergences
 from samestep.targets import IGNORE, shifted_targets
 from samestep.terms import Term, Unit, target_weights
 
@@ -40,8 +40,7 @@ class Distillation:
 
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the targets of one micro-batch."""
-        targets = shifted_targets(micro)
-        chosen = targets != IGNORE
+        chosen = shifted_targets(micro) != IGNORE
         own = self.up_to_head(model, micro)
         with torch.no_grad():
             other = self.up_to_head(self.teacher, micro)
@@ -53,15 +52,59 @@ class Distillation:
             kind=self.kind,
             temperature=self.temperature,
         )
-        weights = target_weights(micro, self.normalize)
-        sums = own.cross_entropy(targets, target_weights=weights)
         share = (1 - self.nll_weight) * self.temperature**2
-        return {
-            "divergence": Term(_dot(weights[chosen], losses), self.normalize, share),
-            "nll": Term(sums.loss, self.normalize, self.nll_weight),
-            "accuracy": Term(sums.correct, self.normalize, weight=0.0),
-        }
+        return _terms(own, micro, losses, self.normalize, (share, self.nll_weight))
 
 
-def _dot(weights: Tensor, losses: Tensor) -> Tensor:
-    return weights.to(losses) @ losses
+@dataclass(frozen=True)
+class TopKDistillation:
+    """Divergence from what a teacher said before: its k likeliest tokens at every target.
+
+    Terms as of `Distillation`. The fields of a micro-batch are ``top_ids`` and ``top_logps``
+    [rows, length, k], at the place of the token that they are predictions of.
+
+    Attributes:
+        kind: Which divergence.
+        nll_weight: Weight of "nll"; "divergence" has the rest of 1.
+        normalize: As for `samestep.CausalLMLoss`.
+    """
+
+    kind: Divergence = "forward_kl"
+    nll_weight: float = 0.0
+    normalize: Unit = "token"
+    up_to_head: UpToHead = field(default_factory=UpToHead, repr=False, compare=False)
+
+    def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
+        """Sums over the targets of one micro-batch."""
+        chosen = shifted_targets(micro) != IGNORE
+        own = self.up_to_head(model, micro)
+        top_ids, top_logps = (
+            micro["fields"][name][:, 1:][chosen[:, :-1]] for name in ("top_ids", "top_logps")
+        )
+        losses = top_k_divergences(
+            own.states[chosen],
+            top_ids.long(),
+            top_logps,
+            student_logits=own.logits,
+            kind=self.kind,
+        )
+        return _terms(own, micro, losses, self.normalize, (1 - self.nll_weight, self.nll_weight))
+
+
+def _terms(
+    own: States,
+    micro: Mapping[str, Any],
+    losses: Tensor,
+    normalize: Unit,
+    shares: tuple[float, float],
+) -> dict[str, Term]:
+    """The sums of divergences [targets], and of cross entropy beside them, with their weights."""
+    targets = shifted_targets(micro)
+    weights = target_weights(micro, normalize)
+    sums = own.cross_entropy(targets, target_weights=weights)
+    divergence = weights[targets != IGNORE].to(losses) @ losses
+    return {
+        "divergence": Term(divergence, normalize, shares[0]),
+        "nll": Term(sums.loss, normalize, shares[1]),
+        "accuracy": Term(sums.correct, normalize, weight=0.0),
+    }
