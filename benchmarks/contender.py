@@ -27,7 +27,7 @@ RATE = 2e-5
 
 def run_samestep(work: Work, rows: Path, steps: int, setting: str) -> list[float]:
     """`samestep train` with its defaults, or with a budget in tokens."""
-    from samestep.train.config import checked
+    from samestep.train.checked import checked
     from samestep.train.objectives.causal_lm import CausalLMConfig
     from samestep.train.trainer import train
 

@@ -23,7 +23,7 @@ from samestep.data.tokenize import tokenize_rows
 from samestep.models import attention
 from samestep.models.gguf import model_folder
 from samestep.terms import count
-from samestep.train.config import checked
+from samestep.train.checked import checked
 from samestep.train.objectives.causal_lm import CausalLMConfig
 from samestep.train.trainer import train
 

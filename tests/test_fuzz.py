@@ -13,7 +13,7 @@ from samestep.data.plan import cut_step, deal, plan_steps
 from samestep.errors import ConfigError
 from samestep.targets import IGNORE, shifted_targets
 from samestep.terms import count
-from samestep.train.config import checked
+from samestep.train.checked import checked
 from samestep.train.objectives.causal_lm import CausalLMConfig
 
 LENGTHS = st.lists(st.integers(1, 40) | st.integers(1, 4000), min_size=1, max_size=40)

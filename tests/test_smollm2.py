@@ -13,7 +13,7 @@ from samestep.data.load import load_rows
 from samestep.data.tokenize import tokenize_rows
 from samestep.models import attention
 from samestep.models.gguf import model_folder
-from samestep.train.config import checked
+from samestep.train.checked import checked
 from samestep.train.objectives.causal_lm import CausalLMConfig
 from samestep.train.trainer import train
 

@@ -71,6 +71,23 @@ def test_what_was_seen_is_in_the_results(study: str) -> None:
         assert (wrong[3].change or 0) < (wrong[2].change or 0)
 
 
+def test_what_was_seen_on_the_real_model_is_in_its_results() -> None:
+    results = load_results(HOME / "accumulation" / "results.json")
+    normalisation = {arm.label: arm.normalisation for arm in results.arms}
+    found = {one.arm: one for one in compare(results)}
+    assert {one.outcome for one in found.values()} == {"one seed"}
+    for arm, one in found.items():
+        if normalisation[arm] == "exact":
+            assert one.same_step is True
+            assert one.change == pytest.approx(0, abs=3.5e-07)
+        if normalisation[arm] == "mean-of-means":
+            assert one.gradient_difference == pytest.approx(0.25, abs=0.03)
+            assert one.ratio is not None
+            assert one.ratio[0] == pytest.approx(1.2, abs=0.05)
+            assert one.change is not None
+            assert -0.03 < one.change < 0
+
+
 @pytest.mark.parametrize("study", STUDIES)
 def test_no_path_of_a_machine_is_published(study: str) -> None:
     results = load_results(HOME / study / "results.json")

@@ -19,7 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from samestep.train.config import TrainConfig, checked
+from samestep.train.checked import checked
+from samestep.train.config import TrainConfig
 from samestep.train.objectives import config_class
 
 

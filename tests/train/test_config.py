@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from samestep.errors import ConfigError
 from samestep.train.arguments import read_config
-from samestep.train.config import SAME_STEP, checked
+from samestep.train.checked import checked
+from samestep.train.config import SAME_STEP
 from samestep.train.objectives.causal_lm import CausalLMConfig
 
 NEEDED = ["--model", "m", "--data", "d", "--out", "o"]

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from samestep.errors import ConfigError
 from samestep.losses.preference import PairLoss
-from samestep.train.config import checked
+from samestep.train.checked import checked
 from samestep.train.objectives import config_class
 from samestep.train.objectives.preference import DPOLoss
 from samestep.train.trainer import train

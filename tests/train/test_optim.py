@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from samestep.train.config import checked
+from samestep.train.checked import checked
 from samestep.train.objectives.causal_lm import CausalLMConfig
 from samestep.train.optim import build_optimizer, learning_rate, set_learning_rate
 

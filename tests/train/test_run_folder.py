@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from samestep.errors import ConfigError
-from samestep.train.config import checked
+from samestep.train.checked import checked
 from samestep.train.objectives.causal_lm import CausalLMConfig
 from samestep.train.run_folder import RunFolder
 

@@ -1,22 +1,18 @@
-"""Rows with labels beside the text: a class, a number, tags of words, the span of an answer."""
+"""Texts with a label: a class or a number."""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from samestep.data.examples import Example, Examples
-from samestep.data.forms import weight_of
+from samestep.data.encoded import each_row, encode_texts, records_of
 from samestep.data.load import Row
 from samestep.data.problems import RowError, raise_all
 from samestep.data.records import Records
-from samestep.errors import ConfigError, DataError
-from samestep.targets import IGNORE
-
-Read = TypeVar("Read")
+from samestep.errors import DataError
 
 
 def class_records(
@@ -42,8 +38,8 @@ def class_records(
     Raises:
         DataError: Rows are malformed or have a class that is not among them; lists every one.
     """
-    names = _each(rows, lambda row: _class_name(row.values), "text (or messages) and label")
-    known = list(classes) if classes is not None else _all_classes(names)
+    names = each_row(rows, lambda row: _class_of(row.values), "text (or messages) and label")
+    known = list(classes) if classes is not None else all_classes(names)
     outside = [
         f"{row.origin}: label {name!r} is none of the classes {', '.join(known)}"
         for row, name in zip(rows, names, strict=True)
@@ -75,150 +71,16 @@ def value_records(rows: Sequence[Row], tokenizer: Any, *, max_length: int | None
     Raises:
         DataError: As for `class_records`.
     """
-    values = _each(rows, lambda row: _number(row.values), "text (or messages) and label")
+    values = each_row(rows, lambda row: _number(row.values), "text (or messages) and label")
     numbers = torch.tensor(values, dtype=torch.float64)
     return _with_texts(rows, tokenizer, max_length, {"value": numbers})
 
 
-def tag_records(
-    rows: Sequence[Row],
-    tokenizer: Any,
-    *,
-    max_length: int | None = None,
-    classes: Sequence[str] | None = None,
-) -> Records:
-    """Words with a tag each; the first token of a word carries it.
-
-    Args:
-        rows: With ``tokens``, a list of words, and ``tags``, as many names or numbers; a tag of
-            -100 or null is not learned. Each may add ``weight``.
-        tokenizer: A fast tokenizer of transformers.
-        max_length: As for `class_records`.
-        classes: As for `class_records`.
-
-    Returns:
-        Records with the token field ``classes`` [tokens], int64, and ``meta["classes"]``; rows
-        without a tag left are dropped and counted.
-
-    Raises:
-        DataError: As for `class_records`.
-        ConfigError: The tokenizer cannot tell words.
-    """
-    if not tokenizer.is_fast:
-        raise ConfigError("tags of words need a fast tokenizer, which tells a token's word")
-    read = _each(rows, lambda row: _words(row.values), "tokens and tags")
-    found = [tag for _, tags in read for tag in tags if tag is not None]
-    known = list(classes) if classes is not None else _all_classes(found)
-    raise_all(
-        [
-            f"{row.origin}: tag {tag!r} is none of the classes {', '.join(known)}"
-            for row, (_, tags) in zip(rows, read, strict=True)
-            for tag in tags
-            if tag is not None and tag not in known
-        ]
-    )
-    encoded = tokenizer(
-        [words for words, _ in read],
-        is_split_into_words=True,
-        truncation=max_length is not None,
-        max_length=max_length,
-    )
-    labels = [
-        _tags_of_tokens(encoded.word_ids(at), tags, known) for at, (_, tags) in enumerate(read)
-    ]
-    kept = [at for at, one in enumerate(labels) if bool((one != IGNORE).any())]
-    return _records(
-        rows,
-        encoded,
-        kept,
-        token_fields={"classes": torch.cat([labels[at] for at in kept])} if kept else {},
-        meta={"classes": known},
-        dropped=Counter({"no tag left": len(rows) - len(kept)}),
-    )
-
-
-def answer_records(
-    rows: Sequence[Row], tokenizer: Any, *, max_length: int | None = None
-) -> Records:
-    """Questions about a context, answered by a span of it.
-
-    Args:
-        rows: With ``question``, ``context`` and ``answers``, as of SQuAD: ``{"text": [..],
-            "answer_start": [..]}`` (the first counts), or none: then the first token is the
-            answer. Each may add ``weight``.
-        tokenizer: A fast tokenizer of transformers.
-        max_length: Truncate the context to so many tokens in all.
-
-    Returns:
-        Records with the fields ``start`` and ``end`` [records], the first and the last token of
-        the answer, int64; rows whose answer is cut off are dropped and counted.
-
-    Raises:
-        DataError: Rows are malformed; lists every one.
-        ConfigError: The tokenizer cannot tell characters.
-    """
-    if not tokenizer.is_fast:
-        raise ConfigError("question answering needs a fast tokenizer, which tells characters")
-    read = _each(rows, lambda row: _answer(row.values), "question, context and answers")
-    encoded = tokenizer(
-        [row.values["question"] for row in rows],
-        [row.values["context"] for row in rows],
-        truncation="only_second" if max_length is not None else False,
-        max_length=max_length,
-    )
-    places = [_tokens_of_answer(encoded, at, answer) for at, answer in enumerate(read)]
-    kept = [at for at, place in enumerate(places) if place is not None]
-    fields = {
-        name: torch.tensor([places[at][side] for at in kept])  # type: ignore[index]
-        for side, name in enumerate(("start", "end"))
-    }
-    return _records(
-        rows,
-        encoded,
-        kept,
-        fields=fields,
-        dropped=Counter({"the answer is cut off": len(rows) - len(kept)}),
-    )
-
-
-def _each(rows: Sequence[Row], read: Callable[[Row], Read], wanted: str) -> list[Read]:
-    """What is read of every row, or every problem."""
-    found: list[Read] = []
-    problems = []
-    for row in rows:
-        try:
-            weight_of(row.values)
-            one = read(row)
-        except RowError as error:
-            problems.append(f"{row.origin}: {error}")
-            continue
-        found.append(one)
-    raise_all(problems, hint=f"accepted columns: {wanted}; each row may add weight")
-    return found
-
-
-def _label(values: Mapping[str, Any]) -> Any:
-    if not isinstance(values.get("text"), str) and not isinstance(values.get("messages"), list):
-        found = ", ".join(name for name, value in values.items() if value is not None)
-        raise RowError(f"has no text and no messages; found the columns {found or 'none'}")
-    if values.get("label") is None:
-        raise RowError("has no label")
-    return values["label"]
-
-
-def _class_name(values: Mapping[str, Any]) -> str:
+def _class_of(values: Mapping[str, Any]) -> str:
     label = _label(values)
     if isinstance(label, float | list | dict):
         raise RowError(f"label must be the name or the number of a class, found {label!r}")
-    return _name(label)
-
-
-def _name(label: Any) -> str:
-    if isinstance(label, bool):
-        return str(int(label))
-    if isinstance(label, int) and label < 0:
-        raise RowError(f"label must be at least 0, found {label}")
-    return str(label)
+    return class_name(label)
 
 
 def _number(values: Mapping[str, Any]) -> float:
@@ -232,54 +94,29 @@ def _number(values: Mapping[str, Any]) -> float:
     return number
 
 
-def _words(values: Mapping[str, Any]) -> tuple[list[str], list[str | None]]:
-    words, tags = values.get("tokens"), values.get("tags")
-    if not isinstance(words, list) or not isinstance(tags, list) or not words:
-        raise RowError("needs tokens and tags, both lists")
-    if len(words) != len(tags):
-        raise RowError(f"{len(words)} tokens but {len(tags)} tags")
-    if not all(isinstance(word, str) for word in words):
-        raise RowError("tokens must be text")
-    return words, [None if tag in (None, IGNORE) else _name(tag) for tag in tags]
+def _label(values: Mapping[str, Any]) -> Any:
+    if not isinstance(values.get("text"), str) and not isinstance(values.get("messages"), list):
+        found = ", ".join(name for name, value in values.items() if value is not None)
+        raise RowError(f"has no text and no messages; found the columns {found or 'none'}")
+    if values.get("label") is None:
+        raise RowError("has no label")
+    return values["label"]
 
 
-def _answer(values: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The characters of the answer; None if there is none."""
-    question, context, answers = (values.get(n) for n in ("question", "context", "answers"))
-    if not isinstance(question, str) or not isinstance(context, str):
-        raise RowError("needs question and context, both text")
-    if answers is None or not answers.get("text"):
-        return None
-    text, start = answers["text"][0], answers["answer_start"][0]
-    if context[start : start + len(text)] != text or not text:
-        raise RowError(f"the answer {text!r} does not stand at character {start} of the context")
-    return start, start + len(text)
+def class_name(label: Any) -> str:
+    """The name of a class that is told by its name or its number."""
+    if isinstance(label, bool):
+        return str(int(label))
+    if isinstance(label, int) and label < 0:
+        raise RowError(f"label must be at least 0, found {label}")
+    return str(label)
 
 
-def _tokens_of_answer(
-    encoded: Any, at: int, answer: tuple[int, int] | None
-) -> tuple[int, int] | None:
-    if answer is None:
-        return 0, 0
-    first = encoded.char_to_token(at, answer[0], sequence_index=1)
-    last = encoded.char_to_token(at, answer[1] - 1, sequence_index=1)
-    return None if first is None or last is None else (first, last)
-
-
-def _all_classes(names: Sequence[str]) -> list[str]:
+def all_classes(names: Sequence[str]) -> list[str]:
+    """The classes by the names found: sorted; for numbers, all up to the highest."""
     if all(name.isdigit() for name in names):
         return [str(number) for number in range(max(map(int, names), default=0) + 1)]
     return sorted(set(names))
-
-
-def _tags_of_tokens(
-    words: Sequence[int | None], tags: Sequence[str | None], known: Sequence[str]
-) -> Tensor:
-    labels = []
-    for word, before in zip(words, [None, *words[:-1]], strict=True):
-        tag = None if word is None or word == before else tags[word]
-        labels.append(IGNORE if tag is None else known.index(tag))
-    return torch.tensor(labels)
 
 
 def _with_texts(
@@ -293,55 +130,4 @@ def _with_texts(
     kept = [at for at, one in enumerate(encoded["input_ids"]) if one]
     dropped = Counter({"no token": len(rows) - len(kept)})
     fields = {name: values[kept] for name, values in fields.items()}
-    return _records(rows, encoded, kept, fields=fields, meta=meta, dropped=dropped)
-
-
-def encode_texts(
-    rows: Sequence[Row], tokenizer: Any, max_length: int | None
-) -> Mapping[str, list[list[int]]]:
-    """The tokens of each row's ``text`` (and ``text_pair``), or of its ``messages``."""
-    options: dict[str, Any] = {"truncation": max_length is not None, "max_length": max_length}
-    encoded: dict[str, list[list[int]]] = {}
-    for row in rows:
-        values = row.values
-        if isinstance(values.get("messages"), list):
-            text = tokenizer.apply_chat_template(values["messages"], tokenize=False)
-            found = tokenizer(text, add_special_tokens=False, **options)
-        else:
-            found = tokenizer(values["text"], values.get("text_pair"), **options)
-        for name, tokens in found.items():
-            encoded.setdefault(name, []).append(tokens)
-    return encoded
-
-
-def _records(
-    rows: Sequence[Row],
-    encoded: Mapping[str, Sequence[Sequence[int]]],
-    kept: Sequence[int],
-    *,
-    fields: Mapping[str, Tensor] | None = None,
-    token_fields: Mapping[str, Tensor] | None = None,
-    meta: Mapping[str, Any] | None = None,
-    dropped: Mapping[str, int],
-) -> Records:
-    """Records without a next token to learn."""
-    dropped = {reason: number for reason, number in dropped.items() if number}
-    if not kept:
-        told = "; ".join(f"{number} rows: {reason}" for reason, number in dropped.items())
-        raise DataError(f"no row is left to learn from ({told})")
-    examples = []
-    token_fields = dict(token_fields or {})
-    types = [token for at in kept for token in encoded.get("token_type_ids", [[]] * len(rows))[at]]
-    if any(types):  # BERT tells a pair's second text by them
-        token_fields["token_type_ids"] = torch.tensor(types)
-    for at in kept:
-        tokens = torch.tensor(encoded["input_ids"][at])
-        nothing = torch.full_like(tokens, IGNORE)
-        examples.append(Example(tokens, nothing, weight_of(rows[at].values), row=at))
-    return Records(
-        Examples.from_examples(examples),
-        fields=fields,
-        token_fields=token_fields,
-        meta=meta,
-        dropped=dropped,
-    )
+    return records_of(rows, encoded, kept, fields=fields, meta=meta, dropped=dropped)

@@ -13,7 +13,8 @@ from samestep.study.cache import fingerprint, run_key
 from samestep.study.results import Lengths
 from samestep.study.rows import cut_completions, lengths_of, read_examples, write_examples
 from samestep.study.spec import Arm, StudySpec
-from samestep.train.config import TrainConfig, checked
+from samestep.train.checked import checked
+from samestep.train.config import TrainConfig
 from samestep.train.objectives.causal_lm import CausalLMConfig
 
 SHARED = (

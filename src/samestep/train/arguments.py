@@ -8,7 +8,8 @@ import tyro
 import yaml
 
 from samestep.errors import ConfigError
-from samestep.train.config import TrainConfig, checked
+from samestep.train.checked import checked
+from samestep.train.config import TrainConfig
 from samestep.train.objectives import config_class
 
 REQUIRED = ("model", "data", "out")

@@ -126,8 +126,8 @@ class TokenClassificationConfig(TrainConfig):
 
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of tokens (words) and tags."""
-        from samestep.data.labelled import tag_records
         from samestep.data.load import load_rows
+        from samestep.data.tags import tag_records
 
         known = like.meta["classes"] if like else self.classes or None
         return tag_records(load_rows(source), tokenizer, max_length=self.max_length, classes=known)
@@ -154,7 +154,7 @@ class QuestionAnsweringConfig(TrainConfig):
 
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of question, context and answers, as of SQuAD."""
-        from samestep.data.labelled import answer_records
+        from samestep.data.answers import answer_records
         from samestep.data.load import load_rows
 
         return answer_records(load_rows(source), tokenizer, max_length=self.max_length)
