@@ -66,6 +66,14 @@ def test_the_run_is_that_of_one_process(folder: Path, number: int, parallel: str
     assert AutoModelForCausalLM.from_pretrained(out / "model").config.vocab_size > 0
 
 
+def test_ranks_wait_for_one_with_a_slow_disk(folder: Path) -> None:
+    out = folder / "slow"
+    options = settings(folder, out=str(out), steps=2, save_every=1, eval_data=None)
+    on_ranks(2, rank_work.training, str(folder), **{**options, "out": str(folder / "quick")})
+    on_ranks(2, rank_work.training_on_a_slow_disk, str(folder), **options, rank_timeout=60)
+    assert worst(weights(out), weights(folder / "quick")) == 0
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [((2, "fsdp2"), (4, "fsdp2")), ((4, "fsdp2"), (2, "ddp")), ((4, "ddp"), (2, "fsdp2"))],

@@ -194,6 +194,24 @@ def training(folder: str, **changes: Any) -> Any:
     return train(run_config(Path(folder), **changes))
 
 
+def training_on_a_slow_disk(folder: str, **changes: Any) -> Any:
+    """The same where rank 0, which writes, waits for its disk at each file."""
+    import os
+    import time
+
+    real = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.3)
+        real(descriptor)
+
+    os.fsync = slow if ranks.rank() == 0 else real
+    try:
+        return training(folder, **changes)
+    finally:
+        os.fsync = real
+
+
 def trained(config: Any) -> None:
     """A run of the trainer on these ranks, which are no process of the tests themselves."""
     from transformers import GotOcr2Processor

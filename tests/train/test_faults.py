@@ -204,6 +204,23 @@ def test_a_log_on_a_full_disk_ends_the_run_and_it_resumes(
     assert worst(weights(tmp_path / "out"), weights(tmp_path / "whole")) == 0
 
 
+def test_a_slow_disk_only_takes_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"save_every": 2, "steps": 4}
+    train(run_config(tmp_path, out=str(tmp_path / "whole"), **settings))
+    real, waited = os.fsync, []
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.1)
+        waited.append(descriptor)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    train(run_config(tmp_path, **settings))
+    assert len(waited) > 4
+    assert worst(weights(tmp_path / "out"), weights(tmp_path / "whole")) == 0
+    assert len(read_lines(tmp_path / "out" / "log.jsonl")) == 4
+
+
 FULL_DISK = """
 import resource, signal, sys
 from samestep.train.arguments import read_config
