@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from samestep.train.budget import BUDGETS, Costs, Sample, best_budget, fit, measured, remembered
+from samestep.train.budget import (
+    BUDGETS,
+    DEFAULT,
+    Costs,
+    Sample,
+    best_budget,
+    fit,
+    measured,
+    remembered,
+)
 
 COSTS = Costs(seconds=0.2, seconds_per_token=0.004, bytes=3e9, bytes_per_token=1e6)
 
@@ -28,7 +37,7 @@ def test_noise_that_makes_no_sense_gives_costs_that_do() -> None:
 def test_the_smallest_budget_with_little_fixed_cost_is_taken() -> None:
     # 0.2 s is 8 % of 2.5 s, which 575 tokens take.
     assert best_budget(COSTS) == 1024
-    assert best_budget(Costs(0.0, 0.004, None, 0.0)) == BUDGETS[0]
+    assert best_budget(Costs(0.0, 0.004, None, 0.0)) == DEFAULT  # never less for its time alone
     assert best_budget(Costs(1e9, 0.004, None, 0.0)) == BUDGETS[-1]
 
 
@@ -40,7 +49,7 @@ def test_memory_bounds_the_budget() -> None:
 
 
 def test_two_sizes_are_measured_and_the_first_run_does_not_count() -> None:
-    seconds = iter([9.0, 1.0, 0.9, 3.0, 3.1])
+    seconds = iter([9.0, 1.0, 3.0, 0.9, 3.1])
     cut = {256: [250, 200], 1024: [700, 1000]}
     runs = []
 
@@ -49,7 +58,7 @@ def test_two_sizes_are_measured_and_the_first_run_does_not_count() -> None:
         return Sample(cut[budget][place], next(seconds), None)
 
     costs = measured(lambda budget: cut[budget], run)
-    assert runs == [200, 200, 200, 1000, 1000]
+    assert runs == [200, 200, 1000, 200, 1000]
     assert costs is not None
     assert costs.seconds_per_token == pytest.approx(2.1 / 800)
     assert measured(lambda _: [250, 300], run) is None

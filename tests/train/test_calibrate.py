@@ -11,6 +11,8 @@ from runs import read_lines, run_config, write_rows
 from safetensors.torch import load_file
 
 from samestep.files import cache_folder
+from samestep.memory import memory_guard
+from samestep.terms import input_tokens
 from samestep.train import calibrate
 from samestep.train.resident import memory_to_have, peak_memory
 from samestep.train.trainer import train
@@ -50,6 +52,27 @@ def test_a_limit_below_what_is_needed_takes_the_smallest_budget_and_says_so(
     assert "above the limit of 0.0 GB" in caplog.text
     (line,) = read_lines(Path(config.out) / "log.jsonl")
     assert line["tokens"] / line["micro_batches"] <= 256
+
+
+def test_memory_that_runs_out_while_measuring_is_no_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "_key", lambda *_: "none")
+    real = calibrate.backward
+
+    def full(model: Any, micros: Any, *arguments: Any, **options: Any) -> Any:
+        if sum(map(input_tokens, micros)) > 300:
+            with memory_guard(micros[0]):
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return real(model, micros, *arguments, **options)
+
+    monkeypatch.setattr(calibrate, "backward", full)
+    train(run(tmp_path, steps=1))
+    assert "out of memory on" in caplog.text
+    assert "starting from 256 tokens a micro-batch" in caplog.text
+    (line,) = read_lines(tmp_path / "out" / "log.jsonl")
+    assert line["tokens"] / line["micro_batches"] <= 256
+    assert not (cache_folder() / "costs" / "none.json").exists()
 
 
 @pytest.mark.skipif(memory_to_have(torch.device("cpu")) is None, reason="the system does not say")

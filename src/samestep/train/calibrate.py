@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 import samestep
+from samestep.errors import OutOfMemoryError
 from samestep.files import cache_folder
 from samestep.objective import Objective
 from samestep.products import processor
 from samestep.terms import input_tokens
 from samestep.train.budget import (
+    BUDGETS,
     DEFAULT,
     Costs,
     Sample,
@@ -57,7 +59,11 @@ def micro_token_budget(model: Any, objective: Objective, config: TrainConfig, *,
         The budget.
     """
     path = cache_folder() / "costs" / f"{_key(model, config)}.json"
-    costs = remembered(path, lambda: _measure(model, objective, config, cut))
+    try:
+        costs = remembered(path, lambda: _measure(model, objective, config, cut))
+    except OutOfMemoryError as error:
+        log.warning("micro_tokens: %s; starting from %d tokens a micro-batch", error, BUDGETS[0])
+        return BUDGETS[0]  # the run itself cuts finer still, or says which sequence is too large
     if costs is None:
         return DEFAULT  # such a step is one or two micro-batches anyway
     could = memory_to_have(model.device)
