@@ -17,7 +17,7 @@ PACKAGES = {
 
 CORE = {
     "errors": set(),
-    "targets": set(),
+    "targets": {"errors"},
     "files": set(),
     "products": set(),
     "coupled": {"errors"},

@@ -76,6 +76,7 @@ def test_every_contradiction_is_in_one_message() -> None:
         ["--resume", "--overwrite"],
         ["--merge"],
         ["--lora-dropout", "0.1"],
+        ["--activation-offload", "--gradient-checkpointing", "full"],
     ],
 )
 def test_contradictions_are_refused(flags: list[str]) -> None:

@@ -172,10 +172,16 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("still running")
 
+    before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(trainer, "step", interrupted_twice)
     with pytest.raises(KeyboardInterrupt):
         train(run_config(tmp_path))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_activations_of_a_cpu_have_nowhere_to_go(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="activation_offload: on a CPU"):
+        train(run_config(tmp_path, activation_offload=True))
 
 
 def test_lora_saves_an_adapter_or_merges_it(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from samestep.errors import CheckError
 MULTIPLE = 10.0
 """How many noise floors a difference may be and still be exact."""
 
-BLIND = 0.5
-"""Tolerance from which on nothing could be told apart."""
+BLIND = 0.05
+"""Noise floor from which on nothing could be told apart."""
 
 SMALL = 2.0**-14
 """Scale at which no gradient is large enough to be clipped; a power of two, so nothing rounds."""
@@ -63,7 +63,7 @@ class Runs:
                     "weight of the model that it was given"
                 )
             runs.coarsest = max(_coarsest(runs), torch.finfo(torch.float64).eps)
-            if runs.tolerance > BLIND:
+            if runs.floor > BLIND:
                 raise CheckError(
                     f"{subject.name}: the gradient is lost in rounding (noise floor "
                     f"{runs.floor:.0e} of it): at these weights there is nothing to learn, as "

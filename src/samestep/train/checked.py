@@ -21,6 +21,8 @@ def checked(config: TrainConfig) -> TrainConfig:
         problems.append(f"micro_tokens: at least 1, or 'auto', not {config.micro_tokens}")
     if config.micro_batch is not None and config.micro_tokens != "auto":
         problems.append("micro_batch and micro_tokens are both given: keep one")
+    if config.activation_offload and config.gradient_checkpointing in ("selective", "full"):
+        problems.append("activation_offload: it needs gradient_checkpointing none")
     if config.resume and config.overwrite:
         problems.append("resume and overwrite contradict each other")
     if config.lora_rank is None:

@@ -106,6 +106,8 @@ class TrainConfig(BaseModel):
     gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """What the backward computes again: nothing, all but matrix products and attention, or whole
     layers. auto: selective on CPUs. Changes speed and memory, not the step."""
+    activation_offload: bool = False
+    """On accelerators: activations wait for the backward in the CPU's memory, not recomputed."""
     device: str = "auto"
     """cpu, cuda, mps; auto takes what there is."""
     seed: int = Field(default=0, ge=0)
@@ -305,7 +307,7 @@ class TrainConfig(BaseModel):
 SAME_STEP = frozenset(
     {
         *("micro_batch", "micro_tokens", "memory_limit", "padding", "gradient_checkpointing"),
-        "device",
+        *("activation_offload", "device"),
         *("ranks", "parallel", "cpu_offload", "rank_timeout", "not_finite"),
         *("eval_data", "eval_every", "save_every", "keep", "track", "merge", "out"),
     }

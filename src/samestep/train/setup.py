@@ -71,6 +71,8 @@ def set_up(config: TrainConfig) -> Run:
         DataError: The data cannot be used.
     """
     device = together(lambda: _device(config.device))
+    if config.activation_offload and device.type == "cpu":
+        raise ConfigError("activation_offload: on a CPU the activations are where they would go")
     # First once a machine: the other ranks find converted weights and tokens in the cache.
     loaded = together(lambda: _load_data(config) if first_of_this_machine() else None)
     tokenizer, data = together(lambda: loaded or _load_data(config))

@@ -1,5 +1,6 @@
 """The training loop: plan, step, log, evaluate, save."""
 
+import contextlib
 import gc
 import itertools
 import json
@@ -27,6 +28,7 @@ from samestep.errors import (
 from samestep.evaluation import EvalReport, evaluate
 from samestep.files import write_atomically
 from samestep.models.dropout import key_dropout
+from samestep.models.offload import Offload
 from samestep.parallel import is_sharded
 from samestep.ranks import every_rank, exchange, on_rank_0
 from samestep.terms import LossFn, LossResult
@@ -252,7 +254,8 @@ class Loop:
             self.watch.moves(f"{what}, micro-batch {next(numbers) + 1}")
             if step_number is not None:
                 key_dropout(model, micro, seed=self.config.seed, step=step_number)
-            return loss_fn(model, micro)
+            with Offload(model) if self.config.activation_offload else contextlib.nullcontext():
+                return loss_fn(model, micro)
 
         return TwoPass(looked_after) if isinstance(loss_fn, TwoPass) else looked_after
 
