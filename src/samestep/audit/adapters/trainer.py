@@ -67,6 +67,9 @@ class TrainerSubject:
         self.rows = 1
         self._slowest = 0.0
         self._padding: Padding | None = None
+        # Each would make a trainer anew, and a diagnosis asks again and again.
+        self._counts: dict[tuple[tuple[int, ...], Setting], Mapping[str, tuple[str, float]]] = {}
+        self._shapes: dict[tuple[int, ...], tuple[int, int] | None] = {}
         trainer = self._first(name)
         kinds = f"{type(trainer).__name__}, {type(trainer.model).__name__}"
         grouped = f", {self.rows} rows an example" if self.rows > 1 else ""
@@ -92,11 +95,13 @@ class TrainerSubject:
                 errors.append(error)
             else:
                 return trainer
-        first, last = errors[0], errors[-1]
+        first = errors[0]
         shown = [str(one) if isinstance(one, CheckError) else located(one) for one in errors]
-        also = "" if shown[-1] == shown[0] else f"; and with {rows} rows at once: {shown[-1]}"
+        # The first tells what is wrong with one row; a later one, what is wrong with several.
+        told = [one for one in shown[1:] if one != shown[0] and "too few to cut" not in one]
+        also = f"; with several rows at once: {told[-1]}" if told else ""
         if isinstance(first, CheckError):
-            raise CheckError(shown[0] + also) from last
+            raise CheckError(shown[0] + also) from first
         raise CheckError(f"{name} could not be run: {shown[0]}{also}") from first
 
     def _learn(self, trainer: Any, name: str) -> None:
@@ -154,12 +159,17 @@ class TrainerSubject:
         self, micro: tuple[int, ...], setting: Setting = PLAIN
     ) -> Mapping[str, tuple[str, float]]:
         """Of every tensor of the batch."""
-        return counts_of(self._batch(micro, setting))
+        if (micro, setting) not in self._counts:
+            self._counts[micro, setting] = counts_of(self._batch(micro, setting))
+        return self._counts[micro, setting]
 
     def shape(self, micro: tuple[int, ...]) -> tuple[int, int] | None:
         """That of ``input_ids``."""
-        ids = self._batch(micro).get("input_ids")
-        return (ids.shape[0], ids.shape[1]) if isinstance(ids, Tensor) and ids.dim() == 2 else None
+        if micro not in self._shapes:
+            ids = self._batch(micro).get("input_ids")
+            rows = isinstance(ids, Tensor) and ids.dim() == 2
+            self._shapes[micro] = (ids.shape[0], ids.shape[1]) if rows else None
+        return self._shapes[micro]
 
     def run(self, cut: Cut, setting: Setting = PLAIN) -> Observation:
         """One update of a new trainer."""
