@@ -4,7 +4,9 @@ import pytest
 
 from samestep.audit.causes import CAUSES
 from samestep.audit.check import AXES
+from samestep.audit.load import load_subject
 from samestep.cli import main
+from samestep.errors import CheckError
 
 
 def test_the_template_runs_and_is_inexact(
@@ -45,3 +47,18 @@ def test_the_documentation_knows_every_axis_and_every_cause() -> None:
     text = (Path(__file__).parents[2] / "docs" / "check.md").read_text(encoding="utf-8")
     missing = [name for name in (*AXES, *CAUSES) if f"| `{name}` |" not in text]
     assert not missing
+
+
+def test_a_name_may_be_made_when_it_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "lazy.py"
+    path.write_text(
+        "def __getattr__(name):\n"
+        "    if name != 'made':\n"
+        "        raise AttributeError(name)\n"
+        "    return {}\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(CheckError, match="the subject lacks"):
+        load_subject(f"{path}:made")
+    with pytest.raises(CheckError, match="has no 'other'"):
+        load_subject(f"{path}:other")

@@ -244,3 +244,13 @@ def test_the_padding_that_is_tried_is_that_of_the_collator() -> None:
     report = audit(factory(collator=padded_left), "micro-batch", "padding")
     assert set(found(report).values()) == {"padding-attended"}
     assert "columns on the left" in {axis.name: axis.reason for axis in report.axes}["padding"]
+
+
+def test_the_cut_that_differs_is_diagnosed_if_the_telling_one_does_not() -> None:
+    """3 + 3 + 2 rows are padded as far as all 8 are, single rows are not."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = (12, 5, 7, 4, 12, 6, 9, 12)
+    ids = [torch.randint(4, 61, (length,), generator=draw).tolist() for length in lengths]
+    data = [{"input_ids": one} for one in ids]
+    report = audit(factory(collator=padded_left, data=data), "micro-batch")
+    assert found(report) == {"micro-batch": "padding-attended"}

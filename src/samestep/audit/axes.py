@@ -33,6 +33,11 @@ def micro_batch(runs: Runs) -> AxisResult:
         free = compare(runs.gradient(tried[0]), runs.gradient(runs.whole))
         if free.relative_difference > runs.small_tolerance:
             worst, cut, note = free, tried[0], ", with gradients too small to be clipped"
+
+    def diagnose() -> Diagnosis:
+        seen = compare(runs.run(telling).gradient, whole).relative_difference
+        return diagnose_split(runs, telling if seen > runs.tolerance or note else cut)
+
     return judge(
         "micro-batch",
         runs,
@@ -40,7 +45,7 @@ def micro_batch(runs: Runs) -> AxisResult:
         reason=f"{shape(cut)} against {shape(runs.whole)}, the worst of "
         + ", ".join(shape(one) for one in tried)
         + note,
-        diagnose=lambda: diagnose_split(runs, telling),
+        diagnose=diagnose,
     )
 
 

@@ -33,10 +33,12 @@ def load_subject(reference: str) -> Subject:
     module = _import(Path(path))
     if not name:
         return as_subject(module, name=Path(path).stem)
-    if name not in vars(module):
+    try:
+        found = getattr(module, name)  # which the module may make only when it is asked for
+    except AttributeError:
         public = ", ".join(key for key in vars(module) if not key.startswith("_"))
-        raise CheckError(f"{path} has no {name!r}; it has: {public}")
-    return as_subject(vars(module)[name], name=name)
+        raise CheckError(f"{path} has no {name!r}; it has: {public}") from None
+    return as_subject(found, name=name)
 
 
 def as_subject(source: Any, *, name: str | None = None) -> Subject:
