@@ -49,6 +49,7 @@ def comparison(result: dict[str, Any]) -> str:
             "{:.2f} ({:.2f} .. {:.2f})".format(row["speed_of_samestep"], *row["spread"]),
             f"{row['peak_bytes'] / 1e9:.2f}",
             f"{row['memory_of_samestep']:.2f}",
+            f"{_start_up(result, row['name']):.0f}",
         ]
         for row in result["summary"]
     ]
@@ -58,13 +59,26 @@ def comparison(result: dict[str, Any]) -> str:
     if loads:
         notes.append(f"load of the machine {min(loads):.0f} to {max(loads):.0f}")
     notes += [f"{name} failed: {error}" for name, error in failed.items()]
-    header = ["contender", "tokens/s", "samestep is x faster", "peak GB", "samestep takes x"]
+    header = [
+        *("contender", "tokens/s", "samestep is x faster", "peak GB", "samestep takes x"),
+        "start-up and saving, s",
+    ]
     return f"## {result['work']}\n\n{table(header, rows)}\n{'; '.join(notes)}.\n"
+
+
+def _start_up(result: dict[str, Any], name: str) -> float:
+    """Seconds outside the steps: imports, loading, tokenising, and for samestep also saving."""
+    return min(run["outside_steps"] for run in result["runs"] if run["name"] == name)
 
 
 def kernels(result: dict[str, Any]) -> str:
     """The roofline and the profile."""
     rows = [[kind, f"{share:.1%}"] for kind, share in result["profile"].items()]
+    whole = result["seconds"]
+    timed = [
+        [part, f"{seconds:.3f}", f"{seconds / whole:.1%}"]
+        for part, seconds in (result["parts"] | result["around"]).items()
+    ]
     return (
         "## Roofline and profile\n\n"
         f"One micro-batch of {result['tokens']} tokens on {result['threads']} threads: its matrix "
@@ -73,6 +87,23 @@ def kernels(result: dict[str, Any]) -> str:
         f"{result['attention_seconds']:.2f} s; the step takes {result['seconds']:.2f} s: "
         f"{result['share']:.0%} of the roofline.\n\n"
         + table(["where the time goes", "share"], rows)
+        + "\nThe parts of the model by themselves, forward and backward, and what a step does "
+        f"beside its micro-batches, in seconds and against this one; {result['idle']:.0%} of the "
+        "cores' time is idle.\n\n"
+        + table(["part", "s", "of the micro-batch"], timed)
+    )
+
+
+def compiled(result: dict[str, Any]) -> str:
+    """What torch.compile does."""
+    if "error" in result:
+        told = f"it fails: {result['error']}"
+    else:
+        told = f"{result['compiled']:.2f} s, after a first step of {result['first']:.2f} s"
+    return (
+        "## torch.compile\n\nIt is not an option, because it does not help: the same micro-batches "
+        f"of SmolLM2-135M take {result['eager']:.2f} s without it; with each layer compiled for "
+        f"varying lengths (torch {result['torch']}), {told}.\n"
     )
 
 
@@ -107,7 +138,7 @@ def page() -> str:
     works = [bars.load(path.stem) for path in sorted(bars.RESULTS.glob("train-*.json"))]
     if works:
         parts += [HOW, *(comparison(work) for work in works if work is not None)]
-    for name, section in (("roofline", kernels), ("growth", growth)):
+    for name, section in (("roofline", kernels), ("growth", growth), ("compiled", compiled)):
         result = bars.load(name)
         if result is not None:
             parts.append(section(result))

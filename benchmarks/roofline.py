@@ -93,9 +93,15 @@ def measure(work_name: str, budget: int) -> dict[str, Any]:
     attention = attention_seconds([examples.lengths[at] for at in positions], model.config)
     loss = samestep.CausalLMLoss()
     seconds = best(lambda: samestep.backward(model, [micro], loss), 3)
+    began, worked = time.perf_counter(), time.process_time()
+    samestep.backward(model, [micro], loss)
+    busy = (time.process_time() - worked) / (time.perf_counter() - began)
     with torch.profiler.profile() as profile:
         samestep.backward(model, [micro], loss)
     return {
+        "parts": parts(model, micro, seconds),
+        "around": around(model, examples, positions),
+        "idle": max(0.0, 1 - busy / torch.get_num_threads()),
         "work": work_name,
         "tokens": tokens,
         "targets": targets,
@@ -110,6 +116,56 @@ def measure(work_name: str, budget: int) -> dict[str, Any]:
         / sum(one["seconds_of_mkl"] * one["layers"] for one in products),
         "profile": breakdown(profile),
     }
+
+
+def parts(model: Any, micro: dict[str, Any], whole: float) -> dict[str, float]:
+    """Seconds of a step's parts, each run by itself, forward and backward; and what is left.
+
+    Args:
+        model: As it is trained.
+        micro: The micro-batch.
+        whole: Seconds of the step on it.
+    """
+    from samestep.losses.linear_cross_entropy import linear_cross_entropy
+    from samestep.targets import shifted_targets
+
+    layer, layers = model.model.layers[0], len(model.model.layers)
+    states = torch.randn(*micro["input_ids"].shape, model.config.hidden_size, requires_grad=True)
+    turned = model.model.rotary_emb(states, micro["position_ids"])
+    borders = {name: value for name, value in micro.items() if name.startswith(("cu_", "max_"))}
+    head = model.get_output_embeddings()
+    targets = shifted_targets(micro)
+
+    def attention() -> None:
+        out = layer.self_attn(states, position_embeddings=turned, attention_mask=None, **borders)
+        out[0].sum().backward()
+
+    found = {
+        "attention": layers * best(attention, 3),
+        "MLP": layers * best(lambda: layer.mlp(states).sum().backward(), 3),
+        "head": best(lambda: linear_cross_entropy(states, head.weight, targets).loss.backward(), 3),
+    }
+    return {**found, "norms, residuals, recomputation, autograd": whole - sum(found.values())}
+
+
+def around(model: Any, examples: Any, positions: list[int]) -> dict[str, float]:
+    """Seconds of what a step does beside its micro-batches: the update, and the data."""
+    from samestep.data.collate import collate
+    from samestep.data.plan import cut_step
+
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    def data() -> None:
+        cut_step(list(examples.lengths), micro_tokens=1024)
+        collate([examples[at] for at in positions])
+
+    return {"optimizer and clipping, once a step": best(update, 3), "data": best(data, 3)}
 
 
 def _figures(shape: tuple[int, int, int]) -> dict[str, float]:
@@ -144,6 +200,9 @@ def main() -> None:
     result = measure(options.work, options.budget)
     for kind, share in result["profile"].items():
         print(f"{share:6.1%}  {kind}")
+    for part, seconds in (result["parts"] | result["around"]).items():
+        print(f"{seconds:6.3f} s  {part}")
+    print(f"{result['idle']:6.1%}  idle")
     print(
         f"{result['share']:.0%} of the roofline: products {result['product_seconds']:.2f} s "
         f"({result['gflops']:.0f} GFLOP/s; MKL {result['gflops_of_mkl']:.0f}), attention "

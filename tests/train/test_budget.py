@@ -35,7 +35,7 @@ def test_noise_that_makes_no_sense_gives_costs_that_do() -> None:
 
 
 def test_the_smallest_budget_with_little_fixed_cost_is_taken() -> None:
-    # 0.2 s is 8 % of 2.5 s, which 575 tokens take.
+    # 0.2 s is 12 % of 1.67 s, which 367 tokens take.
     assert best_budget(COSTS) == 1024
     assert best_budget(Costs(0.0, 0.004, None, 0.0)) == DEFAULT  # never less for its time alone
     assert best_budget(Costs(1e9, 0.004, None, 0.0)) == BUDGETS[-1]
