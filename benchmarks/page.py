@@ -89,8 +89,7 @@ def kernels(result: dict[str, Any]) -> str:
         + table(["where the time goes", "share"], rows)
         + "\nThe parts of the model by themselves, forward and backward, and what a step does "
         f"beside its micro-batches, in seconds and against this one; {result['idle']:.0%} of the "
-        "cores' time is idle.\n\n"
-        + table(["part", "s", "of the micro-batch"], timed)
+        "cores' time is idle.\n\n" + table(["part", "s", "of the micro-batch"], timed)
     )
 
 

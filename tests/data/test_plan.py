@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from samestep.data import plan
-from samestep.data.plan import cut_epoch, cut_step, order, plan_steps, steps_of
+from samestep.data.plan import (
+    cut_epoch,
+    cut_step,
+    order,
+    padding_share,
+    plan_steps,
+    steps_of,
+)
 from samestep.errors import ConfigError
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=50)
@@ -96,7 +103,7 @@ def test_micro_batches_are_alike_where_they_can_be() -> None:
 def test_packs_depend_on_lengths_and_budget_alone() -> None:
     lengths = [5, 9, 3, 9, 1, 7]
     assert cut_step(lengths, micro_tokens=12) == cut_step(lengths, micro_tokens=12)
-    assert cut_step(lengths, micro_tokens=12) == [[1, 2], [3, 4], [5, 0]]
+    assert cut_step(lengths, micro_tokens=12) == [[1, 2], [5, 0], [3, 4]]
 
 
 SIZES = st.sampled_from(["batch_size", "batch_tokens"])
@@ -151,3 +158,18 @@ def test_exactly_one_batch_size(given_: dict[str, int]) -> None:
 def test_exactly_one_micro_batch_size(given_: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="exactly one"):
         cut_step([1], **given_)
+
+
+def test_the_share_of_padding() -> None:
+    assert padding_share([4, 2, 3], [[0, 1], [2]]) == pytest.approx(2 / 11)
+    assert padding_share([4, 2, 3], [[0], [1], [2]]) == 0
+
+
+@given(lengths=LENGTHS, micro_tokens=st.integers(1, 200), padded=st.booleans())
+def test_the_largest_micro_batch_comes_first(
+    lengths: list[int], micro_tokens: int, padded: bool
+) -> None:
+    cut = cut_step(lengths, micro_tokens=micro_tokens, padded=padded)
+    held = [[lengths[one] for one in micro] for micro in cut]
+    sizes = [len(one) * max(one) if padded else sum(one) for one in held]
+    assert sizes == sorted(sizes, reverse=True)

@@ -1,6 +1,7 @@
 """Whole runs of a tiny model, in this process."""
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,17 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt):
         train(run_config(tmp_path))
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_log_says_how_well_micro_batches_are_filled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "samestep")
+    train(run_config(tmp_path, steps=1, micro_tokens=100))
+    assert re.search(r"micro-batches, \d+% of their 100 tokens filled", caplog.text)
+    padded = {"micro_batch": 4, "padding": "right", "out": str(tmp_path / "padded")}
+    train(run_config(tmp_path, steps=1, **padded))
+    assert re.search(r"2 micro-batches; \d+% of what is computed is padding", caplog.text)
 
 
 def test_activations_of_a_cpu_have_nowhere_to_go(tmp_path: Path) -> None:

@@ -210,7 +210,8 @@ def cut_step(
 
     With ``micro_tokens`` this packs first-fit decreasing: longest first, each into the first
     micro-batch with room. At most 11/9 of the fewest possible micro-batches, plus one (Dósa 2007).
-    Where the same number of micro-batches can be filled evenly, they are.
+    Where the same number of micro-batches can be filled evenly, they are. The largest comes first:
+    all others fit into the memory that it leaves.
 
     Args:
         lengths: The lengths of the step's sequences, in tokens.
@@ -229,14 +230,32 @@ def cut_step(
         positions = list(range(len(lengths)))
         return [positions[i : i + micro_batch] for i in range(0, len(positions), micro_batch)]
     assert micro_tokens is not None
-    packed = _first_fit(lengths, micro_tokens, padded=padded)
-    if padded:
-        return packed
-    # As many micro-batches, but alike: the largest, which memory is taken for, is smaller.
-    even = _spread(lengths, len(packed))
-    if all(sum(lengths[one] for one in micro) <= micro_tokens for micro in even):
-        return even
-    return packed
+    cut = _first_fit(lengths, micro_tokens, padded=padded)
+    if not padded:
+        # As many micro-batches, but alike: the largest, which memory is taken for, is smaller.
+        even = _spread(lengths, len(cut))
+        if all(sum(lengths[one] for one in micro) <= micro_tokens for micro in even):
+            cut = even
+
+    def size(micro: list[int]) -> int:
+        held = [lengths[one] for one in micro]
+        return len(held) * max(held) if padded else sum(held)
+
+    return sorted(cut, key=size, reverse=True)
+
+
+def padding_share(lengths: Sequence[int], cut: Sequence[Sequence[int]]) -> float:
+    """The share of padding, if each micro-batch is padded to its longest sequence.
+
+    Args:
+        lengths: The lengths of a step's sequences, in tokens.
+        cut: As `cut_step` gives it.
+
+    Returns:
+        From 0 to 1.
+    """
+    computed = sum(len(micro) * max(lengths[one] for one in micro) for micro in cut)
+    return 1 - sum(lengths) / computed
 
 
 def _first_fit(lengths: Sequence[int], budget: int, *, padded: bool) -> list[list[int]]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from samestep.data.collate import Padding, to_device
-from samestep.data.plan import cut_step, deal
+from samestep.data.plan import cut_step, deal, padding_share
 from samestep.data.records import Records
 from samestep.parallel import Idle
 from samestep.ranks import rank, world
@@ -64,16 +64,30 @@ class MicroBatches:
         lengths = [self._records.lengths[index] for index in indices]
         return [indices[position] for position in deal(lengths, ranks=world())[rank()]]
 
+    def told(self, indices: Sequence[int]) -> str:
+        """How well the cut of these records fills its micro-batches, for the log."""
+        lengths = [self._records.lengths[index] for index in indices]
+        cut = self._cut(indices)
+        told = f"{len(cut)} micro-batches"
+        if not self._by_number:
+            share = sum(lengths) / (len(cut) * self._budget)
+            told += f", {min(1.0, share):.0%} of their {self._budget:,} tokens filled"
+        if self._padding != "none":
+            told += f"; {padding_share(lengths, cut):.0%} of what is computed is padding"
+        return told
+
     def of(self, indices: Sequence[int], step: int) -> Iterator[dict[str, Any]]:
         """The micro-batches of the records, all of them on this rank."""
-        cut = cut_step(
+        for positions in self._cut(indices):
+            yield self._collate([indices[position] for position in positions], step)
+
+    def _cut(self, indices: Sequence[int]) -> list[list[int]]:
+        return cut_step(
             [self._records.lengths[index] for index in indices],
             micro_batch=self._budget if self._by_number else None,
             micro_tokens=None if self._by_number else self._budget,
             padded=self._padding != "none",
         )
-        for positions in cut:
-            yield self._collate([indices[position] for position in positions], step)
 
     def halve(self, indices: Sequence[int]) -> str:
         """Halve the budget from here on, so that these records are cut finer; say what it is."""

@@ -99,9 +99,9 @@ def set_up(config: TrainConfig) -> Run:
     if objective.annotate is not None:
         data = [annotated(model, one, micro_batches(one), objective.annotate) for one in data]
         prepare(model)
+    first = next(plans_of(data[0], config)).examples
     wanted = config.micro_tokens == "auto" and config.micro_batch is None
     if wanted and config.calibrated and world() == 1:
-        first = next(plans_of(data[0], config)).examples
         budget = micro_token_budget(
             model,
             objective,
@@ -109,6 +109,8 @@ def set_up(config: TrainConfig) -> Run:
             cut=lambda budget: list(micro_batches(data[0], _under(config, budget)).of(first, 0)),
         )
         config = _under(config, budget)
+    train = micro_batches(data[0], config)
+    log.info("the first step on this rank: %s", train.told(train.hand(first) or first[:1]))
     return Run(
         model=model,
         tokenizer=tokenizer,
@@ -116,7 +118,7 @@ def set_up(config: TrainConfig) -> Run:
         objective=objective,
         train=data[0],
         evaluation=data[1] if data[1:] else None,
-        micro_batches=micro_batches(data[0], config),
+        micro_batches=train,
         eval_micro_batches=micro_batches(data[1], config) if data[1:] else None,
         steps=_total_steps(data[0], config),
     )

@@ -113,9 +113,9 @@ class Rollouts:
         """Let a trainer take micro-batches from its data loader in place of its own generation."""
         trainer.get_train_dataloader = partial(Trainer.get_train_dataloader, trainer)
         trainer._prepare_inputs = partial(Trainer._prepare_inputs, trainer)
-        for name in ("steps_per_generation", "num_iterations"):
+        for name, value in (("steps_per_generation", accumulation), ("num_iterations", 1)):
             if name in vars(trainer.args):
-                setattr(trainer.args, name, accumulation if name.startswith("steps") else 1)
+                setattr(trainer.args, name, value)
         if "log_completions" in vars(trainer):
             trainer.log_completions = False
 
