@@ -14,12 +14,12 @@ export TOKENIZERS_PARALLELISM := false
 help:
 	@echo "make demo    fine-tune a real 135 M-parameter model and prove the step (5 minutes)"
 	@echo "make test    lint, types, and every test, the slow ones too"
-	@echo "make study   compare 32 x 1 with 1 x 32, exact and wrong, in a page (3 minutes)"
+	@echo "make study   compare 32 x 1 with 1 x 32, exact and wrong, in a page (2 minutes)"
 	@echo "make bench   compare speed and memory with TRL, Trainer and a plain loop (hours)"
 	@echo "make profile where the time of a training step goes"
 	@echo "make models  measure the named models and write docs/models.md (2 minutes)"
-	@echo "make corpus  audit the corpus of seeded bugs and sound loops (5 minutes)"
-	@echo "make audit   audit the trainers of transformers and TRL (an hour; it resumes)"
+	@echo "make corpus  audit the corpus of seeded bugs and sound loops (2 minutes)"
+	@echo "make audit   audit the trainers of transformers and TRL (half an hour; it resumes)"
 	@echo "make chaos   break runs on purpose and count what is lost (3 minutes)"
 	@echo "make format  put the code in its standard form"
 

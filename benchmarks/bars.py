@@ -28,13 +28,19 @@ class Bar:
     wanted: float
     at_least: bool = True
 
+    @property
+    def missed(self) -> bool:
+        """Whether it was measured and not reached."""
+        if self.found is None:
+            return False
+        return self.found < self.wanted if self.at_least else self.found > self.wanted
+
     def line(self) -> str:
         """The bar with its mark, as it is printed."""
         sign = ">=" if self.at_least else "<="
         if self.found is None:
             return f"not measured  {self.name} {sign} {self.wanted}"
-        reached = self.found >= self.wanted if self.at_least else self.found <= self.wanted
-        mark = "reached" if reached else "NOT REACHED"
+        mark = "NOT REACHED" if self.missed else "reached"
         return f"{mark:12}  {self.name}: {self.found:.3g} (bar {sign} {self.wanted})"
 
 
