@@ -47,8 +47,9 @@ def run_one(name: str, work: str, steps: int) -> dict[str, Any]:
         [*command, "--steps", str(steps)], env=environment, capture_output=True, text=True
     )
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return {"name": name, "error": last[:200]}
+        lines = done.stderr.strip().splitlines()
+        told = [line for line in lines if "Error" in line] or lines[-1:] or ["no message"]
+        return {"name": name, "error": told[-1].strip()[:200]}
     figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return figures | {"load": os.getloadavg()[0]}
 
