@@ -56,9 +56,9 @@ REASONS = {
         "where masked positions are saved, is a small part of this model."
     ),
     "peak memory, 512 examples": (
-        "8 examples are a single, smaller micro-batch. From 128 examples on the peak is flat; before, "
-        "the C library's heap still grows from one micro-batch to the next while the tensors that "
-        "are alive stay the same."
+        "8 examples are a single, smaller micro-batch. From 128 examples on the peak is flat; "
+        "before, the C library's heap still grows from one micro-batch to the next while the "
+        "tensors that are alive stay the same."
     ),
     "memory a token, length 8,192": (
         "what is compared is the growth over a process with 64 tokens, so it holds what the C "
