@@ -266,9 +266,10 @@ has the weights of a run that nothing broke, equal bit for bit.
 {rows}
 
 Further faults are injected by the tests, each once or a few times: memory that runs out (by a
-hook, and for real), losses that are not finite, full, slow and read-only disks, changed rows, a clock
-that jumps, two runs in one folder (`tests/train/test_faults.py`, `tests/train/test_checkpoint.py`);
-a rank that is killed, hangs, or fails alone (`tests/distributed/test_faults.py`).
+hook, and for real), losses that are not finite, full, slow and read-only disks, changed rows, a
+clock that jumps, two runs in one folder (`tests/train/test_faults.py`,
+`tests/train/test_checkpoint.py`); a rank that is killed, hangs, or fails alone
+(`tests/distributed/test_faults.py`).
 """
 
 
