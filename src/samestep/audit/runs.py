@@ -53,7 +53,9 @@ class Runs:
             runs = cls(subject, replace(PLAIN, dtype=dtype))
             try:
                 runs.run(runs.whole)
-                runs.run(tuple((index,) for index in range(subject.size)))
+                runs.run(runs.singles)
+                runs.coarsest = max(_coarsest(runs), torch.finfo(torch.float64).eps)
+                floor = runs.floor
             except Exception as error:  # the subject is the user's code: anything may come
                 errors.append(error)
                 continue
@@ -62,11 +64,10 @@ class Runs:
                     f"{subject.name} leaves no gradient in .grad, steps no optimizer and moves no "
                     "weight of the model that it was given"
                 )
-            runs.coarsest = max(_coarsest(runs), torch.finfo(torch.float64).eps)
-            if runs.floor > BLIND:
+            if floor > BLIND:
                 raise CheckError(
                     f"{subject.name}: the gradient is lost in rounding (noise floor "
-                    f"{runs.floor:.0e} of it): at these weights there is nothing to learn, as "
+                    f"{floor:.0e} of it): at these weights there is nothing to learn, as "
                     "where a teacher is the student. Start from other weights or rows"
                 )
             return runs
@@ -138,9 +139,12 @@ class Runs:
     @cached_property
     def hides_scale(self) -> bool:
         """Whether the update is as long whatever the gradient's length, as in Adam by hand."""
-        natural, small, none = (
-            norm(self.run(self.whole, scale=scale).gradient) for scale in (1.0, SMALL, 0.0)
-        )
+        try:
+            natural, small, none = (
+                norm(self.run(self.whole, scale=scale).gradient) for scale in (1.0, SMALL, 0.0)
+            )
+        except Exception:  # the subject's code: it may refuse a gradient of zero, and so sees it
+            return False
         return small > 0.5 * natural > none
 
     @cached_property

@@ -90,28 +90,28 @@ def _encode_readable(
                 results.append(Masked(ids, np.ones(len(ids), dtype=np.bool_)))
                 continue
             if tokenizer.is_fast:
-                offsets = encoded["offset_mapping"][at]
-                masks = [
-                    mask_from_offsets(offsets, [span], text_length=len(one.text))
-                    for span in one.spans
-                ]
+                offsets, groups = encoded["offset_mapping"][at], by_weight(one.spans, one.weights)
+                masks = [mask_from_offsets(offsets, g, text_length=len(one.text)) for g in groups]
             else:
                 borders = _token_borders(one, ids, tokenizer, special_tokens)
-                masks = [mask_from_borders(len(ids), [border]) for border in borders]
+                masks = [mask_from_borders(len(ids), g) for g in by_weight(borders, one.weights)]
             results.append(masked(ids, masks, one.weights))
         except RowError as error:
             results.append(error)
     return results
 
 
+def by_weight(spans: Sequence[Span], weights: Sequence[float] | None) -> list[Sequence[Span]]:
+    """The spans that share a mask: all of them, or each its own where they have weights."""
+    return [spans] if weights is None else [[span] for span in spans]
+
+
 def masked(
     ids: NDArray[np.int64], masks: Sequence[Mask], weights: Sequence[float] | None
 ) -> Masked:
-    """Tokens with the targets of several spans, and the weight of each span."""
-    mask: Mask = np.zeros(len(ids), dtype=np.bool_)
+    """Tokens with their targets: the masks of `by_weight`, and the weight of each."""
     if weights is None:
-        for one in masks:
-            mask |= one
+        (mask,) = masks
         return Masked(ids, mask)
     of_tokens: Weights = np.zeros(len(ids), dtype=np.float32)
     for one, weight in zip(masks, weights, strict=True):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from samestep.data.chat import mark_turns, renderer
 from samestep.data.collate import Padding, collate
-from samestep.data.encode import MarkedText, Masked, masked
+from samestep.data.encode import MarkedText, Masked, by_weight, masked
 from samestep.data.examples import Example, Examples
 from samestep.data.forms import tools_of, weight_of
 from samestep.data.images import illustrated_messages, open_image, sha256_of_images
@@ -164,7 +164,10 @@ def _encode(marked: MarkedText, files: Sequence[Path], processor: Any) -> tuple[
     if marked.spans is None:
         return Masked(ids, ~is_image), is_image
     moved = [(_moved(start, replaced), _moved(end, replaced)) for start, end in marked.spans]
-    masks = [mask_from_offsets(offsets, [span], text_length=length) & ~is_image for span in moved]
+    masks = [
+        mask_from_offsets(offsets, group, text_length=length) & ~is_image
+        for group in by_weight(moved, marked.weights)
+    ]
     return masked(ids, masks, marked.weights), is_image
 
 

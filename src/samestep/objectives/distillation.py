@@ -40,7 +40,8 @@ class Distillation:
 
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the targets of one micro-batch."""
-        chosen = shifted_targets(micro) != IGNORE
+        targets = shifted_targets(micro)
+        chosen = targets != IGNORE
         own = self.up_to_head(model, micro)
         with torch.no_grad():
             other = self.up_to_head(self.teacher, micro)
@@ -53,7 +54,8 @@ class Distillation:
             temperature=self.temperature,
         )
         share = (1 - self.nll_weight) * self.temperature**2
-        return _terms(own, micro, losses, self.normalize, (share, self.nll_weight))
+        weights = target_weights(micro, self.normalize)
+        return _terms(own, targets, weights, losses, self.normalize, (share, self.nll_weight))
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class TopKDistillation:
 
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the targets of one micro-batch."""
-        chosen = shifted_targets(micro) != IGNORE
+        targets = shifted_targets(micro)
+        chosen = targets != IGNORE
         own = self.up_to_head(model, micro)
         top_ids, top_logps = (
             micro["fields"][name][:, 1:][chosen[:, :-1]] for name in ("top_ids", "top_logps")
@@ -88,19 +91,20 @@ class TopKDistillation:
             student_logits=own.logits,
             kind=self.kind,
         )
-        return _terms(own, micro, losses, self.normalize, (1 - self.nll_weight, self.nll_weight))
+        weights = target_weights(micro, self.normalize)
+        shares = (1 - self.nll_weight, self.nll_weight)
+        return _terms(own, targets, weights, losses, self.normalize, shares)
 
 
 def _terms(
     own: States,
-    micro: Mapping[str, Any],
+    targets: Tensor,
+    weights: Tensor,
     losses: Tensor,
     normalize: Unit,
     shares: tuple[float, float],
 ) -> dict[str, Term]:
     """The sums of divergences [targets], and of cross entropy beside them, with their weights."""
-    targets = shifted_targets(micro)
-    weights = target_weights(micro, normalize)
     sums = own.cross_entropy(targets, target_weights=weights)
     divergence = weights[targets != IGNORE].to(losses) @ losses
     return {
