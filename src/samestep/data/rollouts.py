@@ -10,7 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from samestep.data.examples import Examples
 from samestep.data.load import Row
+from samestep.data.placed import check_number, place
 from samestep.data.problems import RowError, raise_all
 from samestep.data.records import Records
 from samestep.data.tokenize import tokenize_rows
@@ -138,28 +140,16 @@ def _group(values: Mapping[str, Any]) -> str:
     return json.dumps(values.get("prompt") if group is None else group, sort_keys=True)
 
 
-def _placed(rows: Sequence[Row], examples: Any, max_length: int | None) -> Tensor:
+def _placed(rows: Sequence[Row], examples: Examples, max_length: int | None) -> Tensor:
     """The old log likelihoods at the places of their tokens [tokens]."""
+
+    def read(row: Row, targets: int, cut: bool) -> list[Tensor]:
+        old = _floats(row.values.get("old_log_p"))
+        check_number(f"old_log_p has {len(old)} numbers", len(old), targets, cut=cut)
+        return [torch.tensor(old[:targets], dtype=torch.float64)]
+
     values = torch.zeros(len(examples.ids), dtype=torch.float64)
-    problems = []
-    for at, row in enumerate(rows):
-        part = slice(int(examples.offsets[at]), int(examples.offsets[at + 1]))
-        places = examples.is_target[part].clone()
-        places[:1] = False  # nothing comes before it that it could be predicted from
-        cut = max_length is not None and len(places) == max_length
-        try:
-            old = _floats(row.values.get("old_log_p"))
-            number = int(places.sum())
-            if len(old) < number or (len(old) > number and not cut):
-                raise RowError(
-                    f"old_log_p has {len(old)} numbers for {number} targets: give one for each "
-                    "token of the completion, the end-of-sequence token too"
-                )
-        except RowError as error:
-            problems.append(f"{row.origin}: {error}")
-            continue
-        values[part][places] = torch.tensor(old[:number], dtype=torch.float64)
-    raise_all(problems)
+    place(rows, examples, read, [values], max_length=max_length)
     return values
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from samestep.data.examples import Examples
 from samestep.data.load import Row
-from samestep.data.problems import RowError, raise_all
+from samestep.data.placed import check_number, place
+from samestep.data.problems import RowError
 from samestep.data.records import Records
 
 NAMES = ("top_ids", "top_logps")
@@ -37,19 +38,11 @@ def taught_records(
     width = _width(kept)
     tops = torch.zeros(len(examples.ids), width, dtype=torch.int32)
     logps = torch.zeros(len(examples.ids), width, dtype=torch.float32)
-    problems = []
-    for at, row in enumerate(kept):
-        part = slice(int(examples.offsets[at]), int(examples.offsets[at + 1]))
-        places = examples.is_target[part].clone()
-        places[:1] = False  # nothing comes before it that it could be predicted from
-        cut = max_length is not None and len(places) == max_length
-        try:
-            ids, values = _tops(row, width, int(places.sum()), cut=cut)
-        except RowError as error:
-            problems.append(f"{row.origin}: {error}")
-            continue
-        tops[part][places], logps[part][places] = ids, values
-    raise_all(problems)
+
+    def read(row: Row, targets: int, cut: bool) -> tuple[Tensor, Tensor]:
+        return _tops(row, width, targets, cut=cut)
+
+    place(kept, examples, read, [tops, logps], max_length=max_length)
     return Records(examples, token_fields={"top_ids": tops, "top_logps": logps})
 
 
@@ -66,11 +59,7 @@ def _tops(row: Row, width: int, targets: int, *, cut: bool) -> tuple[Tensor, Ten
     ids, logps = (_table(row, name, width) for name in NAMES)
     if len(ids) != len(logps):
         raise RowError(f"top_ids has {len(ids)} lists, top_logps {len(logps)}")
-    if len(ids) < targets or (len(ids) > targets and not cut):
-        raise RowError(
-            f"top_ids has {len(ids)} lists for {targets} targets: give one for each token of the "
-            "completion, the end-of-sequence token too"
-        )
+    check_number(f"top_ids has {len(ids)} lists", len(ids), targets, cut=cut)
     wrong = np.flatnonzero((ids != np.round(ids)).any(1) | (ids < 0).any(1))
     wrong = wrong if len(wrong) else np.flatnonzero((np.diff(np.sort(ids, 1), axis=1) == 0).any(1))
     if len(wrong):
