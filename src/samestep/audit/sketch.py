@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-KEPT = 2**21
-"""Elements of a model's gradient that are kept, 16 MB in float64: dozens fit beside any model."""
+KEPT = 2**19
+"""Elements of a model's gradient that are kept, 4 MB in float64: dozens fit beside any model."""
 
 
 def fold_of(model: nn.Module) -> int:
