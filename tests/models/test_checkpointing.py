@@ -15,6 +15,7 @@ from samestep.errors import ConfigError
 from samestep.models import checkpointing
 from samestep.models.checkpointing import checkpoint_activations
 from samestep.models.linear import speed_up_linear
+from samestep.models.lora import add_lora
 
 MODES: Any = ["none", "selective", "full"]
 
@@ -52,15 +53,38 @@ def test_each_mode_keeps_less_than_the_one_before(
         pytest.skip("PyTorch was built without oneDNN")
     monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
     monkeypatch.setattr(products, "SMALLEST", 1)
+    monkeypatch.setattr(checkpointing, "NARROW", 16)  # the model is that small
     (everything, wanted), (selective, one), (full, other) = (held(mode) for mode in MODES)
     assert full < 0.6 * selective < 0.6 * 0.7 * everything
     assert worst(one, wanted) < 1e-6
     assert worst(other, wanted) < 1e-6
 
 
+def test_an_adapters_results_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def held_with_adapters(narrow: int) -> int:
+        monkeypatch.setattr(checkpointing, "NARROW", narrow)
+        model = add_lora(
+            build("llama", torch.float32),
+            4,
+            alpha=8,
+            dropout=0.0,
+            targets=["all-linear"],
+            seed=0,
+        )
+        checkpoint_activations(model, "selective")
+        (micro,) = cut(model, ragged(32), [32], "none")
+        with Made() as made:
+            loss = samestep.CausalLMLoss()(model, micro)["nll"].total
+        found = made.held()
+        loss.backward()
+        return found
+
+    assert held_with_adapters(16) < 0.75 * held_with_adapters(1)
+
+
 def test_what_differs_the_second_time_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were results kept that the backward cannot use, gradients would show it."""
-    monkeypatch.setattr(checkpointing, "COSTLY", frozenset({torch.ops.aten.mul.Tensor}))
+    monkeypatch.setattr(checkpointing, "ATTENTION", frozenset({torch.ops.aten.mul.Tensor}))
     monkeypatch.setattr(
         torch.utils.checkpoint, "_detach_helper", lambda kept: kept.detach() * 1.001
     )

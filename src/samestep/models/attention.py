@@ -5,13 +5,14 @@ their borders only as an L x L mask over the whole pack on CPU; here every seque
 itself, so memory and time grow with the squares of the sequences, not with that of the pack.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from samestep.errors import ConfigError
+from samestep.models.long_attention import causal_attention, gains
 
 NAME = "samestep"
 """The ``attn_implementation`` under which `register` makes it known to transformers."""
@@ -96,18 +97,37 @@ def packed_attention(
     # split, not slices: the backward of a slice fills a tensor of the whole pack for each sequence.
     sequences = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     parts = [
-        scaled_dot_product_attention(
-            one_query,
-            one_key,
-            one_value,
-            attn_mask=_window(length, sliding_window, causal, query.device),
-            is_causal=causal and (sliding_window is None or length <= sliding_window),
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        for length, (one_query, one_key, one_value) in zip(lengths, sequences, strict=True)
+        _one(*states, scaling=scaling, causal=causal, sliding_window=sliding_window)
+        for states in sequences
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    # Positions first: so they lie in memory, and the model wants them.
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
+
+
+def _one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float | None,
+    causal: bool,
+    sliding_window: int | None,
+) -> Tensor:
+    """Attention of one sequence [1, heads, length, width]."""
+    length, width = query.shape[2:]
+    mask = _window(length, sliding_window, causal, query.device)
+    if causal and mask is None and gains(query, value):
+        scale = width**-0.5 if scaling is None else scaling
+        return cast(Tensor, causal_attention(query, key, value, scale))
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def _window(

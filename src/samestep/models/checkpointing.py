@@ -1,5 +1,6 @@
 """Activation checkpointing: which results of the forward are kept for the backward."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -7,20 +8,25 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from samestep.errors import ConfigError
+from samestep.models import long_attention  # noqa: F401  (names its operation)
 
 Checkpointing = Literal["none", "selective", "full"]
 
 _ATEN = torch.ops.aten
-COSTLY = frozenset(
+ATTENTION = frozenset(
     {
-        *(_ATEN.mm.default, _ATEN.addmm.default),
         _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
         _ATEN._scaled_dot_product_flash_attention.default,
         _ATEN._scaled_dot_product_efficient_attention.default,
         _ATEN._scaled_dot_product_cudnn_attention.default,
+        torch.ops.samestep.causal_attention.default,
     }
 )
-"""Operations whose results selective checkpointing keeps: matrix products and attention."""
+"""Kernels of attention."""
+
+NARROW = 128
+"""Inner size of a matrix product below which its result is sooner computed again than kept: that of
+a LoRA adapter is as large as its layer's, for a hundredth of the work."""
 
 
 def checkpoint_activations(model: Any, mode: Literal["auto"] | Checkpointing) -> Checkpointing:
@@ -31,8 +37,8 @@ def checkpoint_activations(model: Any, mode: Literal["auto"] | Checkpointing) ->
     Args:
         model: A transformers model; changed in place.
         mode: "none" keeps everything that autograd wants. "selective" keeps what is costly, the
-            results of matrix products and attention, and computes norms, rotations and
-            activation functions again. "full" keeps each layer's input alone: the least memory,
+            results of matrix products and attention, and computes norms, rotations, activation
+            functions and adapters again. "full" keeps each layer's input alone: the least memory,
             for one more forward. "auto" is selective on a CPU if the model allows, else none.
 
     Returns:
@@ -57,7 +63,16 @@ def checkpoint_activations(model: Any, mode: Literal["auto"] | Checkpointing) ->
     return mode
 
 
-def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    if operation in COSTLY or operation.namespace == "mkldnn":
+def _policy(_: Any, operation: Any, *arguments: Any, **__: Any) -> CheckpointPolicy:
+    if operation in ATTENTION or _inner_size(operation, arguments) >= NARROW:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _inner_size(operation: Any, arguments: Sequence[Any]) -> int:
+    """The size that a matrix product sums over; 0 for other operations."""
+    if operation is _ATEN.addmm.default:
+        return int(arguments[1].shape[-1])
+    if operation is _ATEN.mm.default or operation.namespace == "mkldnn":
+        return int(arguments[0].shape[-1])
+    return 0
