@@ -203,14 +203,16 @@ def main() -> None:
     options = parser.parse_args()
     began = time.perf_counter()
     work = WORKS[options.work]
-    rows = work.write_rows(options.steps)
-    seconds = run(options.name, work, rows, options.steps)
-    whole = time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as tempfile.tempdir:  # of all folders: gigabytes a run
+        rows = work.write_rows(options.steps)
+        seconds = run(options.name, work, rows, options.steps)
+        whole = time.perf_counter() - began
+        tokens = sum(len(one.input_ids) for one in _examples(work, rows))
     figures = {
         "name": options.name,
         "seconds": seconds,
         "outside_steps": whole - sum(seconds),
-        "tokens": sum(len(one.input_ids) for one in _examples(work, rows)),
+        "tokens": tokens,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     print(json.dumps(figures))

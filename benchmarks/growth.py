@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import bars
+from samestep.train.heap import keep_large_blocks
 
 WIDTH, LAYERS = 256, 4
 
@@ -73,6 +74,7 @@ def point(batch: int, length: int, vocabulary: int, checkpointing: str) -> dict[
     """The processor's seconds and the peak memory of a step, in this process."""
     import samestep
 
+    keep_large_blocks()
     made = model(vocabulary, checkpointing)
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-4, fused=True)
     micros = micro_batches(batch, length, vocabulary, budget=1024)

@@ -1,5 +1,10 @@
 """Products through oneDNN against float64, and when it is not taken."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -48,3 +53,46 @@ def test_onednn_serves_float32_on_the_cpu_alone(monkeypatch: pytest.MonkeyPatch)
     assert not by_onednn(one, other, multiplications=2**19)  # its fixed cost would not pay
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     assert not by_onednn(one, other, multiplications=2**21)
+
+
+MANY_SHAPES = """
+import torch
+from samestep import products
+products.onednn_is_faster = lambda: True
+torch.set_num_threads(1)
+weight = torch.randn(768, 512)
+def some(first):
+    for rows in range(first, first + 60):
+        states, slope = torch.randn(rows, 512), torch.randn(rows, 768)
+        products.product(states, weight.t())
+        products.product(slope, weight)
+        products.product(slope.t(), states)
+def resident_pages():
+    return int(open("/proc/self/statm").read().split()[1])
+some(200)
+before = resident_pages()
+some(300)
+print(resident_pages() - before)
+"""
+
+
+@pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and Path("/proc/self/statm").exists()),
+    reason="no oneDNN, or a system that does not say what a process takes",
+)
+def test_products_of_ever_new_shapes_do_not_pile_up() -> None:
+    """Each shape's code is half a megabyte: without bounds they grow the process for long."""
+
+    def pages_more(**environment: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", MANY_SHAPES],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=os.environ | environment,
+        )
+        return int(done.stdout)
+
+    bounded = pages_more()
+    assert bounded < 5_000
+    assert pages_more(**dict.fromkeys(products.CACHES, "1024")) > 2 * bounded + 5_000

@@ -6,6 +6,7 @@ fast. Both round in float32; the sums run in another order. Setting
 ``torch.backends.mkldnn.enabled`` to False turns oneDNN off, here as elsewhere.
 """
 
+import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,16 @@ SMALLEST = 2**20
 
 BLOCK_ELEMENTS = 2**21
 """Elements of a product that are held at once where it is added to something: 8 MB."""
+
+
+CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
+"""How many shapes of products oneDNN, and PyTorch's layer over it, may remember code for.
+
+Their default is 1,024 each, of half a megabyte and more. Micro-batches without padding hardly ever
+have the same number of tokens, so nearly all of that is never used again; and it lies scattered
+between the tensors, which then leave holes of the wrong size. Few are enough for the shapes that
+the layers of one micro-batch share.
+"""
 
 
 @cache
@@ -64,9 +75,17 @@ def product(one: Tensor, other: Tensor, *, bias: Tensor | None = None) -> Tensor
         [rows, columns].
     """
     if by_onednn(one, other, multiplications=one.numel() * other.shape[1]):
+        _bound_caches()
         found: Tensor = torch.ops.mkldnn._linear_pointwise(one, other.t(), bias, "none", [], "")
         return found
     return one @ other if bias is None else torch.addmm(bias, one, other)
+
+
+@cache
+def _bound_caches() -> None:
+    """Read once, at oneDNN's first product in the process; what the user has set stays."""
+    for name, capacity in CACHES.items():
+        os.environ.setdefault(name, capacity)
 
 
 def add_product_(total: Tensor, one: Tensor, other: Tensor) -> None:

@@ -67,7 +67,7 @@ def module_cross_entropy(
         label_smoothing: As in `linear_cross_entropy`.
         z_loss: As in `linear_cross_entropy`.
         softcap: As in `linear_cross_entropy`.
-        chunk: Rows of logits held at once; None: those that fill 64 MB for 64 k classes.
+        chunk: Rows of logits held at once; None: those that fill 32 MB for 64 k classes.
 
     Returns:
         The sums, without entropy. With no target the loss is a zero that still has a graph.

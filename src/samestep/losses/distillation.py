@@ -38,7 +38,7 @@ def divergences(
         teacher_logits: The teacher's head.
         kind: Which divergence.
         temperature: Logits are divided by it. The losses are not multiplied by its square.
-        chunk: Targets at once; None: those that fill 64 MB for 64 k classes.
+        chunk: Targets at once; None: those that fill 32 MB for 64 k classes.
 
     Returns:
         [targets], at least 0; float32 or above.

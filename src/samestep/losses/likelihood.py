@@ -49,7 +49,7 @@ def linear_likelihoods(
         targets: Class of each row [...], int64; ``IGNORE`` rows are never multiplied.
         bias: [vocabulary], or None.
         softcap: c of c * tanh(logits / c), or None.
-        chunk: Rows of logits held at once; None: as many as fill 64 MB in float32.
+        chunk: Rows of logits held at once; None: as many as fill 32 MB in float32.
 
     Returns:
         The likelihoods of the rows that are targets. Without any the vectors are empty and still
@@ -166,7 +166,7 @@ def module_likelihoods(
         hidden: Hidden states [..., width].
         targets: As in `linear_likelihoods`; ``IGNORE`` rows never reach the head.
         softcap: As in `linear_likelihoods`.
-        chunk: Rows of logits held at once; None: those that fill 64 MB for 64 k classes.
+        chunk: Rows of logits held at once; None: those that fill 32 MB for 64 k classes.
 
     Returns:
         The likelihoods of the rows that are targets.

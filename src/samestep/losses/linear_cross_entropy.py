@@ -16,8 +16,8 @@ from samestep.losses.head_gradients import HeadGradients
 from samestep.products import product
 from samestep.targets import IGNORE
 
-CHUNK_ELEMENTS = 2**24
-"""Logits held at once by default: 64 MB in float32."""
+CHUNK_ELEMENTS = 2**23
+"""Logits held at once by default: 32 MB in float32."""
 
 
 class CrossEntropySums(NamedTuple):
@@ -66,7 +66,7 @@ def linear_cross_entropy(
         z_loss: z, the factor of the squared logsumexp.
         softcap: c, or None.
         entropy: Also sum the entropies (one more pass over each chunk, no matrix product).
-        chunk: Rows of logits held at once; None: as many as fill 64 MB in float32.
+        chunk: Rows of logits held at once; None: as many as fill 32 MB in float32.
 
     Returns:
         The sums. With no target at all the loss is a zero that still has a graph.

@@ -23,6 +23,7 @@ from samestep.train.batches import MicroBatches
 from samestep.train.calibrate import micro_token_budget
 from samestep.train.config import TrainConfig
 from samestep.train.group import first_of_this_machine
+from samestep.train.heap import keep_large_blocks
 from samestep.train.layout import choose_layout, shard
 from samestep.train.optim import build_optimizer
 from samestep.two_pass import TwoPass
@@ -73,6 +74,8 @@ def set_up(config: TrainConfig) -> Run:
     device = together(lambda: _device(config.device))
     if config.activation_offload and device.type == "cpu":
         raise ConfigError("activation_offload: on a CPU the activations are where they would go")
+    if device.type == "cpu":
+        keep_large_blocks()
     # First once a machine: the other ranks find converted weights and tokens in the cache.
     loaded = together(lambda: _load_data(config) if first_of_this_machine() else None)
     tokenizer, data = together(lambda: loaded or _load_data(config))
