@@ -100,17 +100,17 @@ def apart(**shape: Any) -> dict[str, Any]:
     return shape | figures
 
 
-def grow(points: list[dict[str, Any]]) -> dict[str, Any]:
-    """Points with the straight line of time over tokens, and the growth of memory."""
+def straightness(points: list[dict[str, Any]]) -> float:
+    """R^2 of the straight line of time over tokens."""
     tokens = np.array([one["tokens"] for one in points], dtype=float)
     seconds = np.array([one["seconds"] for one in points], dtype=float)
     residual = seconds - np.polyval(np.polyfit(tokens, seconds, 1), tokens)
-    peaks = [one["peak_bytes"] for one in points]
-    return {
-        "points": points,
-        "r_squared": 1 - float(residual.var() / seconds.var()) if len(points) > 2 else None,
-        "memory_ratio": peaks[-1] / peaks[0],
-    }
+    return 1 - float(residual.var() / seconds.var())
+
+
+def bytes_of_a_further_token(few: dict[str, Any], many: dict[str, Any]) -> float:
+    """What a token more takes, between two points."""
+    return float((many["peak_bytes"] - few["peak_bytes"]) / (many["tokens"] - few["tokens"]))
 
 
 def normalisation(repeats: int) -> dict[str, float]:
@@ -167,7 +167,7 @@ def planner(examples: int, step_seconds: float) -> dict[str, float]:
 
 def measure(smoke: bool) -> dict[str, Any]:
     """All of it."""
-    few = 2 if smoke else None
+    few = 3 if smoke else None
     base = {"batch": 8, "length": 128, "vocabulary": 1024, "checkpointing": "auto"}
     batches = [apart(**base | {"batch": n}) for n in (8, 32, 128, 512)[:few]]
     lengths = [
@@ -175,14 +175,15 @@ def measure(smoke: bool) -> dict[str, Any]:
         for n in (64, 512, 2048, 4096, 8192)[:few]
     ]
     vocabularies = [apart(**base | {"vocabulary": n}) for n in (1024, 16384, 65536, 262144)[:few]]
-    length = grow(lengths)
-    floor = lengths[0]["peak_bytes"]
-    by_token = [(one["peak_bytes"] - floor) / one["tokens"] for one in lengths[1:]]
-    length["memory_ratio"] = by_token[-1] / by_token[len(by_token) // 2 - 1]
+    last, before = (bytes_of_a_further_token(*lengths[at:][:2]) for at in (-2, -3))
     return {
-        "batch": grow(batches),
-        "length": length,
-        "vocabulary": grow(vocabularies),
+        "batch": {
+            "points": batches,
+            "r_squared": straightness(batches),
+            "memory_ratio": batches[-1]["peak_bytes"] / batches[0]["peak_bytes"],
+        },
+        "length": {"points": lengths, "memory_ratio": last / before},
+        "vocabulary": {"points": vocabularies},
         "normalisation": normalisation(3 if smoke else 15),
         "planner": planner(1000 if smoke else 10**6, batches[0]["seconds"]),
     }

@@ -18,12 +18,14 @@ measures again (hours on 2 cores; `python benchmarks/run.py --work gsm` and so o
 time), `make profile` prints where a step's time goes.
 
 What makes it fast: sequences are packed without padding; the head multiplies targets alone, in
-chunks, and never holds whole logits; float32 products go through oneDNN where MKL keeps the
-processor to AVX2 (AMD with AVX-512). What makes it small: the backward computes all but matrix
+chunks, and never holds whole logits; float32 products, those of long sequences' attention too, go
+through oneDNN where MKL keeps the processor to AVX2 (AMD with AVX-512); large tensors come from the
+heap, not from the system each time. What makes it small: the backward computes all but matrix
 products and attention again, micro-batches are filled evenly, the largest first so that the others
-fit into the memory that it leaves, and their budget is measured. None of it changes the step. The
-last layer is not cut down to the positions that a target needs: it is one of many layers, so at
-most that share of a step could be saved, and the model's own code would have to be rewritten.
+fit into the memory that it leaves, their budget is measured, and oneDNN remembers the code of a few
+shapes only. None of it changes the step. The last layer is not cut down to the positions that a
+target needs: it is one of many layers, so at most that share of a step could be saved, and the
+model's own code would have to be rewritten.
 """
 
 HOW = """\
@@ -53,16 +55,16 @@ REASONS = {
     ),
     "tokens/s on tool chats": (
         "most of such a step are the long prompts, which both run through every layer; the head, "
-        "where masked positions are saved, is a small part of this model."
+        "where masked positions are saved, is a small part of this model. What is won are the "
+        "faster products, in the layers and in attention; what is left are the operations between "
+        "them, which both do alike."
     ),
     "peak memory, 512 examples": (
-        "8 examples are a single, smaller micro-batch. From 128 examples on the peak is flat; "
-        "before, the C library's heap still grows from one micro-batch to the next while the "
-        "tensors that are alive stay the same."
+        "8 examples are a single, smaller micro-batch, which needs no gradients beside its "
+        "activations and code for few shapes of products. From 128 examples on the peak is flat."
     ),
-    "memory a token, length 8,192": (
-        "what is compared is the growth over a process with 64 tokens, so it holds what the C "
-        "library's heap keeps beside the tensors; not looked into further."
+    "memory a further token": (
+        "what the heap keeps free between the tensors is in it; see the table of lengths below."
     ),
     "time of exact normalisation": (
         "counting, a multiplication a term and clipping are all that is added; on so small a model "
@@ -103,7 +105,9 @@ def comparison(result: dict[str, Any]) -> str:
     ]
     failed = {run["name"]: run["error"] for run in result["runs"] if "error" in run}
     loads = [run["load"] for run in result["runs"] if "load" in run]
-    notes = [f"{result['rounds']} rounds of {result['steps']} steps on {result['cores']} cores"]
+    rounds, steps = result["rounds"], result["steps"]
+    told = "1 round" if rounds == 1 else f"up to {rounds} rounds"
+    notes = [f"{told} of {steps} step{'s' * (steps > 1)} on {result['cores']} cores"]
     if loads:
         notes.append(f"load of the machine {min(loads):.0f} to {max(loads):.0f}")
     notes += [f"{name} failed: {error}" for name, error in failed.items()]
@@ -137,7 +141,8 @@ def kernels(result: dict[str, Any]) -> str:
         + table(["where the time goes", "share"], rows)
         + "\nThe parts of the model by themselves, forward and backward, and what a step does "
         f"beside its micro-batches, in seconds and against this one; {result['idle']:.0%} of the "
-        "cores' time is idle.\n\n" + table(["part", "s", "of the micro-batch"], timed)
+        "cores' time is idle (threads that wait for the next operation spin, and count as busy)."
+        "\n\n" + table(["part", "s", "of the micro-batch"], timed)
     )
 
 

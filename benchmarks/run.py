@@ -3,6 +3,7 @@
     python benchmarks/run.py                      everything (hours)
     python benchmarks/run.py --work gsm           one work
     python benchmarks/run.py --work gsm --contenders samestep trl:1 --rounds 1
+    python benchmarks/run.py --work gsm --contenders samestep trl:1 --add   one more round of these
     python benchmarks/run.py --work smoke         a tiny model, to see that the benchmark works
     python benchmarks/run.py --bars               judge the result files again
 
@@ -16,6 +17,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from rich.table import Table
 import bars
 
 HERE = Path(__file__).resolve().parent
-PEERS = ["trl:1", "trl:4", "trl:8", "trl-default:8", "trl-free:8", "trl-packing:8"]
+PEERS = ["trl:1", "trl:4", "trl:8", "trl-default:8", "trl-free:8", "trl-packing:4"]
 CONTENDERS = {
     "gsm": ["samestep", "samestep:512", *PEERS, "trainer:4", "plain:1", "plain:4"],
     "tools": ["samestep", *PEERS, "trainer:4", "plain:1"],
@@ -49,14 +51,17 @@ def run_one(name: str, work: str, steps: int) -> dict[str, Any]:
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         told = [line for line in lines if "Error" in line] or lines[-1:] or ["no message"]
-        return {"name": name, "error": told[-1].strip()[:200]}
+        killed = "killed, as when memory runs out" if done.returncode == -9 else told[-1].strip()
+        return {"name": name, "error": killed[:200]}
     figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return figures | {"load": os.getloadavg()[0]}
 
 
-def compare(work: str, names: list[str], *, rounds: int, steps: int) -> dict[str, Any]:
-    """Run every contender in turn, as often as asked."""
-    runs = []
+def compare(
+    work: str, names: list[str], *, rounds: int, steps: int, earlier: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Run every contender in turn, as often as asked; their figures beside earlier ones."""
+    runs = list(earlier)
     for _ in range(rounds):
         for name in names:
             runs.append(run_one(name, work, steps))
@@ -65,7 +70,7 @@ def compare(work: str, names: list[str], *, rounds: int, steps: int) -> dict[str
     good = [run for run in runs if "error" not in run]
     return {
         "work": work,
-        "rounds": rounds,
+        "rounds": max(Counter(run["name"] for run in runs).values()),
         "steps": steps,
         "cores": os.cpu_count(),
         "machine": platform.machine(),
@@ -101,12 +106,20 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="*")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--add", action="store_true", help="to the rounds of the result file")
     parser.add_argument("--bars", action="store_true")
     options = parser.parse_args()
     works = options.work or ([] if options.bars else [w for w in CONTENDERS if w != "smoke"])
     for work in works:
         names = options.contenders or CONTENDERS[work]
-        result = compare(work, names, rounds=options.rounds, steps=options.steps)
+        known = bars.load(f"train-{work}") if options.add else None
+        result = compare(
+            work,
+            names,
+            rounds=options.rounds,
+            steps=known["steps"] if known else options.steps,
+            earlier=known["runs"] if known else [],
+        )
         show(result["summary"])
         if work != "smoke":
             bars.save(f"train-{work}", result)

@@ -76,5 +76,6 @@ def test_roofline_and_growth_measure(monkeypatch: pytest.MonkeyPatch) -> None:
         len(m["input_ids"][0]) for m in growth.micro_batches(4, 16, 64, 1024)
     )
     json.dumps(growth.planner(100, 1.0))
-    points = [{"tokens": n, "seconds": 2 * n, "peak_bytes": 5} for n in (1, 2, 3)]
-    assert growth.grow(points)["r_squared"] == pytest.approx(1)
+    points = [{"tokens": n, "seconds": 2 * n, "peak_bytes": 5 * n} for n in (1, 2, 3)]
+    assert growth.straightness(points) == pytest.approx(1)
+    assert growth.bytes_of_a_further_token(*points[1:]) == 5
