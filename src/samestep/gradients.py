@@ -143,8 +143,11 @@ def clip_(gradients: Sequence[Tensor], max_norm: float | None) -> Tensor:
         norm = norm.full_tensor()
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for gradient in gradients:
-            gradient.mul_(factor.to(gradient.device, gradient.dtype))
+            kinds.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+        for (device, dtype), alike in kinds.items():
+            torch._foreach_mul_(alike, factor.to(device, dtype))  # on a GPU few kernels for all
     return norm
 
 
