@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from samestep import products
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # half of its trainers warn when they are imported
@@ -26,3 +28,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 @pytest.fixture(autouse=True)
 def same_random_state() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=[False, True], ids=["blas", "onednn"])
+def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both libraries of products in turn, whatever this processor gains from."""
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch was built without oneDNN")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
+    return bool(request.param)

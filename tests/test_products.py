@@ -12,23 +12,15 @@ from samestep import products
 from samestep.products import add_product_, by_onednn, product
 
 
-@pytest.fixture(params=[False, True], ids=["blas", "onednn"])
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    if request.param and not torch.backends.mkldnn.is_available():
-        pytest.skip("PyTorch was built without oneDNN")
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
-    return bool(request.param)
-
-
 def matrices(transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     one, other = torch.randn(131, 257), torch.randn(257, 67)
     return (one.t().contiguous().t(), other.t().contiguous().t()) if transposed else (one, other)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_product_is_as_close_to_float64_as_pytorchs(library: bool, transposed: bool) -> None:
+def test_a_product_is_as_close_to_float64_as_pytorchs(onednn: bool, transposed: bool) -> None:
     one, other = matrices(transposed)
-    assert by_onednn(one, other, multiplications=2**21) == library
+    assert by_onednn(one, other, multiplications=2**21) == onednn
     bias = torch.randn(67)
     truth = torch.addmm(bias.double(), one.double(), other.double())
     plain = (torch.addmm(bias, one, other) - truth).norm()
@@ -36,7 +28,8 @@ def test_a_product_is_as_close_to_float64_as_pytorchs(library: bool, transposed:
     assert (product(one, other) - (truth - bias)).norm() <= 2 * plain
 
 
-def test_a_product_is_added_block_by_block(library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("onednn")
+def test_a_product_is_added_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "BLOCK_ELEMENTS", 67 * 50)
     monkeypatch.setattr(products, "SMALLEST", 2**10)
     one, other = matrices(False)

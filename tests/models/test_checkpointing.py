@@ -45,13 +45,10 @@ def held(mode: Any) -> tuple[int, dict[str, Tensor]]:
     return found, gradients(model)
 
 
-@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.usefixtures("onednn")
 def test_each_mode_keeps_less_than_the_one_before(
-    onednn: bool, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if onednn and not torch.backends.mkldnn.is_available():
-        pytest.skip("PyTorch was built without oneDNN")
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
     monkeypatch.setattr(products, "SMALLEST", 1)
     monkeypatch.setattr(checkpointing, "NARROW", 16)  # the model is that small
     (everything, wanted), (selective, one), (full, other) = (held(mode) for mode in MODES)

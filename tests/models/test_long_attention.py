@@ -45,13 +45,10 @@ def test_values_and_gradients(
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.usefixtures("onednn")
 def test_float32_is_as_near_to_float64_as_pytorchs_kernel(
-    onednn: bool, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if onednn and not torch.backends.mkldnn.is_available():
-        pytest.skip("PyTorch was built without oneDNN")
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
     monkeypatch.setattr(products, "SMALLEST", 1)
     inputs = [states(heads, 300, torch.float32) for heads in (6, 2, 2)]
     exact = [one.detach().double().requires_grad_() for one in inputs]
@@ -104,12 +101,12 @@ def test_a_model_trains_by_it_and_selective_checkpointing_keeps_its_result(name:
 
 
 def test_it_is_taken_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long_attention, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
-    long = torch.zeros(1, 1, long_attention.LONG, 2)
+    long = torch.zeros(1, 1, long_attention.LONG, 64)
     assert long_attention.gains(long, long)
     assert not long_attention.gains(long[:, :, 1:], long[:, :, 1:])
     assert not long_attention.gains(long, long[..., :1])
     assert not long_attention.gains(long.double(), long.double())
-    monkeypatch.setattr(long_attention, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
     assert not long_attention.gains(long, long)

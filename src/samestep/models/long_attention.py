@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from samestep.products import onednn_is_faster, product
+from samestep.products import by_onednn, product
 
 BLOCK = 192
 """Most queries of a head that are multiplied at once: their scores should stay in the cache."""
@@ -23,13 +23,11 @@ LONG = 256
 
 def gains(query: Tensor, value: Tensor) -> bool:
     """Whether `causal_attention` serves a sequence, and faster than PyTorch's kernel."""
+    length, width = query.shape[2:]
     return (
-        query.shape[2] >= LONG
-        and query.shape[3] == value.shape[3]
-        and query.dtype == torch.float32
-        and query.device.type == "cpu"
-        and bool(torch.backends.mkldnn.enabled)
-        and onednn_is_faster()
+        length >= LONG
+        and width == value.shape[3]
+        and by_onednn(query, value, multiplications=query.numel() * length)
     )
 
 
@@ -76,7 +74,7 @@ def causal_attention_backward(
     # One more column, and the product with the values is the scores' gradient short of a factor.
     values = _with_column(value[0], 1.0)
     slopes = _with_column(incoming[0], -(incoming[0] * out[0]).sum(-1))
-    for block in _blocks(query[0], key[0], scale):
+    for block in _blocks(query[0], keys, scale):
         group, end = block.group, block.end
         slope = block.take(slopes)
         to_value[group, :, :end] += product(slope[:, :width].t(), block.shares)
