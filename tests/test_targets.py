@@ -1,6 +1,17 @@
+import pytest
 import torch
 
-from samestep.targets import sequence_ids, shifted_targets
+from samestep.data.collate import collate
+from samestep.data.examples import Example
+from samestep.errors import StepError
+from samestep.targets import (
+    check_known,
+    number_of_sequences,
+    sequence_ids,
+    shifted_targets,
+    target_positions,
+)
+from samestep.terms import count
 
 I = -100  # noqa: E741
 
@@ -42,3 +53,34 @@ def test_a_row_that_goes_on_elsewhere_still_starts_a_sequence() -> None:
         "position_ids": torch.tensor([[0, 1], [2, 3]]),
     }
     assert sequence_ids(micro).tolist() == [[0, 0], [1, 1]]
+
+
+def test_positions_are_those_of_the_targets() -> None:
+    micro = {"labels": torch.tensor([[5, 6, I, 7], [I, I, 8, I]])}
+    assert target_positions(micro).tolist() == [0, 2, 5]
+    assert target_positions({**micro, "target_positions": torch.tensor([1])}).tolist() == [1]
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+def test_what_collate_knows_is_what_the_labels_say(padding: str) -> None:
+    ids = torch.arange(4)
+    labels = torch.tensor([I, I, 2, 3])
+    micro = collate([Example(ids, labels), Example(ids[:3], labels[:3])], padding=padding)  # type: ignore[arg-type]
+    check_known(micro)
+    asked = {
+        k: v for k, v in micro.items() if k not in ("spans", "target_positions", "cu_seq_lens_q")
+    }
+    assert target_positions(asked).tolist() == micro["target_positions"].tolist()
+    assert number_of_sequences(asked) == number_of_sequences(micro) == 2
+
+
+def test_knowledge_that_does_not_fit_the_labels_is_refused() -> None:
+    ids = torch.arange(4)
+    micro = collate([Example(ids, ids.clone()), Example(ids, ids.clone())])
+    micro["labels"][0, 2] = I
+    with pytest.raises(StepError, match="names 6 positions, which are not those"):
+        count([micro])
+    again = collate([Example(ids, ids.clone()), Example(ids, ids.clone())])
+    again["spans"] = again["spans"][:1]
+    with pytest.raises(StepError, match="spans names 1 sequences"):
+        check_known(again)

@@ -8,7 +8,7 @@ from torch import nn
 from samestep.errors import ConfigError
 from samestep.lm_head import UpToHead
 from samestep.losses.linear_cross_entropy import CrossEntropySums
-from samestep.targets import shifted_targets
+from samestep.targets import shifted_targets, target_positions
 from samestep.terms import Constant, Term, Unit, target_weights
 
 
@@ -71,6 +71,7 @@ class CausalLMLoss:
         return self._up_to_head(model, micro).cross_entropy(
             shifted_targets(micro),
             target_weights=target_weights(micro, self.normalize),
+            positions=target_positions(micro),
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
         )

@@ -19,7 +19,8 @@ from samestep.losses.likelihood import (
 from samestep.losses.linear_cross_entropy import CrossEntropySums, linear_cross_entropy
 
 NOT_FOR_THE_MODEL = (
-    "labels", "example_ids", "example_weights", "token_weights", "fields", "mismatched"
+    "labels", "example_ids", "example_weights", "token_weights", "fields", "mismatched", "spans",
+    "target_positions",
 )  # fmt: skip
 """What a micro-batch holds beside the model's inputs."""
 
@@ -79,15 +80,17 @@ class States:
         cap = self.rule.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def likelihoods(self, targets: Tensor) -> Likelihoods:
+    def likelihoods(self, targets: Tensor, positions: Tensor) -> Likelihoods:
         """The likelihood of each target of targets [rows, length], in reading order."""
         if self.rule is None:
-            return logits_likelihoods(self.states, targets)
+            return logits_likelihoods(self.states, targets, positions=positions)
         hidden, softcap = _scaled(self.states, self.rule), self.rule.softcap
         if type(self.head) is nn.Linear:
             weight, bias = self.head.weight, self.head.bias
-            return linear_likelihoods(hidden, weight, targets, bias=bias, softcap=softcap)
-        return module_likelihoods(self.head, hidden, targets, softcap=softcap)
+            return linear_likelihoods(
+                hidden, weight, targets, bias=bias, softcap=softcap, positions=positions
+            )
+        return module_likelihoods(self.head, hidden, targets, softcap=softcap, positions=positions)
 
 
 def _scaled(states: Tensor, rule: LogitRule) -> Tensor:

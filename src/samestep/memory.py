@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from samestep.errors import OutOfMemoryError, SequenceTooLargeError
-from samestep.targets import sequence_ids
+from samestep.targets import number_of_sequences
 from samestep.terms import Micro, input_tokens
 
 SIGNS = ("can't allocate memory", "bad_alloc", "out of memory", "could not create a ")
@@ -63,4 +63,4 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _sequences(micro: Micro) -> int:
     if not isinstance(micro, Mapping) or "labels" not in micro or micro["labels"].dim() < 2:
         return 2  # unknown: it may be possible to cut it
-    return int(sequence_ids(micro).max()) + 1
+    return number_of_sequences(micro)

@@ -2,6 +2,10 @@
 
 The denominators (counted from the data before any forward) and the losses (summed
 over the same positions) must agree to the last token, so both call this module.
+
+How many targets and sequences there are decides the shapes of what follows. `samestep.data.collate`
+writes them down on the CPU (``target_positions``, ``spans``), so that no loss has to wait for a GPU
+to tell; where a micro-batch does not say, it is asked.
 """
 
 import itertools
@@ -11,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samestep.errors import ConfigError
+from samestep.errors import ConfigError, StepError
 
 IGNORE = -100
 """The label of a position that is not a target (the convention of PyTorch and transformers)."""
@@ -68,6 +72,59 @@ def shifted_weights(micro: Mapping[str, Any]) -> Tensor:
     return is_target
 
 
+def positions_of(targets: Tensor) -> Tensor:
+    """Where the targets stand in the flattened ``targets`` [...]: [targets] int64, ascending.
+
+    Its length depends on the values: a GPU is waited for.
+    """
+    return (targets.flatten() != IGNORE).nonzero().squeeze(1)
+
+
+def target_positions(micro: Mapping[str, Any]) -> Tensor:
+    """Where the targets of a micro-batch stand in its flattened rows.
+
+    Args:
+        micro: As for `shifted_targets`; optionally ``target_positions``, which are taken as they
+            are (`check_known` compares them with the labels).
+
+    Returns:
+        [targets], int64, ascending.
+    """
+    known: Tensor | None = micro.get("target_positions")
+    return positions_of(shifted_targets(micro)) if known is None else known
+
+
+def number_of_sequences(micro: Mapping[str, Any]) -> int:
+    """How many sequences a micro-batch holds: from its layout, else from its positions."""
+    if "spans" in micro:
+        return len(micro["spans"])
+    if micro["labels"].numel() == 0:
+        return 0
+    if micro.get("position_ids") is None or micro.get("attention_mask") is not None:
+        return len(micro["labels"])
+    return int(sequence_ids(micro).max()) + 1
+
+
+def check_known(micro: Mapping[str, Any]) -> None:
+    """Compare what a micro-batch says of its layout with its labels.
+
+    Raises:
+        StepError: It says otherwise: a loss would sum over other targets than are counted.
+    """
+    known = micro.get("target_positions")
+    if known is not None and not torch.equal(known, positions_of(shifted_targets(micro))):
+        raise StepError(
+            f"target_positions names {len(known)} positions, which are not those of the targets: "
+            "labels, position_ids or attention_mask were changed after collating. Leave "
+            "target_positions out of the micro-batch, or collate again"
+        )
+    if "spans" in micro and len(micro["spans"]) != int(sequence_ids(micro).max()) + 1:
+        raise StepError(
+            f"spans names {len(micro['spans'])} sequences, but the micro-batch holds another "
+            "number: leave spans out of it, or collate again"
+        )
+
+
 def sequence_ids(micro: Mapping[str, Any]) -> Tensor:
     """The number of the sequence that each position belongs to, counted over the micro-batch.
 
@@ -95,12 +152,15 @@ def spans(micro: Mapping[str, Any]) -> list[tuple[int, slice]]:
     """Where each sequence stands: its row, and its positions there.
 
     Args:
-        micro: A micro-batch of `samestep.data.collate.collate`; with ``input_ids`` alone each row
-            is one sequence.
+        micro: A micro-batch of `samestep.data.collate.collate`, which says so itself
+            (``spans``); with ``input_ids`` alone each row is one sequence.
 
     Returns:
         A place for each sequence, in reading order.
     """
+    if "spans" in micro:
+        known: list[tuple[int, slice]] = micro["spans"]
+        return known
     if "cu_seq_lens_q" in micro:
         borders = micro["cu_seq_lens_q"].tolist()
         return [(0, slice(a, b)) for a, b in itertools.pairwise(borders)]

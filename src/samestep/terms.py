@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from samestep.coupled import Coupled
 from samestep.errors import ConfigError, StepError
-from samestep.targets import IGNORE, sequence_ids, shifted_weights
+from samestep.targets import (
+    IGNORE,
+    check_known,
+    number_of_sequences,
+    sequence_ids,
+    shifted_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ def sequence_targets(micro: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """
     ids = sequence_ids(micro)
     is_target = shifted_weights(micro)
-    sequences = int(ids.max()) + 1 if ids.numel() else 0
+    sequences = number_of_sequences(micro)
     targets = is_target.new_zeros(sequences).index_add_(0, ids.flatten(), is_target.flatten())
     weights = micro.get("example_weights")
     if weights is None:
@@ -180,15 +186,20 @@ def count_labels(micro: Mapping[str, Any]) -> Counts:
 
     Returns:
         The counts by unit.
+
+    Raises:
+        StepError: What the micro-batch says of its layout does not fit its labels.
     """
     labels: Tensor = micro["labels"]
     if labels.dim() == 1:
         weights = micro.get("example_weights", torch.ones_like(labels, dtype=torch.float64))
         return {"example": float((weights * (labels != IGNORE)).double().sum())}
+    check_known(micro)
     targets, weights = sequence_targets(micro)
-    sequences = float(weights[targets > 0].sum())
+    sums = torch.stack([(targets * weights).sum(), (weights * (targets > 0)).sum()])
+    tokens, sequences = sums.tolist()  # read back at once
     return {
-        "token": float((targets * weights).sum()),
+        "token": tokens,
         "sequence": sequences,
         "example": sequences,
     }
@@ -206,7 +217,8 @@ def count(micro_batches: Iterable[Micro], counters: Mapping[str, Counter] | None
         The counts by unit, added up.
 
     Raises:
-        StepError: A counter gave something that is not a finite number of at least 0.
+        StepError: A counter gave something that is not a finite number of at least 0, or as for
+            `count_labels`.
     """
     counters = counters or {}
     counts: Counts = dict.fromkeys(counters, 0.0)

@@ -226,6 +226,7 @@ def accumulate(
                 if share is not None:
                     (share if scaler is None else scaler.scale(share)).backward()
                 tally.add(sums)
+        gathered.check_repeated()
         return tally.facts(), missed(weights, gradients)
 
     with quiet(model), float32_accumulation(weights) as gradients:

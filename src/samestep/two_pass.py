@@ -55,6 +55,7 @@ class Gathered:
         self._first: dict[str, Coupled] = {}
         self._slopes: dict[str, list[Tensor]] = {}
         self._values: dict[str, Tensor] = {}
+        self._repeated: dict[str, list[Tensor]] = {}
         self._micros = 0
         self._reports = True
 
@@ -136,14 +137,17 @@ class Gathered:
             Terms only. Those of coupled ones add up over the micro-batches to value(s).
 
         Raises:
-            StepError: The second pass gave another statistic than the first.
+            StepError: The terms, or the shape of a part, are others than in the first pass.
         """
         if not self._first:
             return loss
         terms, coupled = _split(loss)
         self._check_names(coupled)
         for name, term in coupled.items():
-            _check_repeatable(name, self._parts[name][index], term.part)
+            first = self._parts[name][index]
+            if first.shape != term.part.shape:
+                raise _not_repeatable(name)
+            self._repeated.setdefault(name, []).append(_are_close(first, term.part))
             share = (self._slopes[name][index] * term.part.double()).sum()
             value = self._values[name]
             if index > 0 or not self._reports:
@@ -151,6 +155,16 @@ class Gathered:
             # The share counts for its gradient alone; the reported number is the value itself.
             terms[name] = Term(value + (share - share.detach()), constant(1), term.weight)
         return terms
+
+    def check_repeated(self) -> None:
+        """Compare the passes, once for all micro-batches so that a GPU is waited for once.
+
+        Raises:
+            StepError: The second pass gave another statistic than the first.
+        """
+        for name, close in self._repeated.items():
+            if not torch.stack(close).all():
+                raise _not_repeatable(name)
 
     def _check_names(self, coupled: Mapping[str, Coupled]) -> None:
         if coupled.keys() != self._first.keys():
@@ -222,12 +236,16 @@ def _check_value(name: str, value: Tensor) -> None:
         )
 
 
-def _check_repeatable(name: str, first: Tensor, second: Tensor) -> None:
+def _are_close(first: Tensor, second: Tensor) -> Tensor:
+    """Whether both passes gave the same part, but for rounding: 0-d, bool."""
     tolerance = TOLERANCE.get(second.dtype, LOW_PRECISION_TOLERANCE)
-    second = second.detach().double()
-    if first.shape != second.shape or not (first - second).norm() <= tolerance * first.norm():
-        raise StepError(
-            f"coupled term {name!r}: the second pass gave another statistic than the first, so "
-            "its gradient would be wrong. The loss or the model draws random numbers that are "
-            "not tied to the examples (dropout, sampling): tie them, or turn them off"
-        )
+    close: Tensor = (first - second.detach().double()).norm() <= tolerance * first.norm()
+    return close
+
+
+def _not_repeatable(name: str) -> StepError:
+    return StepError(
+        f"coupled term {name!r}: the second pass gave another statistic than the first, so "
+        "its gradient would be wrong. The loss or the model draws random numbers that are "
+        "not tied to the examples (dropout, sampling): tie them, or turn them off"
+    )

@@ -74,3 +74,4 @@ def test_only_tensors_move() -> None:
     batch = to_device(collate([example(3, 1)]), torch.device("meta"))
     assert batch["input_ids"].is_meta
     assert batch["max_length_q"] == 3
+    assert batch["example_ids"].device.type == "cpu"  # read by the CPU alone

@@ -113,10 +113,19 @@ def test_an_objective_of_ones_own(tmp_path: Path, name: str) -> None:
     assert (line["counts"]["token"] == 7.0 * line["micro_batches"]) == (name == "whole")
 
 
-def test_lora_trains_the_new_head_of_a_classifier(tmp_path: Path) -> None:
-    train(configured(tmp_path, "classification", steps=2, lora_rank=2, lora_dropout=0.1))
+@pytest.mark.parametrize(
+    ("case", "head"),
+    [
+        ("classification", "score"),
+        ("token_classification", "score"),
+        ("question_answering bert", "qa_outputs"),
+    ],
+)
+def test_lora_trains_the_new_head_whole(tmp_path: Path, case: str, head: str) -> None:
+    train(configured(tmp_path, case, steps=2, lora_rank=2, lora_dropout=0.1))
     saved = load_file(tmp_path / "out" / "model" / "adapter_model.safetensors")
-    assert any("score" in name for name in saved)
+    assert [name for name in saved if head in name and "lora" not in name]
+    assert not [name for name in saved if head in name and "lora" in name]
     assert any("lora_A" in name for name in saved)
 
 

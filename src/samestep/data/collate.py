@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from samestep.data.examples import Example
-from samestep.targets import IGNORE, spans
+from samestep.targets import IGNORE, spans, target_positions
 
 Padding = Literal["none", "right", "left"]
 
@@ -30,15 +30,19 @@ def collate(
         ``input_ids``, ``labels``, ``position_ids`` [rows, length] int64, what ``padding`` adds,
         ``example_ids`` [sequences] int64 (their rows in the source), and ``example_weights``
         [sequences] float64 if any weight is not 1, and ``token_weights`` [rows, length] float64
-        if any example has them.
+        if any example has them. Known without asking a device, for what loses time there:
+        ``spans`` (`samestep.targets.spans`) and ``target_positions``
+        (`samestep.targets.target_positions`); ``example_ids`` stays on the CPU too.
     """
     batch = _pack(examples) if padding == "none" else _pad(examples, padding, pad_id)
+    batch["spans"] = spans(batch)
     batch["example_ids"] = torch.tensor([example.row for example in examples])
     if any(example.weight != 1 for example in examples):
         weights = [example.weight for example in examples]
         batch["example_weights"] = torch.tensor(weights, dtype=torch.float64)
     if any(example.token_weights is not None for example in examples):
         batch["token_weights"] = _token_weights(examples, batch)
+    batch["target_positions"] = target_positions(batch)
     return batch
 
 
@@ -82,11 +86,14 @@ def _pad(
 
 
 def to_device(micro: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The micro-batch with its tensors on a device, those inside ``fields`` too."""
+    """The micro-batch with its tensors on a device, those inside ``fields`` too.
+
+    ``example_ids`` stay: only the CPU reads them.
+    """
 
     def moved(value: Any) -> Any:
         if isinstance(value, dict):
             return to_device(value, device)
         return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-    return {key: moved(value) for key, value in micro.items()}
+    return {key: value if key == "example_ids" else moved(value) for key, value in micro.items()}

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from samestep.losses.linear_cross_entropy import CHUNK_ELEMENTS, CrossEntropySums
-from samestep.targets import IGNORE
+from samestep.targets import positions_of
 
 
 def logits_cross_entropy(
@@ -13,6 +13,7 @@ def logits_cross_entropy(
     targets: Tensor,
     *,
     target_weights: Tensor | None = None,
+    positions: Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> CrossEntropySums:
@@ -24,16 +25,15 @@ def logits_cross_entropy(
         logits: [..., vocabulary]; low precision is raised to float32.
         targets: Class of each row [...], int64; ``IGNORE`` rows count nothing.
         target_weights: Factor of each row [...], or None for 1.
+        positions: As in `linear_cross_entropy`.
         label_smoothing: As in `linear_cross_entropy`.
         z_loss: As in `linear_cross_entropy`.
 
     Returns:
         The sums, without entropy.
     """
-    chosen = targets != IGNORE
-    rows, targets = logits[chosen], targets[chosen]
+    rows, targets, scale = _chosen(logits, targets, target_weights, positions)
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    scale = torch.ones_like(rows[:, 0]) if target_weights is None else target_weights[chosen]
     scale = scale.to(rows.dtype)
     logsumexp = rows.logsumexp(dim=-1)
     nll = logsumexp - rows.gather(1, targets[:, None]).squeeze(1)
@@ -50,6 +50,7 @@ def module_cross_entropy(
     targets: Tensor,
     *,
     target_weights: Tensor | None = None,
+    positions: Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -64,6 +65,7 @@ def module_cross_entropy(
         hidden: Hidden states [..., width].
         targets: As in `linear_cross_entropy`; ``IGNORE`` rows never reach the head.
         target_weights: As in `linear_cross_entropy`.
+        positions: As in `linear_cross_entropy`.
         label_smoothing: As in `linear_cross_entropy`.
         z_loss: As in `linear_cross_entropy`.
         softcap: As in `linear_cross_entropy`.
@@ -72,10 +74,7 @@ def module_cross_entropy(
     Returns:
         The sums, without entropy. With no target the loss is a zero that still has a graph.
     """
-    chosen = targets != IGNORE
-    hidden, targets = hidden[chosen], targets[chosen]
-    scale = torch.ones_like(targets, dtype=torch.float64)
-    scale = scale if target_weights is None else target_weights[chosen]
+    hidden, targets, scale = _chosen(hidden, targets, target_weights, positions)
     chunk = chunk or CHUNK_ELEMENTS // 2**16
 
     def sums(states: Tensor, classes: Tensor, factors: Tensor) -> CrossEntropySums:
@@ -102,3 +101,14 @@ def module_cross_entropy(
         correct=torch.stack([part.correct for part in parts]).sum(),
         entropy=None,
     )
+
+
+def _chosen(
+    rows: Tensor, targets: Tensor, weights: Tensor | None, positions: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows that are targets, their classes, and their factors."""
+    positions = positions_of(targets) if positions is None else positions
+    classes = targets.flatten()[positions]
+    ones = torch.ones_like(classes, dtype=torch.float64)
+    factors = ones if weights is None else weights.flatten()[positions]
+    return rows.flatten(0, -2).index_select(0, positions), classes, factors

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from samestep.losses.head_gradients import HeadGradients
 from samestep.losses.linear_cross_entropy import CHUNK_ELEMENTS
 from samestep.products import product
-from samestep.targets import IGNORE
+from samestep.targets import positions_of
 
 
 class Likelihoods(NamedTuple):
@@ -39,6 +39,7 @@ def linear_likelihoods(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    positions: Tensor | None = None,
     chunk: int | None = None,
 ) -> Likelihoods:
     """Likelihoods of targets under ``softmax(hidden @ weight.T + bias)``.
@@ -49,6 +50,7 @@ def linear_likelihoods(
         targets: Class of each row [...], int64; ``IGNORE`` rows are never multiplied.
         bias: [vocabulary], or None.
         softcap: c of c * tanh(logits / c), or None.
+        positions: As in `linear_cross_entropy`.
         chunk: Rows of logits held at once; None: as many as fill 32 MB in float32.
 
     Returns:
@@ -60,7 +62,7 @@ def linear_likelihoods(
     """
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets {tuple(targets.shape)} for hidden {tuple(hidden.shape)}")
-    rows = (targets.flatten() != IGNORE).nonzero().squeeze(1)
+    rows = positions_of(targets) if positions is None else positions
     return Likelihoods(
         *_LinearLikelihoods.apply(  # type: ignore[no-untyped-call]
             hidden.flatten(0, -2).index_select(0, rows),
@@ -135,20 +137,23 @@ def _of_logits(logits: Tensor, targets: Tensor) -> list[Tensor]:
     return [nll, correct, entropy]
 
 
-def logits_likelihoods(logits: Tensor, targets: Tensor) -> Likelihoods:
+def logits_likelihoods(
+    logits: Tensor, targets: Tensor, *, positions: Tensor | None = None
+) -> Likelihoods:
     """Likelihoods from given logits, by autograd.
 
     Args:
         logits: [..., vocabulary]; low precision is raised to float32.
         targets: Class of each row [...], int64; ``IGNORE`` rows count nothing.
+        positions: As in `linear_cross_entropy`.
 
     Returns:
         The likelihoods of the rows that are targets.
     """
-    chosen = targets != IGNORE
-    rows = logits[chosen]
+    positions = positions_of(targets) if positions is None else positions
+    rows = logits.flatten(0, -2).index_select(0, positions)
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    return Likelihoods(*_of_logits(rows, targets[chosen]))
+    return Likelihoods(*_of_logits(rows, targets.flatten()[positions]))
 
 
 def module_likelihoods(
@@ -157,6 +162,7 @@ def module_likelihoods(
     targets: Tensor,
     *,
     softcap: float | None = None,
+    positions: Tensor | None = None,
     chunk: int | None = None,
 ) -> Likelihoods:
     """Likelihoods through any head, such as one wrapped by LoRA, in chunks of targets.
@@ -166,13 +172,15 @@ def module_likelihoods(
         hidden: Hidden states [..., width].
         targets: As in `linear_likelihoods`; ``IGNORE`` rows never reach the head.
         softcap: As in `linear_likelihoods`.
+        positions: As in `linear_cross_entropy`.
         chunk: Rows of logits held at once; None: those that fill 32 MB for 64 k classes.
 
     Returns:
         The likelihoods of the rows that are targets.
     """
-    chosen = targets != IGNORE
-    hidden, targets = hidden[chosen], targets[chosen]
+    positions = positions_of(targets) if positions is None else positions
+    hidden = hidden.flatten(0, -2).index_select(0, positions)
+    targets = targets.flatten()[positions]
     chunk = chunk or CHUNK_ELEMENTS // 2**16
 
     def part(states: Tensor, classes: Tensor) -> Likelihoods:

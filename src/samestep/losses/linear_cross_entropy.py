@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from samestep.losses.head_gradients import HeadGradients
 from samestep.products import product
-from samestep.targets import IGNORE
+from samestep.targets import positions_of
 
 CHUNK_ELEMENTS = 2**23
 """Logits held at once by default: 32 MB in float32."""
@@ -44,6 +44,7 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     target_weights: Tensor | None = None,
+    positions: Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -62,6 +63,9 @@ def linear_cross_entropy(
         targets: Class of each row [...], int64; ``IGNORE`` rows are never multiplied.
         bias: [vocabulary], or None.
         target_weights: Factor of each row [...], or None for 1.
+        positions: Where the targets stand in the flattened rows [targets], as
+            `samestep.targets.target_positions` knows them; None: they are looked for, which waits
+            for a GPU.
         label_smoothing: s, from 0 up to 1.
         z_loss: z, the factor of the squared logsumexp.
         softcap: c, or None.
@@ -78,7 +82,7 @@ def linear_cross_entropy(
         raise ValueError(f"targets {tuple(targets.shape)} for hidden {tuple(hidden.shape)}")
     if target_weights is not None and target_weights.shape != targets.shape:
         raise ValueError(f"target_weights {tuple(target_weights.shape)}, not {targets.shape}")
-    rows = (targets.flatten() != IGNORE).nonzero().squeeze(1)
+    rows = positions_of(targets) if positions is None else positions
     wanted = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     sums = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden.flatten(0, -2).index_select(0, rows),

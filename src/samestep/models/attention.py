@@ -27,14 +27,10 @@ def register() -> None:
     ``cu_seq_lens_q`` [sequences + 1], the borders. Registering twice is harmless.
     """
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
 
+    # No mask function is registered: transformers then makes no mask, without looking for packs
+    # in position_ids, which would wait for a GPU. The borders say it all.
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    """No mask tensor: the borders say it all."""
 
 
 def packed_attention(
@@ -88,12 +84,23 @@ def packed_attention(
             "without padding, or set another attn_implementation on the model"
         )
     causal = bool(module.is_causal) if is_causal is None else is_causal
-    if query.is_cuda:
-        out = _varlen(
-            query, key, value, cu_seq_lens_q, max_length_q, scaling, causal, sliding_window
-        )
-        return out, None
-    lengths = cu_seq_lens_q.diff().tolist()
+    attend = _varlen if query.is_cuda else _by_sequence
+    out = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, causal, sliding_window)
+    return out, None
+
+
+def _by_sequence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    borders: Tensor,
+    longest: int,
+    scaling: float | None,
+    causal: bool,
+    sliding_window: int | None,
+) -> Tensor:
+    """Attention of each sequence by itself, as any device can."""
+    lengths = borders.diff().tolist()
     # split, not slices: the backward of a slice fills a tensor of the whole pack for each sequence.
     sequences = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     parts = [
@@ -101,7 +108,7 @@ def packed_attention(
         for states in sequences
     ]
     # Positions first: so they lie in memory, and the model wants them.
-    return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1)
 
 
 def _one(

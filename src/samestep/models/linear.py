@@ -31,9 +31,8 @@ def speed_up_linear(model: nn.Module) -> int:
 
 def _forward(layer: nn.Linear, states: Tensor) -> Tensor:
     multiplications = states.numel() * layer.out_features
-    if torch.is_autocast_enabled(states.device.type) or not by_onednn(
-        states, layer.weight, multiplications=multiplications
-    ):
+    faster = by_onednn(states, layer.weight, multiplications=multiplications)
+    if not faster or torch.is_autocast_enabled(states.device.type):
         return nn.functional.linear(states, layer.weight, layer.bias)
     rows = states.flatten(0, -2)
     out: Tensor = _Linear.apply(rows, layer.weight, layer.bias)  # type: ignore[no-untyped-call]

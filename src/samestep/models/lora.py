@@ -5,6 +5,9 @@ from typing import Any
 
 from samestep.errors import ConfigError
 
+HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+"""Heads that PEFT trains whole, by kind of model, and would also give adapters, then fail."""
+
 
 def add_lora(
     model: Any,
@@ -46,6 +49,7 @@ def add_lora(
                 lora_alpha=alpha,
                 lora_dropout=dropout,
                 target_modules="all-linear" if tuple(targets) == ("all-linear",) else list(targets),
+                exclude_modules=HEADS.get(task),
                 task_type=task,
             ),
         )

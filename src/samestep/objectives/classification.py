@@ -18,9 +18,11 @@ from samestep.terms import Counter, Term
 
 def example_weights(micro: Mapping[str, Any]) -> Tensor:
     """The weight of each sequence [sequences], float64."""
-    ids: Tensor = micro["example_ids"]
     weights: Tensor | None = micro.get("example_weights")
-    return torch.ones_like(ids, dtype=torch.float64) if weights is None else weights
+    if weights is None:
+        sequences, device = len(micro["example_ids"]), micro["input_ids"].device
+        return torch.ones(sequences, dtype=torch.float64, device=device)
+    return weights
 
 
 EXAMPLE_COUNTERS: dict[str, Counter] = {

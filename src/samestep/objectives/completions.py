@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from samestep.lm_head import UpToHead
-from samestep.targets import IGNORE, sequence_ids, shifted_targets
+from samestep.targets import sequence_ids, shifted_targets, target_positions
 from samestep.terms import sequence_targets
 
 
@@ -39,9 +39,9 @@ def completions(up_to_head: UpToHead, model: nn.Module, micro: Mapping[str, Any]
     Returns:
         The sums.
     """
-    targets = shifted_targets(micro)
-    found = up_to_head(model, micro).likelihoods(targets)
-    ids = sequence_ids(micro)[targets != IGNORE]
+    positions = target_positions(micro)
+    found = up_to_head(model, micro).likelihoods(shifted_targets(micro), positions)
+    ids = sequence_ids(micro).flatten()[positions]
     number, _ = sequence_targets(micro)
     zeros = found.nll.new_zeros(len(number))
     return Completions(
@@ -73,7 +73,8 @@ class Reference:
     ) -> Tensor:
         """Log likelihood of each target under the reference [targets]."""
         with self._in_place_of(policy) as model:
-            return -up_to_head(model, micro).likelihoods(shifted_targets(micro)).nll
+            states = up_to_head(model, micro)
+            return -states.likelihoods(shifted_targets(micro), target_positions(micro)).nll
 
     @contextmanager
     def _in_place_of(self, policy: nn.Module) -> Iterator[nn.Module]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from samestep.lm_head import States, UpToHead
 from samestep.losses.distillation import Divergence, divergences, top_k_divergences
-from samestep.targets import IGNORE, shifted_targets
+from samestep.targets import shifted_targets, target_positions
 from samestep.terms import Term, Unit, target_weights
 
 
@@ -40,22 +40,20 @@ class Distillation:
 
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the targets of one micro-batch."""
-        targets = shifted_targets(micro)
-        chosen = targets != IGNORE
+        positions = target_positions(micro)
         own = self.up_to_head(model, micro)
         with torch.no_grad():
             other = self.up_to_head(self.teacher, micro)
         losses = divergences(
-            own.states[chosen],
-            other.states[chosen],
+            own.states.flatten(0, 1).index_select(0, positions),
+            other.states.flatten(0, 1).index_select(0, positions),
             student_logits=own.logits,
             teacher_logits=other.logits,
             kind=self.kind,
             temperature=self.temperature,
         )
         share = (1 - self.nll_weight) * self.temperature**2
-        weights = target_weights(micro, self.normalize)
-        return _terms(own, targets, weights, losses, self.normalize, (share, self.nll_weight))
+        return _terms(own, micro, losses, self.normalize, (share, self.nll_weight))
 
 
 @dataclass(frozen=True)
@@ -78,35 +76,34 @@ class TopKDistillation:
 
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the targets of one micro-batch."""
-        targets = shifted_targets(micro)
-        chosen = targets != IGNORE
+        positions = target_positions(micro)
         own = self.up_to_head(model, micro)
+        # A target is predicted one position before its own.
         top_ids, top_logps = (
-            micro["fields"][name][:, 1:][chosen[:, :-1]] for name in ("top_ids", "top_logps")
+            micro["fields"][name].flatten(0, 1)[positions + 1] for name in ("top_ids", "top_logps")
         )
         losses = top_k_divergences(
-            own.states[chosen],
+            own.states.flatten(0, 1).index_select(0, positions),
             top_ids.long(),
             top_logps,
             student_logits=own.logits,
             kind=self.kind,
         )
-        weights = target_weights(micro, self.normalize)
         shares = (1 - self.nll_weight, self.nll_weight)
-        return _terms(own, targets, weights, losses, self.normalize, shares)
+        return _terms(own, micro, losses, self.normalize, shares)
 
 
 def _terms(
     own: States,
-    targets: Tensor,
-    weights: Tensor,
+    micro: Mapping[str, Any],
     losses: Tensor,
     normalize: Unit,
     shares: tuple[float, float],
 ) -> dict[str, Term]:
     """The sums of divergences [targets], and of cross entropy beside them, with their weights."""
-    sums = own.cross_entropy(targets, target_weights=weights)
-    divergence = weights[targets != IGNORE].to(losses) @ losses
+    weights, positions = target_weights(micro, normalize), target_positions(micro)
+    sums = own.cross_entropy(shifted_targets(micro), target_weights=weights, positions=positions)
+    divergence = weights.flatten()[positions].to(losses) @ losses
     return {
         "divergence": Term(divergence, normalize, shares[0]),
         "nll": Term(sums.loss, normalize, shares[1]),

@@ -54,4 +54,4 @@ def last_positions(micro: Mapping[str, Any]) -> Tensor:
     ids: Tensor = micro["input_ids"]
     length = ids.shape[1]
     ends = [row * length + span.stop - 1 for row, span in spans(micro)]
-    return torch.tensor(ends, device=ids.device)
+    return torch.tensor(ends).to(ids.device, non_blocking=True)

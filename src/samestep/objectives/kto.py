@@ -62,8 +62,8 @@ class KTO:
         return {
             "kto": Coupled(part, self._loss, "rows"),
             "kl": Coupled(part.detach(), reference_point, "rows", weight=0.0),
-            "reward_desirable": Term(rewards[label].sum(), "desirable", weight=0.0),
-            "reward_undesirable": Term(rewards[~label].sum(), "undesirable", weight=0.0),
+            "reward_desirable": Term((rewards * label).sum(), "desirable", weight=0.0),
+            "reward_undesirable": Term((rewards * ~label).sum(), "undesirable", weight=0.0),
         }
 
     def reference_log_p(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Tensor]:

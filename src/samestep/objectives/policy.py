@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from samestep.lm_head import UpToHead
 from samestep.losses.policy import Clip, clipped_losses, dft_losses, kl_estimates
 from samestep.objectives.completions import Reference
-from samestep.targets import IGNORE, sequence_ids, shifted_targets
+from samestep.targets import sequence_ids, shifted_targets, target_positions
 from samestep.terms import Term, Unit, target_weights
 
 
@@ -43,17 +43,16 @@ class PolicyGradient:
 
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the targets of one micro-batch."""
-        targets = shifted_targets(micro)
-        chosen = targets != IGNORE
-        found = self.up_to_head(model, micro).likelihoods(targets)
+        positions = target_positions(micro)
+        found = self.up_to_head(model, micro).likelihoods(shifted_targets(micro), positions)
         log_p = -found.nll
-        ids = sequence_ids(micro)[chosen]
+        ids = sequence_ids(micro).flatten()[positions]
         advantages = micro["fields"]["advantage"].to(log_p)
-        log_ratio = log_p - self._old(micro, chosen, log_p)
+        log_ratio = log_p - self._old(micro, positions, log_p)
         if self.ratio == "sequence":
             log_ratio = _means(log_ratio, ids, len(advantages))[ids]
         losses, clipped = clipped_losses(log_ratio, advantages[ids], self.clip)
-        weights = target_weights(micro, self.normalize)[chosen].to(log_p)
+        weights = target_weights(micro, self.normalize).flatten()[positions].to(log_p)
 
         def term(values: Tensor, weight: float = 0.0) -> Term:
             return Term(weights @ values, self.normalize, weight)
@@ -66,13 +65,13 @@ class PolicyGradient:
         metrics |= {"score": advantages[ids] * log_p.detach(), "entropy": found.entropy}
         return terms | {name: term(values) for name, values in metrics.items()}
 
-    def _old(self, micro: Mapping[str, Any], chosen: Tensor, log_p: Tensor) -> Tensor:
+    def _old(self, micro: Mapping[str, Any], positions: Tensor, log_p: Tensor) -> Tensor:
         old = micro["fields"].get("old_log_p")
         if old is None:
             return log_p.detach()
         # A target is predicted one position before its own.
-        moved: Tensor = old.roll(-1, dims=1)[chosen]
-        return moved.to(log_p)
+        of_targets: Tensor = old.flatten()[positions + 1]
+        return of_targets.to(log_p)
 
 
 def _means(values: Tensor, ids: Tensor, number: int) -> Tensor:
@@ -94,9 +93,9 @@ class DFT:
 
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the targets of one micro-batch."""
-        targets = shifted_targets(micro)
-        found = self.up_to_head(model, micro).likelihoods(targets)
-        weights = target_weights(micro, self.normalize)[targets != IGNORE].to(found.nll)
+        positions = target_positions(micro)
+        found = self.up_to_head(model, micro).likelihoods(shifted_targets(micro), positions)
+        weights = target_weights(micro, self.normalize).flatten()[positions].to(found.nll)
         return {
             "dft": Term(weights @ dft_losses(found.nll), self.normalize),
             "nll": Term(weights @ found.nll.detach(), self.normalize, weight=0.0),

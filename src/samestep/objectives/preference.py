@@ -28,7 +28,8 @@ def pair_weights(micro: Mapping[str, Any]) -> Tensor:
     """The weight of each pair [pairs], float64."""
     weights: Tensor | None = micro.get("example_weights")
     if weights is None:
-        return torch.ones(len(micro["example_ids"]) // 2, dtype=torch.float64)
+        pairs = len(micro["example_ids"]) // 2
+        return torch.ones(pairs, dtype=torch.float64, device=micro["input_ids"].device)
     return weights[::2]
 
 
@@ -98,6 +99,11 @@ class DPO:
 
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term | Coupled]:
         """Sums over the pairs of one micro-batch of `samestep.data.records.collate_records`."""
+        if self.coupled and micro.get("example_weights") is not None:
+            raise ConfigError(
+                "aot compares sorted margins, where a pair's weight has no meaning: leave the "
+                "weights of the rows out, or choose another loss"
+            )
         policy = completions(self.up_to_head, model, micro)
         reference = self.reference_log_p(model, micro).to(policy.log_p)
         weights = pair_weights(micro).to(policy.log_p)
@@ -136,11 +142,6 @@ class DPO:
         normalize = self.length_normalize or kind in LENGTH_NORMALISED
         length = (policy.targets if normalize else ones).to(policy.log_p)
         if kind == "aot":
-            if bool((weights != 1).any()):
-                raise ConfigError(
-                    "aot compares sorted margins, where a pair's weight has no meaning: leave "
-                    "the weights of the rows out, or choose another loss"
-                )
             margins = [Pairs.of(p / length).margin for p in (policy.log_p, reference)]
             return Coupled(torch.stack(margins, dim=1), self._sorted, "rows", weight)
         ratios = Pairs.of((policy.log_p - reference) / length)
