@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import bars
+from prepared import prepared
 from works import WORKS
 
 
@@ -30,24 +31,10 @@ def steps(micros: list[dict[str, Any]], model: Any, repeats: int = 3) -> list[fl
 
 def measure(work_name: str) -> dict[str, Any]:
     """Eager and compiled layers, in turn, on the first rows of a work."""
-    from contender import _examples
-    from samestep.data.collate import collate
-    from samestep.data.plan import cut_step
-    from samestep.models.checkpointing import checkpoint_activations
-    from samestep.models.linear import speed_up_linear
-    from samestep.models.load import load_model
-    from samestep.models.packing import choose_padding
-
-    work = WORKS[work_name]
-    examples = _examples(work, work.write_rows(1))[:8]
 
     def ready() -> tuple[Any, list[dict[str, Any]]]:
-        model = load_model(str(work.model()))
-        speed_up_linear(model)
-        padding = choose_padding(model, "auto")
-        checkpoint_activations(model, "auto")
-        cut = cut_step([len(one.input_ids) for one in examples], micro_tokens=512)
-        return model, [collate([examples[at] for at in part], padding=padding) for part in cut]
+        model, _, _, micros = prepared(WORKS[work_name], budget=512)
+        return model, micros[:4]
 
     model, micros = ready()
     eager = steps(micros, model)

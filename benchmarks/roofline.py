@@ -4,9 +4,10 @@
     python benchmarks/roofline.py --work smoke
 
 The roofline: the useful multiplications of one micro-batch, counted from the shapes of the layers
-(forward and both gradients of each linear layer, the head on targets alone, attention over the
-lower triangle), each at the rate that the fastest library reaches on that very shape by itself.
-Elementwise work, memory traffic and anything computed twice count nothing.
+(forward and both gradients of each linear layer, the head and what of the last layer follows
+attention on targets alone, attention over the lower triangle), each at the rate that the fastest
+library reaches on that very shape by itself. Elementwise work, memory traffic and anything computed
+twice count nothing.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 
 import bars
+from prepared import prepared
+from samestep.last_layer import parts as parts_of
 from samestep.products import product
 from works import WORKS
 
@@ -62,29 +65,17 @@ def attention_seconds(lengths: list[int], config: Any) -> float:
 def measure(work_name: str, budget: int) -> dict[str, Any]:
     """The roofline and the measured time of one micro-batch."""
     import samestep
-    from contender import _examples
-    from samestep.data.collate import collate
-    from samestep.data.plan import cut_step
-    from samestep.models.checkpointing import checkpoint_activations
-    from samestep.models.linear import speed_up_linear
-    from samestep.models.load import load_model
-    from samestep.models.packing import choose_padding
 
-    work = WORKS[work_name]
-    examples = _examples(work, work.write_rows(1))
-    model = load_model(str(work.model()))
-    speed_up_linear(model)
-    padding = choose_padding(model, "auto")
-    checkpoint_activations(model, "auto")
-    positions = cut_step(list(examples.lengths), micro_tokens=budget)[0]
-    micro = collate([examples[at] for at in positions], padding=padding)
+    model, examples, cut, micros = prepared(WORKS[work_name], budget=budget)
+    micro, positions = micros[0], cut[0]
     tokens = micro["input_ids"].numel()
-    targets = sum(int((examples[at].labels[1:] != -100).sum()) for at in positions)
+    targets = len(micro["target_positions"])
     head = model.get_output_embeddings()
+    narrow = {head, *(one for part in parts_of(model.model.layers[-1]) for one in part.modules())}
     shapes: dict[tuple[int, int, int], int] = defaultdict(int)
     for module in model.modules():
         if type(module) is torch.nn.Linear:
-            rows = targets if module is head else tokens
+            rows = targets if module in narrow else tokens
             shapes[rows, module.in_features, module.out_features] += 1
     products = [
         {"shape": shape, "layers": number, **_figures(shape)} for shape, number in shapes.items()

@@ -124,7 +124,7 @@ def main() -> None:
         if work != "smoke":
             bars.save(f"train-{work}", result)
     if not (options.work or options.bars):
-        for script in ("roofline.py", "growth.py"):
+        for script in ("roofline.py", "last_layer.py", "growth.py"):
             subprocess.run([sys.executable, str(HERE / script)], check=True)
     for bar in bars.all_bars():
         print(bar.line())

@@ -21,6 +21,7 @@ import samestep
 from samestep import two_pass
 from samestep.data.collate import to_device
 from samestep.models import attention
+from samestep.models.narrowing import cut_last_layer
 from samestep.parallel import prepare
 from samestep.tally import Tally
 from samestep.terms import LossFn
@@ -80,6 +81,7 @@ def run_there(
 @pytest.mark.parametrize("weighted", [False, True])
 def test_packs(name: str, weighted: bool) -> None:
     model = build(name, torch.float32)
+    assert cut_last_layer(model, "none")
     micros = cut(model, ragged(12, weighted=weighted, by_token=weighted), [5], "none")
     run_there(model, micros, samestep.CausalLMLoss(z_loss=1e-3, label_smoothing=0.1))
 

@@ -68,10 +68,11 @@ class CausalLMLoss:
         return {"nll": Term(sums.loss, self.normalize), "accuracy": accuracy}
 
     def _sums(self, model: nn.Module, micro: Mapping[str, Any]) -> CrossEntropySums:
-        return self._up_to_head(model, micro).cross_entropy(
+        positions = target_positions(micro)
+        return self._up_to_head(model, micro, at=positions).cross_entropy(
             shifted_targets(micro),
             target_weights=target_weights(micro, self.normalize),
-            positions=target_positions(micro),
+            positions=positions,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from samestep.errors import ConfigError
+from samestep.last_layer import asked
 from samestep.losses.cross_entropy import logits_cross_entropy, module_cross_entropy
 from samestep.losses.likelihood import (
     Likelihoods,
@@ -55,6 +56,8 @@ class States:
             a model that does more than a head, a scale and a soft cap to make them.
         rule: What turns the head's output into logits; None if ``states`` are logits.
         outputs: What the model returned.
+
+    Where the model was run with ``at``, ``states`` mean nothing elsewhere.
     """
 
     head: nn.Module
@@ -108,12 +111,21 @@ class UpToHead:
     def __init__(self) -> None:
         self._rules: WeakKeyDictionary[nn.Module, LogitRule | None] = WeakKeyDictionary()
 
-    def __call__(self, model: nn.Module, micro: Mapping[str, Any], **extra: Any) -> States:
+    def __call__(
+        self,
+        model: nn.Module,
+        micro: Mapping[str, Any],
+        *,
+        at: Tensor | None = None,
+        **extra: Any,
+    ) -> States:
         """Run a model.
 
         Args:
             model: A causal language model of transformers, plain or wrapped by PEFT.
             micro: ``input_ids`` [rows, length], and what else the model takes.
+            at: Where in the flattened rows the states are looked at, [positions] int64; elsewhere
+                they may be anything (see `samestep.last_layer`). None: everywhere.
             **extra: Further arguments of the model.
 
         Returns:
@@ -125,6 +137,7 @@ class UpToHead:
         inputs = model_inputs(micro) | extra
         inputs.setdefault("use_cache", False)  # keys and values kept for nothing
         head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        inputs |= asked(head, at)
         if head not in self._rules or self._rules[head] is not None:
             hidden, outputs = _split_at_head(model, head, inputs)
             if head not in self._rules:

@@ -40,7 +40,8 @@ def completions(up_to_head: UpToHead, model: nn.Module, micro: Mapping[str, Any]
         The sums.
     """
     positions = target_positions(micro)
-    found = up_to_head(model, micro).likelihoods(shifted_targets(micro), positions)
+    states = up_to_head(model, micro, at=positions)
+    found = states.likelihoods(shifted_targets(micro), positions)
     ids = sequence_ids(micro).flatten()[positions]
     number, _ = sequence_targets(micro)
     zeros = found.nll.new_zeros(len(number))
@@ -73,8 +74,9 @@ class Reference:
     ) -> Tensor:
         """Log likelihood of each target under the reference [targets]."""
         with self._in_place_of(policy) as model:
-            states = up_to_head(model, micro)
-            return -states.likelihoods(shifted_targets(micro), target_positions(micro)).nll
+            positions = target_positions(micro)
+            states = up_to_head(model, micro, at=positions)
+            return -states.likelihoods(shifted_targets(micro), positions).nll
 
     @contextmanager
     def _in_place_of(self, policy: nn.Module) -> Iterator[nn.Module]:

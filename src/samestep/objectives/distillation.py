@@ -41,9 +41,9 @@ class Distillation:
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the targets of one micro-batch."""
         positions = target_positions(micro)
-        own = self.up_to_head(model, micro)
+        own = self.up_to_head(model, micro, at=positions)
         with torch.no_grad():
-            other = self.up_to_head(self.teacher, micro)
+            other = self.up_to_head(self.teacher, micro, at=positions)
         losses = divergences(
             own.states.flatten(0, 1).index_select(0, positions),
             other.states.flatten(0, 1).index_select(0, positions),
@@ -77,7 +77,7 @@ class TopKDistillation:
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the targets of one micro-batch."""
         positions = target_positions(micro)
-        own = self.up_to_head(model, micro)
+        own = self.up_to_head(model, micro, at=positions)
         # A target is predicted one position before its own.
         top_ids, top_logps = (
             micro["fields"][name].flatten(0, 1)[positions + 1] for name in ("top_ids", "top_logps")

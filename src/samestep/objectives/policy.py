@@ -44,7 +44,8 @@ class PolicyGradient:
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the targets of one micro-batch."""
         positions = target_positions(micro)
-        found = self.up_to_head(model, micro).likelihoods(shifted_targets(micro), positions)
+        states = self.up_to_head(model, micro, at=positions)
+        found = states.likelihoods(shifted_targets(micro), positions)
         log_p = -found.nll
         ids = sequence_ids(micro).flatten()[positions]
         advantages = micro["fields"]["advantage"].to(log_p)
@@ -94,7 +95,8 @@ class DFT:
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the targets of one micro-batch."""
         positions = target_positions(micro)
-        found = self.up_to_head(model, micro).likelihoods(shifted_targets(micro), positions)
+        states = self.up_to_head(model, micro, at=positions)
+        found = states.likelihoods(shifted_targets(micro), positions)
         weights = target_weights(micro, self.normalize).flatten()[positions].to(found.nll)
         return {
             "dft": Term(weights @ dft_losses(found.nll), self.normalize),

@@ -142,7 +142,8 @@ class TrainConfig(BaseModel):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     """The class of transformers that loads the model."""
     task: ClassVar[str] = "CAUSAL_LM"
-    """What PEFT calls the kind of the model; it decides which heads train beside adapters."""
+    """What PEFT calls the kind of the model; it decides which heads train beside adapters, and
+    whether only a decoder's targets are looked at."""
 
     calibrated: ClassVar[bool] = True
     """Whether the cost of micro-batches is measured where ``micro_tokens`` is auto."""

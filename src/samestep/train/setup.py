@@ -15,6 +15,7 @@ from samestep.models.dropout import replace_dropout
 from samestep.models.linear import speed_up_linear
 from samestep.models.load import resolve
 from samestep.models.lora import add_lora
+from samestep.models.narrowing import cut_last_layer
 from samestep.objective import Objective
 from samestep.parallel import prepare
 from samestep.ranks import together, world
@@ -83,6 +84,8 @@ def set_up(config: TrainConfig) -> Run:
     layout = together(lambda: choose_layout(model, config, device))
     model = shard(model, config, device) if layout == "fsdp2" else model.to(device)
     padding = config.layout(model)
+    if config.task == "CAUSAL_LM":
+        cut_last_layer(model, padding)
     prepare(model)
     config.checkpoint_activations(model)
     if padding == "right" and config.padding == "auto":

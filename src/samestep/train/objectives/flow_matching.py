@@ -27,6 +27,7 @@ class FlowMatchingConfig(TrainConfig):
     time_shift: float = Field(default=1.0, gt=0)
     """Above 1: more of the noisy times."""
 
+    task: ClassVar[str] = ""
     calibrated: ClassVar[bool] = False
 
     def load_tokenizer(self, source: str) -> Any:

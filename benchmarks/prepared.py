@@ -1,0 +1,36 @@
+"""A model as `samestep train` sets it up, and the micro-batches of a work's first step."""
+
+from typing import Any
+
+from works import Work
+
+
+def prepared(work: Work, *, budget: int) -> tuple[Any, Any, list[list[int]], list[dict[str, Any]]]:
+    """The model, and one step's rows, cut under a budget.
+
+    Args:
+        work: Which model and rows.
+        budget: Tokens a micro-batch.
+
+    Returns:
+        The model, the examples of the step, the cut (indices of examples for each micro-batch),
+        and the micro-batches.
+    """
+    from contender import _examples
+    from samestep.data.collate import collate
+    from samestep.data.plan import cut_step
+    from samestep.models.checkpointing import checkpoint_activations
+    from samestep.models.linear import speed_up_linear
+    from samestep.models.load import load_model
+    from samestep.models.narrowing import cut_last_layer
+    from samestep.models.packing import choose_padding
+
+    examples = _examples(work, work.write_rows(1))
+    model = load_model(str(work.model()))
+    speed_up_linear(model)
+    padding = choose_padding(model, "auto")
+    cut_last_layer(model, padding)
+    checkpoint_activations(model, "auto")
+    cut = cut_step(list(examples.lengths), micro_tokens=budget)
+    micros = [collate([examples[at] for at in positions], padding=padding) for positions in cut]
+    return model, examples, cut, micros
