@@ -22,14 +22,17 @@ import bars
 from samestep.train.heap import keep_large_blocks
 
 WIDTH, LAYERS = 256, 4
+BUDGET = 512
+"""Tokens a micro-batch, so few that the smallest batch is more than one, too."""
 
 
-def model(vocabulary: int, checkpointing: Any = "auto") -> Any:
+def model(vocabulary: int, checkpointing: Any = "none") -> Any:
     """A small Llama as `samestep train` would set it up."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from samestep.models.checkpointing import checkpoint_activations
     from samestep.models.linear import speed_up_linear
+    from samestep.models.narrowing import cut_last_layer
     from samestep.models.packing import choose_padding
 
     torch.manual_seed(0)
@@ -45,7 +48,7 @@ def model(vocabulary: int, checkpointing: Any = "auto") -> Any:
     )
     made = LlamaForCausalLM(config).train()
     speed_up_linear(made)
-    choose_padding(made, "auto")
+    cut_last_layer(made, choose_padding(made, "auto"))
     checkpoint_activations(made, checkpointing)
     return made
 
@@ -77,7 +80,7 @@ def point(batch: int, length: int, vocabulary: int, checkpointing: str) -> dict[
     keep_large_blocks()
     made = model(vocabulary, checkpointing)
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-4, fused=True)
-    micros = micro_batches(batch, length, vocabulary, budget=1024)
+    micros = micro_batches(batch, length, vocabulary, budget=BUDGET)
     loss = samestep.CausalLMLoss()
     samestep.step(made, optimizer, micros[:1], loss)
     began = time.process_time()  # of all cores: blind to the machine's other work
@@ -168,7 +171,7 @@ def planner(examples: int, step_seconds: float) -> dict[str, float]:
 def measure(smoke: bool) -> dict[str, Any]:
     """All of it."""
     few = 3 if smoke else None
-    base = {"batch": 8, "length": 128, "vocabulary": 1024, "checkpointing": "auto"}
+    base = {"batch": 8, "length": 128, "vocabulary": 1024, "checkpointing": "none"}
     batches = [apart(**base | {"batch": n}) for n in (8, 32, 128, 512)[:few]]
     lengths = [
         apart(**base | {"batch": 1, "length": n, "checkpointing": "full"})

@@ -17,14 +17,14 @@ Written by `python benchmarks/page.py` from the files in `benchmarks/results/`. 
 measures again (hours on 2 cores; `python benchmarks/run.py --work gsm` and so on do one work at a
 time), `make profile` prints where a step's time goes.
 
-What makes it fast: sequences are packed without padding; the head multiplies targets alone, in
-chunks, and never holds whole logits; what follows attention in a decoder's last layer is computed
-at the targets alone; float32 products, those of long sequences' attention too, go
-through oneDNN where MKL keeps the processor to AVX2 (AMD with AVX-512); large tensors come from the
-heap, not from the system each time. What makes it small: the backward computes all but matrix
-products and attention again, micro-batches are filled evenly, the largest first so that the others
-fit into the memory that it leaves, their budget is measured, and oneDNN remembers the code of a few
-shapes only. None of it changes the step.
+What makes it fast: sequences are packed without padding; nothing is computed twice; the head
+multiplies targets alone, in chunks, and never holds whole logits; what follows attention in a
+decoder's last layer is computed at the targets alone; float32 products, those of long sequences'
+attention too, go through oneDNN where MKL keeps the processor to AVX2 (AMD with AVX-512); large
+tensors come from the heap, not from the system each time. What makes it small: micro-batches are as
+small as costs little time (their budget is measured), filled evenly, the largest first so that the
+others fit into the memory that it leaves, and oneDNN remembers the code of a few shapes only. None
+of it changes the step.
 """
 
 HOW = """\
@@ -44,9 +44,8 @@ REASONS = {
         "the system before each micro-batch would close the gap and cost speed."
     ),
     "share of the GEMM roofline": (
-        "norms, residuals, activation functions and rotations are no products, selective "
-        "checkpointing computes them twice to save half of the activations, and while Python "
-        "dispatches the other core waits."
+        "norms, residuals, activation functions and rotations are no products and pass over memory "
+        "once each, in the model's own code; and while Python dispatches the other core waits."
     ),
     "tokens/s on gsm rows": (
         "TRL's best takes one sequence at a time here, which needs no padding either; what is left "
@@ -59,8 +58,8 @@ REASONS = {
         "them, which both do alike."
     ),
     "peak memory, 512 examples": (
-        "8 examples are a single, smaller micro-batch, which needs no gradients beside its "
-        "activations and code for few shapes of products. From 128 examples on the peak is flat."
+        "code for more shapes of products is remembered until the caches are full. From 128 "
+        "examples on the peak is flat."
     ),
     "memory a further token": (
         "what the heap keeps free between the tensors is in it; see the table of lengths below."
@@ -181,7 +180,7 @@ def last_layer(result: dict[str, Any]) -> str:
 
 def growth(result: dict[str, Any]) -> str:
     """Growth with batch, length and vocabulary."""
-    parts = ["## Growth\n\nA small Llama from random weights, micro-batches of 1,024 tokens.\n"]
+    parts = ["## Growth\n\nA small Llama from random weights, micro-batches of 512 tokens.\n"]
     for name, key in (("batch", "batch"), ("length", "length"), ("vocabulary", "vocabulary")):
         rows = [
             [

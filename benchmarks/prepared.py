@@ -19,7 +19,6 @@ def prepared(work: Work, *, budget: int) -> tuple[Any, Any, list[list[int]], lis
     from contender import _examples
     from samestep.data.collate import collate
     from samestep.data.plan import cut_step
-    from samestep.models.checkpointing import checkpoint_activations
     from samestep.models.linear import speed_up_linear
     from samestep.models.load import load_model
     from samestep.models.narrowing import cut_last_layer
@@ -30,7 +29,6 @@ def prepared(work: Work, *, budget: int) -> tuple[Any, Any, list[list[int]], lis
     speed_up_linear(model)
     padding = choose_padding(model, "auto")
     cut_last_layer(model, padding)
-    checkpoint_activations(model, "auto")
     cut = cut_step(list(examples.lengths), micro_tokens=budget)
     micros = [collate([examples[at] for at in positions], padding=padding) for positions in cut]
     return model, examples, cut, micros

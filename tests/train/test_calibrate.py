@@ -10,10 +10,12 @@ from cases import worst
 from runs import read_lines, run_config, write_rows
 from safetensors.torch import load_file
 
+from samestep.errors import OutOfMemoryError
 from samestep.files import cache_folder
 from samestep.memory import memory_guard
 from samestep.terms import input_tokens
 from samestep.train import calibrate
+from samestep.train.budget import Costs
 from samestep.train.resident import memory_to_have, peak_memory
 from samestep.train.trainer import train
 
@@ -73,6 +75,32 @@ def test_memory_that_runs_out_while_measuring_is_no_end(
     (line,) = read_lines(tmp_path / "out" / "log.jsonl")
     assert line["tokens"] / line["micro_batches"] <= 256
     assert not (cache_folder() / "costs" / "none.json").exists()
+
+
+@pytest.mark.parametrize("how", ["too large", "runs out"])
+def test_layers_are_checkpointed_where_memory_wants_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    caplog.set_level(logging.INFO, "samestep")
+    asked = []
+
+    def measure(model: Any, *_: Any) -> Costs:
+        asked.append(model.is_gradient_checkpointing)
+        if how == "runs out" and not asked[-1]:
+            raise OutOfMemoryError("out of memory")
+        return Costs(0.1, 0.001, 1e9, 1e5 if asked[-1] else 1e7)
+
+    monkeypatch.setattr(calibrate, "_measure", measure)
+    monkeypatch.setattr(calibrate, "_key", lambda _, config: config.gradient_checkpointing + how)
+    train(run(tmp_path, steps=1, memory_limit=1.05, out=str(tmp_path / "a")))
+    assert asked == [False, True]
+    assert "gradient_checkpointing: selective, since the longest row" in caplog.text
+    asked.clear()
+    monkeypatch.setattr(calibrate, "_key", lambda *_: f"anew {how}")
+    plain = {"gradient_checkpointing": "none", "steps": 1, "memory_limit": 1.05}
+    train(run(tmp_path, out=str(tmp_path / "b"), **plain))
+    assert asked == [False]
+    assert worst(weights(tmp_path / "a"), weights(tmp_path / "b")) < 1e-12
 
 
 @pytest.mark.skipif(memory_to_have(torch.device("cpu")) is None, reason="the system does not say")

@@ -29,7 +29,7 @@ NARROW = 128
 a LoRA adapter is as large as its layer's, for a hundredth of the work."""
 
 
-def checkpoint_activations(model: Any, mode: Literal["auto"] | Checkpointing) -> Checkpointing:
+def checkpoint_activations(model: Any, mode: Checkpointing) -> None:
     """Choose what each layer keeps for its backward; the rest is computed again there.
 
     What is computed again gives the same numbers, so no mode changes the step.
@@ -39,19 +39,13 @@ def checkpoint_activations(model: Any, mode: Literal["auto"] | Checkpointing) ->
         mode: "none" keeps everything that autograd wants. "selective" keeps what is costly, the
             results of matrix products and attention, and computes norms, rotations, activation
             functions and adapters again. "full" keeps each layer's input alone: the least memory,
-            for one more forward. "auto" is selective on a CPU if the model allows, else none.
-
-    Returns:
-        The mode that was set.
+            for one more forward.
 
     Raises:
         ConfigError: The model has no layers that can be checkpointed.
     """
-    if mode == "auto":
-        on_cpu = model.device.type == "cpu"
-        mode = "selective" if on_cpu and model.supports_gradient_checkpointing else "none"
     if mode == "none":
-        return mode
+        return
     if not model.supports_gradient_checkpointing:
         raise ConfigError(
             f"gradient_checkpointing: {type(model).__name__} does not support it: use none"
@@ -60,7 +54,6 @@ def checkpoint_activations(model: Any, mode: Literal["auto"] | Checkpointing) ->
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     model.activation_checkpointing_enable(options)
-    return mode
 
 
 def _policy(_: Any, operation: Any, *arguments: Any, **__: Any) -> CheckpointPolicy:

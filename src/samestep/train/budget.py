@@ -21,9 +21,11 @@ SIZES = (256, 1024)
 
 BUDGETS = (256, 512, 1024, 2048)
 """What can be chosen: powers of two, so that noise in a measurement seldom changes the choice, and
-no more than keeps every known processor busy, so that it never costs much memory. Less than
-`DEFAULT` only for want of memory: where other programs disturb the clock, the fixed costs of small
-micro-batches are easily missed, and those are remembered for good."""
+no more than keeps every known processor busy, so that it never costs much memory."""
+
+ENOUGH = 512
+"""Less is chosen only for want of memory: where other programs disturb the clock, the fixed costs
+of small micro-batches are easily missed, and those are remembered for good."""
 
 FIXED_SHARE = 0.12
 """The choice is the smallest budget that spends at most this share of the time on fixed costs:
@@ -82,11 +84,11 @@ def best_budget(costs: Costs, *, limit: float | None = None, reserved: float = 0
         reserved: Bytes that will be taken beside what was measured (the optimizer's state).
 
     Returns:
-        The smallest of `BUDGETS` from `DEFAULT` on whose fixed costs are at most `FIXED_SHARE` of
+        The smallest of `BUDGETS` from `ENOUGH` on whose fixed costs are at most `FIXED_SHARE` of
         its time, or the largest below it that fits; the smallest of all if none does.
     """
     fitting = [budget for budget in BUDGETS if _fits(costs, budget, limit, reserved)]
-    for budget in (one for one in fitting if one >= DEFAULT):
+    for budget in (one for one in fitting if one >= ENOUGH):
         whole = costs.seconds + costs.seconds_per_token * budget
         if costs.seconds <= FIXED_SHARE * whole:
             return budget

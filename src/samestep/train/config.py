@@ -105,7 +105,8 @@ class TrainConfig(BaseModel):
     """Type of the weights and of the computation; gradients add up in float32 at least."""
     gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """What the backward computes again: nothing, all but matrix products and attention, or whole
-    layers. auto: selective on CPUs. Changes speed and memory, not the step."""
+    layers. auto: nothing, or (selective) where the longest row would not fit into memory. Changes
+    speed and memory, not the step."""
     activation_offload: bool = False
     """On accelerators: activations wait for the backward in the CPU's memory, not recomputed."""
     device: str = "auto"
@@ -262,10 +263,11 @@ class TrainConfig(BaseModel):
         return choose_padding(model, self.padding, self.outputs)
 
     def checkpoint_activations(self, model: Any) -> None:
-        """Choose what the model keeps for its backward, as ``gradient_checkpointing`` says."""
+        """Choose what the model keeps for its backward; under auto everything, to begin with."""
         from samestep.models.checkpointing import checkpoint_activations
 
-        checkpoint_activations(model, self.gradient_checkpointing)
+        mode = self.gradient_checkpointing
+        checkpoint_activations(model, "none" if mode == "auto" else mode)
 
     def outputs(self, model: Any, micro: dict[str, Any]) -> "Tensor":
         """What the model makes of a micro-batch: a sequence must not change its neighbour's part.

@@ -113,6 +113,7 @@ def set_up(config: TrainConfig) -> Run:
             objective,
             config,
             cut=lambda budget: list(micro_batches(data[0], _under(config, budget)).of(first, 0)),
+            longest=max(data[0].lengths),
         )
         config = _under(config, budget)
     train = micro_batches(data[0], config)
