@@ -36,17 +36,17 @@ def test_noise_that_makes_no_sense_gives_costs_that_do() -> None:
 
 def test_the_smallest_budget_with_little_fixed_cost_is_taken() -> None:
     # 0.2 s is 12 % of 1.67 s, which 367 tokens take; 0.4 s of what 733 take.
-    assert best_budget(COSTS) == 512
-    assert best_budget(Costs(0.4, 0.004, None, 0.0)) == 1024
+    assert best_budget(COSTS) == 448
+    assert best_budget(Costs(0.4, 0.004, None, 0.0)) == 896
     assert best_budget(Costs(0.0, 0.004, None, 0.0)) == ENOUGH  # never less for its time alone
     assert best_budget(Costs(1e9, 0.004, None, 0.0)) == BUDGETS[-1]
 
 
 def test_memory_bounds_the_budget() -> None:
     costly = Costs(seconds=0.4, seconds_per_token=0.004, bytes=3e9, bytes_per_token=1e6)
-    assert best_budget(costly, limit=4.1e9) == 1024
-    assert best_budget(costly, limit=3.6e9) == 512
-    assert best_budget(costly, limit=4.1e9, reserved=0.5e9) == 512
+    assert best_budget(costly, limit=4.1e9) == 896
+    assert best_budget(costly, limit=3.6e9) == 448
+    assert best_budget(costly, limit=4.1e9, reserved=0.5e9) == 448
     assert best_budget(costly, limit=1e9) == BUDGETS[0]
 
 

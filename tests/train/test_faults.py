@@ -71,12 +71,32 @@ def test_out_of_memory_changes_the_cut_and_nothing_else(
     assert len(read_lines(tmp_path / "out" / "log.jsonl")) == 3
 
 
+@pytest.mark.parametrize("mode", ["auto", "none"])
 def test_below_one_sequence_it_stops_with_its_row_and_length(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: str
 ) -> None:
-    monkeypatch.setattr(trainer, "key_dropout", Allocator(10, backward=False))
+    allocator = Allocator(10, backward=False)
+    monkeypatch.setattr(trainer, "key_dropout", allocator)
     with pytest.raises(SequenceTooLargeError, match=r"one sequence of \d+ tokens \(row \d+\)"):
-        train(run_config(tmp_path))
+        train(run_config(tmp_path, gradient_checkpointing=mode))
+    assert ("computing most of each layer anew" in caplog.text) == (mode == "auto")
+
+
+def test_one_sequence_that_is_too_large_is_computed_with_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    common = {"dtype": "float64", "steps": 2, "optimizer": "sgd", "lr": 0.1, "micro_batch": 1}
+    train(run_config(tmp_path, out=str(tmp_path / "whole"), **common))
+    allocator = Allocator(10, backward=True)
+
+    def only_while_all_is_kept(model: Any, micro: Any, **options: Any) -> None:
+        if not model.is_gradient_checkpointing:
+            allocator(model, micro, **options)
+
+    monkeypatch.setattr(trainer, "key_dropout", only_while_all_is_kept)
+    train(run_config(tmp_path, **common))
+    assert caplog.text.count("computing most of each layer anew") == 1
+    assert worst(weights(tmp_path / "out"), weights(tmp_path / "whole")) < 1e-12
 
 
 def test_any_other_error_is_not_taken_for_memory(

@@ -19,11 +19,12 @@ DEFAULT = 1024
 SIZES = (256, 1024)
 """Budgets of the two measurements."""
 
-BUDGETS = (256, 512, 1024, 2048)
-"""What can be chosen: powers of two, so that noise in a measurement seldom changes the choice, and
-no more than keeps every known processor busy, so that it never costs much memory."""
+BUDGETS = (256, 448, 896, 1792)
+"""What can be chosen: each about twice the one before, so that noise in a measurement seldom
+changes the choice, and no more than keeps every known processor busy, so that it never costs much
+memory."""
 
-ENOUGH = 512
+ENOUGH = 448
 """Less is chosen only for want of memory: where other programs disturb the clock, the fixed costs
 of small micro-batches are easily missed, and those are remembered for good."""
 

@@ -13,7 +13,6 @@ import torch
 import samestep
 from samestep.errors import OutOfMemoryError
 from samestep.files import cache_folder
-from samestep.models.checkpointing import checkpoint_activations
 from samestep.objective import Objective
 from samestep.products import processor
 from samestep.terms import input_tokens
@@ -64,15 +63,12 @@ def micro_token_budget(
     Returns:
         The budget.
     """
-    may_recompute = (
-        config.gradient_checkpointing == "auto" and model.supports_gradient_checkpointing
-    )
     path = cache_folder() / "costs" / f"{_key(model, config)}.json"
     try:
         costs = remembered(path, lambda: _measure(model, objective, config, cut))
     except OutOfMemoryError as error:
-        if may_recompute:
-            return _recomputing(model, objective, config, cut, longest)
+        if config.recompute(model):
+            return micro_token_budget(model, objective, config, cut=cut, longest=longest)
         log.warning("micro_tokens: %s; starting from %d tokens a micro-batch", error, BUDGETS[0])
         return BUDGETS[0]  # the run itself cuts finer still, or says which sequence is too large
     if costs is None:
@@ -84,8 +80,14 @@ def micro_token_budget(
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     reserved = STATE[config.optimizer] * sum(w.numel() * w.element_size() for w in trained)
     needed = peak_bytes(costs, longest, reserved=reserved)
-    if may_recompute and needed is not None and limit is not None and needed > limit:
-        return _recomputing(model, objective, config, cut, longest)
+    too_much = needed is not None and limit is not None and needed > limit
+    if too_much and config.recompute(model):
+        log.info(
+            "gradient_checkpointing: selective, since the longest row (%d tokens) would not fit "
+            "into memory otherwise",
+            longest,
+        )
+        return micro_token_budget(model, objective, config, cut=cut, longest=longest)
     budget = best_budget(costs, limit=limit, reserved=reserved)
     peak = peak_bytes(costs, budget, reserved=reserved)
     memory = "" if peak is None else f"; about {peak / 1e9:.1f} GB at the peak"
@@ -93,20 +95,6 @@ def micro_token_budget(
     if peak is not None and limit is not None and peak > limit:
         log.warning("micro_tokens: even that is above the limit of %.1f GB", limit / 1e9)
     return budget
-
-
-def _recomputing(
-    model: Any, objective: Objective, config: TrainConfig, cut: Cut, longest: int
-) -> int:
-    """The budget with layers checkpointed."""
-    log.info(
-        "gradient_checkpointing: selective, since the longest row (%d tokens) would not fit into "
-        "memory otherwise",
-        longest,
-    )
-    checkpoint_activations(model, "selective")
-    config = config.model_copy(update={"gradient_checkpointing": "selective"})
-    return micro_token_budget(model, objective, config, cut=cut, longest=longest)
 
 
 def _measure(model: Any, objective: Objective, config: TrainConfig, cut: Cut) -> Costs | None:
@@ -136,14 +124,14 @@ def _measure(model: Any, objective: Objective, config: TrainConfig, cut: Cut) ->
 def _key(model: Any, config: TrainConfig) -> str:
     """What the costs depend on, as a file name."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    mode = config.gradient_checkpointing
+    mode = config.gradient_checkpointing, model.is_gradient_checkpointing
     config_of_model = model.config.to_dict()
     config_of_model.pop("_name_or_path", None)
     facts = {
         "model": config_of_model,
         "trained": [len(trained), sum(weight.numel() for weight in trained)],
         "dtype": str(model.dtype),
-        "settings": [config.objective, config.padding, "none" if mode == "auto" else mode],
+        "settings": [config.objective, config.padding, *mode],
         "machine": [str(model.device), platform.node(), processor(), torch.get_num_threads()],
         "versions": [samestep.__version__, torch.__version__],
     }

@@ -269,6 +269,23 @@ class TrainConfig(BaseModel):
         mode = self.gradient_checkpointing
         checkpoint_activations(model, "none" if mode == "auto" else mode)
 
+    def recompute(self, model: Any) -> bool:
+        """Under ``gradient_checkpointing`` auto: keep less for the backward from here on.
+
+        Args:
+            model: The model, changed in place.
+
+        Returns:
+            Whether it was changed.
+        """
+        from samestep.models.checkpointing import checkpoint_activations
+
+        fixed = self.gradient_checkpointing != "auto" or model.is_gradient_checkpointing
+        if fixed or not model.supports_gradient_checkpointing:
+            return False
+        checkpoint_activations(model, "selective")
+        return True
+
     def outputs(self, model: Any, micro: dict[str, Any]) -> "Tensor":
         """What the model makes of a micro-batch: a sequence must not change its neighbour's part.
 

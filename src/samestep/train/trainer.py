@@ -1,7 +1,6 @@
 """The training loop: plan, step, log, evaluate, save."""
 
 import contextlib
-import gc
 import itertools
 import json
 import logging
@@ -10,8 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -21,8 +21,6 @@ from samestep.errors import (
     ConfigError,
     Interrupted,
     NotFiniteError,
-    OutOfMemoryError,
-    SequenceTooLargeError,
     StopAskedError,
 )
 from samestep.evaluation import EvalReport, evaluate
@@ -43,6 +41,7 @@ from samestep.train.group import process_group
 from samestep.train.interrupt import interruptible
 from samestep.train.optim import learning_rate, set_learning_rate
 from samestep.train.recorder import Recorder
+from samestep.train.replan import Report, within_memory
 from samestep.train.run_folder import RunFolder
 from samestep.train.setup import Run, plans_of, set_up
 from samestep.train.watch import Watch, watched
@@ -50,8 +49,6 @@ from samestep.train_step import StepReport, step
 from samestep.two_pass import TwoPass
 
 log = logging.getLogger("samestep")
-
-Report = TypeVar("Report")
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -262,25 +259,9 @@ class Loop:
     def _within_memory(
         self, micro_batches: MicroBatches, indices: Sequence[int], work: Callable[[], Report]
     ) -> Report:
-        """Do it again with smaller micro-batches as long as memory does not suffice."""
-        while True:
-            try:
-                return work()
-            except SequenceTooLargeError:
-                raise
-            except OutOfMemoryError as error:
-                problem = str(error)
-                if is_sharded(self.run.model):
-                    raise OutOfMemoryError(
-                        f"{problem}. Under fsdp2 the other ranks wait inside the model and cannot "
-                        "be told: continue with --resume and a smaller --micro-tokens, which does "
-                        "not change the step"
-                    ) from None
-            budget = micro_batches.halve(indices)
-            log.warning("%s: the same again, in micro-batches of at most %s", problem, budget)
-            gc.collect()  # frames of the failed attempt hold its tensors
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        model = self.run.model
+        keep_less = partial(self.config.recompute, model)
+        return within_memory(model, micro_batches, indices, work, recompute=keep_less)
 
 
 def _skipped(reason: str, *, seconds: float) -> StepReport:

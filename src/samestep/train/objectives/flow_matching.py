@@ -80,6 +80,10 @@ class FlowMatchingConfig(TrainConfig):
         if self.gradient_checkpointing == "full":
             model.enable_gradient_checkpointing()
 
+    def recompute(self, model: Any) -> bool:
+        """Not by itself."""
+        return False
+
     def collate(
         self,
         data: "Records",

@@ -1,0 +1,62 @@
+"""A step that ran out of memory is taken again, cut or computed otherwise: the same step."""
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from samestep.errors import OutOfMemoryError, SequenceTooLargeError
+from samestep.parallel import is_sharded
+from samestep.train.batches import MicroBatches
+
+log = logging.getLogger("samestep")
+
+Report = TypeVar("Report")
+
+
+def within_memory(
+    model: Any,
+    micro_batches: MicroBatches,
+    indices: Sequence[int],
+    work: Callable[[], Report],
+    *,
+    recompute: Callable[[], bool],
+) -> Report:
+    """Do it again with smaller micro-batches, or keeping less for the backward, until it fits.
+
+    Args:
+        model: The model that the work runs.
+        micro_batches: Cuts the records; its budget is lowered for good.
+        indices: The records.
+        work: Runs all their micro-batches.
+        recompute: Lets the model keep less from here on; tells whether that is possible.
+
+    Returns:
+        What the work returned.
+
+    Raises:
+        SequenceTooLargeError: A single sequence does not fit.
+        OutOfMemoryError: Under FSDP2, where ranks cannot be told.
+    """
+    while True:
+        try:
+            return work()
+        except SequenceTooLargeError as error:
+            if is_sharded(model) or not recompute():
+                raise
+            problem, change = str(error), "computing most of each layer anew in the backward"
+        except OutOfMemoryError as error:
+            problem = str(error)
+            if is_sharded(model):
+                raise OutOfMemoryError(
+                    f"{problem}. Under fsdp2 the other ranks wait inside the model and cannot be "
+                    "told: continue with --resume and a smaller --micro-tokens, which does not "
+                    "change the step"
+                ) from None
+            change = f"in micro-batches of at most {micro_batches.halve(indices)}"
+        log.warning("%s: the same again, %s", problem, change)
+        gc.collect()  # frames of the failed attempt hold its tensors
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
