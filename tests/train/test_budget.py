@@ -42,6 +42,14 @@ def test_the_smallest_budget_with_little_fixed_cost_is_taken() -> None:
     assert best_budget(Costs(1e9, 0.004, None, 0.0)) == BUDGETS[-1]
 
 
+def test_a_budget_below_the_longest_row_would_save_no_memory() -> None:
+    assert best_budget(COSTS, longest=300) == 448
+    assert best_budget(COSTS, longest=700) == 700
+    assert best_budget(Costs(0.4, 0.004, None, 0.0), longest=700) == 896
+    assert best_budget(COSTS, longest=9000) == BUDGETS[-1]
+    assert best_budget(COSTS, longest=700, limit=3.6e9) == 448
+
+
 def test_memory_bounds_the_budget() -> None:
     costly = Costs(seconds=0.4, seconds_per_token=0.004, bytes=3e9, bytes_per_token=1e6)
     assert best_budget(costly, limit=4.1e9) == 896

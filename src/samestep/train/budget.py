@@ -76,19 +76,26 @@ def fit(small: Sample, large: Sample) -> Costs:
     return Costs(fixed, slope, small.peak - growth * small.tokens, growth)
 
 
-def best_budget(costs: Costs, *, limit: float | None = None, reserved: float = 0.0) -> int:
+def best_budget(
+    costs: Costs, *, longest: int = 0, limit: float | None = None, reserved: float = 0.0
+) -> int:
     """The budget that is nearly the fastest, if memory allows.
 
     Args:
         costs: What micro-batches cost.
+        longest: Tokens of the longest record, which cannot be cut.
         limit: Bytes that the process may take; None: unknown.
         reserved: Bytes that will be taken beside what was measured (the optimizer's state).
 
     Returns:
         The smallest of `BUDGETS` from `ENOUGH` on whose fixed costs are at most `FIXED_SHARE` of
-        its time, or the largest below it that fits; the smallest of all if none does.
+        its time, or the largest below it that fits; the smallest of all if none does. At least the
+        longest record, up to the largest of them: less would take as much memory in the end.
     """
     fitting = [budget for budget in BUDGETS if _fits(costs, budget, limit, reserved)]
+    least = min(longest, BUDGETS[-1])
+    if least > ENOUGH and _fits(costs, least, limit, reserved):
+        return max(least, best_budget(costs, limit=limit, reserved=reserved))
     for budget in (one for one in fitting if one >= ENOUGH):
         whole = costs.seconds + costs.seconds_per_token * budget
         if costs.seconds <= FIXED_SHARE * whole:

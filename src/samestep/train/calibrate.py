@@ -88,7 +88,7 @@ def micro_token_budget(
             longest,
         )
         return micro_token_budget(model, objective, config, cut=cut, longest=longest)
-    budget = best_budget(costs, limit=limit, reserved=reserved)
+    budget = best_budget(costs, longest=longest, limit=limit, reserved=reserved)
     peak = peak_bytes(costs, budget, reserved=reserved)
     memory = "" if peak is None else f"; about {peak / 1e9:.1f} GB at the peak"
     log.info("micro_tokens: %d tokens a micro-batch%s", budget, memory)
