@@ -118,7 +118,7 @@ def all_bars() -> list[Bar]:
             at_least=False,
         ),
         Bar(
-            "memory a further token, 4,096 to 8,192 / 2,048 to 4,096 (checkpointed)",
+            "memory a further token, 4,096 to 8,192 / 64 to 4,096 (checkpointed)",
             growth and growth["length"]["memory_ratio"],
             1.1,
             at_least=False,

@@ -22,8 +22,8 @@ import bars
 from samestep.train.heap import keep_large_blocks
 
 WIDTH, LAYERS = 256, 4
-BUDGET = 512
-"""Tokens a micro-batch, so few that the smallest batch is more than one, too."""
+BUDGET = 256
+"""Tokens a micro-batch, so few that the smallest batch is several of that size, too."""
 
 
 def model(vocabulary: int, checkpointing: Any = "none") -> Any:
@@ -116,6 +116,15 @@ def bytes_of_a_further_token(few: dict[str, Any], many: dict[str, Any]) -> float
     return float((many["peak_bytes"] - few["peak_bytes"]) / (many["tokens"] - few["tokens"]))
 
 
+def ratio_of_further_tokens(points: list[dict[str, Any]]) -> float:
+    """Bytes of a further token at the end, over those up to there: 1 where memory is linear.
+
+    Up to there from the first point on: between neighbours the heap's holes are half of it.
+    """
+    first, *_, before, last = points
+    return bytes_of_a_further_token(before, last) / bytes_of_a_further_token(first, before)
+
+
 def normalisation(repeats: int) -> dict[str, float]:
     """What a step costs beside the naive loop over the same micro-batches (mean of means)."""
     import samestep
@@ -178,14 +187,13 @@ def measure(smoke: bool) -> dict[str, Any]:
         for n in (64, 512, 2048, 4096, 8192)[:few]
     ]
     vocabularies = [apart(**base | {"vocabulary": n}) for n in (1024, 16384, 65536, 262144)[:few]]
-    last, before = (bytes_of_a_further_token(*lengths[at:][:2]) for at in (-2, -3))
     return {
         "batch": {
             "points": batches,
             "r_squared": straightness(batches),
             "memory_ratio": batches[-1]["peak_bytes"] / batches[0]["peak_bytes"],
         },
-        "length": {"points": lengths, "memory_ratio": last / before},
+        "length": {"points": lengths, "memory_ratio": ratio_of_further_tokens(lengths)},
         "vocabulary": {"points": vocabularies},
         "normalisation": normalisation(3 if smoke else 15),
         "planner": planner(1000 if smoke else 10**6, batches[0]["seconds"]),

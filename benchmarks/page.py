@@ -58,8 +58,9 @@ REASONS = {
         "them, which both do alike."
     ),
     "peak memory, 512 examples": (
-        "code for more shapes of products is remembered until the caches are full. From 128 "
-        "examples on the peak is flat."
+        "micro-batches are filled evenly, so that the few of 8 examples are smaller than the many "
+        "of 512; and code for more shapes of products is remembered until the caches are full. "
+        "From 32 examples on the peak is flat."
     ),
     "memory a further token": (
         "what the heap keeps free between the tensors is in it; see the table of lengths below."
@@ -180,7 +181,7 @@ def last_layer(result: dict[str, Any]) -> str:
 
 def growth(result: dict[str, Any]) -> str:
     """Growth with batch, length and vocabulary."""
-    parts = ["## Growth\n\nA small Llama from random weights, micro-batches of 512 tokens.\n"]
+    parts = ["## Growth\n\nA small Llama from random weights, micro-batches of 256 tokens.\n"]
     for name, key in (("batch", "batch"), ("length", "length"), ("vocabulary", "vocabulary")):
         rows = [
             [

@@ -79,3 +79,4 @@ def test_roofline_and_growth_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [{"tokens": n, "seconds": 2 * n, "peak_bytes": 5 * n} for n in (1, 2, 3)]
     assert growth.straightness(points) == pytest.approx(1)
     assert growth.bytes_of_a_further_token(*points[1:]) == 5
+    assert growth.ratio_of_further_tokens(points) == 1
