@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 ARGUMENT = "target_positions"
 
+ATTENTION = "self_attn"
+"""What comes first in a layer, after a norm."""
+
 ROW_BY_ROW = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
 """Parts of a layer whose input is one tensor [rows, length, width], each position by itself."""
 
@@ -56,7 +59,7 @@ def cut(layer: nn.Module, head: nn.Module) -> Callable[[], None]:
                 _wanted[part] = positions, torch.Size()
         return arguments, others
 
-    attention = layer.get_submodule("self_attn")
+    attention = layer.get_submodule(ATTENTION)
     hooks = [attention.register_forward_pre_hook(tell, with_kwargs=True)]
     for part in found:
         hooks += [part.register_forward_pre_hook(_select), part.register_forward_hook(_spread)]

@@ -125,7 +125,7 @@ class Mixing(nn.Module):
         return self.plain(states.cumsum(dim=-2))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "experts", "dropout", "mixing"])
+@pytest.mark.parametrize("kind", ["gpt2", "experts", "dropout", "mixing", "no attention"])
 def test_models_that_are_left_as_they_are(kind: str) -> None:
     if kind == "experts":
         model: Any = build_experts("mixtral")
@@ -139,6 +139,8 @@ def test_models_that_are_left_as_they_are(kind: str) -> None:
         replace_dropout(model)
     if kind == "mixing":
         layers[-1].mlp = Mixing(layers[-1].mlp)
+    if kind == "no attention":
+        del layers[-1].self_attn
     assert not cut_last_layer(model, "right")
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not last_layer.asked(model.get_output_embeddings(), torch.tensor([0]))

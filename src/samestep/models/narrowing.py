@@ -43,7 +43,9 @@ def cut_last_layer(model: Any, padding: Padding) -> bool:
 def _last_layer(model: Any) -> nn.Module | None:
     """The last of a decoder's layers, if it is built like most of transformers'."""
     layers = dict(model.get_decoder().named_children()).get("layers")
-    return layers[-1] if isinstance(layers, nn.ModuleList) else None
+    if not isinstance(layers, nn.ModuleList):
+        return None
+    return layers[-1] if last_layer.ATTENTION in dict(layers[-1].named_children()) else None
 
 
 @torch.no_grad()
