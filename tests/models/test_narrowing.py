@@ -11,6 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForC
 
 import samestep
 from samestep import last_layer
+from samestep.models import attention
 from samestep.models.checkpointing import Checkpointing, checkpoint_activations
 from samestep.models.dropout import replace_dropout
 from samestep.models.lora import add_lora
@@ -31,6 +32,7 @@ def made(name: str) -> Any:
         "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     }  # fmt: skip
+    attention.register()
     torch.manual_seed(0)
     if name == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**shape)).double().train()
