@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cases import build
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -137,3 +138,20 @@ def test_any_yaml_is_a_config_or_a_clear_error(values: dict[str, object]) -> Non
             read_config([path, *NEEDED])
         except (ConfigError, SystemExit) as error:
             assert str(error).strip() not in ("", "0")
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [
+        ({}, True),
+        ({"gradient_checkpointing": "none"}, False),
+        ({"activation_offload": True}, False),
+    ],
+)
+def test_layers_are_computed_anew_under_auto_alone(
+    settings: dict[str, object], changed: bool
+) -> None:
+    config, model = CausalLMConfig(model="m", data="d", out="o", **settings), build("llama")
+    assert config.recompute(model) == changed
+    assert model.is_gradient_checkpointing == changed
+    assert not config.recompute(model)  # there is no less than that

@@ -280,8 +280,10 @@ class TrainConfig(BaseModel):
         """
         from samestep.models.checkpointing import checkpoint_activations
 
-        fixed = self.gradient_checkpointing != "auto" or model.is_gradient_checkpointing
-        if fixed or not model.supports_gradient_checkpointing:
+        # What is offloaded cannot be computed again, too: see `samestep.train.checked`.
+        fixed = self.gradient_checkpointing != "auto" or self.activation_offload
+        done = model.is_gradient_checkpointing or not model.supports_gradient_checkpointing
+        if fixed or done:
             return False
         checkpoint_activations(model, "selective")
         return True
