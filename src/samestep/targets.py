@@ -80,6 +80,24 @@ def positions_of(targets: Tensor) -> Tensor:
     return (targets.flatten() != IGNORE).nonzero().squeeze(1)
 
 
+def at_targets(
+    rows: Tensor, targets: Tensor, positions: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What belongs to the targets, and nothing else.
+
+    Args:
+        rows: A vector for each position [..., width].
+        targets: As `shifted_targets` gives them, [...].
+        positions: As `positions_of` gives them, where they are known; None: they are looked for.
+
+    Returns:
+        The rows [targets, width], the classes [targets], and the positions [targets].
+    """
+    positions = positions_of(targets) if positions is None else positions
+    chosen = rows.flatten(0, -2).index_select(0, positions)
+    return chosen, targets.flatten()[positions], positions
+
+
 def target_positions(micro: Mapping[str, Any]) -> Tensor:
     """Where the targets of a micro-batch stand in its flattened rows.
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from samestep.losses.linear_cross_entropy import CHUNK_ELEMENTS, CrossEntropySums
-from samestep.targets import positions_of
+from samestep.targets import at_targets
 
 
 def logits_cross_entropy(
@@ -107,8 +107,7 @@ def _chosen(
     rows: Tensor, targets: Tensor, weights: Tensor | None, positions: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The rows that are targets, their classes, and their factors."""
-    positions = positions_of(targets) if positions is None else positions
-    classes = targets.flatten()[positions]
+    chosen, classes, positions = at_targets(rows, targets, positions)
     ones = torch.ones_like(classes, dtype=torch.float64)
     factors = ones if weights is None else weights.flatten()[positions]
-    return rows.flatten(0, -2).index_select(0, positions), classes, factors
+    return chosen, classes, factors

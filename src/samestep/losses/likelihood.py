@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from samestep.losses.head_gradients import HeadGradients
 from samestep.losses.linear_cross_entropy import CHUNK_ELEMENTS
 from samestep.products import product
-from samestep.targets import positions_of
+from samestep.targets import at_targets
 
 
 class Likelihoods(NamedTuple):
@@ -62,13 +62,13 @@ def linear_likelihoods(
     """
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets {tuple(targets.shape)} for hidden {tuple(hidden.shape)}")
-    rows = positions_of(targets) if positions is None else positions
+    states, classes, _ = at_targets(hidden, targets, positions)
     return Likelihoods(
         *_LinearLikelihoods.apply(  # type: ignore[no-untyped-call]
-            hidden.flatten(0, -2).index_select(0, rows),
+            states,
             weight.to(hidden.dtype),
             None if bias is None else bias.to(hidden.dtype),
-            targets.flatten()[rows],
+            classes,
             softcap,
             chunk or max(1, CHUNK_ELEMENTS // weight.shape[0]),
         )
@@ -150,10 +150,9 @@ def logits_likelihoods(
     Returns:
         The likelihoods of the rows that are targets.
     """
-    positions = positions_of(targets) if positions is None else positions
-    rows = logits.flatten(0, -2).index_select(0, positions)
+    rows, classes, _ = at_targets(logits, targets, positions)
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    return Likelihoods(*_of_logits(rows, targets.flatten()[positions]))
+    return Likelihoods(*_of_logits(rows, classes))
 
 
 def module_likelihoods(
@@ -178,9 +177,7 @@ def module_likelihoods(
     Returns:
         The likelihoods of the rows that are targets.
     """
-    positions = positions_of(targets) if positions is None else positions
-    hidden = hidden.flatten(0, -2).index_select(0, positions)
-    targets = targets.flatten()[positions]
+    hidden, targets, _ = at_targets(hidden, targets, positions)
     chunk = chunk or CHUNK_ELEMENTS // 2**16
 
     def part(states: Tensor, classes: Tensor) -> Likelihoods:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from samestep.losses.head_gradients import HeadGradients
 from samestep.products import product
-from samestep.targets import positions_of
+from samestep.targets import at_targets
 
 CHUNK_ELEMENTS = 2**23
 """Logits held at once by default: 32 MB in float32."""
@@ -82,13 +82,13 @@ def linear_cross_entropy(
         raise ValueError(f"targets {tuple(targets.shape)} for hidden {tuple(hidden.shape)}")
     if target_weights is not None and target_weights.shape != targets.shape:
         raise ValueError(f"target_weights {tuple(target_weights.shape)}, not {targets.shape}")
-    rows = positions_of(targets) if positions is None else positions
+    states, classes, rows = at_targets(hidden, targets, positions)
     wanted = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     sums = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden.flatten(0, -2).index_select(0, rows),
+        states,
         weight.to(hidden.dtype),
         None if bias is None else bias.to(hidden.dtype),
-        targets.flatten()[rows],
+        classes,
         None if target_weights is None else target_weights.flatten()[rows].to(wanted),
         _Options(
             label_smoothing=label_smoothing,

@@ -92,10 +92,10 @@ def best_budget(
         its time, or the largest below it that fits; the smallest of all if none does. At least the
         longest record, up to the largest of them: less would take as much memory in the end.
     """
-    fitting = [budget for budget in BUDGETS if _fits(costs, budget, limit, reserved)]
     least = min(longest, BUDGETS[-1])
     if least > ENOUGH and _fits(costs, least, limit, reserved):
         return max(least, best_budget(costs, limit=limit, reserved=reserved))
+    fitting = [budget for budget in BUDGETS if _fits(costs, budget, limit, reserved)]
     for budget in (one for one in fitting if one >= ENOUGH):
         whole = costs.seconds + costs.seconds_per_token * budget
         if costs.seconds <= FIXED_SHARE * whole:
