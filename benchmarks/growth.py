@@ -30,10 +30,9 @@ def model(vocabulary: int, checkpointing: Any = "none") -> Any:
     """A small Llama as `samestep train` would set it up."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from samestep.kernels.linear import speed_up_linear
     from samestep.models.checkpointing import checkpoint_activations
-    from samestep.models.linear import speed_up_linear
-    from samestep.models.narrowing import cut_last_layer
-    from samestep.models.packing import choose_padding
+    from samestep.models.probes import choose_padding, cut_last_layer
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -58,9 +57,9 @@ def micro_batches(batch: int, length: int, vocabulary: int, budget: int) -> list
 
     The second half of each is learned.
     """
+    from samestep.data.batching import pack_micro_batches
     from samestep.data.collate import collate
     from samestep.data.examples import Example
-    from samestep.data.plan import cut_step
 
     draw = np.random.default_rng(0)
     ragged = draw.integers(length // 2, length + length // 2 + 1, batch).tolist()
@@ -69,7 +68,7 @@ def micro_batches(batch: int, length: int, vocabulary: int, budget: int) -> list
     for row, size in enumerate(lengths):
         ids = torch.from_numpy(draw.integers(0, vocabulary, size))
         examples.append(Example(ids, ids.where(torch.arange(size) >= size // 2, -100), 1.0, row))
-    cut = cut_step(lengths, micro_tokens=budget)
+    cut = pack_micro_batches(lengths, micro_tokens=budget)
     return [collate([examples[at] for at in positions]) for positions in cut]
 
 
@@ -158,14 +157,14 @@ def normalisation(repeats: int) -> dict[str, float]:
 
 def planner(examples: int, step_seconds: float) -> dict[str, float]:
     """Seconds of planning for an epoch and for each of its steps."""
-    from samestep.data.plan import cut_step, plan_steps
+    from samestep.data.batching import pack_micro_batches, plan_steps
 
     lengths = np.random.default_rng(0).integers(20, 400, examples).tolist()
     began = time.perf_counter()
     steps = -(-examples // 32)
     plans = plan_steps(lengths, seed=0, batch_size=32)
     for _, plan in zip(range(steps), plans, strict=False):
-        cut_step([lengths[one] for one in plan.examples], micro_tokens=1024)
+        pack_micro_batches([lengths[one] for one in plan.examples], micro_tokens=1024)
     a_step = (time.perf_counter() - began) / steps
     began = time.perf_counter()
     next(plan_steps(lengths, seed=0, batch_size=32, start=100 * steps))

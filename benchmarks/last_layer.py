@@ -19,7 +19,7 @@ WORK = ("gsm", "tools", "llama32-reduced")
 def measure(name: str, rounds: int = 15) -> dict[str, Any]:
     """Seconds of the whole layer and of the cut one."""
     import samestep
-    from samestep.lm_head import UpToHead
+    from samestep.models.lm_head import UpToHead
 
     model, _, _, micros = prepared(WORKS[name], budget=1024)
 

@@ -17,18 +17,17 @@ def prepared(work: Work, *, budget: int) -> tuple[Any, Any, list[list[int]], lis
         and the micro-batches.
     """
     from contender import _examples
+    from samestep.data.batching import pack_micro_batches
     from samestep.data.collate import collate
-    from samestep.data.plan import cut_step
-    from samestep.models.linear import speed_up_linear
+    from samestep.kernels.linear import speed_up_linear
     from samestep.models.load import load_model
-    from samestep.models.narrowing import cut_last_layer
-    from samestep.models.packing import choose_padding
+    from samestep.models.probes import choose_padding, cut_last_layer
 
     examples = _examples(work, work.write_rows(1))
     model = load_model(str(work.model()))
     speed_up_linear(model)
     padding = choose_padding(model, "auto")
     cut_last_layer(model, padding)
-    cut = cut_step(list(examples.lengths), micro_tokens=budget)
+    cut = pack_micro_batches(list(examples.lengths), micro_tokens=budget)
     micros = [collate([examples[at] for at in positions], padding=padding) for positions in cut]
     return model, examples, cut, micros

@@ -19,8 +19,8 @@ import torch
 
 import bars
 from prepared import prepared
-from samestep.last_layer import parts as parts_of
-from samestep.products import product
+from samestep.kernels.gemm import product
+from samestep.models.last_layer import row_wise_modules as parts_of
 from works import WORKS
 
 
@@ -117,8 +117,8 @@ def parts(model: Any, micro: dict[str, Any], whole: float) -> dict[str, float]:
         micro: The micro-batch.
         whole: Seconds of the step on it.
     """
+    from samestep.engine.targets import shifted_targets
     from samestep.losses.linear_cross_entropy import linear_cross_entropy
-    from samestep.targets import shifted_targets
 
     layer, layers = model.model.layers[0], len(model.model.layers)
     states = torch.randn(*micro["input_ids"].shape, model.config.hidden_size, requires_grad=True)
@@ -141,8 +141,8 @@ def parts(model: Any, micro: dict[str, Any], whole: float) -> dict[str, float]:
 
 def around(model: Any, examples: Any, positions: list[int]) -> dict[str, float]:
     """Seconds of what a step does beside its micro-batches: the update, and the data."""
+    from samestep.data.batching import pack_micro_batches
     from samestep.data.collate import collate
-    from samestep.data.plan import cut_step
 
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
@@ -153,7 +153,7 @@ def around(model: Any, examples: Any, positions: list[int]) -> dict[str, float]:
         optimizer.step()
 
     def data() -> None:
-        cut_step(list(examples.lengths), micro_tokens=1024)
+        pack_micro_batches(list(examples.lengths), micro_tokens=1024)
         collate([examples[at] for at in positions])
 
     return {"optimizer and clipping, once a step": best(update, 3), "data": best(data, 3)}

@@ -81,7 +81,7 @@ def shaped(name: str) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from samestep.files import cache_folder
+    from samestep.utils.files import cache_folder
 
     folder = cache_folder() / "benchmarks" / name
     if not (folder / "config.json").exists():

@@ -12,12 +12,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import samestep
 from samestep.data.collate import collate as collated
 from samestep.data.examples import Example
-from samestep.models import attention
+from samestep.kernels import packed_attention
 from samestep.models.dropout import key_dropout, replace_dropout
 
 VOCABULARY = 50
 
-attention.register()
+packed_attention.register()
 loss_fn = samestep.CausalLMLoss()
 
 
@@ -56,7 +56,7 @@ def pack(rows: list[Example]) -> dict[str, Any]:
 def prepared(model: Any, micro_batches: list[dict[str, Any]]) -> None:
     """The attention that fits the layout of these micro-batches."""
     packed = "cu_seq_lens_q" in micro_batches[0]
-    model.set_attn_implementation(attention.NAME if packed else "sdpa")
+    model.set_attn_implementation(packed_attention.NAME if packed else "sdpa")
 
 
 def train(model: Any, micro_batches: list[dict[str, Any]]) -> dict[str, float]:

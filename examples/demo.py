@@ -20,9 +20,9 @@ from samestep.data.collate import Padding, collate
 from samestep.data.examples import Example
 from samestep.data.load import load_rows
 from samestep.data.tokenize import tokenize_rows
-from samestep.models import attention
+from samestep.engine.counts import count_units
+from samestep.kernels import packed_attention
 from samestep.models.gguf import model_folder
-from samestep.terms import count
 from samestep.train.checked import checked
 from samestep.train.objectives.causal_lm import CausalLMConfig
 from samestep.train.trainer import train
@@ -80,7 +80,7 @@ def gradient(
     model: nn.Module, examples: list[Example], *, micro_batch: int, padding: Padding, wrong: bool
 ) -> dict[str, torch.Tensor]:
     """The gradient of one effective batch, cut into micro-batches of a size."""
-    model.set_attn_implementation(attention.NAME if padding == "none" else "sdpa")
+    model.set_attn_implementation(packed_attention.NAME if padding == "none" else "sdpa")
     micros = [
         collate(examples[start : start + micro_batch], padding=padding)
         for start in range(0, len(examples), micro_batch)
@@ -98,7 +98,7 @@ def mean_of_means(loss: samestep.CausalLMLoss) -> Any:
 
     def wrong_loss(model: nn.Module, micro: dict[str, Any]) -> samestep.Term:
         total = loss(model, micro)["nll"].total
-        return samestep.Term(total / count([micro])["token"], "micro-batch")
+        return samestep.Term(total / count_units([micro])["token"], "micro-batch")
 
     return wrong_loss
 
@@ -142,7 +142,7 @@ def main() -> None:
     """Train, ask, prove."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    attention.register()
+    packed_attention.register()
     file = packaged_model()
     fine_tune(file)
     tokenizer = AutoTokenizer.from_pretrained(OUT / "model")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from samestep import products
+from samestep.kernels import gemm
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -35,5 +35,5 @@ def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     """Both libraries of products in turn, whatever this processor gains from."""
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("PyTorch was built without oneDNN")
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(gemm, "onednn_is_faster", lambda: request.param)
     return bool(request.param)

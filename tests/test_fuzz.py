@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from samestep.data.batching import pack_micro_batches, plan_steps, shard_by_cost
 from samestep.data.collate import collate
 from samestep.data.examples import Example
-from samestep.data.plan import cut_step, deal, plan_steps
+from samestep.engine.counts import count_units
+from samestep.engine.targets import IGNORE, shifted_targets
 from samestep.errors import ConfigError
-from samestep.targets import IGNORE, shifted_targets
-from samestep.terms import count
 from samestep.train.checked import checked
 from samestep.train.objectives.causal_lm import CausalLMConfig
 
@@ -53,9 +53,9 @@ def test_an_epoch_holds_every_example_once_within_the_budget(
                 assert sum(of_step) <= (batch_tokens or 0) or len(of_step) == 1
             else:
                 assert len(of_step) <= batch_size
-            for hand in deal(of_step, ranks=ranks):
+            for hand in shard_by_cost(of_step, ranks=ranks):
                 own = [of_step[at] for at in hand]
-                for micro in cut_step(
+                for micro in pack_micro_batches(
                     own, micro_batch=micro_batch, micro_tokens=micro_tokens, padded=padded
                 ):
                     costs = [own[at] for at in micro]
@@ -77,7 +77,7 @@ def test_no_rank_has_much_more_than_its_part(lengths: list[int], ranks: int) -> 
     """Longest processing time first: within 4/3 of the best possible, bounded from below here."""
     tokens, squares = sum(lengths), sum(length**2 for length in lengths)
     costs = [length / tokens + length**2 / squares for length in lengths]
-    hands = deal(lengths, ranks=ranks)
+    hands = shard_by_cost(lengths, ranks=ranks)
     assert sorted(itertools.chain(*hands)) == list(range(len(lengths)))
     loads = [sum(costs[at] for at in hand) for hand in hands]
     # Greedy: the heaviest rank was the lightest one when it got its last, smallest sequence.
@@ -108,8 +108,8 @@ def test_a_micro_batch_has_the_targets_of_its_rows(
     targets = shifted_targets(micro)
     wanted = [token for row in rows for token, is_target in row[1:] if is_target]
     assert targets[targets != IGNORE].tolist() == wanted
-    assert count([micro])["token"] == len(wanted)
-    assert count([micro])["sequence"] == sum(any(on for _, on in row[1:]) for row in rows)
+    assert count_units([micro])["token"] == len(wanted)
+    assert count_units([micro])["sequence"] == sum(any(on for _, on in row[1:]) for row in rows)
     assert micro["example_ids"].tolist() == list(range(len(rows)))
 
 

@@ -11,7 +11,7 @@ import samestep
 from samestep.data.collate import collate
 from samestep.data.load import load_rows
 from samestep.data.tokenize import tokenize_rows
-from samestep.models import attention
+from samestep.kernels import packed_attention
 from samestep.models.gguf import model_folder
 from samestep.train.checked import checked
 from samestep.train.objectives.causal_lm import CausalLMConfig
@@ -44,9 +44,9 @@ def test_two_steps_lower_the_evaluation_loss(tmp_path: Path) -> None:
 
 
 def test_the_gradient_does_not_depend_on_the_split() -> None:
-    attention.register()
+    packed_attention.register()
     folder = model_folder(packaged_model())
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=packed_attention.NAME)
     model.eval()
     examples = list(tokenize_rows(load_rows(ROWS)[:4], AutoTokenizer.from_pretrained(folder)))
 

@@ -20,7 +20,7 @@ from tables import ROOT, SUBJECTS, write_docs
 from samestep.audit.adapters.trainer import TrainerSubject
 from samestep.audit.check import check_subject
 from samestep.audit.runs import Runs
-from samestep.files import write_atomically
+from samestep.utils.files import write_atomically
 
 
 def audit(name: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from samestep.audit.adapters.trainer import TrainerSubject
 from samestep.audit.axes import micro_batch
 from samestep.audit.runs import Runs
 from samestep.audit.vectors import compare
-from samestep.files import write_atomically
+from samestep.utils.files import write_atomically
 
 
 def audit(name: str) -> dict[str, Any]:

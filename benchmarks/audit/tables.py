@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from samestep.files import write_atomically
+from samestep.utils.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
 SUBJECTS = ROOT / "benchmarks" / "results" / "audit-subjects.json"

@@ -18,8 +18,9 @@ from gloo import on_ranks
 from torch import Tensor, nn
 
 import samestep
-from samestep import ranks
-from samestep.terms import Counter, count
+from samestep.engine import collectives
+from samestep.engine.counts import count_units
+from samestep.engine.terms import Counter
 
 NUMBER = 8
 SPLITS: list[tuple[list[int], Any]] = [([1], "right"), ([2], "left"), ([3, 1], "none")]
@@ -68,17 +69,17 @@ def _vision(family: str) -> Reduced:
     from vision import build_vision, write_illustrated_rows
 
     from samestep.data.load import load_rows
-    from samestep.data.vision import collate_illustrated, illustrated_records
+    from samestep.data.readers.vision import collate_image_records, image_records
 
     folder = Path(tempfile.mkdtemp())
     path = write_illustrated_rows(folder, NUMBER, plain=5)
     _, processor = build_vision(family)
-    records = illustrated_records(load_rows(str(path)), processor, folder)
+    records = image_records(load_rows(str(path)), processor, folder)
 
     def cut(model: Any, indices: Sequence[int], sizes: Sequence[int], layout: Any) -> list[Any]:
         side = "right" if layout == "none" else layout
         return [
-            collate_illustrated(records, part, padding=side, pad_id=1, dtype=model.dtype)
+            collate_image_records(records, part, padding=side, pad_id=1, dtype=model.dtype)
             for part in _parts(indices, sizes)
         ]
 
@@ -88,7 +89,7 @@ def _vision(family: str) -> Reduced:
 def _video() -> Reduced:
     from diffusion import build_video, write_latents
 
-    from samestep.data.latents import collate_latents, latent_records
+    from samestep.data.readers.latents import collate_latents, latent_records
     from samestep.objectives.flow_matching import COUNTERS, FlowMatching, Times
 
     records = latent_records(str(write_latents(Path(tempfile.mkdtemp()) / "latents", NUMBER)))
@@ -144,7 +145,7 @@ def of_this_rank(kind: str) -> Tensor:
     """What a rank makes of its part of the batch, most of which rank 0 holds; float32."""
     case = reduced(kind)
     model = case.model(torch.float32)
-    own = range(NUMBER)[:5] if ranks.rank() == 0 else range(NUMBER)[5:]
+    own = range(NUMBER)[:5] if collectives.rank() == 0 else range(NUMBER)[5:]
     samestep.backward(
         model, case.cut(model, own, [2], "right"), case.loss_fn, counters=case.counters
     )
@@ -169,7 +170,7 @@ def in_trainer(kind: str) -> float:
         micros = case.cut(model, range(NUMBER), [3, 1], "right")
 
         def mean(model: Any, micro: Any) -> samestep.Term:
-            own = count([micro], case.counters)["example"]
+            own = count_units([micro], case.counters)["example"]
             return samestep.Term(case.loss_fn(model, micro)["velocity"].total / own, "part")
 
         samestep.backward(model, micros, mean, counters={"part": lambda _: 1.0})

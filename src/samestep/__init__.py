@@ -19,41 +19,43 @@ if TYPE_CHECKING:
     from samestep.audit.api import assert_same_step as assert_same_step
     from samestep.audit.api import check as check
     from samestep.audit.check import CheckReport as CheckReport
-    from samestep.causal_lm import CausalLMLoss as CausalLMLoss
-    from samestep.coupled import Coupled as Coupled
-    from samestep.evaluation import EvalReport as EvalReport
-    from samestep.evaluation import evaluate as evaluate
-    from samestep.lm_head import model_inputs as model_inputs
+    from samestep.engine.counts import target_weights as target_weights
+    from samestep.engine.evaluate import EvalReport as EvalReport
+    from samestep.engine.evaluate import evaluate as evaluate
+    from samestep.engine.parallel import Idle as Idle
+    from samestep.engine.step import StepReport as StepReport
+    from samestep.engine.step import backward as backward
+    from samestep.engine.step import step as step
+    from samestep.engine.terms import Coupled as Coupled
+    from samestep.engine.terms import Objective as Objective
+    from samestep.engine.terms import Term as Term
+    from samestep.engine.terms import constant as constant
+    from samestep.engine.two_pass import TwoPass as TwoPass
     from samestep.losses.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
-    from samestep.objective import Objective as Objective
-    from samestep.terms import Term as Term
-    from samestep.terms import constant as constant
-    from samestep.terms import target_weights as target_weights
-    from samestep.train_step import StepReport as StepReport
-    from samestep.train_step import backward as backward
-    from samestep.train_step import step as step
-    from samestep.two_pass import TwoPass as TwoPass
+    from samestep.models.lm_head import model_inputs as model_inputs
+    from samestep.objectives.causal_lm import CausalLMLoss as CausalLMLoss
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "CausalLMLoss": "samestep.causal_lm",
+    "CausalLMLoss": "samestep.objectives.causal_lm",
     "CheckReport": "samestep.audit.check",
-    "Coupled": "samestep.coupled",
-    "EvalReport": "samestep.evaluation",
-    "Objective": "samestep.objective",
-    "StepReport": "samestep.train_step",
-    "Term": "samestep.terms",
-    "TwoPass": "samestep.two_pass",
+    "Coupled": "samestep.engine.terms",
+    "EvalReport": "samestep.engine.evaluate",
+    "Idle": "samestep.engine.parallel",
+    "Objective": "samestep.engine.terms",
+    "StepReport": "samestep.engine.step",
+    "Term": "samestep.engine.terms",
+    "TwoPass": "samestep.engine.two_pass",
     "assert_same_step": "samestep.audit.api",
-    "backward": "samestep.train_step",
+    "backward": "samestep.engine.step",
     "check": "samestep.audit.api",
-    "constant": "samestep.terms",
-    "evaluate": "samestep.evaluation",
+    "constant": "samestep.engine.terms",
+    "evaluate": "samestep.engine.evaluate",
     "linear_cross_entropy": "samestep.losses.linear_cross_entropy",
-    "model_inputs": "samestep.lm_head",
-    "step": "samestep.train_step",
-    "target_weights": "samestep.terms",
+    "model_inputs": "samestep.models.lm_head",
+    "step": "samestep.engine.step",
+    "target_weights": "samestep.engine.counts",
 }
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "Coupled",
     "DataError",
     "EvalReport",
+    "Idle",
     "Objective",
     "SamestepError",
     "StepError",

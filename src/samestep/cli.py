@@ -16,7 +16,7 @@ from samestep.errors import (
     RankError,
     SamestepError,
 )
-from samestep.text import printable
+from samestep.utils.text import printable
 
 USAGE = """\
 usage: samestep COMMAND ...

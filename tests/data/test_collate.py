@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from samestep.data.collate import collate, to_device
 from samestep.data.examples import Example
-from samestep.targets import sequence_ids, shifted_targets
-from samestep.terms import count, input_tokens
+from samestep.engine.counts import count_units, input_tokens
+from samestep.engine.targets import sequence_ids, shifted_targets
 
 
 def example(length: int, masked: int, row: int = 0, weight: float = 1.0) -> Example:
@@ -42,7 +42,9 @@ def test_padding_on_either_side() -> None:
 
 def test_the_pad_id_may_be_a_token_of_the_text() -> None:
     one = collate([example(3, 0), example(2, 0)], padding="right", pad_id=1)
-    assert count([one]) == count([collate([example(3, 0), example(2, 0)], padding="right")])
+    assert count_units([one]) == count_units(
+        [collate([example(3, 0), example(2, 0)], padding="right")]
+    )
 
 
 SHAPES = st.lists(
@@ -59,10 +61,10 @@ def test_every_layout_holds_the_same(shapes: list[tuple[int, int]], weighted: bo
         for row, (length, masked) in enumerate(shapes)
     ]
     batches = [collate(examples, padding=padding) for padding in ("none", "right", "left")]
-    wanted = count([collate([one]) for one in examples])
+    wanted = count_units([collate([one]) for one in examples])
     tokens = []
     for batch in batches:
-        assert count([batch]) == wanted
+        assert count_units([batch]) == wanted
         assert input_tokens(batch) == sum(length for length, _ in shapes)
         targets, ids = shifted_targets(batch), sequence_ids(batch)
         chosen = targets != -100

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from samestep.data.examples import Example, Examples
+from samestep.engine.targets import IGNORE, shifted_targets
 from samestep.errors import DataError
-from samestep.targets import IGNORE, shifted_targets
 
 
 def make(ids, mask, **keywords) -> Example:

@@ -10,10 +10,11 @@ from tiny import CHAT, CHAT_WITH_TAGS, build_tokenizer, tiny_tokenizer
 from tokenizers import processors
 
 from samestep.data.examples import Examples
-from samestep.data.load import Row, load_rows
+from samestep.data.load import load_rows
+from samestep.data.rows import Row
 from samestep.data.tokenize import tokenize_rows
+from samestep.engine.targets import IGNORE
 from samestep.errors import ConfigError, DataError
-from samestep.targets import IGNORE
 
 TALK = [
     {"role": "system", "content": "Answer the question."},

@@ -9,7 +9,7 @@ from cases import build, cut, ragged, worst
 from gloo import on_ranks
 
 import samestep
-from samestep import ranks
+from samestep.engine import collectives
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
@@ -24,7 +24,7 @@ def test_weights_and_reports_after_three_steps(number: int, mode: str) -> None:
 
 
 def rank_alone(work: Any, *arguments: Any) -> list[Any]:
-    assert ranks.world() == 1
+    assert collectives.world_size() == 1
     return [work(*arguments)]
 
 

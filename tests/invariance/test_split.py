@@ -10,7 +10,8 @@ from cases import build, cut, gradients, plain_objective, ragged, worst
 from torch import nn
 
 import samestep
-from samestep.terms import Term, count
+from samestep.engine.counts import count_units
+from samestep.engine.terms import Term
 
 MODELS = ["llama", "llama-tied", "qwen2", "gpt2"]
 SPLITS = [
@@ -170,11 +171,11 @@ def wrong_loss(kind: str) -> Any:
     loss = samestep.CausalLMLoss()
 
     def mean_of_means(model: nn.Module, micro: Any) -> Term:
-        own = max(count([micro])["token"], 1)
+        own = max(count_units([micro])["token"], 1)
         return Term(loss(model, micro)["nll"].total / own, "micro-batch")
 
     def unscaled(model: nn.Module, micro: Any) -> Term:
-        own = max(count([micro])["token"], 1)
+        own = max(count_units([micro])["token"], 1)
         return Term(loss(model, micro)["nll"].total / own, samestep.constant(1))
 
     def unshifted(model: nn.Module, micro: Any) -> Term:
@@ -227,7 +228,7 @@ def test_low_precision_weights_add_up_in_float32() -> None:
         low.zero_grad()
         loss, micros = samestep.CausalLMLoss(), cut(low, examples, [1], "right")
         for micro in micros:
-            (loss(low, micro)["nll"].total / count(micros)["token"]).backward()
+            (loss(low, micro)["nll"].total / count_units(micros)["token"]).backward()
         return worst(gradients(low), wanted)
 
     whole, split, naive = error([32]), error([1]), naive_error()

@@ -4,7 +4,7 @@ from largest import Largest
 from torch import Tensor, nn
 from torch.nn import functional
 
-from samestep.losses import linear_likelihoods, logits_likelihoods, module_likelihoods
+from samestep.losses.likelihood import linear_likelihoods, logits_likelihoods, module_likelihoods
 
 N, H, V = 9, 5, 11
 

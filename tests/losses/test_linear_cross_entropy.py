@@ -4,7 +4,8 @@ from largest import Largest
 from torch import Tensor, nn
 from torch.nn import functional
 
-from samestep.losses import linear_cross_entropy, logits_cross_entropy, module_cross_entropy
+from samestep.losses import linear_cross_entropy
+from samestep.losses.cross_entropy import logits_cross_entropy, module_cross_entropy
 
 N, H, V = 9, 5, 11
 

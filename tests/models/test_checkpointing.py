@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import samestep
-from samestep import products
 from samestep.errors import ConfigError
+from samestep.kernels import gemm
+from samestep.kernels.linear import speed_up_linear
 from samestep.models import checkpointing
 from samestep.models.checkpointing import checkpoint_activations
-from samestep.models.linear import speed_up_linear
 from samestep.models.lora import add_lora
 
 MODES: Any = ["none", "selective", "full"]
@@ -49,7 +49,7 @@ def held(mode: Any) -> tuple[int, dict[str, Tensor]]:
 def test_each_mode_keeps_less_than_the_one_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(products, "SMALLEST", 1)
+    monkeypatch.setattr(gemm, "SMALLEST", 1)
     monkeypatch.setattr(checkpointing, "NARROW", 16)  # the model is that small
     (everything, wanted), (selective, one), (full, other) = (held(mode) for mode in MODES)
     assert full < 0.6 * selective < 0.6 * 0.7 * everything

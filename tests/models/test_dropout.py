@@ -11,13 +11,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import samestep
 from samestep.data.collate import Padding, collate
 from samestep.errors import ConfigError
-from samestep.models import attention
+from samestep.kernels import packed_attention
 from samestep.models.dropout import ExampleDropout, key_dropout, replace_dropout
 
 
 def gpt2() -> Any:
     """With residual and embedding dropout; that of attention cannot be keyed and is off."""
-    attention.register()
+    packed_attention.register()
     torch.manual_seed(0)
     size = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     drop = {"attn_pdrop": 0.0, "resid_pdrop": 0.3, "embd_pdrop": 0.3}
@@ -28,7 +28,7 @@ def gpt2() -> Any:
 def gradient(
     model: Any, size: int, padding: Padding, *, step: int = 0, keyed: bool = True
 ) -> dict[str, Any]:
-    model.set_attn_implementation(attention.NAME if padding == "none" else "sdpa")
+    model.set_attn_implementation(packed_attention.NAME if padding == "none" else "sdpa")
     examples, loss = ragged(12), samestep.CausalLMLoss()
     micros = [collate(examples[at : at + size], padding=padding) for at in range(0, 12, size)]
 

@@ -20,12 +20,12 @@ from transformers import (
 
 from objectives import SPLITS, check_all_splits, check_wrong_is_caught, ragged_records
 from samestep.data.records import Records
-from samestep.objective import Objective
-from samestep.objectives.answers import QuestionAnswering
+from samestep.engine.terms import Objective
 from samestep.objectives.classification import (
     EXAMPLE_COUNTERS,
     TOKEN_COUNTERS,
     Classification,
+    QuestionAnswering,
     Regression,
     Reward,
     TokenClassification,

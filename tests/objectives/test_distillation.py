@@ -13,8 +13,8 @@ import samestep
 from objectives import check_all_splits, check_wrong_is_caught, cut, ragged_records
 from samestep.data.examples import Example
 from samestep.data.records import Records
+from samestep.engine.terms import Objective
 from samestep.losses.distillation import divergences
-from samestep.objective import Objective
 from samestep.objectives.distillation import Distillation, TopKDistillation
 
 N, T, SHARE = 8, 2.0, 0.25

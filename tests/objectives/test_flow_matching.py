@@ -11,16 +11,17 @@ from diffusion import build_video, write_latents
 from torch import Tensor
 
 import samestep
-from samestep.data.latents import (
+from samestep.data.readers.latents import (
     LatentRecords,
     collate_latents,
     keyed_generator,
     latent_records,
     read_tensors,
 )
+from samestep.engine.counts import count_units
+from samestep.engine.terms import Term
 from samestep.errors import DataError
 from samestep.objectives.flow_matching import COUNTERS, FlowMatching, Times
-from samestep.terms import Term, count
 
 KEY = (5, 3)
 SPLITS = [[7], [1], [3, 1, 2]]
@@ -117,7 +118,7 @@ def test_wrong_steps_are_caught(tmp_path: Path, kind: str) -> None:
     micros, loss, counters = cut(records, [6, 1]), FlowMatching(), dict(COUNTERS)
 
     def mean(model: Any, micro: Any) -> Term:
-        own = count([micro], COUNTERS)["example"]
+        own = count_units([micro], COUNTERS)["example"]
         return Term(loss(model, micro)["velocity"].total / own, "part")
 
     if kind == "mean of means":

@@ -11,19 +11,19 @@ from torch import Tensor
 import samestep
 from objectives import SPLITS, log_probs, ragged_records
 from samestep.data.records import Records
-from samestep.models import attention
+from samestep.engine.two_pass import TwoPass
+from samestep.kernels import packed_attention
 from samestep.objectives.completions import Reference
 from samestep.objectives.kto import KTO, KTO_COUNTERS
 from samestep.train.objectives.kto import KTOConfig
-from samestep.two_pass import TwoPass
 
 BETA, UP, DOWN = 1.0, 1.5, 0.7
 CONFIG = KTOConfig(model="m", data="d", out="o")
 
 
 def cut(model: Any, records: Records, sizes: list[int], padding: Any) -> list[dict[str, Any]]:
-    attention.register()
-    model.set_attn_implementation(attention.NAME if padding == "none" else "sdpa")
+    packed_attention.register()
+    model.set_attn_implementation(packed_attention.NAME if padding == "none" else "sdpa")
     micros, at, turn = [], 0, 0
     while at < len(records):
         end = min(at + sizes[turn % len(sizes)], len(records))

@@ -10,8 +10,8 @@ from torch import Tensor
 import samestep
 from objectives import check_all_splits, check_wrong_is_caught, log_probs, ragged_records
 from samestep.data.records import Records
+from samestep.engine.terms import Objective
 from samestep.losses.policy import Clip
-from samestep.objective import Objective
 from samestep.objectives.completions import Reference
 from samestep.objectives.policy import DFT, PolicyGradient
 

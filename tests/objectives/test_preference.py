@@ -22,11 +22,11 @@ from objectives import (
     side_by_side,
 )
 from samestep.data.records import Records
+from samestep.engine.terms import Objective
+from samestep.engine.two_pass import TwoPass
 from samestep.errors import ConfigError
-from samestep.objective import Objective
 from samestep.objectives.completions import Reference
 from samestep.objectives.preference import DPO, PAIR_COUNTERS, ReferenceFree
-from samestep.two_pass import TwoPass
 
 BETA, EPSILON = 0.3, 0.125
 LOSSES = (

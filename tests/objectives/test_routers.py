@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 import samestep
 from objectives import check_all_splits, cut, ragged_records
-from samestep.causal_lm import CausalLMLoss
 from samestep.data.collate import collate
 from samestep.data.examples import Example
+from samestep.engine.terms import Objective, Term
+from samestep.engine.two_pass import TwoPass
 from samestep.errors import ConfigError
 from samestep.models.routers import router_biases, routers
-from samestep.objective import Objective
+from samestep.objectives.causal_lm import CausalLMLoss
 from samestep.objectives.routers import COUNTERS, RouterBias, RouterLosses
-from samestep.terms import Term
-from samestep.two_pass import TwoPass
 
 K = 2
 BOUND = {"deepseek_v3": 1e-6, "minimax_m2": 1e-7}

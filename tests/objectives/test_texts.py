@@ -19,12 +19,12 @@ from transformers import (
 import samestep
 from objectives import SPLITS, check_all_splits, cut, ragged_records
 from samestep.data.records import Records
-from samestep.objective import Objective
+from samestep.engine.terms import Objective
+from samestep.engine.two_pass import TwoPass
 from samestep.objectives.classification import EXAMPLE_COUNTERS, TOKEN_COUNTERS
 from samestep.objectives.embedding import Embedding
 from samestep.objectives.masked_lm import DECODER_COUNTERS, MaskedLM, Seq2Seq
 from samestep.train.objectives.texts import MaskedLMConfig, Seq2SeqConfig
-from samestep.two_pass import TwoPass
 
 N = 8
 NEEDED = {"model": "m", "data": "d", "out": "o"}

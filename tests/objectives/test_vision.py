@@ -23,10 +23,11 @@ from vision import (
 
 import samestep
 from samestep.data.load import load_rows
+from samestep.data.readers.vision import collate_image_records, image_records
 from samestep.data.records import Records
-from samestep.data.vision import collate_illustrated, illustrated_records
+from samestep.engine.counts import count_units
+from samestep.engine.terms import Term
 from samestep.errors import DataError
-from samestep.terms import Term, count
 
 NUMBER = 7
 SPLITS: list[tuple[int, Any]] = [(NUMBER, "right"), (1, "right"), (3, "left"), (2, "right")]
@@ -37,7 +38,7 @@ are in float32; and the latter's decay has a gradient of differences that nearly
 
 def read(folder: Path, family: str, **options: Any) -> Records:
     rows = load_rows(str(write_illustrated_rows(folder, NUMBER, plain=4)))
-    return illustrated_records(rows, build_processor(family), folder, **options)
+    return image_records(rows, build_processor(family), folder, **options)
 
 
 def cut(
@@ -46,7 +47,8 @@ def cut(
     order = list(range(len(records)))
     parts = [order[start : start + size] for start in range(0, len(order), size)]
     return [
-        collate_illustrated(records, part, padding=padding, pad_id=1, dtype=dtype) for part in parts
+        collate_image_records(records, part, padding=padding, pad_id=1, dtype=dtype)
+        for part in parts
     ]
 
 
@@ -141,7 +143,7 @@ def test_wrong_steps_are_caught(truth: Any, kind: str) -> None:
     micros, loss = cut(records, 3, "right"), samestep.CausalLMLoss()
 
     def mean(model: Any, micro: Any) -> Term:
-        return Term(loss(model, micro)["nll"].total / count([micro])["token"], "part")
+        return Term(loss(model, micro)["nll"].total / count_units([micro])["token"], "part")
 
     if kind == "mean of means":
         samestep.backward(model, micros, mean, counters={"part": lambda _: 1})
@@ -171,7 +173,7 @@ def test_it_learns_to_read(tmp_path: Path, family: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     model, processor = build_vision(family, torch.float32)
-    records = illustrated_records(load_rows(str(path)), processor, tmp_path)
+    records = image_records(load_rows(str(path)), processor, tmp_path)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     micros = cut(records, 1, "right", torch.float32)
     for _ in range(40):
@@ -204,7 +206,7 @@ def test_images_that_do_not_fit_are_dropped_and_counted(tmp_path: Path) -> None:
     assert len(records) == 2
     whole, short = read(tmp_path, "got_ocr2"), read(tmp_path, "got_ocr2", max_length=49)
     assert max(short.lengths) == 49 < max(whole.lengths)
-    micro = collate_illustrated(short, range(len(short)), padding="right", pad_id=1)
+    micro = collate_image_records(short, range(len(short)), padding="right", pad_id=1)
     assert micro["input_ids"].shape[1] == 49
     with pytest.raises(DataError, match="no row has a target to learn"):
         read(tmp_path, "got_ocr2", max_length=3)
@@ -252,7 +254,7 @@ def test_images_that_cannot_be_used_name_the_row(tmp_path: Path, kind: str) -> N
     path = write_illustrated_rows(tmp_path, 3)
     message = spoil(tmp_path, kind)
     with pytest.raises(DataError) as error:
-        illustrated_records(load_rows(str(path)), build_processor("got_ocr2"), tmp_path)
+        image_records(load_rows(str(path)), build_processor("got_ocr2"), tmp_path)
     assert message in str(error.value)
 
 
@@ -262,10 +264,10 @@ def test_images_may_be_listed_beside_the_messages(tmp_path: Path) -> None:
     parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which?"}]
     answer = {"role": "assistant", "content": "2"}
     row = {"messages": [{"role": "user", "content": parts}, answer], "images": ["a.png", "b.png"]}
-    records = illustrated_records(load_rows([row]), build_processor("qwen3_vl"), tmp_path)
+    records = image_records(load_rows([row]), build_processor("qwen3_vl"), tmp_path)
     files = records.meta["gallery"].rows[0].files
     assert [file.name for file in files] == ["a.png", "b.png"]
-    micro = collate_illustrated(records, [0], padding="right", pad_id=1)
+    micro = collate_image_records(records, [0], padding="right", pad_id=1)
     assert len(micro["image_grid_thw"]) == 2
 
 
@@ -274,5 +276,5 @@ def test_the_fingerprint_knows_the_pixels(tmp_path: Path) -> None:
     assert read(tmp_path, "got_ocr2").fingerprint() == first.fingerprint()
     draw_text("9", (24, 16)).save(tmp_path / "0-1.png")
     rows = load_rows(str(tmp_path / "rows-0.jsonl"))
-    again = illustrated_records(rows, build_processor("got_ocr2"), tmp_path)
+    again = image_records(rows, build_processor("got_ocr2"), tmp_path)
     assert again.fingerprint() != first.fingerprint()

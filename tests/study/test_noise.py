@@ -6,9 +6,9 @@ from cases import build, cut, ragged
 from torch import nn
 
 import samestep
+from samestep.engine.counts import count_units
 from samestep.study.noise import estimates, micro_norms, noise_scale
 from samestep.study.results import NoiseSums
-from samestep.terms import count
 
 DIMENSIONS, TARGETS = 40, [3, 50, 7, 120, 1, 19]
 
@@ -66,13 +66,13 @@ def test_the_norms_are_those_of_the_micro_batches_own_gradients() -> None:
     # GPT-2: a shared weight, and no norm that transformers computes in float32 whatever the dtype.
     model = build("gpt2")
     micros = cut(model, ragged(6), [1, 2], "none")
-    total = count(micros)["token"]
+    total = count_units(micros)["token"]
     loss = samestep.CausalLMLoss()
     with micro_norms(model) as norms:
         samestep.backward(model, micros, norms.watch(loss))
     for micro, square in zip(micros, norms.read(), strict=True):
         samestep.backward(model, [micro], loss)
-        share = count([micro])["token"] / total
+        share = count_units([micro])["token"] / total
         assert square == pytest.approx((_norm(model) * share) ** 2, rel=1e-10, abs=1e-30)
 
 

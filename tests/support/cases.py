@@ -17,14 +17,14 @@ from transformers import (
 
 from samestep.data.collate import Padding, collate
 from samestep.data.examples import Example
-from samestep.models import attention
+from samestep.kernels import packed_attention
 
 V = 97
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> Any:
     """A two-layer model: "llama" (untied), "llama-tied", "qwen2" or "gpt2" (tied)."""
-    attention.register()
+    packed_attention.register()
     torch.manual_seed(0)
     shape: dict[str, Any] = {
         "vocab_size": V,
@@ -75,7 +75,9 @@ def cut(
     model: Any, examples: Sequence[Example], sizes: Sequence[int], padding: Padding
 ) -> list[dict[str, Any]]:
     """Micro-batches of these sizes, again and again, until the examples end."""
-    model.set_attn_implementation(attention.NAME if padding == "none" else plain_attention(model))
+    model.set_attn_implementation(
+        packed_attention.NAME if padding == "none" else plain_attention(model)
+    )
     micros, at, turn = [], 0, 0
     while at < len(examples):
         size = sizes[turn % len(sizes)]

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from samestep.models import attention
+from samestep.kernels import packed_attention
 
 FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v3", "minimax_m2"]
 
@@ -69,7 +69,7 @@ def build_experts(
     family: str, dtype: torch.dtype = torch.float64, *, vocabulary: int = V, skew: float = 0.5
 ) -> Any:
     """A tiny model; ``skew`` is the spread of the routers' weights."""
-    attention.register()
+    packed_attention.register()
     torch.manual_seed(0)
     model = CLASSES[family](config_of(family, vocabulary))
     with torch.no_grad():

@@ -11,9 +11,9 @@ import samestep
 from samestep.data.collate import Padding
 from samestep.data.examples import Example, Examples
 from samestep.data.records import Records, collate_records
-from samestep.models import attention
-from samestep.objective import Objective
-from samestep.terms import Term, count
+from samestep.engine.counts import count_units
+from samestep.engine.terms import Objective, Term
+from samestep.kernels import packed_attention
 
 SPLITS: list[tuple[list[int], Padding]] = [
     ([64], "right"),
@@ -50,8 +50,8 @@ def cut(
     model: Any, records: Sequence[Any], sizes: Sequence[int], padding: Padding
 ) -> list[dict[str, Any]]:
     """Micro-batches of these sizes, again and again, until the records end."""
-    attention.register()
-    model.set_attn_implementation(attention.NAME if padding == "none" else "sdpa")
+    packed_attention.register()
+    model.set_attn_implementation(packed_attention.NAME if padding == "none" else "sdpa")
     micros, at, turn = [], 0, 0
     while at < len(records):
         size = sizes[turn % len(sizes)]
@@ -108,7 +108,7 @@ def mean_of_means(objective: Objective) -> Objective:
     """The same loss, divided by each micro-batch's own counts and averaged: the classic mistake."""
 
     def wrong(model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
-        own = count([micro], objective.counters)
+        own = count_units([micro], objective.counters)
         terms = {}
         for name, term in objective.loss_fn(model, micro).items():  # type: ignore[union-attr]
             if isinstance(term, samestep.Coupled):

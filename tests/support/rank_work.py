@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import samestep
-from samestep import ranks
 from samestep.data.examples import Example
-from samestep.parallel import Idle
-from samestep.targets import IGNORE
+from samestep.engine import collectives
+from samestep.engine.parallel import Idle
+from samestep.engine.targets import IGNORE
 
 MICRO = 3
 
@@ -44,7 +44,7 @@ def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def share(examples: Sequence[Example], mode: str, deal: str) -> list[Example]:
     """This rank's examples: "even", "uneven" (most on rank 0), or "bare" (the last rank's have no
     targets), "idle" (the last rank has none)."""
-    number, rank = ranks.world(), ranks.rank()
+    number, rank = collectives.world_size(), collectives.rank()
     if deal == "even" or number == 1:
         return list(examples[rank::number])
     tail = number - 1
@@ -87,7 +87,10 @@ def rank_local_gradient(mode: str, deal: str) -> tuple[float, dict[str, torch.Te
     own.backward()
     found = whole(gradients(model))
     if mode == "ddp":
-        found = {name: ranks.sum_over_ranks(value) / ranks.world() for name, value in found.items()}
+        found = {
+            name: collectives.all_reduce_sum(value) / collectives.world_size()
+            for name, value in found.items()
+        }
     return float(own), found
 
 
@@ -154,8 +157,8 @@ def coupled_gradient(
     elif mode == "ddp":
         net = DistributedDataParallel(net)
     x = torch.randn(12, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    start = sum(map(sum, sizes[: ranks.rank()]))
-    own = sizes[ranks.rank()]
+    start = sum(map(sum, sizes[: collectives.rank()]))
+    own = sizes[collectives.rank()]
     micros = [{"x": part} for part in x[start : start + sum(own)].split(list(own))] if own else []
     loss_fn = samestep.TwoPass(coupled_loss)
     evaluated = samestep.evaluate(net, micros, loss_fn, counters=ROWS)
@@ -177,7 +180,7 @@ def three_steps(mode: str, dtype: torch.dtype) -> tuple[list[Any], dict[str, tor
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     reports = []
     for start, end in ((0, 16), (16, 32), (32, 37)):
-        mine = ragged(37)[start:end][ranks.rank() :: ranks.world()]
+        mine = ragged(37)[start:end][collectives.rank() :: collectives.world_size()]
         micros = cut(inner(model), mine, [3], "none")
         samestep.evaluate(model, micros, samestep.CausalLMLoss())
         report = samestep.step(model, optimizer, micros, samestep.CausalLMLoss(), max_grad_norm=0.5)
@@ -205,7 +208,7 @@ def training_on_a_slow_disk(folder: str, **changes: Any) -> Any:
         time.sleep(0.3)
         real(descriptor)
 
-    os.fsync = slow if ranks.rank() == 0 else real
+    os.fsync = slow if collectives.rank() == 0 else real
     try:
         return training(folder, **changes)
     finally:
@@ -235,7 +238,7 @@ def faulty_training(folder: str, fault: str, **changes: Any) -> Any:
 
     def faulty(model: Any, micro: Any, **options: Any) -> None:
         real(model, micro, **options)
-        if ranks.rank() < ranks.world() - 1:
+        if collectives.rank() < collectives.world_size() - 1:
             return
         if fault == "sequence" or (fault == "memory" and micro["input_ids"].numel() > 110):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")

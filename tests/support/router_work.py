@@ -8,19 +8,19 @@ from experts import build_experts
 
 import samestep
 from objectives import cut, ragged_records
-from samestep import ranks
-from samestep.causal_lm import CausalLMLoss
+from samestep.engine import collectives
+from samestep.engine.two_pass import TwoPass
 from samestep.models.routers import router_biases
+from samestep.objectives.causal_lm import CausalLMLoss
 from samestep.objectives.routers import COUNTERS, RouterBias, RouterLosses
-from samestep.two_pass import TwoPass
 
 
 def router_step(family: str, sizes: list[int]) -> tuple[float, Any, Any]:
     """Objective, gradient and biases of a batch of 9; ``sizes`` is how many each rank takes."""
     model, records, bias = build_experts(family), list(ragged_records(9)), RouterBias(0.1)
     losses = RouterLosses(CausalLMLoss(), "window", 0.5, 0.1, bias)
-    start = sum(sizes[: ranks.rank()])
-    own = records[start : start + sizes[ranks.rank()]]
+    start = sum(sizes[: collectives.rank()])
+    own = records[start : start + sizes[collectives.rank()]]
     micros = cut(model, own, [2], "none")
     loss, _ = samestep.backward(model, micros, TwoPass(losses), counters=COUNTERS)
     biases: dict[str, torch.Tensor] = router_biases(model)

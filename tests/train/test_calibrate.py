@@ -10,14 +10,14 @@ from cases import worst
 from runs import read_lines, run_config, write_rows
 from safetensors.torch import load_file
 
+from samestep.engine.counts import input_tokens
+from samestep.engine.oom import memory_guard
 from samestep.errors import OutOfMemoryError
-from samestep.files import cache_folder
-from samestep.memory import memory_guard
-from samestep.terms import input_tokens
 from samestep.train import calibrate
 from samestep.train.budget import Costs
 from samestep.train.resident import memory_to_have, peak_memory
 from samestep.train.trainer import train
+from samestep.utils.files import cache_folder
 
 
 def run(folder: Path, **changes: Any) -> Any:

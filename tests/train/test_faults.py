@@ -14,12 +14,7 @@ from runs import llama_folder, read_lines, run_config, write_rows
 from safetensors.torch import load_file
 from torch import Tensor
 
-from samestep.errors import (
-    CheckpointError,
-    ConfigError,
-    NotFiniteError,
-    SequenceTooLargeError,
-)
+from samestep.errors import CheckpointError, ConfigError, NotFiniteError, SequenceTooLargeError
 from samestep.train import trainer
 from samestep.train.log import JsonLines
 from samestep.train.recorder import Recorder

@@ -38,11 +38,11 @@ def test_the_rank_that_holds_the_others_up_is_named(before: Any, now: Any, names
 
 
 def test_waiting_is_told_from_working_by_the_stack() -> None:
-    from samestep import ranks
+    from samestep.engine import collectives
     from samestep.train import watch
 
     gate = threading.Event()
-    thread = threading.Thread(target=ranks.every_rank, args=(gate.wait,))
+    thread = threading.Thread(target=collectives.gather_results, args=(gate.wait,))
     thread.start()
     try:
         assert thread.ident is not None

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from samestep.engine.targets import IGNORE
 from samestep.errors import CheckError
-from samestep.targets import IGNORE
 
 
 def cast(batch: Any, dtype: torch.dtype) -> Any:

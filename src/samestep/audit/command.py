@@ -18,7 +18,7 @@ from rich.console import Console
 
 from samestep.audit.report import show
 from samestep.errors import CheckError
-from samestep.files import write_atomically
+from samestep.utils.files import write_atomically
 
 TEMPLATE = Path(__file__).with_name("template.py")
 

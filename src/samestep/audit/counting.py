@@ -8,7 +8,7 @@ from torch import Tensor
 
 from samestep.audit.batches import has, inputs_of, tensors_of
 from samestep.audit.subject import Facts
-from samestep.targets import IGNORE
+from samestep.engine.targets import IGNORE
 
 
 def facts_of(batches: Sequence[Any]) -> list[Facts] | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from samestep.data.examples import Examples
-from samestep.data.load import Row
+from samestep.data.rows import Row
 from samestep.errors import DataError
 
 log = logging.getLogger("samestep")

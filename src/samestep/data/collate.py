@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from samestep.data.examples import Example
-from samestep.targets import IGNORE, spans, target_positions
+from samestep.engine.targets import IGNORE, spans, target_positions
 
 Padding = Literal["none", "right", "left"]
 
@@ -31,8 +31,8 @@ def collate(
         ``example_ids`` [sequences] int64 (their rows in the source), and ``example_weights``
         [sequences] float64 if any weight is not 1, and ``token_weights`` [rows, length] float64
         if any example has them. Known without asking a device, for what loses time there:
-        ``spans`` (`samestep.targets.spans`) and ``target_positions``
-        (`samestep.targets.target_positions`); ``example_ids`` stays on the CPU too.
+        ``spans`` (`samestep.engine.targets.spans`) and ``target_positions``
+        (`samestep.engine.targets.target_positions`); ``example_ids`` stays on the CPU too.
     """
     batch = _pack(examples) if padding == "none" else _pad(examples, padding, pad_id)
     batch["spans"] = spans(batch)

@@ -1,4 +1,4 @@
-"""Marked text to masked tokens, in batches."""
+"""From spans of characters to a mask of tokens. Pure functions; no pad id is ever looked at."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,12 +7,65 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samestep.data.mask import Mask, Span, Weights, mask_from_borders, mask_from_offsets
-from samestep.data.problems import RowError
+from samestep.data.rows import RowError
+
+Span = tuple[int, int]
+"""Start and end (exclusive) in characters."""
+
+Mask = NDArray[np.bool_]
+"""Whether each token is a target [length]."""
+
+Weights = NDArray[np.float32]
+"""How much each token counts as a target [length]; 0 where it is none."""
+
+
+def mask_from_offsets(offsets: Sequence[Span], spans: Sequence[Span], *, text_length: int) -> Mask:
+    """Mark every token that covers at least one character of a span.
+
+    A token that lies across the start of a span is therefore a target: the model must learn
+    to produce the character.
+
+    Args:
+        offsets: The characters of each token, as a fast tokenizer gives them.
+        spans: The target characters.
+        text_length: Characters in the text. Tokens that the tokenizer added behind the text
+            are targets if a span reaches its end.
+
+    Returns:
+        Mask [tokens].
+    """
+    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    # Byte-level tokenizers trim spaces off offsets, so that a token of spaces is empty: it then
+    # starts where the token before it ends.
+    previous = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]) if len(ends) else ends
+    starts = np.where(starts == ends, np.minimum(starts, previous), starts)
+    mask: Mask = np.zeros(len(ends), dtype=np.bool_)
+    for start, end in spans:
+        mask |= (starts < end) & (ends > start)
+    in_text = np.flatnonzero(ends > 0)
+    behind = in_text[-1] + 1 if len(in_text) else 0
+    mask[behind:] = any(end >= text_length for _, end in spans)
+    return mask
+
+
+def mask_from_borders(length: int, borders: Sequence[Span]) -> Mask:
+    """Mark the tokens between borders.
+
+    Args:
+        length: Number of tokens.
+        borders: Start and end (exclusive) in tokens.
+
+    Returns:
+        Mask [length].
+    """
+    mask: Mask = np.zeros(length, dtype=np.bool_)
+    for start, end in borders:
+        mask[start:end] = True
+    return mask
 
 
 @dataclass(frozen=True, slots=True)
-class MarkedText:
+class TextWithTargets:
     """A text and which of its characters are targets.
 
     Attributes:
@@ -27,7 +80,7 @@ class MarkedText:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Masked:
+class TokenizedText:
     """Tokens and which of them are targets.
 
     Attributes:
@@ -40,17 +93,17 @@ class Masked:
     mask: Mask
     weights: Weights | None = None
 
-    def with_eos(self, eos_id: int | None) -> "Masked":
+    def with_eos(self, eos_id: int | None) -> "TokenizedText":
         """The tokens closed by an end-of-sequence token, as a target, if they are not yet."""
         if eos_id is None or (len(self.ids) and self.ids[-1] == eos_id):
             return self
         weights = None if self.weights is None else np.append(self.weights, np.float32(1))
-        return Masked(np.append(self.ids, eos_id), np.append(self.mask, True), weights)
+        return TokenizedText(np.append(self.ids, eos_id), np.append(self.mask, True), weights)
 
 
 def encode(
-    marked: Sequence[MarkedText], tokenizer: Any, *, special_tokens: bool
-) -> list[Masked | RowError]:
+    marked: Sequence[TextWithTargets], tokenizer: Any, *, special_tokens: bool
+) -> list[TokenizedText | RowError]:
     """Tokenise texts in one call and mark their targets.
 
     Args:
@@ -77,17 +130,17 @@ def _unreadable(text: str) -> RowError | None:
 
 
 def _encode_readable(
-    marked: Sequence[MarkedText], tokenizer: Any, special_tokens: bool
-) -> list[Masked | RowError]:
+    marked: Sequence[TextWithTargets], tokenizer: Any, special_tokens: bool
+) -> list[TokenizedText | RowError]:
     if not marked:
         return []
     encoded = call(tokenizer, [one.text for one in marked], special_tokens=special_tokens)
-    results: list[Masked | RowError] = []
+    results: list[TokenizedText | RowError] = []
     for at, one in enumerate(marked):
         ids = np.asarray(encoded["input_ids"][at], dtype=np.int64)
         try:
             if one.spans is None:
-                results.append(Masked(ids, np.ones(len(ids), dtype=np.bool_)))
+                results.append(TokenizedText(ids, np.ones(len(ids), dtype=np.bool_)))
                 continue
             if tokenizer.is_fast:
                 offsets, groups = encoded["offset_mapping"][at], by_weight(one.spans, one.weights)
@@ -108,15 +161,15 @@ def by_weight(spans: Sequence[Span], weights: Sequence[float] | None) -> list[Se
 
 def masked(
     ids: NDArray[np.int64], masks: Sequence[Mask], weights: Sequence[float] | None
-) -> Masked:
+) -> TokenizedText:
     """Tokens with their targets: the masks of `by_weight`, and the weight of each."""
     if weights is None:
         (mask,) = masks
-        return Masked(ids, mask)
+        return TokenizedText(ids, mask)
     of_tokens: Weights = np.zeros(len(ids), dtype=np.float32)
     for one, weight in zip(masks, weights, strict=True):
         of_tokens[one] = weight
-    return Masked(ids, of_tokens > 0, of_tokens)
+    return TokenizedText(ids, of_tokens > 0, of_tokens)
 
 
 def call(tokenizer: Any, texts: list[str], *, special_tokens: bool) -> Any:
@@ -134,7 +187,7 @@ def call(tokenizer: Any, texts: list[str], *, special_tokens: bool) -> Any:
 
 
 def _token_borders(
-    marked: MarkedText, ids: NDArray[np.int64], tokenizer: Any, special_tokens: bool
+    marked: TextWithTargets, ids: NDArray[np.int64], tokenizer: Any, special_tokens: bool
 ) -> list[Span]:
     """Spans in tokens without offsets: the text up to each border must give the same tokens."""
     assert marked.spans is not None

@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from samestep.engine.targets import IGNORE
 from samestep.errors import DataError
-from samestep.files import sync
-from samestep.targets import IGNORE
+from samestep.utils.files import sync
 
 _FORMAT = "samestep examples 1"
 _TYPES = {

@@ -3,32 +3,17 @@
 import difflib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samestep.data.problems import raise_all
-from samestep.data.read import READERS
+from samestep.data.file_formats import READERS
+from samestep.data.rows import Row, raise_all
 from samestep.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
 
 ACCEPTED = ", ".join(READERS)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a source.
-
-    Attributes:
-        values: The columns by name.
-        origin: Where the row is from, for messages: "train.jsonl:17" (a line, from 1) or
-            "train.parquet row 17" (from 1).
-    """
-
-    values: dict[str, Any]
-    origin: str
 
 
 def load_rows(

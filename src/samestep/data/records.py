@@ -12,7 +12,7 @@ from torch import Tensor
 
 from samestep.data.collate import Padding, collate
 from samestep.data.examples import Example, Examples
-from samestep.targets import IGNORE, spans
+from samestep.engine.targets import IGNORE, spans
 
 MODEL_INPUTS = ("token_type_ids",)
 """Token fields that are inputs of the model."""

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from samestep.data.cache import cache_key, read_cache, write_cache
-from samestep.data.chat import encode_conversations
-from samestep.data.encode import MarkedText, Masked, encode
+from samestep.data.conversations import encode_conversations
+from samestep.data.encode import TextWithTargets, TokenizedText, encode
 from samestep.data.examples import Example, Examples
-from samestep.data.forms import COLUMNS, Form, common_form, token_weights_of, tokens_of, weight_of
-from samestep.data.load import Row
-from samestep.data.problems import RowError, raise_all
+from samestep.data.row_formats import COLUMNS, RowFormat, common_format, token_weights_of, tokens_of
+from samestep.data.rows import Row, RowError, raise_all, weight_of
+from samestep.engine.targets import IGNORE
 from samestep.errors import ConfigError, DataError
-from samestep.targets import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +63,7 @@ def tokenize_rows(
         raise ConfigError(f"max_length={max_length}: at least 2, or no token has one before it")
     if not rows:
         raise DataError("there are no rows to tokenise")
-    form = common_form(rows)
+    form = common_format(rows)
     everything = train_on == "all"
     path = None
     if cache is not None and tokenizer.is_fast and form != "token ids":
@@ -95,11 +94,11 @@ def tokenize_rows(
 def _masked_rows(
     rows: Sequence[Row],
     tokenizer: "PreTrainedTokenizerBase",
-    form: Form,
+    form: RowFormat,
     *,
     append_eos: bool,
     everything: bool,
-) -> Iterator[Masked | RowError]:
+) -> Iterator[TokenizedText | RowError]:
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
         if form == "token ids":
@@ -110,21 +109,21 @@ def _masked_rows(
             marked = [_mark_text(row, form, everything) for row in batch]
             eos_id = tokenizer.eos_token_id if append_eos else None
             for one in encode(marked, tokenizer, special_tokens=True):
-                yield one.with_eos(eos_id) if isinstance(one, Masked) else one
+                yield one.with_eos(eos_id) if isinstance(one, TokenizedText) else one
 
 
-def _given(row: Row, everything: bool) -> Masked | RowError:
+def _given(row: Row, everything: bool) -> TokenizedText | RowError:
     try:
         ids, mask = tokens_of(row.values)
         weights = token_weights_of(row.values, len(ids))
     except RowError as error:
         return error
     mask = mask | everything
-    return Masked(ids, mask if weights is None else mask & (weights > 0), weights)
+    return TokenizedText(ids, mask if weights is None else mask & (weights > 0), weights)
 
 
-def _unweighted(one: Masked | RowError) -> Masked | RowError:
-    if isinstance(one, Masked) and one.weights is not None:
+def _unweighted(one: TokenizedText | RowError) -> TokenizedText | RowError:
+    if isinstance(one, TokenizedText) and one.weights is not None:
         return RowError(
             "it has weights of tokens or messages, which this objective does not honour: only "
             "causal_lm, vision_language and distillation do"
@@ -132,17 +131,17 @@ def _unweighted(one: Masked | RowError) -> Masked | RowError:
     return one
 
 
-def _mark_text(row: Row, form: Form, everything: bool) -> MarkedText:
+def _mark_text(row: Row, form: RowFormat, everything: bool) -> TextWithTargets:
     if form == "text":
-        return MarkedText(row.values["text"], None)
+        return TextWithTargets(row.values["text"], None)
     prompt, completion = row.values["prompt"], row.values["completion"]
     text = prompt + completion
-    return MarkedText(text, None if everything else ((len(prompt), len(text)),))
+    return TextWithTargets(text, None if everything else ((len(prompt), len(text)),))
 
 
 def _examples(
     rows: Sequence[Row],
-    masked: Iterator[Masked | RowError],
+    masked: Iterator[TokenizedText | RowError],
     max_length: int | None,
     dropped: Counter[str],
 ) -> Iterator[Example]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from samestep.targets import IGNORE
+from samestep.engine.targets import IGNORE
 
 
 def class_losses(logits: Tensor, classes: Tensor, *, label_smoothing: float = 0.0) -> Tensor:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from samestep.engine.targets import at_targets
 from samestep.losses.linear_cross_entropy import CHUNK_ELEMENTS, CrossEntropySums
-from samestep.targets import at_targets
 
 
 def logits_cross_entropy(

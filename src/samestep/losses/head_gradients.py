@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from samestep.products import add_product_, product
+from samestep.kernels.gemm import add_product_, product
 
 
 class HeadGradients:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from samestep.engine.targets import at_targets
+from samestep.kernels.gemm import product
 from samestep.losses.head_gradients import HeadGradients
 from samestep.losses.linear_cross_entropy import CHUNK_ELEMENTS
-from samestep.products import product
-from samestep.targets import at_targets
 
 
 class Likelihoods(NamedTuple):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from samestep.engine.targets import at_targets
+from samestep.kernels.gemm import product
 from samestep.losses.head_gradients import HeadGradients
-from samestep.products import product
-from samestep.targets import at_targets
 
 CHUNK_ELEMENTS = 2**23
 """Logits held at once by default: 32 MB in float32."""
@@ -64,8 +64,8 @@ def linear_cross_entropy(
         bias: [vocabulary], or None.
         target_weights: Factor of each row [...], or None for 1.
         positions: Where the targets stand in the flattened rows [targets], as
-            `samestep.targets.target_positions` knows them; None: they are looked for, which waits
-            for a GPU.
+            `samestep.engine.targets.target_positions` gives them; None: they are looked for,
+            which waits for a GPU.
         label_smoothing: s, from 0 up to 1.
         z_loss: z, the factor of the squared logsumexp.
         softcap: c, or None.

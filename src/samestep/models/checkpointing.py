@@ -8,7 +8,6 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from samestep.errors import ConfigError
-from samestep.models import long_attention  # noqa: F401  (names its operation)
 
 Checkpointing = Literal["none", "selective", "full"]
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from samestep.engine.targets import spans
 from samestep.errors import ConfigError
-from samestep.targets import spans
 
 
 class ExampleDropout(nn.Module):

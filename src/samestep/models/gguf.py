@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from samestep.errors import ConfigError
-from samestep.files import cache_folder, sha256_of, sync
+from samestep.utils.files import cache_folder, sha256_of, sync
 
 log = logging.getLogger("samestep")
 

@@ -1,4 +1,4 @@
-"""Classes and numbers of sequences, classes of tokens, and rewards of pairs."""
+"""What classifiers say of each sequence, in any layout of the micro-batch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,13 +7,93 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samestep.lm_head import model_inputs
+from samestep.engine.targets import IGNORE, sequence_ids, spans
+from samestep.engine.terms import Counter, Term
 from samestep.losses.classification import class_losses, correct, squared_errors
 from samestep.losses.preference import reward_loss
-from samestep.objectives.heads import sequence_logits
+from samestep.models.lm_head import model_inputs
 from samestep.objectives.preference import pair_weights
-from samestep.targets import IGNORE, sequence_ids
-from samestep.terms import Counter, Term
+
+
+def sequence_logits(model: Any, micro: Mapping[str, Any]) -> Tensor:
+    """The class scores of each sequence [sequences, classes].
+
+    Decoders of transformers score a sequence at its last token, which they look for by the pad id;
+    here it is known from the layout, so packs work, and a pad token that is also the
+    end-of-sequence token does no harm. Encoders are run as they are, a row a sequence.
+
+    Args:
+        model: A ``...ForSequenceClassification`` of transformers, plain or wrapped by PEFT.
+        micro: A micro-batch of `samestep.data.collate.collate`, or ``input_ids`` alone.
+
+    Returns:
+        Scores.
+    """
+    bare = without_wrapper(model)
+    score = dict(bare.named_children()).get("score")
+    if score is None:
+        logits: Tensor = model(**model_inputs(micro)).logits
+        return logits
+    hidden = backbone_states(bare, micro)
+    scores: Tensor = score(hidden.flatten(0, 1)[last_positions(micro)])
+    return scores
+
+
+def backbone_states(bare: Any, micro: Mapping[str, Any]) -> Tensor:
+    """The last hidden states of a model without its head [rows, length, width]."""
+    prefix: str = bare.base_model_prefix
+    # AutoModel gives the backbone itself, which has no child of its own prefix.
+    backbone = dict(bare.named_children()).get(prefix, bare)
+    states: Tensor = backbone(**model_inputs(micro)).last_hidden_state
+    return states
+
+
+def without_wrapper(model: nn.Module) -> Any:
+    """The model of transformers inside a PEFT model (its adapters stay active)."""
+    inner = dict(model.named_children()).get("base_model")
+    return model if inner is None else inner.model
+
+
+def last_positions(micro: Mapping[str, Any]) -> Tensor:
+    """Where each sequence ends, in the flattened rows [sequences]."""
+    ids: Tensor = micro["input_ids"]
+    length = ids.shape[1]
+    ends = [row * length + span.stop - 1 for row, span in spans(micro)]
+    return torch.tensor(ends).to(ids.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class QuestionAnswering:
+    """Cross entropy of the answer's two ends; fields: ``start``, ``end`` [sequences], int64.
+
+    The softmax goes over the tokens of the sequence alone. (transformers lets it go over padding
+    too, so that its loss changes with the length of the neighbours.) Terms in the unit "example":
+    "cross_entropy", the mean of both ends', and the metric "exact" (both ends are right).
+    """
+
+    def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
+        """Sums over the sequences of one micro-batch."""
+        ends = end_logits(model, micro)
+        ends = ends if ends.dtype == torch.float64 else ends.float()
+        wanted = torch.stack([micro["fields"]["start"], micro["fields"]["end"]], dim=1)
+        losses, exact = [], []
+        for (row, span), places in zip(spans(micro), wanted, strict=True):
+            scores = ends[row, span].t()
+            found = scores.log_softmax(dim=1).gather(1, places[:, None])
+            losses.append(-found.sum() / 2)
+            exact.append((scores.argmax(dim=1) == places).all())
+        weights = example_weights(micro).to(ends)
+        right = (weights * torch.stack(exact)).sum()
+        return {
+            "cross_entropy": Term((weights * torch.stack(losses)).sum(), "example"),
+            "exact": Term(right, "example", weight=0.0),
+        }
+
+
+def end_logits(model: nn.Module, micro: Mapping[str, Any]) -> Tensor:
+    """The scores of each token as start and as end [rows, length, 2]."""
+    outputs = model(**model_inputs(micro))
+    return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
 
 
 def example_weights(micro: Mapping[str, Any]) -> Tensor:

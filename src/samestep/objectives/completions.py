@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samestep.lm_head import UpToHead
-from samestep.targets import sequence_ids, shifted_targets, target_positions
-from samestep.terms import sequence_targets
+from samestep.engine.counts import sequence_targets
+from samestep.engine.targets import sequence_ids, shifted_targets, target_positions
+from samestep.models.lm_head import UpToHead
 
 
 @dataclass(frozen=True)

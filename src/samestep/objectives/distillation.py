@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samestep.lm_head import States, UpToHead
+from samestep.engine.counts import target_weights
+from samestep.engine.targets import shifted_targets, target_positions
+from samestep.engine.terms import Term, Unit
 from samestep.losses.distillation import Divergence, divergences, top_k_divergences
-from samestep.targets import shifted_targets, target_positions
-from samestep.terms import Term, Unit, target_weights
+from samestep.models.lm_head import States, UpToHead
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from samestep.coupled import Coupled
+from samestep.engine.targets import spans
+from samestep.engine.terms import Coupled
 from samestep.losses.contrastive import contrastive_losses, found_positives
-from samestep.objectives.classification import example_weights
-from samestep.objectives.heads import backbone_states, last_positions, without_wrapper
-from samestep.targets import spans
+from samestep.objectives.classification import (
+    backbone_states,
+    example_weights,
+    last_positions,
+    without_wrapper,
+)
 
 Pooling = Literal["mean", "last", "first"]
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from samestep.terms import Counter, Term
+from samestep.engine.terms import Counter, Term
 
 TIMESTEPS = 1000
 """What models of diffusers call time 1."""
@@ -53,7 +53,7 @@ class FlowMatching:
     normalize: Literal["example", "element"] = "example"
 
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
-        """Sums over one micro-batch of `samestep.data.latents.collate_latents`."""
+        """Sums over one micro-batch of `samestep.data.readers.latents.collate_latents`."""
         totals = [self._total(model, group) for group in micro["groups"].values()]
         return {"velocity": Term(torch.stack(totals).sum(), self.normalize)}
 

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samestep.coupled import Coupled
-from samestep.lm_head import UpToHead
+from samestep.engine.terms import Counter, Coupled, Term
 from samestep.losses.preference import unpaired_loss
+from samestep.models.lm_head import UpToHead
 from samestep.objectives.classification import example_weights
 from samestep.objectives.completions import Reference, completions, evaluating
-from samestep.terms import Counter, Term
 
 KTO_COUNTERS: dict[str, Counter] = {
     "desirable": lambda micro: float(example_weights(micro)[micro["fields"]["label"]].sum()),

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from samestep.lm_head import UpToHead
+from samestep.engine.targets import IGNORE
+from samestep.engine.terms import Counter, Term
+from samestep.models.lm_head import UpToHead
 from samestep.objectives.classification import example_weights, token_weights
-from samestep.targets import IGNORE
-from samestep.terms import Counter, Term
 
 
 @dataclass(frozen=True)

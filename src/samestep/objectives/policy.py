@@ -7,11 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from samestep.lm_head import UpToHead
+from samestep.engine.counts import target_weights
+from samestep.engine.targets import sequence_ids, shifted_targets, target_positions
+from samestep.engine.terms import Term, Unit
 from samestep.losses.policy import Clip, clipped_losses, dft_losses, kl_estimates
+from samestep.models.lm_head import UpToHead
 from samestep.objectives.completions import Reference
-from samestep.targets import sequence_ids, shifted_targets, target_positions
-from samestep.terms import Term, Unit, target_weights
 
 
 @dataclass(frozen=True)

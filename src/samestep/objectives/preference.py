@@ -7,9 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from samestep.coupled import Coupled
+from samestep.engine.terms import Counter, Coupled, Term
 from samestep.errors import ConfigError
-from samestep.lm_head import UpToHead
 from samestep.losses.preference import (
     LogRatios,
     odds_ratio_loss,
@@ -17,8 +16,8 @@ from samestep.losses.preference import (
     reference_free_loss,
     sorted_loss,
 )
+from samestep.models.lm_head import UpToHead
 from samestep.objectives.completions import Completions, Reference, completions
-from samestep.terms import Counter, Term
 
 LENGTH_NORMALISED = ("ipo",)
 """Losses whose ratios are means over tokens by definition."""
@@ -41,7 +40,7 @@ PAIR_COUNTERS: dict[str, Counter] = {
 
 
 def _chosen_tokens(micro: Mapping[str, Any]) -> Tensor:
-    from samestep.terms import sequence_targets
+    from samestep.engine.counts import sequence_targets
 
     targets, weights = sequence_targets(micro)
     return (targets * weights)[::2].sum()

@@ -7,7 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from samestep.coupled import Coupled
+from samestep.engine.collectives import all_gather_object, all_reduce_sum, rank
+from samestep.engine.counts import sequence_targets
+from samestep.engine.targets import sequence_ids, spans
+from samestep.engine.terms import Counter, Coupled, LossFn, Term, named_terms
 from samestep.errors import ConfigError
 from samestep.losses.router import (
     choices_by_group,
@@ -18,9 +21,6 @@ from samestep.losses.router import (
     z_totals,
 )
 from samestep.models.routers import Routing, overheard, router_biases
-from samestep.ranks import exchange, rank, sum_over_ranks
-from samestep.targets import sequence_ids, spans
-from samestep.terms import Counter, LossFn, Term, named_terms, sequence_targets
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,13 @@ class RouterBias:
         biases = list(router_biases(model).values())
         own = torch.zeros(len(biases), len(biases[0]), dtype=torch.float64, device=biases[0].device)
         # A rank without work may have run an example of another one, for FSDP2's sake.
-        seen = {example for ids in exchange(sorted(self._loads))[: rank()] for example in ids}
+        seen = {
+            example for ids in all_gather_object(sorted(self._loads))[: rank()] for example in ids
+        }
         for example in sorted(self._loads.keys() - seen):
             own += self._loads[example]
         self._loads = {}
-        for bias, load in zip(biases, sum_over_ranks(own), strict=True):
+        for bias, load in zip(biases, all_reduce_sum(own), strict=True):
             if taken:
                 bias += (self.rate * (load.mean() - load).sign()).to(bias)
 

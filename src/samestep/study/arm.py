@@ -13,22 +13,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from samestep.data.plan import StepPlan
+from samestep.data.batching import StepPlan
 from samestep.data.records import Records
+from samestep.engine.counts import count_units
+from samestep.engine.evaluate import evaluate
+from samestep.engine.step import StepReport, backward, step
+from samestep.engine.terms import LossFn
 from samestep.errors import StepError
-from samestep.evaluation import evaluate
 from samestep.study.memory import peak_bytes, reset_peak
 from samestep.study.noise import estimates, micro_norms
 from samestep.study.normalisation import COUNTERS, normalised
 from samestep.study.results import Evaluations, Gradients, NoiseSums, Run, Steps
 from samestep.study.spec import Normalisation
-from samestep.terms import LossFn, count
 from samestep.train.batches import MicroBatches
 from samestep.train.config import TrainConfig
 from samestep.train.keyed import keyed
 from samestep.train.optim import learning_rate, set_learning_rate
 from samestep.train.setup import plans_of, set_up
-from samestep.train_step import StepReport, backward, step
 
 DIVERGED = 2.0
 """A run whose token loss exceeds its first by this factor has diverged."""
@@ -142,7 +143,7 @@ class _Trial:
             )
         self._record(report)
         if norms is not None:
-            targets = [count([micro])["token"] for micro in micros]
+            targets = [count_units([micro])["token"] for micro in micros]
             signal, variance = estimates(norms.read(), targets, norm=report.grad_norm)
             self.noise.signal.append(signal)
             self.noise.variance.append(variance)

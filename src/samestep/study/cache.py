@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from samestep.files import sha256_of, write_atomically
 from samestep.study.results import FORMAT, Run
 from samestep.train.config import TrainConfig
+from samestep.utils.files import sha256_of, write_atomically
 
 _NOT_CONTENT = {"model", "data", "eval_data", "tokenizer", "out", "device", "resume", "overwrite"}
 """Settings that name places; what stands there counts by its content."""

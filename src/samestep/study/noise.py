@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from samestep.engine.terms import LossFn, LossResult, MicroBatch
 from samestep.study.results import NoiseSums
 from samestep.study.statistics import Estimate, ratio_interval
-from samestep.terms import LossFn, LossResult, Micro
 
 
 class MicroNorms:
@@ -34,7 +34,7 @@ class MicroNorms:
     def watch(self, loss_fn: LossFn) -> LossFn:
         """The loss, each call of which begins a new micro-batch."""
 
-        def watched(model: nn.Module, micro: Micro) -> LossResult:
+        def watched(model: nn.Module, micro: MicroBatch) -> LossResult:
             self._sums.append(torch.zeros((), dtype=torch.float64))
             return loss_fn(model, micro)
 

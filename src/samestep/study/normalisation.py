@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from samestep.engine.counts import count_units
+from samestep.engine.terms import Counter, LossFn, Term, constant
 from samestep.study.spec import Normalisation
-from samestep.terms import Counter, LossFn, Term, constant, count
 
 COUNTERS: dict[str, Counter] = {"micro-batch": lambda _: 1}
 """Counts the unit that the mean of means divides by."""
@@ -47,7 +48,7 @@ def normalised(loss: LossFn, normalisation: Normalisation) -> LossFn:
         if normalisation == "sum":
             return {"sum (wrong)": Term(total, constant(1)), "nll": metric}
         # Frameworks divide 0 by 0 where a micro-batch has no target; this is kinder to them.
-        mean = total / max(1.0, count([micro])["token"])
+        mean = total / max(1.0, count_units([micro])["token"])
         return {"mean of means (wrong)": Term(mean, "micro-batch"), "nll": metric}
 
     return wrong

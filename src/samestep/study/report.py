@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from samestep.errors import ConfigError
-from samestep.files import write_atomically
 from samestep.study import words
 from samestep.study.advice import advise
 from samestep.study.charts import Figure, colours, figures
 from samestep.study.compare import compare, in_short
 from samestep.study.results import Results
+from samestep.utils.files import write_atomically
 
 TEMPLATE = Path(__file__).with_name("page.html")
 

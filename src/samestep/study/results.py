@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from samestep.errors import ConfigError
-from samestep.files import write_atomically
+from samestep.utils.files import write_atomically
 
 FORMAT = 1
 """Of ``results.json`` and of the cached runs."""

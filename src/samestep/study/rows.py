@@ -10,9 +10,9 @@ import numpy as np
 from samestep.data.examples import Example, Examples
 from samestep.data.load import load_rows
 from samestep.data.tokenize import tokenize_rows
-from samestep.files import cache_folder, write_atomically
+from samestep.engine.targets import IGNORE
 from samestep.study.results import Lengths
-from samestep.targets import IGNORE
+from samestep.utils.files import cache_folder, write_atomically
 
 
 def read_examples(

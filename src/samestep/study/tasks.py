@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from samestep.data.examples import Examples
-from samestep.files import sha256_of
 from samestep.models.load import load_tokenizer, resolve
 from samestep.study.arm import Job
 from samestep.study.cache import fingerprint, run_key
@@ -16,6 +15,7 @@ from samestep.study.spec import Arm, StudySpec
 from samestep.train.checked import checked
 from samestep.train.config import TrainConfig
 from samestep.train.objectives.causal_lm import CausalLMConfig
+from samestep.utils.files import sha256_of
 
 SHARED = (
     *("init", "steps", "optimizer", "schedule", "warmup", "weight_decay", "max_grad_norm"),

@@ -23,7 +23,7 @@ def annotated(
         model: Put in eval mode meanwhile.
         records: All of them are run once, on every rank.
         micro_batches: Cuts them.
-        annotate: As `samestep.objective.Objective.annotate`.
+        annotate: As `samestep.engine.terms.Objective.annotate`.
 
     Returns:
         The records with the further fields, which are not part of their fingerprint.

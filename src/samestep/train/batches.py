@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
+from samestep.data.batching import pack_micro_batches, padding_share, shard_by_cost
 from samestep.data.collate import Padding, to_device
-from samestep.data.plan import cut_step, deal, padding_share
 from samestep.data.records import Records
-from samestep.parallel import Idle
-from samestep.ranks import rank, world
+from samestep.engine.collectives import rank, world_size
+from samestep.engine.parallel import Idle
 from samestep.train.budget import DEFAULT
 from samestep.train.config import TrainConfig
 
@@ -62,7 +62,9 @@ class MicroBatches:
     def hand(self, indices: Sequence[int]) -> list[int]:
         """The records that this rank gets."""
         lengths = [self._records.lengths[index] for index in indices]
-        return [indices[position] for position in deal(lengths, ranks=world())[rank()]]
+        return [
+            indices[position] for position in shard_by_cost(lengths, ranks=world_size())[rank()]
+        ]
 
     def told(self, indices: Sequence[int]) -> str:
         """How well the cut of these records fills its micro-batches, for the log."""
@@ -82,7 +84,7 @@ class MicroBatches:
             yield self._collate([indices[position] for position in positions], step)
 
     def _cut(self, indices: Sequence[int]) -> list[list[int]]:
-        return cut_step(
+        return pack_micro_batches(
             [self._records.lengths[index] for index in indices],
             micro_batch=self._budget if self._by_number else None,
             micro_tokens=None if self._by_number else self._budget,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from samestep.files import write_atomically
+from samestep.utils.files import write_atomically
 
 DEFAULT = 1024
 """Tokens a micro-batch where nothing was measured."""

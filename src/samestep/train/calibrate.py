@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 import samestep
+from samestep.engine.counts import input_tokens
+from samestep.engine.step import backward
+from samestep.engine.terms import Objective
 from samestep.errors import OutOfMemoryError
-from samestep.files import cache_folder
-from samestep.objective import Objective
-from samestep.products import processor
-from samestep.terms import input_tokens
+from samestep.kernels.gemm import processor
 from samestep.train.budget import (
     BUDGETS,
     DEFAULT,
@@ -29,7 +29,7 @@ from samestep.train.budget import (
 from samestep.train.config import TrainConfig
 from samestep.train.keyed import keyed
 from samestep.train.resident import memory_to_have, peak_memory
-from samestep.train_step import backward
+from samestep.utils.files import cache_folder
 
 log = logging.getLogger("samestep")
 

@@ -32,10 +32,10 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
+from samestep.engine.collectives import gather_results, on_rank_0, rank, world_size
 from samestep.errors import CheckpointError
-from samestep.files import sha256_of, sync
-from samestep.ranks import every_rank, on_rank_0, rank, world
 from samestep.train.data_print import DataPrint
+from samestep.utils.files import sha256_of, sync
 
 log = logging.getLogger("samestep")
 
@@ -114,8 +114,8 @@ def save(
             str(aside), fqn_to_index_mapping=_files(tensors), save_distributed=True
         )
         with _alone_is_fine():
-            state_dict_saver.save(tensors, storage_writer=writer, no_dist=world() == 1)
-        for sums in every_rank(lambda: _checksums(aside)):
+            state_dict_saver.save(tensors, storage_writer=writer, no_dist=world_size() == 1)
+        for sums in gather_results(lambda: _checksums(aside)):
             state["files"] |= sums
         on_rank_0(finish)
     except (OSError, SafetensorError, CheckpointException) as error:
@@ -155,10 +155,10 @@ def newest_whole(folder: Path) -> Path | None:
     Raises:
         CheckpointError: There are checkpoints, and every one is damaged.
     """
-    found = every_rank(lambda: [path.name for path in _all(folder)])[0]
+    found = gather_results(lambda: [path.name for path in _all(folder)])[0]
     problems = []
     for checkpoint in (folder / name for name in reversed(found)):
-        damage = [part for part in every_rank(partial(_damage, checkpoint)) if part]
+        damage = [part for part in gather_results(partial(_damage, checkpoint)) if part]
         if not damage:
             return checkpoint
         problems.append(f"{checkpoint} is damaged: {'; '.join(damage)}")
@@ -197,7 +197,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
         moments = _places(kept, optimizer)
         with _alone_is_fine():
             state_dict_loader.load(
-                {**tensors, **moments}, storage_reader=reader, no_dist=world() == 1
+                {**tensors, **moments}, storage_reader=reader, no_dist=world_size() == 1
             )
         optimizer.load_state_dict(_unflatten(moments, state["optimizer"]))
         progress = state["progress"]
@@ -244,7 +244,7 @@ def _damage(checkpoint: Path) -> str:
         state = _read_state(checkpoint)
         if state["format"] != FORMAT:
             return f"format {state['format']}, not {FORMAT}"
-        for name, digest in sorted(state["files"].items())[rank() :: world()]:
+        for name, digest in sorted(state["files"].items())[rank() :: world_size()]:
             if sha256_of(checkpoint / name) != digest:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -256,7 +256,7 @@ def _reason(error: BaseException) -> str:
     """The first cause; DCP wraps those of all ranks."""
     if isinstance(error, CheckpointException):
         number, (cause, _) = next(iter(error.failures.items()))
-        return f"rank {number}: {cause}" if world() > 1 else str(cause)
+        return f"rank {number}: {cause}" if world_size() > 1 else str(cause)
     return str(error)
 
 

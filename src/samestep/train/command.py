@@ -25,7 +25,7 @@ def run(arguments: Sequence[str]) -> int:
     # After the arguments are known to be good: this import loads PyTorch.
     from transformers.utils import logging as transformers_logging
 
-    from samestep.ranks import rank
+    from samestep.engine.collectives import rank
     from samestep.train.trainer import train
 
     transformers_logging.set_verbosity_error()

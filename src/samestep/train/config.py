@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from samestep.data.collate import Padding
     from samestep.data.records import Records
-    from samestep.objective import Objective
+    from samestep.engine.terms import Objective
 
 
 class TrainConfig(BaseModel):
@@ -258,7 +258,7 @@ class TrainConfig(BaseModel):
         Raises:
             ConfigError: The layout asked for lets sequences see each other.
         """
-        from samestep.models.packing import choose_padding
+        from samestep.models.probes import choose_padding
 
         return choose_padding(model, self.padding, self.outputs)
 
@@ -298,7 +298,7 @@ class TrainConfig(BaseModel):
         Returns:
             [rows, length, ...] by token, or [sequences, width].
         """
-        from samestep.models.packing import logits_of
+        from samestep.models.probes import logits_of
 
         return logits_of(model, micro)
 

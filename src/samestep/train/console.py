@@ -6,9 +6,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from samestep.evaluation import EvalReport
-from samestep.text import printable
-from samestep.train_step import StepReport
+from samestep.engine.evaluate import EvalReport
+from samestep.engine.step import StepReport
+from samestep.utils.text import printable
 
 
 class RunConsole:

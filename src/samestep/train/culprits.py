@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from samestep.memory import rows_of
-from samestep.parallel import tensors_of
-from samestep.terms import Counter, LossFn, count
+from samestep.engine.counts import count_units
+from samestep.engine.oom import row_numbers
+from samestep.engine.parallel import term_tensors
+from samestep.engine.terms import Counter, LossFn
 
 SHOWN = 10
 """How many rows are named."""
@@ -38,18 +39,18 @@ def culprits(
     found = []
     for index in indices:
         micro = micro_batch_of(index)
-        if not any(count([micro], counters).values()):
+        if not any(count_units([micro], counters).values()):
             continue
         what = _wrong_with(model, micro, loss_fn)
         if what:
-            found.append(f"{rows_of(micro).strip(' ()')}: {what}")
+            found.append(f"{row_numbers(micro).strip(' ()')}: {what}")
     return found[:SHOWN]
 
 
 def _wrong_with(model: nn.Module, micro: dict[str, Any], loss_fn: LossFn) -> str:
     """What is not finite about one record: a term, or the gradient; empty if nothing is."""
     model.zero_grad()
-    tensors = tensors_of(loss_fn(model, micro))
+    tensors = term_tensors(loss_fn(model, micro))
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             return f"{name} is {float(tensor.detach().sum())}"

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from samestep.engine.collectives import on_rank_0
+from samestep.engine.parallel import is_sharded
 from samestep.errors import CheckpointError
-from samestep.parallel import is_sharded
-from samestep.ranks import on_rank_0
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, *, merge: bool) -> None:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from samestep.engine.terms import LossFn, LossResult
+from samestep.engine.two_pass import TwoPass
 from samestep.models.dropout import key_dropout
-from samestep.terms import LossFn, LossResult
-from samestep.two_pass import TwoPass
 
 
 def keyed(loss_fn: LossFn, *, seed: int, step: int) -> LossFn:

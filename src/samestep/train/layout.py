@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
+from samestep.engine.collectives import world_size
 from samestep.errors import ConfigError
-from samestep.ranks import world
 from samestep.train.config import TrainConfig
 
 log = logging.getLogger("samestep")
@@ -39,7 +39,7 @@ def choose_layout(
     wanted = config.parallel
     if wanted == "auto":
         wanted = "ddp"
-        if device.type == "cuda" and world() > 1:
+        if device.type == "cuda" and world_size() > 1:
             needed, room = resident_bytes(model), torch.cuda.mem_get_info(device)[1]
             wanted = "fsdp2" if needed > SHARE * room else "ddp"
             log.info("parallel: %s (%.1f GB to hold of %.1f)", wanted, needed / 1e9, room / 1e9)
@@ -76,7 +76,7 @@ def shard(model: Any, config: TrainConfig, device: torch.device) -> Any:
     """
     low = config.mixed_precision or config.dtype == "bfloat16"
     policy: dict[str, Any] = {
-        "mesh": init_device_mesh(device.type, (world(),)),
+        "mesh": init_device_mesh(device.type, (world_size(),)),
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if config.mixed_precision else None,
             # Low-precision gradients are added up over the ranks in float32.

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from samestep.engine.evaluate import EvalReport
+from samestep.engine.step import StepReport
 from samestep.errors import ConfigError
-from samestep.evaluation import EvalReport
-from samestep.files import write_atomically
 from samestep.train.config import TrainConfig
 from samestep.train.run_folder import RunFolder
-from samestep.train_step import StepReport
+from samestep.utils.files import write_atomically
 
 
 class Tracker(Protocol):

@@ -2,14 +2,14 @@
 
 from types import TracebackType
 
+from samestep.engine.collectives import gather_results, rank
+from samestep.engine.evaluate import EvalReport
+from samestep.engine.step import StepReport
 from samestep.errors import CheckpointError
-from samestep.evaluation import EvalReport
-from samestep.ranks import every_rank, rank
 from samestep.train.config import TrainConfig
 from samestep.train.console import RunConsole
 from samestep.train.log import Journal
 from samestep.train.run_folder import RunFolder
-from samestep.train_step import StepReport
 
 
 class Recorder:
@@ -40,7 +40,7 @@ class Recorder:
                 raise self._unwritable(error) from error
             return sorted(self._journal.evaluated)
 
-        self.evaluated = set(every_rank(start)[0])
+        self.evaluated = set(gather_results(start)[0])
 
     def __enter__(self) -> "Recorder":
         """Start the bar."""

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from samestep.engine.parallel import is_sharded
 from samestep.errors import OutOfMemoryError, SequenceTooLargeError
-from samestep.parallel import is_sharded
 from samestep.train.batches import MicroBatches
 
 log = logging.getLogger("samestep")

@@ -8,8 +8,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from samestep.errors import ConfigError
-from samestep.files import write_atomically
 from samestep.train.config import SAME_STEP, TrainConfig
+from samestep.utils.files import write_atomically
 
 
 class RunFolder:

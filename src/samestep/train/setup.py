@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from samestep.data.plan import StepPlan, plan_steps, steps_of
+from samestep.data.batching import StepPlan, num_steps, plan_steps
 from samestep.data.records import Records
+from samestep.engine.collectives import run_or_fail_together, world_size
+from samestep.engine.parallel import prepare_for_step
+from samestep.engine.terms import Objective
+from samestep.engine.two_pass import TwoPass
 from samestep.errors import ConfigError
+from samestep.kernels.linear import speed_up_linear
 from samestep.models.dropout import replace_dropout
-from samestep.models.linear import speed_up_linear
 from samestep.models.load import resolve
 from samestep.models.lora import add_lora
-from samestep.models.narrowing import cut_last_layer
-from samestep.objective import Objective
-from samestep.parallel import prepare
-from samestep.ranks import together, world
+from samestep.models.probes import cut_last_layer
 from samestep.train.annotate import annotated
 from samestep.train.batches import MicroBatches
 from samestep.train.calibrate import micro_token_budget
@@ -27,7 +28,6 @@ from samestep.train.group import first_of_this_machine
 from samestep.train.heap import keep_large_blocks
 from samestep.train.layout import choose_layout, shard
 from samestep.train.optim import build_optimizer
-from samestep.two_pass import TwoPass
 
 log = logging.getLogger("samestep")
 
@@ -72,21 +72,21 @@ def set_up(config: TrainConfig) -> Run:
         ConfigError: A setting does not fit the model or the machine.
         DataError: The data cannot be used.
     """
-    device = together(lambda: _device(config.device))
+    device = run_or_fail_together(lambda: _device(config.device))
     if config.activation_offload and device.type == "cpu":
         raise ConfigError("activation_offload: on a CPU the activations are where they would go")
     if device.type == "cpu":
         keep_large_blocks()
     # First once a machine: the other ranks find converted weights and tokens in the cache.
-    loaded = together(lambda: _load_data(config) if first_of_this_machine() else None)
-    tokenizer, data = together(lambda: loaded or _load_data(config))
-    model = together(lambda: _load_model(config, data))
-    layout = together(lambda: choose_layout(model, config, device))
+    loaded = run_or_fail_together(lambda: _load_data(config) if first_of_this_machine() else None)
+    tokenizer, data = run_or_fail_together(lambda: loaded or _load_data(config))
+    model = run_or_fail_together(lambda: _load_model(config, data))
+    layout = run_or_fail_together(lambda: choose_layout(model, config, device))
     model = shard(model, config, device) if layout == "fsdp2" else model.to(device)
     padding = config.layout(model)
     if config.task == "CAUSAL_LM":
         cut_last_layer(model, padding)
-    prepare(model)
+    prepare_for_step(model)
     config.checkpoint_activations(model)
     if padding == "right" and config.padding == "auto":
         log.warning("this model cannot take packs without padding: padding to the right")
@@ -104,10 +104,10 @@ def set_up(config: TrainConfig) -> Run:
         )
     if objective.annotate is not None:
         data = [annotated(model, one, micro_batches(one), objective.annotate) for one in data]
-        prepare(model)
+        prepare_for_step(model)
     first = next(plans_of(data[0], config)).examples
     wanted = config.micro_tokens == "auto" and config.micro_batch is None
-    if wanted and config.calibrated and world() == 1:
+    if wanted and config.calibrated and world_size() == 1:
         budget = micro_token_budget(
             model,
             objective,
@@ -200,7 +200,7 @@ def _total_steps(records: Records, config: TrainConfig) -> int:
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
-    return steps_of(
+    return num_steps(
         records.lengths,
         seed=config.seed,
         epochs=config.epochs,

@@ -16,20 +16,16 @@ from typing import Any
 import torch
 
 import samestep
-from samestep.data.plan import StepPlan
-from samestep.errors import (
-    ConfigError,
-    Interrupted,
-    NotFiniteError,
-    StopAskedError,
-)
-from samestep.evaluation import EvalReport, evaluate
-from samestep.files import write_atomically
+from samestep.data.batching import StepPlan
+from samestep.engine.collectives import all_gather_object, gather_results, on_rank_0
+from samestep.engine.evaluate import EvalReport, evaluate
+from samestep.engine.parallel import is_sharded
+from samestep.engine.step import StepReport, step
+from samestep.engine.terms import LossFn, LossResult
+from samestep.engine.two_pass import TwoPass
+from samestep.errors import ConfigError, Interrupted, NotFiniteError, StopAskedError
 from samestep.models.dropout import key_dropout
 from samestep.models.offload import Offload
-from samestep.parallel import is_sharded
-from samestep.ranks import every_rank, exchange, on_rank_0
-from samestep.terms import LossFn, LossResult
 from samestep.train import checkpoint
 from samestep.train.batches import MicroBatches
 from samestep.train.checkpoint import Progress
@@ -45,8 +41,7 @@ from samestep.train.replan import Report, within_memory
 from samestep.train.run_folder import RunFolder
 from samestep.train.setup import Run, plans_of, set_up
 from samestep.train.watch import Watch, watched
-from samestep.train_step import StepReport, step
-from samestep.two_pass import TwoPass
+from samestep.utils.files import write_atomically
 
 log = logging.getLogger("samestep")
 
@@ -145,10 +140,10 @@ class Loop:
                 self._evaluate_if_due()
                 if last or _due(self.config.save_every, self.progress.step):
                     self._save()
-                if not last and any(exchange(self.stop_asked())):
+                if not last and any(all_gather_object(self.stop_asked())):
                     raise StopAskedError
         except StopAskedError:
-            number = max(exchange(self.stop_asked()))
+            number = max(all_gather_object(self.stop_asked()))
             self._save()
             raise Interrupted(number) from None
 
@@ -194,7 +189,7 @@ class Loop:
         if is_sharded(self.run.model):
             return ""
         objective, batches = self.run.objective, self.run.micro_batches
-        found = every_rank(
+        found = gather_results(
             lambda: culprits(
                 self.run.model,
                 lambda index: next(batches.of([index], plan.step)),
@@ -295,7 +290,7 @@ def _due(every: int | None, step: int) -> bool:
 def _summary(run: Run, folder: RunFolder, loop: Loop) -> dict[str, Any]:
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
     own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    peaks = every_rank(lambda: own_peak)
+    peaks = gather_results(lambda: own_peak)
     progress, evaluations = loop.progress, loop.evaluations
     return {
         "steps": progress.step,

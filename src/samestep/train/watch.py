@@ -20,9 +20,9 @@ from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from samestep import ranks
+from samestep.engine import collectives
+from samestep.engine.collectives import rank, world_size
 from samestep.errors import RankError
-from samestep.ranks import rank, world
 from samestep.train.group import under_torchrun
 
 EXIT = 3
@@ -37,7 +37,7 @@ SILENT = 3.5
 Sign: TypeAlias = dict[str, Any]
 """A sign of life: its number, where the rank is in words, and whether it works or waits."""
 
-COMMUNICATION = (str(Path(dist.__file__).parent), str(Path(ranks.__file__)))
+COMMUNICATION = (str(Path(dist.__file__).parent), str(Path(collectives.__file__)))
 """The source of what waits for other ranks."""
 
 
@@ -102,7 +102,7 @@ class Watch:
 
     def _signs(self) -> list[Sign | None]:
         assert self._store is not None
-        names = [f"sign {number}" for number in range(world())]
+        names = [f"sign {number}" for number in range(world_size())]
         return [
             json.loads(self._store.get(name)) if self._store.check([name]) else None
             for name in names
@@ -154,7 +154,7 @@ def watched(patience: float) -> Iterator[Watch]:
     Raises:
         RankError: The block failed in a way that shows that another rank is gone; names it.
     """
-    if world() == 1:
+    if world_size() == 1:
         yield Watch(patience, None)  # it is never run
         return
     watch = Watch(patience, _store())
@@ -173,7 +173,7 @@ def watched(patience: float) -> Iterator[Watch]:
 def _store() -> Store:
     """A connection of our own to the store of the ranks: the group's own may be busy."""
     if under_torchrun():
-        store, *_ = next(iter(rendezvous("env://", rank(), world())))
+        store, *_ = next(iter(rendezvous("env://", rank(), world_size())))
     else:  # a group that was started in another way
         store = distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
     return PrefixStore(f"samestep {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

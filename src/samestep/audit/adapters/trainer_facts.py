@@ -9,8 +9,8 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from samestep.audit.adapters.altered import has_class_labels, rows_of
 from samestep.audit.subject import Facts
+from samestep.engine.targets import IGNORE
 from samestep.errors import CheckError
-from samestep.targets import IGNORE
 
 
 def skipped(batch: Any, rows_an_example: int, *, stream: bool) -> dict[str, str]:

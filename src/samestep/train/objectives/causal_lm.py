@@ -10,8 +10,7 @@ from samestep.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from samestep.data.records import Records
-    from samestep.objective import Objective
-    from samestep.terms import LossFn
+    from samestep.engine.terms import LossFn, Objective
 
 
 def read_language(
@@ -21,7 +20,7 @@ def read_language(
     from samestep.data.load import load_rows
     from samestep.data.records import Records
     from samestep.data.tokenize import tokenize_rows
-    from samestep.files import cache_folder
+    from samestep.utils.files import cache_folder
 
     return Records(
         tokenize_rows(
@@ -66,10 +65,9 @@ class CausalLMConfig(TrainConfig):
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """Cross entropy, normalised as asked, and what was asked of the routers."""
-        from samestep.causal_lm import CausalLMLoss
-        from samestep.objective import Objective
+        from samestep.engine.terms import Objective, constant
+        from samestep.objectives.causal_lm import CausalLMLoss
         from samestep.objectives.policy import DFT
-        from samestep.terms import constant
 
         value = self.normalize
         normalize = constant(value) if isinstance(value, float) else value
@@ -83,10 +81,10 @@ class CausalLMConfig(TrainConfig):
         return Objective(loss)
 
     def _with_routers(self, loss: "LossFn", model: Any) -> "Objective":
+        from samestep.engine.terms import Objective
+        from samestep.engine.two_pass import TwoPass
         from samestep.models.routers import router_biases, routers
-        from samestep.objective import Objective
         from samestep.objectives.routers import COUNTERS, RouterBias, RouterLosses
-        from samestep.two_pass import TwoPass
 
         if not routers(model):
             raise ConfigError(f"router settings: {type(model).__name__} has no routers")

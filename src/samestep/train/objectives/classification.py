@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from samestep.data.records import Records
-    from samestep.objective import Objective
+    from samestep.engine.terms import Objective
 
 
 class SequenceConfig(TrainConfig):
@@ -23,7 +23,7 @@ class SequenceConfig(TrainConfig):
 
     def outputs(self, model: Any, micro: dict[str, Any]) -> "Tensor":
         """The scores of each sequence."""
-        from samestep.objectives.heads import sequence_logits
+        from samestep.objectives.classification import sequence_logits
 
         return sequence_logits(model, micro)
 
@@ -48,8 +48,8 @@ class ClassificationConfig(SequenceConfig):
 
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of text (and text_pair) or messages, with a label."""
-        from samestep.data.labelled import class_records
         from samestep.data.load import load_rows
+        from samestep.data.readers.classification import class_records
 
         known = like.meta["classes"] if like else self.classes or None
         return class_records(
@@ -62,7 +62,7 @@ class ClassificationConfig(SequenceConfig):
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """Cross entropy by example."""
-        from samestep.objective import Objective
+        from samestep.engine.terms import Objective
         from samestep.objectives.classification import EXAMPLE_COUNTERS, Classification
 
         return Objective(Classification(self.label_smoothing), EXAMPLE_COUNTERS)
@@ -76,8 +76,8 @@ class RegressionConfig(SequenceConfig):
 
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of text (and text_pair) or messages, with a number as label."""
-        from samestep.data.labelled import value_records
         from samestep.data.load import load_rows
+        from samestep.data.readers.classification import value_records
 
         return value_records(load_rows(source), tokenizer, max_length=self.max_length)
 
@@ -87,7 +87,7 @@ class RegressionConfig(SequenceConfig):
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """Squared error by example."""
-        from samestep.objective import Objective
+        from samestep.engine.terms import Objective
         from samestep.objectives.classification import EXAMPLE_COUNTERS, Regression
 
         return Objective(Regression(), EXAMPLE_COUNTERS)
@@ -107,7 +107,7 @@ class RewardConfig(SequenceConfig, PairConfig):
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """Bradley-Terry by pair, with the rows' margins if they have them."""
-        from samestep.objective import Objective
+        from samestep.engine.terms import Objective
         from samestep.objectives.classification import Reward
         from samestep.objectives.preference import PAIR_COUNTERS
 
@@ -127,7 +127,7 @@ class TokenClassificationConfig(TrainConfig):
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of tokens (words) and tags."""
         from samestep.data.load import load_rows
-        from samestep.data.tags import tag_records
+        from samestep.data.readers.classification import tag_records
 
         known = like.meta["classes"] if like else self.classes or None
         return tag_records(load_rows(source), tokenizer, max_length=self.max_length, classes=known)
@@ -138,7 +138,7 @@ class TokenClassificationConfig(TrainConfig):
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """Cross entropy by tagged token."""
-        from samestep.objective import Objective
+        from samestep.engine.terms import Objective
         from samestep.objectives.classification import TOKEN_COUNTERS, TokenClassification
 
         return Objective(TokenClassification(), TOKEN_COUNTERS)
@@ -154,21 +154,20 @@ class QuestionAnsweringConfig(TrainConfig):
 
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of question, context and answers, as of SQuAD."""
-        from samestep.data.answers import answer_records
         from samestep.data.load import load_rows
+        from samestep.data.readers.question_answering import answer_records
 
         return answer_records(load_rows(source), tokenizer, max_length=self.max_length)
 
     def outputs(self, model: Any, micro: dict[str, Any]) -> "Tensor":
         """The scores of each token."""
-        from samestep.objectives.answers import end_logits
+        from samestep.objectives.classification import end_logits
 
         return end_logits(model, micro)
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """Cross entropy of both ends by example."""
-        from samestep.objective import Objective
-        from samestep.objectives.answers import QuestionAnswering
-        from samestep.objectives.classification import EXAMPLE_COUNTERS
+        from samestep.engine.terms import Objective
+        from samestep.objectives.classification import EXAMPLE_COUNTERS, QuestionAnswering
 
         return Objective(QuestionAnswering(), EXAMPLE_COUNTERS)

@@ -12,7 +12,7 @@ from samestep.train.objectives.preference import read_pairs
 
 if TYPE_CHECKING:
     from samestep.data.records import Records
-    from samestep.objective import Objective
+    from samestep.engine.terms import Objective
 
 
 class CustomConfig(TrainConfig):
@@ -31,7 +31,7 @@ class CustomConfig(TrainConfig):
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """What the file defines."""
-        from samestep.objective import Objective
+        from samestep.engine.terms import Objective
         from samestep.objectives.preference import PAIR_COUNTERS
 
         found = load_from_file(self.objective)

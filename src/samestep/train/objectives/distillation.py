@@ -11,7 +11,7 @@ from samestep.train.objectives.causal_lm import read_language
 
 if TYPE_CHECKING:
     from samestep.data.records import Records
-    from samestep.objective import Objective
+    from samestep.engine.terms import Objective
 
 
 class DistillationConfig(TrainConfig):
@@ -38,16 +38,18 @@ class DistillationConfig(TrainConfig):
         if self.teacher is not None:
             return records
         from samestep.data.load import load_rows
-        from samestep.data.taught import taught_records
+        from samestep.data.readers.distillation import teacher_topk_records
 
-        return taught_records(load_rows(source), records.sequences, max_length=self.max_length)
+        return teacher_topk_records(
+            load_rows(source), records.sequences, max_length=self.max_length
+        )
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """The divergence from the teacher."""
         return self._from_rows(model, data) if self.teacher is None else self._from_teacher(model)
 
     def _from_rows(self, model: Any, data: Sequence["Records"]) -> "Objective":
-        from samestep.objective import Objective
+        from samestep.engine.terms import Objective
         from samestep.objectives.distillation import TopKDistillation
 
         own = model.get_input_embeddings().num_embeddings
@@ -62,8 +64,8 @@ class DistillationConfig(TrainConfig):
         )
 
     def _from_teacher(self, model: Any) -> "Objective":
+        from samestep.engine.terms import Objective
         from samestep.models.load import load_model, resolve
-        from samestep.objective import Objective
         from samestep.objectives.distillation import Distillation
 
         assert self.teacher is not None

@@ -10,7 +10,7 @@ from samestep.train.config import TrainConfig
 if TYPE_CHECKING:
     from samestep.data.collate import Padding
     from samestep.data.records import Records
-    from samestep.objective import Objective
+    from samestep.engine.terms import Objective
 
 
 class FlowMatchingConfig(TrainConfig):
@@ -40,7 +40,7 @@ class FlowMatchingConfig(TrainConfig):
 
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Files of latents."""
-        from samestep.data.latents import latent_records
+        from samestep.data.readers.latents import latent_records
 
         return latent_records(source)
 
@@ -56,7 +56,7 @@ class FlowMatchingConfig(TrainConfig):
 
     def check_fit(self, model: Any, data: Sequence["Records"]) -> None:
         """Latents and condition may not have more channels than the model takes."""
-        from samestep.data.latents import CONDITION, LatentRecords, read_tensors
+        from samestep.data.readers.latents import CONDITION, LatentRecords, read_tensors
         from samestep.errors import ConfigError
 
         for records in data:
@@ -94,7 +94,7 @@ class FlowMatchingConfig(TrainConfig):
         key: tuple[int, int],
     ) -> dict[str, Any]:
         """Latents by shape, with noise and times that belong to (seed, step, example)."""
-        from samestep.data.latents import LatentRecords, collate_latents
+        from samestep.data.readers.latents import LatentRecords, collate_latents
         from samestep.objectives.flow_matching import Times
 
         assert isinstance(data, LatentRecords)
@@ -103,7 +103,7 @@ class FlowMatchingConfig(TrainConfig):
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """The error of the velocity."""
-        from samestep.objective import Objective
+        from samestep.engine.terms import Objective
         from samestep.objectives.flow_matching import COUNTERS, FlowMatching
 
         return Objective(FlowMatching(self.normalize), COUNTERS)

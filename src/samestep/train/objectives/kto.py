@@ -10,7 +10,7 @@ from samestep.train.objectives.preference import ReferenceConfig
 if TYPE_CHECKING:
     from samestep.data.collate import Padding
     from samestep.data.records import Records
-    from samestep.objective import Objective
+    from samestep.engine.terms import Objective
 
 
 class KTOConfig(ReferenceConfig):
@@ -28,8 +28,8 @@ class KTOConfig(ReferenceConfig):
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of prompt, completion and label."""
         from samestep.data.load import load_rows
-        from samestep.data.preference import unpaired_records
-        from samestep.files import cache_folder
+        from samestep.data.readers.preference import unpaired_records
+        from samestep.utils.files import cache_folder
 
         return unpaired_records(
             load_rows(source),
@@ -62,9 +62,9 @@ class KTOConfig(ReferenceConfig):
         """The coupled loss, with a reference that is live or run once."""
         from dataclasses import replace
 
-        from samestep.objective import Objective
+        from samestep.engine.terms import Objective
+        from samestep.engine.two_pass import TwoPass
         from samestep.objectives.kto import KTO, KTO_COUNTERS
-        from samestep.two_pass import TwoPass
 
         kto = KTO(
             self.reference(model),

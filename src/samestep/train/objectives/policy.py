@@ -9,7 +9,7 @@ from samestep.train.objectives.preference import ReferenceConfig
 
 if TYPE_CHECKING:
     from samestep.data.records import Records
-    from samestep.objective import Objective
+    from samestep.engine.terms import Objective
 
 
 class PolicyConfig(ReferenceConfig):
@@ -34,8 +34,8 @@ class PolicyConfig(ReferenceConfig):
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of prompt, completion and reward."""
         from samestep.data.load import load_rows
-        from samestep.data.rollouts import rollout_records
-        from samestep.files import cache_folder
+        from samestep.data.readers.rollouts import rollout_records
+        from samestep.utils.files import cache_folder
 
         return rollout_records(
             load_rows(source),
@@ -48,10 +48,9 @@ class PolicyConfig(ReferenceConfig):
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """The clipped gradient, and the KL if it has a weight."""
+        from samestep.engine.terms import Objective, constant
         from samestep.losses.policy import Clip
-        from samestep.objective import Objective
         from samestep.objectives.policy import PolicyGradient
-        from samestep.terms import constant
 
         normalize = self.normalize
         return Objective(

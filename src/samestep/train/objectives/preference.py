@@ -10,7 +10,7 @@ from samestep.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from samestep.data.records import Records
-    from samestep.objective import Objective
+    from samestep.engine.terms import Objective
     from samestep.objectives.completions import Reference
 
 DPOLoss = Literal[
@@ -34,8 +34,8 @@ DPOLoss = Literal[
 def read_pairs(config: TrainConfig, source: str, tokenizer: Any) -> "Records":
     """Rows of prompt, chosen and rejected."""
     from samestep.data.load import load_rows
-    from samestep.data.preference import pair_records
-    from samestep.files import cache_folder
+    from samestep.data.readers.preference import pair_records
+    from samestep.utils.files import cache_folder
 
     return pair_records(
         load_rows(source),
@@ -70,9 +70,9 @@ class ReferenceConfig(TrainConfig):
         """
         import copy
 
+        from samestep.engine.parallel import is_sharded
         from samestep.models.load import load_model, resolve
         from samestep.objectives.completions import Reference
-        from samestep.parallel import is_sharded
 
         if self.reference_model is not None:
             trust = self.trust_remote_code
@@ -121,9 +121,9 @@ class DPOConfig(ReferenceConfig, PairConfig):
 
         import torch
 
-        from samestep.objective import Objective
+        from samestep.engine.terms import Objective
+        from samestep.engine.two_pass import TwoPass
         from samestep.objectives.preference import DPO, PAIR_COUNTERS
-        from samestep.two_pass import TwoPass
 
         given = ["ref_chosen_logps" in records.fields for records in data]
         if any(given) and not all(given):
@@ -177,7 +177,7 @@ class SimPOConfig(PairConfig):
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """The loss, without a reference."""
-        from samestep.objective import Objective
+        from samestep.engine.terms import Objective
         from samestep.objectives.preference import PAIR_COUNTERS, ReferenceFree
 
         loss = ReferenceFree("simpo", beta=self.beta, gamma=self.gamma, nll_weight=self.nll_weight)
@@ -200,7 +200,7 @@ class CPOConfig(PairConfig):
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """The loss, without a reference."""
-        from samestep.objective import Objective
+        from samestep.engine.terms import Objective
         from samestep.objectives.preference import PAIR_COUNTERS, ReferenceFree
 
         loss = ReferenceFree(
@@ -223,7 +223,7 @@ class ORPOConfig(PairConfig):
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """The loss, without a reference."""
-        from samestep.objective import Objective
+        from samestep.engine.terms import Objective
         from samestep.objectives.preference import PAIR_COUNTERS, ReferenceFree
 
         return Objective(ReferenceFree("orpo", beta=self.beta, nll_weight=1.0), PAIR_COUNTERS)

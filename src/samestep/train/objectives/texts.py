@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from samestep.data.collate import Padding
     from samestep.data.records import Records
-    from samestep.objective import Objective
+    from samestep.engine.terms import Objective
 
 
 class EmbeddingConfig(TrainConfig):
@@ -32,7 +32,7 @@ class EmbeddingConfig(TrainConfig):
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of anchor and positive, and negative if the first row has one."""
         from samestep.data.load import load_rows
-        from samestep.data.texts import text_records
+        from samestep.data.readers.texts import text_records
 
         rows = load_rows(source)
         columns = ["anchor", "positive"]
@@ -48,10 +48,10 @@ class EmbeddingConfig(TrainConfig):
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """The coupled loss."""
-        from samestep.objective import Objective
+        from samestep.engine.terms import Objective
+        from samestep.engine.two_pass import TwoPass
         from samestep.objectives.classification import EXAMPLE_COUNTERS
         from samestep.objectives.embedding import Embedding
-        from samestep.two_pass import TwoPass
 
         loss = Embedding(
             width=data[0].width,
@@ -75,7 +75,7 @@ class MaskedLMConfig(TrainConfig):
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of text."""
         from samestep.data.load import load_rows
-        from samestep.data.texts import mask_settings, text_records
+        from samestep.data.readers.texts import mask_settings, text_records
 
         settings = mask_settings(tokenizer)
         records = text_records(load_rows(source), tokenizer, ["text"], max_length=self.max_length)
@@ -92,7 +92,7 @@ class MaskedLMConfig(TrainConfig):
         key: tuple[int, int],
     ) -> dict[str, Any]:
         """A micro-batch with masks that belong to the examples."""
-        from samestep.data.texts import masked_batch
+        from samestep.data.readers.texts import masked_batch
 
         return masked_batch(
             data, indices, share=self.mask_share, padding=padding, pad_id=pad_id, key=key
@@ -100,7 +100,7 @@ class MaskedLMConfig(TrainConfig):
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """Cross entropy by masked token."""
-        from samestep.objective import Objective
+        from samestep.engine.terms import Objective
         from samestep.objectives.classification import TOKEN_COUNTERS
         from samestep.objectives.masked_lm import MaskedLM
 
@@ -120,7 +120,7 @@ class Seq2SeqConfig(TrainConfig):
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of prompt (read by the encoder) and completion (written by the decoder)."""
         from samestep.data.load import load_rows
-        from samestep.data.texts import text_records
+        from samestep.data.readers.texts import text_records
 
         columns = ["prompt", "completion"]
         return text_records(
@@ -148,7 +148,7 @@ class Seq2SeqConfig(TrainConfig):
         from torch.nn.utils.rnn import pad_sequence
 
         from samestep.data.collate import collate
-        from samestep.targets import IGNORE
+        from samestep.engine.targets import IGNORE
 
         records = [data[at] for at in indices]
         micro = collate([one.sequences[0] for one in records], padding="right", pad_id=pad_id)
@@ -171,7 +171,7 @@ class Seq2SeqConfig(TrainConfig):
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """Cross entropy by token of the decoder."""
-        from samestep.objective import Objective
+        from samestep.engine.terms import Objective
         from samestep.objectives.masked_lm import DECODER_COUNTERS, Seq2Seq
 
         return Objective(Seq2Seq(self.label_smoothing), DECODER_COUNTERS)

@@ -34,10 +34,10 @@ class VisionLanguageConfig(CausalLMConfig):
     def read(self, source: str, tokenizer: Any, like: "Records | None" = None) -> "Records":
         """Rows of messages with images, whose files lie beside the rows."""
         from samestep.data.load import load_rows
-        from samestep.data.vision import illustrated_records
+        from samestep.data.readers.vision import image_records
 
         path = Path(source).expanduser()
-        return illustrated_records(
+        return image_records(
             load_rows(source),
             tokenizer,
             path if path.is_dir() else path.parent,
@@ -57,7 +57,7 @@ class VisionLanguageConfig(CausalLMConfig):
         """Tokens side by side, and the images of all of them."""
         import torch
 
-        from samestep.data.vision import collate_illustrated
+        from samestep.data.readers.vision import collate_image_records
 
         dtype = getattr(torch, self.dtype)
-        return collate_illustrated(data, indices, padding=padding, pad_id=pad_id, dtype=dtype)
+        return collate_image_records(data, indices, padding=padding, pad_id=pad_id, dtype=dtype)

@@ -1,0 +1,1 @@
+"""From the rows of each family of objectives to records."""

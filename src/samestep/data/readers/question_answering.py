@@ -1,0 +1,79 @@
+"""Questions about a context, answered by a span of it."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from samestep.data.readers.classification import label_records
+from samestep.data.records import Records
+from samestep.data.rows import Row, RowError, map_rows
+from samestep.errors import ConfigError
+
+
+def answer_records(
+    rows: Sequence[Row], tokenizer: Any, *, max_length: int | None = None
+) -> Records:
+    """Questions about a context, answered by a span of it.
+
+    Args:
+        rows: With ``question``, ``context`` and ``answers``, as of SQuAD: ``{"text": [..],
+            "answer_start": [..]}`` (the first counts), or none: then the first token is the
+            answer. Each may add ``weight``.
+        tokenizer: A fast tokenizer of transformers.
+        max_length: Truncate the context to so many tokens in all.
+
+    Returns:
+        Records with the fields ``start`` and ``end`` [records], the first and the last token of
+        the answer, int64; rows whose answer is cut off are dropped and counted.
+
+    Raises:
+        DataError: Rows are malformed; lists every one.
+        ConfigError: The tokenizer cannot tell characters.
+    """
+    if not tokenizer.is_fast:
+        raise ConfigError("question answering needs a fast tokenizer, which tells characters")
+    read = map_rows(rows, lambda row: _answer(row.values), "question, context and answers")
+    encoded = tokenizer(
+        [row.values["question"] for row in rows],
+        [row.values["context"] for row in rows],
+        truncation="only_second" if max_length is not None else False,
+        max_length=max_length,
+    )
+    places = [_tokens_of_answer(encoded, at, answer) for at, answer in enumerate(read)]
+    kept = [at for at, place in enumerate(places) if place is not None]
+    fields = {
+        name: torch.tensor([places[at][side] for at in kept])  # type: ignore[index]
+        for side, name in enumerate(("start", "end"))
+    }
+    return label_records(
+        rows,
+        encoded,
+        kept,
+        fields=fields,
+        dropped=Counter({"the answer is cut off": len(rows) - len(kept)}),
+    )
+
+
+def _answer(values: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The characters of the answer; None if there is none."""
+    question, context, answers = (values.get(n) for n in ("question", "context", "answers"))
+    if not isinstance(question, str) or not isinstance(context, str):
+        raise RowError("needs question and context, both text")
+    if answers is None or not answers.get("text"):
+        return None
+    text, start = answers["text"][0], answers["answer_start"][0]
+    if context[start : start + len(text)] != text or not text:
+        raise RowError(f"the answer {text!r} does not stand at character {start} of the context")
+    return start, start + len(text)
+
+
+def _tokens_of_answer(
+    encoded: Any, at: int, answer: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    if answer is None:
+        return 0, 0
+    first = encoded.char_to_token(at, answer[0], sequence_index=1)
+    last = encoded.char_to_token(at, answer[1] - 1, sequence_index=1)
+    return None if first is None or last is None else (first, last)

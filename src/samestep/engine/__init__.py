@@ -1,0 +1,1 @@
+"""The step: terms, units, counts, gradients, ranks, one update. It knows no trainer and no data."""

@@ -1,0 +1,161 @@
+"""Terms that are no sum over examples: what they are made of."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from samestep.errors import ConfigError, StepError
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """A term in which the examples of the effective batch meet: value(s) of a statistic s.
+
+    Load balance over experts, in-batch negatives, a KL over the batch: computed on a part of
+    the batch they are another function. So each micro-batch gives its part of the statistic;
+    the step gathers s over the whole effective batch first, and value(s) is the term.
+
+    Attributes:
+        part: This micro-batch's part of s, with a graph: for "sum" of the same shape in every
+            micro-batch, for "rows" [rows, ...] with any number of rows.
+        value: Maps the whole s (float64, detached from the model) to the term: 0-d, already what
+            is to be optimised. It must be the same function in every micro-batch, and for "rows"
+            not depend on their order.
+        gather: The whole s is the "sum" of the parts, or their "rows" one below another.
+        weight: Its weight in the objective. 0 makes it a metric.
+
+    Raises:
+        ConfigError: The part, the gathering or the weight is of the wrong kind.
+    """
+
+    part: Tensor
+    value: Callable[[Tensor], Tensor]
+    gather: Literal["sum", "rows"] = "sum"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.part, Tensor) or not self.part.is_floating_point():
+            raise ConfigError("a Coupled's part must be a tensor of floating-point numbers")
+        if self.gather not in ("sum", "rows"):
+            raise ConfigError(f"a Coupled gathers by 'sum' or 'rows', not {self.gather!r}")
+        if self.gather == "rows" and self.part.dim() == 0:
+            raise ConfigError("a Coupled that gathers rows needs a part of [rows, ...], not 0-d")
+        if not math.isfinite(self.weight):
+            raise ConfigError(f"a Coupled's weight must be finite, not {self.weight!r}")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A unit that counts the same in every batch: the divisor is ``value`` itself."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.value) and self.value > 0):
+            raise ConfigError(f"constant({self.value}): the divisor must be finite and above 0")
+
+
+Unit: TypeAlias = str | Constant
+"""What a term is summed over: "token", "sequence", "pair", "example", a name of your own, or
+`constant`."""
+
+Counts: TypeAlias = dict[str, float]
+"""How many of each unit the whole effective batch holds."""
+
+MicroBatch: TypeAlias = Any
+"""A micro-batch: whatever the loss takes. A mapping with ``labels`` is counted by default."""
+
+Counter: TypeAlias = Callable[[MicroBatch], float]
+"""Counts one unit in a micro-batch, from the data alone."""
+
+
+def constant(value: float) -> Constant:
+    """The unit of a term that is divided by a fixed number, as in Dr. GRPO's constant length.
+
+    Args:
+        value: The divisor; finite and above 0.
+
+    Returns:
+        A unit for `Term` and for ``normalize``.
+
+    Raises:
+        ConfigError: The divisor is not finite or not above 0.
+    """
+    return Constant(float(value))
+
+
+@dataclass(frozen=True)
+class Term:
+    """One named part of a loss: a sum, what it is a sum over, and its weight.
+
+    Attributes:
+        total: The sum over this micro-batch: 0-d, or [sequences] with one sum for each
+            sequence in reading order (then the step applies ``example_weights`` and can
+            normalise by sequence). Never divided by anything.
+        unit: What it is a sum over.
+        weight: Its weight in the objective. 0 makes it a metric: reported, not optimised.
+
+    Raises:
+        ConfigError: The total, the unit or the weight is of the wrong kind.
+    """
+
+    total: Tensor
+    unit: Unit = "token"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.total, Tensor) or self.total.dim() > 1:
+            found = tuple(self.total.shape) if isinstance(self.total, Tensor) else self.total
+            raise ConfigError(
+                f"a Term's total must be a tensor, 0-d or [sequences]; this one is {found!r}"
+            )
+        if not isinstance(self.unit, str | Constant):
+            raise ConfigError(f"a Term's unit is a name or constant(k), not {self.unit!r}")
+        if not math.isfinite(self.weight):
+            raise ConfigError(f"a Term's weight must be finite, not {self.weight!r}")
+
+
+LossResult: TypeAlias = Term | Coupled | Mapping[str, Term] | Mapping[str, Term | Coupled]
+"""What a loss gives for one micro-batch: one term, or several by name."""
+
+LossFn: TypeAlias = Callable[[nn.Module, MicroBatch], LossResult]
+"""A loss: sums over one micro-batch."""
+
+
+def named_terms(loss: LossResult) -> Mapping[str, Term | Coupled]:
+    """What a loss returned, by name (a single term is called "loss").
+
+    Raises:
+        StepError: It is neither a term nor terms by name.
+    """
+    if isinstance(loss, Term | Coupled):
+        return {"loss": loss}
+    if not isinstance(loss, Mapping) or not loss:
+        raise StepError(
+            f"the loss returned {type(loss).__name__}: return a Term(total, unit) or "
+            "{name: Term}. A bare tensor has no unit, so it cannot be normalised"
+        )
+    return loss
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss with the counters of its units.
+
+    Attributes:
+        loss_fn: (model, micro-batch) to terms; wrapped by `samestep.TwoPass` if it couples.
+        counters: A counter for each unit that is not counted by default.
+        annotate: Run once on every micro-batch of the data before the first step, without a
+            graph: (model, micro-batch) to further fields of its records, each [records, ...];
+            such as what a reference model says. None: nothing is added.
+        after_step: Run on every rank after each step of training: (model, whether the weights
+            moved). None: nothing is run.
+    """
+
+    loss_fn: LossFn
+    counters: Mapping[str, Counter] = field(default_factory=dict)
+    annotate: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]] | None = None
+    after_step: Callable[[Any, bool], None] | None = None

@@ -1,0 +1,261 @@
+"""Batch-coupled terms, exact for any differentiable function, in two passes.
+
+The first pass runs every micro-batch without a graph and gathers the statistic s; value(s) and
+its derivative at s are then computed once. The second pass adds <derivative at s, part> to each
+micro-batch's objective, whose gradient is by the chain rule that of value(s). The idea is that of
+GradCache (arXiv:2101.06983), here for any statistic.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from samestep.engine.collectives import all_reduce_sum, gather_rows, rank, row_offset
+from samestep.engine.normalize import TermSum
+from samestep.engine.oom import memory_guard
+from samestep.engine.parallel import gather_micro_batch_results, unwrap
+from samestep.engine.terms import (
+    Coupled,
+    LossFn,
+    LossResult,
+    MicroBatch,
+    Term,
+    constant,
+    named_terms,
+)
+from samestep.errors import NotFiniteError, StepError
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+LOW_PRECISION_TOLERANCE = 5e-2
+"""Relative difference between the passes above which they cannot have run the same model."""
+
+Shapes: TypeAlias = dict[str, tuple[str, list[int], str]]
+"""How each coupled term is gathered, and the shape and device of its first part."""
+
+
+@dataclass(frozen=True)
+class TwoPass:
+    """Declares that a loss returns `Coupled` terms, so that the step runs it twice.
+
+    Attributes:
+        loss_fn: The loss. Called twice on a micro-batch it must give the same statistic, so
+            randomness in it must be keyed to the examples.
+    """
+
+    loss_fn: LossFn
+
+    def __call__(self, model: nn.Module, micro: MicroBatch) -> LossResult:
+        """What the loss returns."""
+        return self.loss_fn(model, micro)
+
+
+class GatheredTerms:
+    """Coupled terms over a whole effective batch: their parts, then their values and slopes.
+
+    With several ranks each takes its own micro-batches; `finish` brings the parts together.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Tensor]] = {}
+        self._first: dict[str, Coupled] = {}
+        self._slopes: dict[str, list[Tensor]] = {}
+        self._values: dict[str, Tensor] = {}
+        self._repeated: dict[str, list[Tensor]] = {}
+        self._micros = 0
+        self._reports = True
+
+    def take(self, loss: LossResult) -> dict[str, Term]:
+        """Keep the parts of one micro-batch.
+
+        Returns:
+            The terms that are not coupled.
+
+        Raises:
+            StepError: Micro-batches do not have the same coupled terms.
+        """
+        terms, coupled = _split(loss)
+        if self._micros == 0:
+            self._first = coupled
+            self._parts = {name: [] for name in coupled}
+        self._check_names(coupled)
+        for name, term in coupled.items():
+            self._parts[name].append(term.part.detach().double())
+        self._micros += 1
+        return terms
+
+    def shapes(self) -> Shapes:
+        """What this rank coupled, as JSON: for `finish`, of every rank."""
+        return {
+            name: (term.gather, list(parts[0].shape), parts[0].device.type)
+            for (name, term), parts in zip(self._first.items(), self._parts.values(), strict=True)
+        }
+
+    def finish(self, shapes: Sequence[Shapes]) -> None:
+        """Compute each term's value at the whole statistic, and its slope at every part.
+
+        Args:
+            shapes: `shapes` of every rank; those without a micro-batch have none, but take part.
+
+        Raises:
+            StepError: A value is not one finite number, or ranks do not have the same terms.
+        """
+        known = [found for found in shapes if found]
+        for name in known[0] if known else ():
+            whole, before = _over_ranks(self._parts.get(name, []), *known[0][name])
+            if name in self._first:
+                self._differentiate(name, whole, before)
+        self._reports = bool(self._first) and not any(shapes[: rank()])
+
+    def _differentiate(self, name: str, whole: Tensor, before: int) -> None:
+        term, parts = self._first[name], self._parts[name]
+        with torch.enable_grad():
+            leaf = whole.requires_grad_()
+            value = term.value(leaf)
+            _check_value(name, value)
+            slope = torch.zeros_like(whole)
+            if value.requires_grad:
+                (slope,) = torch.autograd.grad(value, leaf)
+        self._values[name] = value.detach()
+        if term.gather == "sum":
+            self._slopes[name] = [slope] * len(parts)
+        else:
+            sizes = [len(part) for part in parts]
+            self._slopes[name] = list(slope[before : before + sum(sizes)].split(sizes))
+
+    def values(self) -> dict[str, TermSum]:
+        """The terms' values over the whole batch, without a graph, on the one rank that reports."""
+        if not self._reports:
+            return {}
+        return {
+            name: TermSum(value, constant(1), self._first[name].weight)
+            for name, value in self._values.items()
+        }
+
+    def resolve(self, loss: LossResult, index: int) -> LossResult:
+        """Put in the place of each coupled term one whose gradient is this micro-batch's share.
+
+        Args:
+            loss: What the loss returned in the second pass.
+            index: The micro-batch.
+
+        Returns:
+            Terms only. Those of coupled ones add up over the micro-batches to value(s).
+
+        Raises:
+            StepError: The terms, or the shape of a part, are others than in the first pass.
+        """
+        if not self._first:
+            return loss
+        terms, coupled = _split(loss)
+        self._check_names(coupled)
+        for name, term in coupled.items():
+            first = self._parts[name][index]
+            if first.shape != term.part.shape:
+                raise _not_repeatable(name)
+            self._repeated.setdefault(name, []).append(_are_close(first, term.part))
+            share = (self._slopes[name][index] * term.part.double()).sum()
+            value = self._values[name]
+            if index > 0 or not self._reports:
+                value = torch.zeros_like(value)
+            # The share counts for its gradient alone; the reported number is the value itself.
+            terms[name] = Term(value + (share - share.detach()), constant(1), term.weight)
+        return terms
+
+    def check_repeated(self) -> None:
+        """Compare the passes, once for all micro-batches so that a GPU is waited for once.
+
+        Raises:
+            StepError: The second pass gave another statistic than the first.
+        """
+        for name, close in self._repeated.items():
+            if not torch.stack(close).all():
+                raise _not_repeatable(name)
+
+    def _check_names(self, coupled: Mapping[str, Coupled]) -> None:
+        if coupled.keys() != self._first.keys():
+            raise StepError(
+                f"the loss returned the coupled terms {sorted(coupled)} for one micro-batch and "
+                f"{sorted(self._first)} for another: they must be the same. An empty micro-batch "
+                "gives zeros, or no rows"
+            )
+
+
+def first_pass(
+    model: nn.Module, runs: Iterable[tuple[MicroBatch, int | None]], loss_fn: LossFn
+) -> GatheredTerms:
+    """Gather what a `TwoPass` loss couples; nothing is run for any other loss.
+
+    Args:
+        model: The model, in the mode of the step.
+        runs: This rank's micro-batches, as
+            `samestep.engine.parallel.schedule_micro_batches` gives them.
+        loss_fn: The loss.
+
+    Returns:
+        What `GatheredTerms.resolve` needs in the second pass.
+
+    Raises:
+        StepError: The coupled terms do not fit together, or have no finite value.
+    """
+    gathered = GatheredTerms()
+
+    def own_part() -> Shapes:
+        for micro, number in runs:
+            with memory_guard(micro):
+                result = loss_fn(unwrap(model), micro)
+            if number is not None:
+                gathered.take(result)
+        return gathered.shapes()
+
+    if isinstance(loss_fn, TwoPass):
+        with torch.no_grad():
+            gathered.finish(gather_micro_batch_results(model, own_part))
+    return gathered
+
+
+def _over_ranks(
+    parts: list[Tensor], gather: str, shape: list[int], device: str
+) -> tuple[Tensor, int]:
+    """The whole statistic, and how many of its rows stand before this rank's own."""
+    shape = shape if gather == "sum" else [0, *shape[1:]]
+    nothing = torch.zeros(shape, dtype=torch.float64, device=device)
+    if gather == "sum":
+        return all_reduce_sum(torch.stack(parts).sum(0) if parts else nothing), 0
+    own = torch.cat(parts) if parts else nothing
+    return gather_rows(own), row_offset(len(own))
+
+
+def _split(loss: LossResult) -> tuple[dict[str, Term], dict[str, Coupled]]:
+    named = named_terms(loss)
+    coupled = {name: term for name, term in named.items() if isinstance(term, Coupled)}
+    terms = {name: term for name, term in named.items() if not isinstance(term, Coupled)}
+    return terms, coupled
+
+
+def _check_value(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        raise StepError(f"coupled term {name!r}: value(s) must be one number, a 0-d tensor")
+    if not value.isfinite():
+        raise NotFiniteError(
+            f"the step was not taken: coupled term {name!r} is {value.item()} over the whole "
+            "batch. The weights are unchanged"
+        )
+
+
+def _are_close(first: Tensor, second: Tensor) -> Tensor:
+    """Whether both passes gave the same part, but for rounding: 0-d, bool."""
+    tolerance = TOLERANCE.get(second.dtype, LOW_PRECISION_TOLERANCE)
+    close: Tensor = (first - second.detach().double()).norm() <= tolerance * first.norm()
+    return close
+
+
+def _not_repeatable(name: str) -> StepError:
+    return StepError(
+        f"coupled term {name!r}: the second pass gave another statistic than the first, so "
+        "its gradient would be wrong. The loss or the model draws random numbers that are "
+        "not tied to the examples (dropout, sampling): tie them, or turn them off"
+    )

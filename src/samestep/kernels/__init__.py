@@ -1,0 +1,1 @@
+"""Fast products and attention on each kind of processor."""

@@ -1,0 +1,192 @@
+"""Running a language model up to its head, so that the head sees the targets alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from samestep.errors import ConfigError
+from samestep.losses.cross_entropy import logits_cross_entropy, module_cross_entropy
+from samestep.losses.likelihood import (
+    Likelihoods,
+    linear_likelihoods,
+    logits_likelihoods,
+    module_likelihoods,
+)
+from samestep.losses.linear_cross_entropy import CrossEntropySums, linear_cross_entropy
+from samestep.models.last_layer import position_kwargs
+
+NOT_FOR_THE_MODEL = (
+    "labels", "example_ids", "example_weights", "token_weights", "fields", "mismatched", "spans",
+    "target_positions",
+)  # fmt: skip
+"""What a micro-batch holds beside the model's inputs."""
+
+
+def model_inputs(micro: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a micro-batch goes into the model: all but labels, weights, ids and fields.
+
+    Args:
+        micro: A micro-batch of `samestep.data.collate.collate`, or another mapping.
+
+    Returns:
+        The tensors that the model is called with.
+    """
+    return {key: micro[key] for key in micro if key not in NOT_FOR_THE_MODEL}
+
+
+@dataclass(frozen=True)
+class LogitRule:
+    """How a model makes logits of its head's output: scale, then soft cap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class States:
+    """What a language model computed for one micro-batch, short of the logits.
+
+    Attributes:
+        head: The output embedding.
+        states: The head's input [rows, length, width]; or the logits [rows, length, vocabulary] of
+            a model that does more than a head, a scale and a soft cap to make them.
+        rule: What turns the head's output into logits; None if ``states`` are logits.
+        outputs: What the model returned.
+
+    Where the model was run with ``at``, ``states`` mean nothing elsewhere.
+    """
+
+    head: nn.Module
+    states: Tensor
+    rule: LogitRule | None
+    outputs: Any
+
+    def cross_entropy(self, targets: Tensor, **options: Any) -> CrossEntropySums:
+        """Sums of cross entropy over targets [rows, length]; options of `linear_cross_entropy`."""
+        if self.rule is None:
+            return logits_cross_entropy(self.states, targets, **options)
+        hidden, options["softcap"] = _scaled(self.states, self.rule), self.rule.softcap
+        if type(self.head) is nn.Linear:
+            weight, options["bias"] = self.head.weight, self.head.bias
+            return linear_cross_entropy(hidden, weight, targets, **options)
+        return module_cross_entropy(self.head, hidden, targets, **options)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """The logits [rows, vocabulary] of some rows of ``states``."""
+        if self.rule is None:
+            return states
+        logits: Tensor = self.head(_scaled(states, self.rule))
+        cap = self.rule.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def likelihoods(self, targets: Tensor, positions: Tensor) -> Likelihoods:
+        """The likelihood of each target of targets [rows, length], in reading order."""
+        if self.rule is None:
+            return logits_likelihoods(self.states, targets, positions=positions)
+        hidden, softcap = _scaled(self.states, self.rule), self.rule.softcap
+        if type(self.head) is nn.Linear:
+            weight, bias = self.head.weight, self.head.bias
+            return linear_likelihoods(
+                hidden, weight, targets, bias=bias, softcap=softcap, positions=positions
+            )
+        return module_likelihoods(self.head, hidden, targets, softcap=softcap, positions=positions)
+
+
+def _scaled(states: Tensor, rule: LogitRule) -> Tensor:
+    return states if rule.scale == 1 else states * rule.scale
+
+
+class UpToHead:
+    """Runs language models of transformers with their head on one position only.
+
+    That one position shows on a model's first micro-batch whether it does more than its head to
+    make logits (a scale as in Granite, a soft cap as in Gemma 2); a model that does something else
+    is run with whole logits instead.
+    """
+
+    def __init__(self) -> None:
+        self._rules: WeakKeyDictionary[nn.Module, LogitRule | None] = WeakKeyDictionary()
+
+    def __call__(
+        self,
+        model: nn.Module,
+        micro: Mapping[str, Any],
+        *,
+        at: Tensor | None = None,
+        **extra: Any,
+    ) -> States:
+        """Run a model.
+
+        Args:
+            model: A causal language model of transformers, plain or wrapped by PEFT.
+            micro: ``input_ids`` [rows, length], and what else the model takes.
+            at: Where in the flattened rows the states are looked at, [positions] int64; elsewhere
+                they may be anything (see `samestep.models.last_layer`). None: everywhere.
+            **extra: Further arguments of the model.
+
+        Returns:
+            Its states.
+
+        Raises:
+            ConfigError: The model calls its output embedding more than once.
+        """
+        inputs = model_inputs(micro) | extra
+        inputs.setdefault("use_cache", False)  # keys and values kept for nothing
+        head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        inputs |= position_kwargs(head, at)
+        if head not in self._rules or self._rules[head] is not None:
+            hidden, outputs = _split_at_head(model, head, inputs)
+            if head not in self._rules:
+                self._rules[head] = _logit_rule(model, head, hidden, outputs.logits)
+            rule = self._rules[head]
+            if rule is not None:
+                return States(head, hidden, rule, outputs)
+        outputs = model(**inputs)
+        return States(head, outputs.logits, None, outputs)
+
+
+def _split_at_head(
+    model: nn.Module, head: nn.Module, inputs: Mapping[str, Any]
+) -> tuple[Tensor, Any]:
+    """The head's input [rows, length, width], and what the model made of the first position."""
+    seen: list[Tensor] = []
+
+    def keep_one_position(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        seen.append(arguments[0])
+        return (arguments[0][:, :1],)
+
+    hook = head.register_forward_pre_hook(keep_one_position)
+    try:
+        outputs = model(**inputs)
+    finally:
+        hook.remove()
+    if len(seen) != 1:
+        raise ConfigError(
+            f"{type(model).__name__} calls its output embedding {len(seen)} times a forward; "
+            "this loss serves models that call it once"
+        )
+    return seen[0], outputs
+
+
+def _logit_rule(
+    model: nn.Module, head: nn.Module, hidden: Tensor, logits: Tensor
+) -> LogitRule | None:
+    """What turns the head's output into the model's logits; None if it is neither of the known."""
+    with torch.no_grad():
+        plain, logits = head(hidden[:, :1]).double(), logits.detach().double()
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(hidden.dtype, 2e-2)
+
+    def fits(candidate: Tensor) -> bool:
+        return bool((candidate - logits).norm() <= tolerance * logits.norm())
+
+    if fits(plain):
+        return LogitRule()
+    cap = model.config.get_text_config().to_dict().get("final_logit_softcapping")  # type: ignore
+    if cap and fits(cap * torch.tanh(plain / cap)):
+        return LogitRule(softcap=cap)
+    scale = float((plain * logits).sum() / (plain * plain).sum())
+    return LogitRule(scale=scale) if fits(plain * scale) else None

@@ -1,0 +1,162 @@
+"""Can a model's sequences share a micro-batch without seeing each other? Asked of the model."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from samestep.data.collate import Padding, collate, to_device
+from samestep.data.examples import Example
+from samestep.errors import ConfigError
+from samestep.kernels import packed_attention
+from samestep.models import last_layer
+from samestep.models.dropout import ExampleDropout
+from samestep.models.lm_head import model_inputs
+from samestep.models.routers import routers
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+LOW_PRECISION_TOLERANCE = 5e-2
+"""Relative difference of logits above which a sequence has seen its neighbour."""
+
+Outputs = Callable[[Any, dict[str, Any]], Tensor]
+"""What a model makes of a micro-batch: [rows, length, ...] by token, or [sequences, width]."""
+
+
+def logits_of(model: Any, micro: dict[str, Any]) -> Tensor:
+    """The logits that a model gives by itself."""
+    logits: Tensor = model(**model_inputs(micro)).logits
+    return logits
+
+
+def choose_padding(
+    model: Any, wanted: Literal["auto"] | Padding, outputs: Outputs = logits_of
+) -> Padding:
+    """The layout of micro-batches for a model, and the model's attention set to serve it.
+
+    Two short sequences are run together and each alone. Only a layout in which they agree is
+    taken, so a model that leaks between sequences is never trained in that layout.
+
+    Args:
+        model: A transformers model; its attention implementation is changed.
+        wanted: The layout asked for; "auto" prefers none to right.
+        outputs: What must agree.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ConfigError: The layout asked for, or every one, lets sequences see each other.
+    """
+    candidates: tuple[Padding, ...] = ("none", "right") if wanted == "auto" else (wanted,)
+    reasons = []
+    found = model.config._attn_implementation
+    plain = "sdpa" if found == packed_attention.NAME else found
+    for padding in candidates:
+        reason = _why_not(model, padding, plain, outputs)
+        if reason is None:
+            return padding
+        reasons.append(f"padding {padding!r}: {reason}")
+    raise ConfigError(
+        f"{type(model).__name__} cannot hold several sequences in a micro-batch exactly: "
+        + "; ".join(reasons)
+        + (". Try padding 'auto'" if wanted != "auto" else ". Use micro_batch 1")
+    )
+
+
+@torch.no_grad()
+def _why_not(model: Any, padding: Padding, plain: str, outputs: Outputs) -> str | None:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    sequences = [torch.tensor(ids) % vocabulary for ids in ([3, 1, 4], [1, 5, 9, 2, 6])]
+    training = model.training
+    model.eval()
+    try:
+        if model.config._attn_implementation != plain:
+            model.set_attn_implementation(plain)
+        alone = [outputs(model, {"input_ids": one[None].to(model.device)})[0] for one in sequences]
+        if padding == "none":
+            packed_attention.register()
+            model.set_attn_implementation(packed_attention.NAME)
+        micro = collate([Example(ids, ids) for ids in sequences], padding=padding)
+        together = _apart(outputs(model, to_device(micro, model.device)), micro)
+    except (ConfigError, TypeError, ValueError, RuntimeError) as error:
+        return str(error).strip().split("\n")[0]
+    finally:
+        model.train(training)
+    if len(together) != len(sequences):
+        return f"{len(together)} outputs for {len(sequences)} sequences"
+    for one, joint in zip(alone, together, strict=True):
+        difference = float((one - joint).norm() / one.norm())
+        if not difference <= TOLERANCE.get(one.dtype, LOW_PRECISION_TOLERANCE):
+            return f"outputs change by {difference:.1e} beside a neighbour"
+    return None
+
+
+def _apart(joint: Tensor, micro: dict[str, Any]) -> list[Tensor]:
+    """The output of each sequence."""
+    if joint.dim() == 2:
+        return list(joint)
+    if "cu_seq_lens_q" in micro:
+        return list(joint[0].split(micro["cu_seq_lens_q"].diff().tolist()))
+    mask = micro["attention_mask"].bool().to(joint.device)
+    return [row[kept] for row, kept in zip(joint, mask, strict=True)]
+
+
+def cut_last_layer(model: Any, padding: Padding) -> bool:
+    """Compute a decoder's last layer at the targets alone wherever a loss says which they are.
+
+    Two short sequences are run with and without. Only a model whose logits agree at the targets,
+    and show elsewhere that the cut took place, is changed.
+
+    Args:
+        model: A causal language model of transformers, plain or wrapped by PEFT; changed in place.
+        padding: The layout that it is trained in.
+
+    Returns:
+        Whether it was cut. Never with routers, whose losses see every token, nor with dropout in
+        the layer, which is drawn for whole sequences.
+    """
+    layer = _last_layer(model)
+    if layer is None or not last_layer.row_wise_modules(layer) or routers(model):
+        return False
+    if any(isinstance(m, ExampleDropout | nn.Dropout) and m.p > 0 for m in layer.modules()):
+        return False
+    undo = last_layer.install_hooks(layer, model.get_output_embeddings())
+    if not _agrees(model, padding):
+        undo()
+        return False
+    return True
+
+
+def _last_layer(model: Any) -> nn.Module | None:
+    """The last of a decoder's layers, if it is built like most of transformers'."""
+    layers = dict(model.get_decoder().named_children()).get("layers")
+    if not isinstance(layers, nn.ModuleList):
+        return None
+    return layers[-1] if last_layer.ATTENTION in dict(layers[-1].named_children()) else None
+
+
+@torch.no_grad()
+def _agrees(model: Any, padding: Padding) -> bool:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    sequences = [torch.tensor(ids) % vocabulary for ids in ([3, 1, 4, 1], [1, 5, 9, 2, 6])]
+    examples = [Example(ids, ids.where(torch.arange(len(ids)) > 2, -100)) for ids in sequences]
+    micro = to_device(collate(examples, padding=padding), model.device)
+    at, training = micro["target_positions"], model.training
+    model.eval()
+    try:
+        whole, narrow = (
+            model(**model_inputs(micro), **more).logits.flatten(0, 1)
+            for more in ({}, {last_layer.ARGUMENT: at})
+        )
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    finally:
+        model.train(training)
+    return _close(whole[at], narrow[at]) and not _close(whole, narrow)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    tolerance = TOLERANCE.get(one.dtype, LOW_PRECISION_TOLERANCE)
+    return bool((one - other).norm() <= tolerance * one.norm())

@@ -1,0 +1,1 @@
+"""Files, text and other helpers that know nothing of training."""

@@ -1,0 +1,121 @@
+"""A GPU is never waited for between the first and the last micro-batch of a step.
+
+There is no GPU here, so a step runs on the meta device: like a GPU it computes shapes at once and
+values later (here never), and whoever asks for a value fails. Copies from the CPU must not wait
+either.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import build, cut, ragged
+from experts import FAMILIES
+from objective_runs import CASES, configured
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import samestep
+from samestep.data.collate import to_device
+from samestep.engine import two_pass
+from samestep.engine.normalize import TermAccumulator
+from samestep.engine.parallel import prepare_for_step
+from samestep.engine.step import accumulate, count_batch
+from samestep.engine.terms import LossFn
+from samestep.engine.two_pass import GatheredTerms
+from samestep.kernels import packed_attention
+from samestep.models.probes import cut_last_layer
+from samestep.train.config import TrainConfig
+from samestep.train.keyed import keyed
+from samestep.train.setup import plans_of, set_up
+
+META = torch.device("meta")
+
+
+class NoWaitingCopies(TorchDispatchMode):
+    """Refuses copies from the CPU that block."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") == META:
+            assert args[0].is_meta or kwargs.get("non_blocking"), "a copy that waits"
+        return func(*args, **kwargs)
+
+
+def run_there(
+    model: Any,
+    micros: list[Any],
+    loss: LossFn,
+    *,
+    counters: Any = None,
+    frozen: Sequence[nn.Module] = (),
+) -> None:
+    """A step's forwards and backwards on the meta device, after one on the CPU.
+
+    The first looks at the model's head, once for good.
+    """
+    samestep.backward(model, micros, loss, counters=counters)
+    _, counts, _, _ = count_batch(micros, counters)
+    for module in (model, *frozen):
+        module.to(META)
+    there = [to_device(micro, META) for micro in micros]
+    with pytest.MonkeyPatch.context() as patch, NoWaitingCopies():
+        patch.setattr(packed_attention, "_by_sequence", packed_attention._varlen)  # as on a GPU
+        patch.setattr(torch, "Generator", lambda device: torch.default_generator)
+        # These read values, once a step: after the last micro-batch, and between two passes.
+        patch.setattr(TermAccumulator, "facts", lambda self: {})
+        patch.setattr(GatheredTerms, "check_repeated", lambda self: None)
+        patch.setattr(two_pass, "_check_value", lambda name, value: None)
+        _, _, gradients = accumulate(
+            model, prepare_for_step(model), there, loss, counts=counts, normalize="token"
+        )
+    assert gradients
+    assert all(gradient.is_meta for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_packs(name: str, weighted: bool) -> None:
+    model = build(name, torch.float32)
+    assert cut_last_layer(model, "none")
+    micros = cut(model, ragged(12, weighted=weighted, by_token=weighted), [5], "none")
+    run_there(model, micros, samestep.CausalLMLoss(z_loss=1e-3, label_smoothing=0.1))
+
+
+PACKED = [case for case in CASES if not case.endswith(("bert", "t5", *FAMILIES))]
+"""Without those whose model waits: of a padded batch transformers asks whether it is padded, and
+experts how many tokens go to each."""
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_objectives(tmp_path: Path, case: str) -> None:
+    # Adapters: with dropout, and the model without them as the reference.
+    adapters = {"lora_rank": 2, "lora_dropout": 0.1}
+    config: TrainConfig = configured(tmp_path, case, eval_data=None, **adapters)
+    run = set_up(config)
+    plan = next(plans_of(run.train, config))
+    micros = list(run.micro_batches.of_this_rank(plan.examples, 0))
+    teachers = [own for own in vars(run.objective.loss_fn).values() if isinstance(own, nn.Module)]
+    loss = keyed(run.objective.loss_fn, seed=0, step=0)
+    run_there(run.model, micros, loss, counters=run.objective.counters, frozen=teachers)
+
+
+@pytest.mark.parametrize("wrong", ["collated by others", "a value read"])
+def test_waits_are_caught(wrong: str) -> None:
+    model = build("llama", torch.float32)
+    micros, loss = cut(model, ragged(12), [5], "none"), samestep.CausalLMLoss()
+
+    def reading(model: nn.Module, micro: Mapping[str, Any]) -> Any:
+        terms = loss(model, micro)
+        assert terms["nll"].total.item() >= 0
+        return terms
+
+    if wrong == "collated by others":
+        for micro in micros:
+            del micro["target_positions"]
+    with pytest.raises(RuntimeError, match="meta"):
+        run_there(model, micros, reading if wrong == "a value read" else loss)

@@ -1,0 +1,90 @@
+"""Products through oneDNN against float64, and when it is not taken."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from samestep.kernels import gemm
+from samestep.kernels.gemm import add_product_, by_onednn, product
+
+
+def matrices(transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    one, other = torch.randn(131, 257), torch.randn(257, 67)
+    return (one.t().contiguous().t(), other.t().contiguous().t()) if transposed else (one, other)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_is_as_close_to_float64_as_pytorchs(onednn: bool, transposed: bool) -> None:
+    one, other = matrices(transposed)
+    assert by_onednn(one, other, multiplications=2**21) == onednn
+    bias = torch.randn(67)
+    truth = torch.addmm(bias.double(), one.double(), other.double())
+    plain = (torch.addmm(bias, one, other) - truth).norm()
+    assert (product(one, other, bias=bias) - truth).norm() <= 2 * plain
+    assert (product(one, other) - (truth - bias)).norm() <= 2 * plain
+
+
+@pytest.mark.usefixtures("onednn")
+def test_a_product_is_added_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "BLOCK_ELEMENTS", 67 * 50)
+    monkeypatch.setattr(gemm, "SMALLEST", 2**10)
+    one, other = matrices(False)
+    total = torch.ones(131, 67)
+    add_product_(total, one, other)
+    torch.testing.assert_close(total, 1 + one @ other, atol=1e-4, rtol=1e-5)
+
+
+def test_onednn_serves_float32_on_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "onednn_is_faster", lambda: True)
+    one, other = matrices(False)
+    assert not by_onednn(one.double(), other.double(), multiplications=2**21)
+    assert not by_onednn(one.bfloat16(), other.bfloat16(), multiplications=2**21)
+    assert not by_onednn(one, other, multiplications=2**19)  # its fixed cost would not pay
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not by_onednn(one, other, multiplications=2**21)
+
+
+MANY_SHAPES = """
+import torch
+from samestep.kernels import gemm
+gemm.onednn_is_faster = lambda: True
+torch.set_num_threads(1)
+weight = torch.randn(768, 512)
+def some(first):
+    for rows in range(first, first + 60):
+        states, slope = torch.randn(rows, 512), torch.randn(rows, 768)
+        gemm.product(states, weight.t())
+        gemm.product(slope, weight)
+        gemm.product(slope.t(), states)
+def resident_pages():
+    return int(open("/proc/self/statm").read().split()[1])
+some(200)
+before = resident_pages()
+some(300)
+print(resident_pages() - before)
+"""
+
+
+@pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and Path("/proc/self/statm").exists()),
+    reason="no oneDNN, or a system that does not say what a process takes",
+)
+def test_products_of_ever_new_shapes_do_not_pile_up() -> None:
+    """Each shape's code is half a megabyte: without bounds they grow the process for long."""
+
+    def pages_more(**environment: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", MANY_SHAPES],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=os.environ | environment,
+        )
+        return int(done.stdout)
+
+    unbounded = pages_more(**dict.fromkeys(gemm.CACHES, "1024"))
+    assert 3 * pages_more() < unbounded > 20_000
