@@ -11,11 +11,11 @@ PACKAGES: dict[str, set[str]] = {
     "errors": set(),
     "utils": {"errors"},
     "kernels": {"errors"},
-    "engine": {"errors"},
+    "engine": {"errors", "utils"},
     "losses": {"engine", "errors", "kernels"},
     "data": {"engine", "errors", "utils"},
     "models": {"data", "engine", "errors", "kernels", "losses", "utils"},
-    "objectives": {"data", "engine", "errors", "losses", "models"},
+    "objectives": {"data", "engine", "errors", "losses", "models", "utils"},
     "audit": {"engine", "errors", "utils"},
     "train": {
         *("data", "engine", "errors", "kernels", "losses", "models", "objectives", "utils"),

@@ -21,6 +21,7 @@ from samestep.engine.parallel import (
 from samestep.engine.terms import Counter, Counts, LossFn, MicroBatch, Unit
 from samestep.engine.two_pass import GatheredTerms, Shapes
 from samestep.errors import DataError
+from samestep.utils.modules import eval_mode
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,6 @@ def evaluate(
     """
     started = time.perf_counter()
     prepare_for_step(model)
-    training = {module: module.training for module in model.modules()}
     tally, gathered = TermAccumulator(), GatheredTerms()
     counted_here, tokens_here = list[Counts](), list[int]()
 
@@ -92,13 +92,8 @@ def evaluate(
         sums = add_counts(counted_here)
         return tally.facts(), gathered.shapes(), sums, sum(tokens_here), len(tokens_here)
 
-    model.eval()
-    try:
-        with torch.no_grad():
-            parts = gather_micro_batch_results(model, own_part)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with eval_mode(model), torch.no_grad():
+        parts = gather_micro_batch_results(model, own_part)
     facts, shapes, counts_by_rank, tokens, pieces = zip(*parts, strict=True)
     if sum(pieces) == 0:
         raise DataError("nothing to evaluate: there is no micro-batch")

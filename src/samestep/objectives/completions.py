@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from samestep.engine.counts import sequence_targets
 from samestep.engine.targets import sequence_ids, shifted_targets, target_positions
 from samestep.models.lm_head import UpToHead
+from samestep.utils.modules import eval_mode
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,5 @@ class Reference:
                 yield self._model
             else:
                 adapters: Any = policy
-                with evaluating(policy), adapters.disable_adapter():
+                with eval_mode(policy), adapters.disable_adapter():
                     yield policy
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, so without dropout; each module back in its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

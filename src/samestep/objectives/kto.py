@@ -11,7 +11,8 @@ from samestep.engine.terms import Counter, Coupled, Term
 from samestep.losses.preference import unpaired_loss
 from samestep.models.lm_head import UpToHead
 from samestep.objectives.classification import example_weights
-from samestep.objectives.completions import Reference, completions, evaluating
+from samestep.objectives.completions import Reference, completions
+from samestep.utils.modules import eval_mode
 
 KTO_COUNTERS: dict[str, Counter] = {
     "desirable": lambda micro: float(example_weights(micro)[micro["fields"]["label"]].sum()),
@@ -49,7 +50,7 @@ class KTO:
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term | Coupled]:
         """The part of one micro-batch."""
         log_p = completions(self.up_to_head, model, micro).log_p
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), eval_mode(model):
             elsewhere = completions(self.up_to_head, model, micro["mismatched"]).log_p
         references = self.reference_log_p(model, micro)
         ratio = log_p - references["ref_logps"].to(log_p)
