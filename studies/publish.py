@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from samestep.study.compare import Comparison, compare, signed
+from samestep.study.comparison import ArmComparison, compare_arms, format_change
 from samestep.study.report import write_report
 from samestep.study.results import Results, load_results
 
@@ -36,19 +36,21 @@ def summary(results: Results) -> str:
     arms = {(arm.group, arm.label): arm for arm in results.arms}
     spread = {one.cut: one.spread for one in results.lengths}
     rows: list[tuple[str, ...]] = [HEADERS, ("---",) * len(HEADERS)]
-    for one in compare(results):
+    for one in compare_arms(results):
         cut = arms[one.group, one.arm].cut
         rows.append((one.arm, f"{cut:.0%}", f"{spread[cut]:.2f}", *_measured(one)))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _measured(one: Comparison) -> tuple[str, ...]:
+def _measured(one: ArmComparison) -> tuple[str, ...]:
     return (
         _size(one.gradient_difference),
         "-" if one.cosine is None else f"{one.cosine:.3f}",
-        signed(one.change),
-        f"{signed(one.interval.low)} to {signed(one.interval.high)}" if one.interval else "-",
-        "-" if one.noise is None else f"{one.noise:.3f}",
+        format_change(one.change),
+        f"{format_change(one.interval.low)} to {format_change(one.interval.high)}"
+        if one.interval
+        else "-",
+        "-" if one.seed_std is None else f"{one.seed_std:.3f}",
         WORDS[one.outcome],
     )
 
@@ -61,7 +63,7 @@ def _size(difference: float | None) -> str:
     return f"{difference:.0%}" if difference < 10 else f"{difference:,.0f} times"
 
 
-def filled(text: str, home: Path) -> str:
+def fill_tables(text: str, home: Path) -> str:
     """The README with the table of each study between its marks."""
 
     def table(found: re.Match[str]) -> str:
@@ -83,7 +85,7 @@ def main() -> None:
                 # A tenth of the bytes: few colours, and better compression than the drawer's.
                 Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
     readme = HOME / "README.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8"), HOME), encoding="utf-8")
+    readme.write_text(fill_tables(readme.read_text(encoding="utf-8"), HOME), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 from study_results import make_arm, make_results
 
-from samestep.study.charts import figures
-from samestep.study.report import page as render
+from samestep.study.charts import draw_figures
+from samestep.study.report import render_page
 from samestep.study.results import NoiseSums, Results
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -40,7 +40,7 @@ def results() -> Results:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(render(results(), figures(results())), encoding="utf-8")
+    path.write_text(render_page(results(), draw_figures(results())), encoding="utf-8")
     return path
 
 

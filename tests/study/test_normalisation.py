@@ -7,7 +7,7 @@ from torch import Tensor
 
 import samestep
 from samestep.data.examples import Example
-from samestep.study.normalisation import COUNTERS, normalised
+from samestep.study.normalisation import COUNTERS, apply_normalisation
 from samestep.study.spec import Normalisation
 
 EXAMPLES = [example for example in ragged(8) if (example.labels[1:] != -100).any()]
@@ -15,7 +15,7 @@ EXAMPLES = [example for example in ragged(8) if (example.labels[1:] != -100).any
 
 def arm_gradient(normalisation: Normalisation, micro: int) -> tuple[dict[str, Tensor], float]:
     model = build("llama")
-    loss = normalised(samestep.CausalLMLoss(), normalisation)
+    loss = apply_normalisation(samestep.CausalLMLoss(), normalisation)
     micros = cut(model, EXAMPLES, [micro], "none")
     _, terms = samestep.backward(model, micros, loss, counters=COUNTERS)
     return gradients(model), terms["nll"]
@@ -62,6 +62,6 @@ def test_a_micro_batch_without_targets_does_not_end_in_nan() -> None:
     model = build("llama")
     empty = Example(torch.tensor([5, 6]), torch.tensor([-100, -100]))
     micros = cut(model, [*EXAMPLES[:1], empty], [1], "none")
-    loss = normalised(samestep.CausalLMLoss(), "mean-of-means")
+    loss = apply_normalisation(samestep.CausalLMLoss(), "mean-of-means")
     samestep.backward(model, micros, loss, counters=COUNTERS)
     assert all(one.isfinite().all() for one in gradients(model).values())

@@ -6,11 +6,10 @@ from types import ModuleType
 
 import pytest
 
-from samestep.study.charts import figures
-from samestep.study.compare import compare
-from samestep.study.report import caption
+from samestep.study.charts import draw_figures
+from samestep.study.comparison import compare_arms
+from samestep.study.markdown import render_markdown
 from samestep.study.results import load_results
-from samestep.study.words import markdown
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / "docs" / "studies"
@@ -29,7 +28,7 @@ def publish() -> ModuleType:
 
 def test_the_tables_are_those_of_the_results(publish: ModuleType) -> None:
     text = (HOME / "README.md").read_text(encoding="utf-8")
-    assert publish.filled(text, HOME) == text
+    assert publish.fill_tables(text, HOME) == text
     for study in STUDIES:
         assert f"<!-- {study} -->" in text
 
@@ -37,9 +36,11 @@ def test_the_tables_are_those_of_the_results(publish: ModuleType) -> None:
 @pytest.mark.parametrize("study", STUDIES)
 def test_the_reports_are_drawn_from_the_results(study: str) -> None:
     results = load_results(HOME / study / "results.json")
-    drawn = figures(results)
-    pictures = {f"{name}.png": caption(figure) for name, figure in drawn.items()}
-    assert (HOME / study / "report.md").read_text(encoding="utf-8") == markdown(results, pictures)
+    figures = draw_figures(results)
+    pictures = {f"{name}.png": figure.caption for name, figure in figures.items()}
+    assert (HOME / study / "report.md").read_text(encoding="utf-8") == render_markdown(
+        results, pictures
+    )
     assert {path.name for path in (HOME / study).glob("*.png")} == set(pictures)
 
 
@@ -48,7 +49,7 @@ def test_what_was_seen_is_in_the_results(study: str) -> None:
     results = load_results(HOME / study / "results.json")
     normalisation = {arm.label: arm.normalisation for arm in results.arms}
     cut = {arm.group: arm.cut for arm in results.arms}
-    for one in compare(results):
+    for one in compare_arms(results):
         if normalisation[one.arm] == "exact":
             assert one.same_step is True
             assert one.change == pytest.approx(0, abs=1e-4)
@@ -57,7 +58,7 @@ def test_what_was_seen_is_in_the_results(study: str) -> None:
             assert one.ratio[0] > 2000
             assert one.cosine == pytest.approx(1, abs=1e-4)
             assert one.outcome == ("better" if study == "accumulation-llama" else "small")
-    wrong = [one for one in compare(results) if normalisation[one.arm] == "mean-of-means"]
+    wrong = [one for one in compare_arms(results) if normalisation[one.arm] == "mean-of-means"]
     wrong.sort(key=lambda one: cut[one.group])
     assert [cut[one.group] for one in wrong] == [0, 0.5, 0.75, 0.95]
     cosines = [one.cosine for one in wrong if one.cosine is not None]
@@ -74,7 +75,7 @@ def test_what_was_seen_is_in_the_results(study: str) -> None:
 def test_what_was_seen_on_the_real_model_is_in_its_results() -> None:
     results = load_results(HOME / "accumulation" / "results.json")
     normalisation = {arm.label: arm.normalisation for arm in results.arms}
-    found = {one.arm: one for one in compare(results)}
+    found = {one.arm: one for one in compare_arms(results)}
     assert {one.outcome for one in found.values()} == {"one seed"}
     for arm, one in found.items():
         if normalisation[arm] == "exact":

@@ -6,11 +6,11 @@ import pytest
 from study_results import make_arm, make_results
 
 from samestep.errors import ConfigError
-from samestep.study.charts import figures
-from samestep.study.compare import compare
-from samestep.study.report import page, write_report
-from samestep.study.results import NoiseSums, Results, load_results, rounded, save_results
-from samestep.study.words import HEADERS, markdown, table
+from samestep.study.charts import draw_figures
+from samestep.study.comparison import compare_arms
+from samestep.study.markdown import ARM_HEADERS, arm_table, render_markdown
+from samestep.study.report import render_page, write_report
+from samestep.study.results import NoiseSums, Results, load_results, round_floats, save_results
 
 HOSTILE = "</script><script>alert(1)</script> *a* [b](c) | `d`"
 
@@ -49,7 +49,7 @@ def test_a_report_holds_every_figure_and_verdict(tmp_path: Path) -> None:
     for name in pictures:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    for one in compare(found):
+    for one in compare_arms(found):
         assert one.training in text
     for name in pictures:
         assert f"({name})" in text
@@ -58,18 +58,18 @@ def test_a_report_holds_every_figure_and_verdict(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def html() -> str:
-    return page(results(), figures(results()))
+    return render_page(results(), draw_figures(results()))
 
 
 def test_names_cannot_become_markup(html: str) -> None:
     assert "<script>alert" not in html
     assert "&lt;script&gt;alert(1)" in html
-    text = markdown(results(), {})
+    text = render_markdown(results(), {})
     assert "<script" not in text
     assert "[b](c)" not in text
     rows = [line for line in text.splitlines() if line.startswith("| &lt;/script")]
     assert len(rows) == 2
-    assert all(len(re.split(r"(?<!\\)\|", row)) == len(HEADERS) + 2 for row in rows)
+    assert all(len(re.split(r"(?<!\\)\|", row)) == len(ARM_HEADERS) + 2 for row in rows)
 
 
 def test_the_page_refers_to_nothing_outside_itself(html: str) -> None:
@@ -84,7 +84,7 @@ def test_the_page_refers_to_nothing_outside_itself(html: str) -> None:
 
 def test_the_numbers_are_those_of_the_results() -> None:
     found = results()
-    row = dict(zip(HEADERS, table(found, "as they are")[2], strict=True))
+    row = dict(zip(ARM_HEADERS, arm_table(found, "as they are")[2], strict=True))
     assert row["evaluation loss"] == "3.5000 ± 0.2000"
     assert row["vs reference"] == "+0.5000"
     assert row["gradient difference"] == "4.0e-01"
@@ -95,7 +95,7 @@ def test_the_numbers_are_those_of_the_results() -> None:
 
 
 def test_bands_run_from_the_lowest_to_the_highest_seed() -> None:
-    chart = figures(results())["1-evaluation-loss"].chart.to_dict()
+    chart = draw_figures(results())["1-evaluation-loss"].chart.to_dict()
     rows = [row for row in chart["data"]["values"] if row["arm"] == HOSTILE]
     last = rows[-1]
     assert (last["step"], last["low"], last["mean"], last["high"]) == (3, 3.3, 3.5, 3.7)
@@ -103,15 +103,15 @@ def test_bands_run_from_the_lowest_to_the_highest_seed() -> None:
 
 def test_a_gradient_difference_of_zero_does_not_break_the_log_axis() -> None:
     arms = [make_arm("32 x 1", {0: 3.0}, reference=True), make_arm("b", {0: 3.0}, difference=0.0)]
-    assert "1-gradient-difference" not in figures(make_results(arms))
+    assert "1-gradient-difference" not in draw_figures(make_results(arms))
     arms[1] = make_arm("b", {0: 3.0, 1: 3.0}, difference=0.1)
-    assert "1-gradient-difference" in figures(make_results(arms))
+    assert "1-gradient-difference" in draw_figures(make_results(arms))
 
 
 def test_one_seed_and_divergence_are_said_in_the_report() -> None:
     gone = make_arm("gone", {0: 3.0}, difference=0.4, of_run={"diverged": "after 1 updates: nan"})
     arms = [make_arm("32 x 1", {0: 3.0}, reference=True), make_arm("b", {0: 3.2}), gone]
-    text = markdown(make_results(arms), {})
+    text = render_markdown(make_results(arms), {})
     assert "one seed: no claim about noise" in text
     assert "1 of 1 runs diverged and are left out" in text
     assert "| gone | diverged |" in text
@@ -121,9 +121,9 @@ def test_results_survive_their_file(tmp_path: Path) -> None:
     found = results()
     save_results(tmp_path / "results.json", found)
     assert load_results(tmp_path / "results.json") == Results.model_validate(
-        rounded(found.model_dump())
+        round_floats(found.model_dump(by_alias=True))
     )
-    assert rounded({"a": [1.23456789, 5]}) == {"a": [1.234568, 5]}
+    assert round_floats({"a": [1.23456789, 5]}) == {"a": [1.234568, 5]}
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", json.dumps({"format": 1}), "\xff"])

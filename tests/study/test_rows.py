@@ -7,7 +7,7 @@ from tiny import tiny_tokenizer
 
 from samestep.data.load import load_rows
 from samestep.data.tokenize import tokenize_rows
-from samestep.study.rows import cut_completions, lengths_of, read_examples, write_examples
+from samestep.study.rows import cut_completions, describe_lengths, read_examples, write_examples
 
 EXAMPLES = ragged(200, weighted=True)
 
@@ -58,7 +58,7 @@ def test_rows_can_be_limited(tmp_path: Path) -> None:
 
 
 def test_the_spread_is_the_standard_deviation_over_the_mean() -> None:
-    found = lengths_of(EXAMPLES, cut=0.25)
+    found = describe_lengths(EXAMPLES, cut=0.25)
     numbers = torch.tensor([float(targets(example)) for example in EXAMPLES])
     assert found.targets == int(numbers.sum())
     assert abs(found.spread - float(numbers.std(correction=0) / numbers.mean())) < 1e-6

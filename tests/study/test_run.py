@@ -14,13 +14,12 @@ import pytest
 from runs import gpt2_folder, llama_folder, write_rows
 
 from samestep.errors import StepError
-from samestep.study.cache import read_run, write_run
-from samestep.study.compare import compare
-from samestep.study.parse import parse
-from samestep.study.results import Results, load_results, save_results
+from samestep.study.comparison import compare_arms
+from samestep.study.results import Results, load_results, load_run, save_results, save_run
+from samestep.study.rows import prepare_rows
 from samestep.study.run import run_study
-from samestep.study.spec import StudySpec
-from samestep.study.tasks import plan_tasks, prepare_rows
+from samestep.study.spec import StudySpec, parse_spec
+from samestep.study.tasks import plan_tasks
 
 ARMS = [
     {"split": ["8 x 1", "1 x 8"]},
@@ -46,12 +45,12 @@ def spec(folder: Path, **changes: Any) -> StudySpec:
         "arms": ARMS,
         **changes,
     }
-    return parse(values, source="test")
+    return parse_spec(values, source="test")
 
 
 def run(folder: Path, *, said: list[str] | None = None, jobs: int = 1, **changes: Any) -> Results:
     lines: list[str] = [] if said is None else said
-    return run_study(spec(folder, **changes), folder / "out", jobs=jobs, say=lines.append)
+    return run_study(spec(folder, **changes), folder / "out", jobs=jobs, on_progress=lines.append)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def copied(first: tuple[Path, Results], target: Path) -> Results:
     return first[1]
 
 
-def test_a_study_measures_every_arm_by_the_same_yardstick(
+def test_a_study_measures_every_arm_by_the_same_metrics(
     first: tuple[Path, Results], tmp_path: Path
 ) -> None:
     results = first[1]
@@ -84,7 +83,7 @@ def test_a_study_measures_every_arm_by_the_same_yardstick(
         for one in arm.runs:
             assert one.evaluations.step == [0, 1, 2, 3, 4]
             assert len(one.steps.loss) == 4
-            assert one.travelled > 0
+            assert one.distance_from_init > 0
             assert one.tokens_per_second > 0
             assert one.peak_bytes is None or one.peak_bytes > 10**7
     for one, base in zip(exact.runs, reference.runs, strict=True):
@@ -96,13 +95,13 @@ def test_a_study_measures_every_arm_by_the_same_yardstick(
         assert one.distance < 1e-7
         assert len(one.noise.signal) == 4
     for one, base in zip(wrong.runs, reference.runs, strict=True):
-        # The first step has the same weights, so the yardstick shows the same loss.
+        # The first step has the same weights, so the metric is the same.
         assert one.steps.loss[0] == pytest.approx(base.steps.loss[0], rel=1e-9)
         assert one.steps.objective[0] != pytest.approx(base.steps.objective[0], rel=1e-6)
         assert min(one.gradients.relative_difference) > 0.05
         assert one.distance is not None
         assert one.distance > 0.05
-    assert [one.same_step for one in compare(results)] == [True, False]
+    assert [one.same_step for one in compare_arms(results)] == [True, False]
 
     save_results(tmp_path / "results.json", results)
     again = load_results(tmp_path / "results.json")
@@ -129,8 +128,8 @@ def test_other_rows_or_settings_are_other_runs(first: tuple[Path, Results], tmp_
 
     def keys(**changes: Any) -> set[str]:
         settings = spec(tmp_path, **changes)
-        prepare_rows(settings, settings.model, tmp_path / "out" / "rows")
-        return {task.job.key for task in plan_tasks(settings, settings.model, tmp_path / "out")}
+        prepare_rows(settings, settings.model, folder=tmp_path / "out" / "rows")
+        return {task.key for task in plan_tasks(settings, settings.model, out=tmp_path / "out")}
 
     kept = {path.stem for path in (tmp_path / "out" / "runs").glob("*.json")}
     assert keys() == kept
@@ -150,7 +149,7 @@ def test_a_damaged_entry_is_run_again_and_the_report_says_so(
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace('"travelled":', '"travelled":1'), encoding="utf-8")
     with pytest.raises(ValueError, match="digest"):
-        read_run(path, key)
+        load_run(path, key)
     said: list[str] = []
     after = run(tmp_path, said=said)
     (note,) = after.notes
@@ -159,9 +158,9 @@ def test_a_damaged_entry_is_run_again_and_the_report_says_so(
     assert said[1] == "5 of 6 runs are cached"
     assert after.arms[1].runs[0].steps.loss == before.arms[1].runs[0].steps.loss
     # An entry under another key does not count either.
-    write_run(path, before.arms[0].runs[0])
+    save_run(path, before.arms[0].runs[0])
     with pytest.raises(ValueError, match="another run"):
-        read_run(path, key)
+        load_run(path, key)
 
 
 def test_a_diverged_arm_is_kept_and_marked(tmp_path: Path) -> None:
@@ -173,7 +172,7 @@ def test_a_diverged_arm_is_kept_and_marked(tmp_path: Path) -> None:
     assert blown.diverged.startswith("after ")
     assert 1 <= len(blown.steps.loss) < 8
     assert results.arms[0].runs[0].diverged is None
-    assert compare(results)[0].outcome == "diverged"
+    assert compare_arms(results)[0].outcome == "diverged"
 
 
 def test_a_killed_study_goes_on_where_it_was(tmp_path: Path) -> None:

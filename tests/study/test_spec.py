@@ -4,17 +4,19 @@ from typing import Any
 import pytest
 
 from samestep.errors import ConfigError
+from samestep.study.arms import Arm, arm_label, expand_grid, group_title, reference_arms
 from samestep.study.command import read_study
-from samestep.study.labels import group_title, label
-from samestep.study.parse import parse
-from samestep.study.spec import StudySpec
-from samestep.study.tasks import reference_arms
+from samestep.study.spec import StudySpec, parse_spec
 
 NEEDED = {"model": "m", "data": "d", "eval_data": "e"}
 
 
 def spec(**values: Any) -> StudySpec:
-    return parse({**NEEDED, **values}, source="test")
+    return parse_spec({**NEEDED, **values}, source="test")
+
+
+def expanded(**values: Any) -> list[Arm]:
+    return expand_grid(spec(**values))
 
 
 def refused(**values: Any) -> str:
@@ -24,24 +26,24 @@ def refused(**values: Any) -> str:
 
 
 def test_without_axes_the_two_ends_of_the_split_are_compared() -> None:
-    assert [arm.split for arm in spec().grid()] == ["32 x 1", "1 x 32"]
-    assert [arm.split for arm in spec(batch=1).grid()] == ["1 x 1"]
+    assert [arm.split for arm in expanded()] == ["32 x 1", "1 x 32"]
+    assert [arm.split for arm in expanded(batch=1)] == ["1 x 1"]
 
 
 def test_a_grid_is_every_combination() -> None:
-    grid = spec(
+    grid = expanded(
         batch=8,
         split=["8 x 1", "1\u00d78"],
         normalisation=["exact", "sum"],
         lr=[1e-3, 1e-4],
         cut=[0, 0.5],
-    ).grid()
+    )
     assert len(grid) == 16
     assert {arm.split for arm in grid} == {"8 x 1", "1 x 8"}
 
 
 def test_blocks_take_what_they_do_not_set_from_the_study() -> None:
-    grid = spec(
+    grid = expanded(
         batch=8,
         lr=0.5,
         seeds=[3, 4],
@@ -51,11 +53,11 @@ def test_blocks_take_what_they_do_not_set_from_the_study() -> None:
             {"split": "1 x 8", "normalisation": "exact"},  # again
             {"batch": 4, "split": "2 x 2", "seeds": 7},
         ],
-    ).grid()
+    )
     assert [arm.split for arm in grid] == ["8 x 1", "1 x 8", "1 x 8", "2 x 2"]
     assert [arm.seeds for arm in grid] == [(3, 4)] * 3 + [(7,)]
     assert {arm.lr for arm in grid} == {0.5}
-    assert [label(arm, grid) for arm in grid] == [
+    assert [arm_label(arm, grid) for arm in grid] == [
         "8 x 1 exact",
         "1 x 8 exact",
         "the bug",
@@ -114,17 +116,17 @@ def test_bad_specs_are_refused(values: dict[str, Any], part: str) -> None:
 
 def test_what_is_missing_is_named_with_its_flag() -> None:
     with pytest.raises(ConfigError, match=r"eval_data: is missing .*--eval-data"):
-        parse({"model": "m", "data": "d"}, source="x")
+        parse_spec({"model": "m", "data": "d"}, source="x")
 
 
 def test_the_reference_is_exact_and_the_least_divided() -> None:
-    grid = spec(
+    grid = expanded(
         arms=[
             {"split": "32 x 1", "normalisation": "sum"},
             {"split": ["1 x 32", "8 x 4"]},
             {"split": "1 x 32", "normalisation": "sum", "cut": 0.5},
         ]
-    ).grid()
+    )
     assert [arm.split for arm in reference_arms(grid).values()] == ["8 x 4"]
 
 
@@ -151,7 +153,7 @@ def test_flags_win_over_yaml_and_can_stand_alone(tmp_path: Path) -> None:
     assert (found.name, out, jobs) == ("my", Path("o"), 2)
     flags = ["--model", "a", "--data", "d", "--eval-data", "e", "--out", "o", "--batch", "4"]
     found, _, jobs = read_study([*flags, "--split", "4 x 1", "2 x 2"])
-    assert [arm.split for arm in found.grid()] == ["4 x 1", "2 x 2"]
+    assert [arm.split for arm in expand_grid(found)] == ["4 x 1", "2 x 2"]
     assert jobs == 1
 
 
@@ -166,5 +168,5 @@ def test_a_file_that_is_no_study_is_named(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("file", sorted(Path("studies").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_shipped_studies_are_good(file: Path) -> None:
     found, _, _ = read_study([str(file), "--out", "o", "--model", "m"])
-    assert len(found.grid()) >= 3
-    assert {arm.normalisation for arm in found.grid()} >= {"exact", "mean-of-means"}
+    assert len(expand_grid(found)) >= 3
+    assert {arm.normalisation for arm in expand_grid(found)} >= {"exact", "mean-of-means"}

@@ -1,1 +1,1 @@
-"""`samestep study`: batch configurations side by side, measured by one yardstick."""
+"""`samestep study`: batch configurations side by side, measured by the same metrics."""

@@ -1,18 +1,21 @@
 """Everything that is drawn from ``results.json``: page, figures, Markdown."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from samestep.errors import ConfigError
-from samestep.study import words
-from samestep.study.advice import advise
-from samestep.study.charts import Figure, colours, figures
-from samestep.study.compare import compare, in_short
+from samestep.study import markdown
+from samestep.study.comparison import compare_arms, summarise
+from samestep.study.noise_scale import batch_size_advice
 from samestep.study.results import Results
 from samestep.utils.files import write_atomically
 
-TEMPLATE = Path(__file__).with_name("page.html")
+if TYPE_CHECKING:
+    from samestep.study.charts import Figure
+
+_TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def write_report(results: Results, out: Path) -> list[Path]:
@@ -27,73 +30,82 @@ def write_report(results: Results, out: Path) -> list[Path]:
 
     Raises:
         ConfigError: The packages of ``samestep[report]`` are not installed.
+        OSError: A file cannot be written.
     """
     try:
         import vl_convert
 
-        drawn = figures(results)
+        from samestep.study.charts import draw_figures
+
+        figures = draw_figures(results)
+        page = render_page(results, figures)
     except ImportError as error:
         raise ConfigError(f"report: {error}: pip install 'samestep[report]'") from error
     written = []
-    for name, figure in drawn.items():
+    for name, figure in figures.items():
         path = out / f"{name}.png"
-        path.write_bytes(vl_convert.vegalite_to_png(_still(figure).to_json(), scale=1.5))
+        path.write_bytes(vl_convert.vegalite_to_png(_image_spec(figure), scale=1.5))
         written.append(path)
-    pictures = {f"{name}.png": caption(figure) for name, figure in drawn.items()}
+    images = {f"{name}.png": figure.caption for name, figure in figures.items()}
     for path, text in (
-        (out / "report.md", words.markdown(results, pictures)),
-        (out / "report.html", page(results, drawn)),
+        (out / "report.md", markdown.render_markdown(results, images)),
+        (out / "report.html", page),
     ):
         write_atomically(path, text)
         written.append(path)
     return written
 
 
-def page(results: Results, drawn: dict[str, Figure]) -> str:
+def render_page(results: Results, figures: Mapping[str, "Figure"]) -> str:
     """A self-contained page; it needs no network.
 
     Args:
         results: The results.
-        drawn: What `samestep.study.charts.figures` gave.
+        figures: What `samestep.study.charts.draw_figures` drew.
 
     Returns:
         HTML; every text of the user's is escaped.
+
+    Raises:
+        ImportError: The packages of ``samestep[report]`` are not installed.
     """
     import vl_convert
     from jinja2 import Environment
     from markupsafe import Markup
 
-    specs = {name: _live(figure) for name, figure in drawn.items()}
+    from samestep.study.charts import arm_colours
+
+    chart_specs = {name: _page_spec(figure) for name, figure in figures.items()}
+    vega_embed = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         results=results,
-        words=words,
-        comparisons=compare(results),
-        in_short=in_short(results),
-        advice=advise(results),
-        drawn=drawn,
-        colours=colours(results),
+        settings=markdown.describe_settings(results),
+        machine=markdown.describe_machine(results),
+        normalisations=markdown.explain_normalisations(results),
+        summary=summarise(results),
+        comparisons=compare_arms(results),
+        advice=batch_size_advice(results),
+        arm_headers=markdown.ARM_HEADERS,
+        arm_tables={group: markdown.arm_table(results, group) for group in results.groups()},
+        length_headers=markdown.LENGTH_HEADERS,
+        length_table=markdown.length_table(results),
+        figures=figures,
+        colours=arm_colours(results),
         # "<" would let a name end the script element.
-        specs=Markup(json.dumps(specs, separators=(",", ":")).replace("<", "\\u003c")),
-        library=Markup(
-            vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace(
-                "</script", "<\\/script"
-            )
-        ),
+        chart_specs=Markup(json.dumps(chart_specs, separators=(",", ":")).replace("<", "\\u003c")),
+        vega_embed=Markup(vega_embed.replace("</script", "<\\/script")),
     )
 
 
-def caption(figure: Figure) -> str:
-    """A figure's title, with its group if it is of one."""
-    return f"{figure.title}: {figure.group}" if figure.group else figure.title
+def _image_spec(figure: "Figure") -> str:
+    """The Vega-Lite specification of a figure that stands alone, as JSON."""
+    chart = figure.chart.properties(width=560, height=280, title=figure.caption)
+    chart = chart.configure(background="#ffffff").configure_axis(titleFontWeight="normal")
+    return str(chart.to_json())
 
 
-def _still(figure: Figure) -> Any:
-    chart = figure.chart.properties(width=560, height=280, title=caption(figure))
-    return chart.configure(background="#ffffff").configure_axis(titleFontWeight="normal")
-
-
-def _live(figure: Figure) -> dict[str, Any]:
+def _page_spec(figure: "Figure") -> dict[str, Any]:
     """As wide as the page, which has its own title, legend and colours of text."""
     spec: dict[str, Any] = figure.chart.properties(width="container", height=280).to_dict()
     for layer in spec["layer"]:

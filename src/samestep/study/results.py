@@ -1,27 +1,28 @@
-"""``results.json``: what a study measured, typed."""
+"""What a study measured, typed, and its files: ``results.json`` and each finished run."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from samestep.errors import ConfigError
 from samestep.utils.files import write_atomically
 
 FORMAT = 1
-"""Of ``results.json`` and of the cached runs."""
+"""Of ``results.json`` and of the files of finished runs."""
 
 
-class _Record(BaseModel):
+class _ResultModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Steps(_Record):
+class Steps(_ResultModel):
     """One value a step, in columns.
 
     Attributes:
-        loss: Exact token loss on the step's batch before the update, whatever is optimised.
+        loss: Exact token loss on the step's batch before the update, whatever the arm optimises.
         objective: What the arm optimised.
         grad_norm: Norm of its gradient before clipping.
         targets: Targets in the batch.
@@ -37,7 +38,7 @@ class Steps(_Record):
     tokens: list[int] = []
 
 
-class Evaluations(_Record):
+class Evaluations(_ResultModel):
     """Token loss on the evaluation rows.
 
     Attributes:
@@ -49,7 +50,7 @@ class Evaluations(_Record):
     loss: list[float] = []
 
 
-class Gradients(_Record):
+class Gradients(_ResultModel):
     """The arm's gradient beside the reference's, at the arm's weights, on the step's batch.
 
     Attributes:
@@ -65,8 +66,8 @@ class Gradients(_Record):
     ratio: list[float] = []
 
 
-class NoiseSums(_Record):
-    """What a step's micro-batches say about the noise of its gradient; see `noise.py`.
+class NoiseSums(_ResultModel):
+    """What a step's micro-batches say about the noise of its gradient; see `noise_scale.py`.
 
     Attributes:
         signal: Unbiased estimate of the squared norm of the true gradient, by step.
@@ -77,20 +78,20 @@ class NoiseSums(_Record):
     variance: list[float] = []
 
 
-class Run(_Record):
+class Run(_ResultModel):
     """One arm with one seed.
 
     Attributes:
         seed: The seed.
-        key: Of the cached run.
+        key: Of all that the run depends on.
         padding: The layout that was used.
         steps: By step.
         evaluations: By evaluation.
         gradients: Empty for the reference itself.
         noise: Empty unless the arm is exact and accumulates.
-        travelled: Norm of final minus initial weights.
+        distance_from_init: Norm of final minus initial weights; ``travelled`` in the files.
         distance: Norm of the difference to the reference's final weights, over the reference's
-            ``travelled``; None where either is missing.
+            ``distance_from_init``; None where either is missing.
         tokens_per_second: Over all steps but the first.
         peak_bytes: Memory of the process (CPU) or device while it stepped, without what only the
             comparison of gradients needs; None where it cannot be measured.
@@ -104,14 +105,17 @@ class Run(_Record):
     evaluations: Evaluations
     gradients: Gradients
     noise: NoiseSums
-    travelled: float
+    distance_from_init: float = Field(
+        validation_alias=AliasChoices("travelled", "distance_from_init"),
+        serialization_alias="travelled",
+    )
     distance: float | None = None
     tokens_per_second: float
     peak_bytes: int | None
     diverged: str | None
 
 
-class ArmResult(_Record):
+class ArmResult(_ResultModel):
     """One arm with all its seeds.
 
     Attributes:
@@ -137,11 +141,11 @@ class ArmResult(_Record):
     runs: list[Run]
 
     def finished(self) -> list[Run]:
-        """The runs that did not diverge."""
+        """The runs that did not diverge, in order."""
         return [run for run in self.runs if run.diverged is None]
 
 
-class Lengths(_Record):
+class Lengths(_ResultModel):
     """How unequal the training rows are.
 
     Attributes:
@@ -163,8 +167,8 @@ class Lengths(_Record):
     spread: float
 
 
-class Results(_Record):
-    """A whole study.
+class Results(_ResultModel):
+    """A study with all its arms.
 
     Attributes:
         format: Version of this format.
@@ -194,23 +198,45 @@ class Results(_Record):
         return groups
 
 
-def rounded(value: Any) -> Any:
-    """A copy of plain values with floats at 7 significant digits."""
+def round_floats(value: Any) -> Any:
+    """A copy of plain values with floats at 7 significant digits.
+
+    Args:
+        value: Numbers, text, None, and lists and dictionaries of them.
+
+    Returns:
+        The copy.
+    """
     if isinstance(value, float):
         return float(f"{value:.7g}")
     if isinstance(value, dict):
-        return {key: rounded(one) for key, one in value.items()}
-    return [rounded(one) for one in value] if isinstance(value, list) else value
+        return {key: round_floats(item) for key, item in value.items()}
+    return [round_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def save_results(path: Path, results: Results) -> None:
-    """Write ``results.json``, whole or not at all."""
-    text = json.dumps(rounded(results.model_dump()), ensure_ascii=False, separators=(",", ":"))
+    """Write ``results.json``, completely or not at all.
+
+    Args:
+        path: The file; its folder must exist.
+        results: The results; floats keep 7 significant digits.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    values = round_floats(results.model_dump(by_alias=True))
+    text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
     write_atomically(path, text + "\n")
 
 
 def load_results(path: Path) -> Results:
     """Read ``results.json``.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The results.
 
     Raises:
         ConfigError: It is missing, or not the results of a study.
@@ -222,5 +248,50 @@ def load_results(path: Path) -> Results:
             f"{path}: cannot be read ({error.strerror}): run the study first"
         ) from None
     except (ValidationError, UnicodeDecodeError) as error:
-        first = str(error).split("\n", 1)[0]
-        raise ConfigError(f"{path}: not the results of a study ({first})") from None
+        raise ConfigError(f"{path}: not the results of a study ({_first_line(error)})") from None
+
+
+def save_run(path: Path, run: Run) -> None:
+    """Write a finished run, with a digest of its content.
+
+    Args:
+        path: The file; its folder must exist.
+        run: The run.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    body = run.model_dump_json(by_alias=True)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    write_atomically(path, json.dumps({"sha256": digest}) + "\n" + body + "\n")
+
+
+def load_run(path: Path, key: str) -> Run | None:
+    """Read a finished run.
+
+    Args:
+        path: The file.
+        key: The key that the run must carry.
+
+    Returns:
+        The run, or None if there is no such file.
+
+    Raises:
+        ValueError: The file is damaged, or of another run.
+    """
+    if not path.exists():
+        return None
+    try:
+        head, body = path.read_text(encoding="utf-8").splitlines()
+        run = Run.model_validate_json(body)
+        if json.loads(head)["sha256"] != hashlib.sha256(body.encode()).hexdigest():
+            raise ValueError("its digest does not match")
+    except (OSError, UnicodeDecodeError, KeyError, TypeError, ValidationError) as error:
+        raise ValueError(_first_line(error)) from None
+    if run.key != key:
+        raise ValueError("it belongs to another run")
+    return run
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0]

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -11,8 +11,61 @@ from samestep.data.examples import Example, Examples
 from samestep.data.load import load_rows
 from samestep.data.tokenize import tokenize_rows
 from samestep.engine.targets import IGNORE
+from samestep.models.load import load_tokenizer, resolve
+from samestep.study.arms import expand_grid
 from samestep.study.results import Lengths
+from samestep.study.spec import StudySpec
 from samestep.utils.files import cache_folder, write_atomically
+
+RowSet = Literal["train", "eval"]
+
+
+def prepare_rows(spec: StudySpec, model: str, *, folder: Path) -> list[Lengths]:
+    """Tokenise the rows once, and write them for each share of cut completions.
+
+    Args:
+        spec: The study.
+        model: What `samestep.models.load.resolve` made of the spec's model.
+        folder: Where the files go; see `rows_file`.
+
+    Returns:
+        How unequal the training rows are, for each share.
+
+    Raises:
+        ConfigError: There is no tokenizer.
+        DataError: The rows cannot be used.
+    """
+    tokenizer = load_tokenizer(resolve(spec.tokenizer or model))
+    sources: dict[RowSet, tuple[str, int | None]] = {
+        "train": (spec.data, spec.rows),
+        "eval": (spec.eval_data, spec.eval_rows),
+    }
+    examples = {
+        row_set: read_examples(source, tokenizer, rows=rows, max_length=spec.max_length)
+        for row_set, (source, rows) in sources.items()
+    }
+    lengths = []
+    for cut in sorted({arm.cut for arm in expand_grid(spec)}):
+        for row_set, uncut in examples.items():
+            cut_examples = cut_completions(uncut, cut, keep=spec.cut_targets)
+            write_examples(rows_file(folder, row_set, cut=cut), cut_examples)
+            if row_set == "train":
+                lengths.append(describe_lengths(cut_examples, cut=cut))
+    return lengths
+
+
+def rows_file(folder: Path, row_set: RowSet, *, cut: float) -> Path:
+    """Where the tokenised rows of an arm are.
+
+    Args:
+        folder: Of the study's rows.
+        row_set: "train" or "eval".
+        cut: Share of cut completions.
+
+    Returns:
+        The path.
+    """
+    return folder / f"{row_set}-cut-{cut:g}.jsonl"
 
 
 def read_examples(
@@ -49,8 +102,8 @@ def cut_completions(examples: Iterable[Example], share: float, *, keep: int) -> 
     Returns:
         The examples in order.
     """
-    draw = np.random.default_rng(0)
-    return [_shortened(example, keep) if draw.random() < share else example for example in examples]
+    rng = np.random.default_rng(0)
+    return [_shortened(example, keep) if rng.random() < share else example for example in examples]
 
 
 def _shortened(example: Example, keep: int) -> Example:
@@ -65,6 +118,9 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
     Args:
         path: A .jsonl file; its folder must exist.
         examples: The examples.
+
+    Raises:
+        OSError: The file cannot be written.
     """
     rows = (
         {
@@ -77,16 +133,24 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def lengths_of(examples: Iterable[Example], *, cut: float) -> Lengths:
-    """How many targets the examples have, and how unequal they are."""
+def describe_lengths(examples: Iterable[Example], *, cut: float) -> Lengths:
+    """How many targets the examples have, and how unequal they are.
+
+    Args:
+        examples: The examples, completions cut.
+        cut: Share of the completions that was cut.
+
+    Returns:
+        Their number, percentiles and spread.
+    """
     targets = np.array([int((example.labels[1:] != IGNORE).sum()) for example in examples])
-    low, middle, high = np.percentile(targets, [10, 50, 90])
+    p10, p50, p90 = np.percentile(targets, [10, 50, 90])
     return Lengths(
         cut=cut,
         rows=len(targets),
         targets=int(targets.sum()),
-        p10=float(low),
-        p50=float(middle),
-        p90=float(high),
+        p10=float(p10),
+        p50=float(p50),
+        p90=float(p90),
         spread=float(targets.std() / targets.mean()),
     )

@@ -1,4 +1,4 @@
-"""Means, intervals and ratios of few numbers."""
+"""Confidence intervals of means and of ratios of means, from few numbers."""
 
 import math
 from collections.abc import Sequence
@@ -29,12 +29,8 @@ class Estimate:
     high: float
 
 
-def quantile(degrees: int) -> float:
-    """The 97.5 % quantile of Student's t; beyond 30 degrees of freedom that of 30, which is wider.
-
-    Args:
-        degrees: Degrees of freedom, at least 1.
-    """
+def _t_quantile(degrees: int) -> float:
+    """The 97.5 % quantile for so many degrees of freedom; beyond 30 that of 30, which is wider."""
     return _T975[min(degrees, len(_T975)) - 1]
 
 
@@ -43,9 +39,12 @@ def mean_interval(values: Sequence[float]) -> Estimate:
 
     Args:
         values: At least two, independent.
+
+    Returns:
+        The mean and its interval.
     """
     mean = float(np.mean(values))
-    half = quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = _t_quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return Estimate(mean, mean - half, mean + half)
 
 
@@ -53,7 +52,7 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
     """A ratio of two positive means with Fieller's interval, which knows when it is unbounded.
 
     Fieller, "Some problems in interval estimation", J. R. Stat. Soc. B 16 (1954): all ratios r for
-    which mean(numerator) - r mean(denominator) is not told from zero.
+    which mean(numerator) - r mean(denominator) cannot be distinguished from zero.
 
     Args:
         numerators: At least two, independent.
@@ -67,7 +66,7 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
         return Estimate(math.nan, 0.0, math.inf)
     covariance = np.cov(numerators, denominators) / len(numerators)
     xx, xy, yy = float(covariance[0, 0]), float(covariance[0, 1]), float(covariance[1, 1])
-    t2 = quantile(len(numerators) - 1) ** 2
+    t2 = _t_quantile(len(numerators) - 1) ** 2
     # (x - r y)^2 = t2 (xx - 2 r xy + r^2 yy), solved for r.
     a, b, c = y * y - t2 * yy, x * y - t2 * xy, x * x - t2 * xx
     root = b * b - a * c

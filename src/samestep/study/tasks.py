@@ -1,158 +1,189 @@
-"""From a spec to its runs: the rows that they read, and what each depends on."""
+"""The runs of a study, one for each arm and seed: planned, and run in processes of their own.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A process for each run, so that peak memory is each one's and a crash ends only one.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from samestep.data.examples import Examples
-from samestep.models.load import load_tokenizer, resolve
-from samestep.study.arm import Job
-from samestep.study.cache import fingerprint, run_key
-from samestep.study.results import Lengths
-from samestep.study.rows import cut_completions, lengths_of, read_examples, write_examples
-from samestep.study.spec import Arm, StudySpec
-from samestep.train.checked import checked
-from samestep.train.config import TrainConfig
-from samestep.train.objectives.causal_lm import CausalLMConfig
+import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers.utils import logging
+
+from samestep.errors import SamestepError, StepError
+from samestep.study.arms import expand_grid, reference_arms
+from samestep.study.results import FORMAT, save_run
+from samestep.study.rows import rows_file
+from samestep.study.spec import StudySpec
+from samestep.study.training import Task, settings_content, train_arm, train_settings
 from samestep.utils.files import sha256_of
 
-SHARED = (
-    *("init", "steps", "optimizer", "schedule", "warmup", "weight_decay", "max_grad_norm"),
-    *("dtype", "device"),
-)
-"""Fields that a study hands on to `samestep train` as they are."""
+_MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
-@dataclass(frozen=True)
-class Task:
-    """One arm with one seed.
-
-    Attributes:
-        arm: The arm.
-        job: What the run depends on; its seed is in the config.
-        file: Where its result is kept.
-    """
-
-    arm: Arm
-    job: Job
-    file: Path
-
-    @property
-    def seed(self) -> int:
-        """The seed."""
-        return self.job.config.seed
-
-
-def reference_arms(grid: Sequence[Arm]) -> dict[tuple[Any, ...], Arm]:
-    """The arm that each group is compared with: exact, with the largest micro-batch.
-
-    Args:
-        grid: All arms.
-
-    Returns:
-        The reference by group; a group without an exact arm has none.
-    """
-    references: dict[tuple[Any, ...], Arm] = {}
-    for arm in grid:
-        best = references.get(arm.group())
-        if arm.normalisation == "exact" and (best is None or arm.micro_batch > best.micro_batch):
-            references[arm.group()] = arm
-    return references
-
-
-def prepare_rows(spec: StudySpec, source: str, folder: Path) -> list[Lengths]:
-    """Tokenise the rows once, and write them for each share of cut completions.
-
-    Args:
-        spec: The study.
-        source: The model, as `samestep.models.load.resolve` gave it.
-        folder: Where the files go.
-
-    Returns:
-        How unequal the training rows are, for each share.
-
-    Raises:
-        ConfigError: There is no tokenizer.
-        DataError: The rows cannot be used.
-    """
-    tokenizer = load_tokenizer(resolve(spec.tokenizer or source))
-
-    def examples(data: str, rows: int | None) -> Examples:
-        return read_examples(data, tokenizer, rows=rows, max_length=spec.max_length)
-
-    kinds = {
-        "train": examples(spec.data, spec.rows),
-        "eval": examples(spec.eval_data, spec.eval_rows),
-    }
-    lengths = []
-    for cut in sorted({arm.cut for arm in spec.grid()}):
-        for kind, whole in kinds.items():
-            shortened = cut_completions(whole, cut, keep=spec.cut_targets)
-            write_examples(_rows_file(folder, kind, cut), shortened)
-            if kind == "train":
-                lengths.append(lengths_of(shortened, cut=cut))
-    return lengths
-
-
-def plan_tasks(spec: StudySpec, source: str, out: Path) -> list[Task]:
+def plan_tasks(spec: StudySpec, model: str, *, out: Path) -> list[Task]:
     """Every run of a study.
 
     Args:
         spec: The study.
-        source: The model, as `samestep.models.load.resolve` gave it.
+        model: What `samestep.models.load.resolve` made of the spec's model.
         out: The study's folder, its rows prepared.
 
     Returns:
         The tasks: seeds within arms, arms in the order of the spec.
     """
-    grid = spec.grid()
-    references = reference_arms(grid)
-    model = fingerprint(source)
+    arms = expand_grid(spec)
+    references = reference_arms(arms)
+    fingerprint = _model_fingerprint(model)
     rows = {
-        cut: [_rows_file(out / "rows", kind, cut) for kind in ("train", "eval")]
-        for cut in {arm.cut for arm in grid}
+        cut: (rows_file(out / "rows", "train", cut=cut), rows_file(out / "rows", "eval", cut=cut))
+        for cut in {arm.cut for arm in arms}
     }
-    digests = {cut: [sha256_of(path) for path in files] for cut, files in rows.items()}
+    digests = {cut: [sha256_of(path) for path in paths] for cut, paths in rows.items()}
     tasks = []
-    for arm in grid:
+    for arm in arms:
         # The undivided exact arm is what gradients are compared with: it has nothing to compare.
-        undivided = references.get(arm.group()) is arm and arm.micro_batch == arm.batch
-        rest: dict[str, Any] = {
-            "normalisation": arm.normalisation,
-            "gradient_steps": () if undivided else spec.gradient_steps,
-            "eval_every": spec.eval_every,
-        }
+        undivided = references.get(arm.group) is arm and arm.micro_batch == arm.batch
+        gradient_steps = () if undivided else spec.gradient_steps
+        assert spec.eval_every is not None
         for seed in arm.seeds:
-            config = _config(spec, arm, seed, source=source, rows=rows[arm.cut], out=out)
-            key = run_key(config, contents=[model, *digests[arm.cut]], **rest)
-            file = out / "runs" / f"{key}.json"
-            weights = file.with_suffix(".safetensors")
-            job = Job(key=key, config=config, weights=weights, **rest)
-            tasks.append(Task(arm=arm, job=job, file=file))
+            settings = train_settings(
+                spec, arm, seed=seed, model=model, rows=rows[arm.cut], out=out
+            )
+            key = _run_key(
+                settings_content(settings),
+                contents=[fingerprint, *digests[arm.cut]],
+                normalisation=arm.normalisation,
+                gradient_steps=gradient_steps,
+                eval_every=spec.eval_every,
+            )
+            tasks.append(
+                Task(
+                    arm=arm,
+                    seed=seed,
+                    settings=settings,
+                    gradient_steps=gradient_steps,
+                    eval_every=spec.eval_every,
+                    key=key,
+                    folder=out / "runs",
+                )
+            )
     return tasks
 
 
-def _rows_file(folder: Path, kind: str, cut: float) -> Path:
-    return folder / f"{kind}-cut-{cut:g}.jsonl"
+def _model_fingerprint(model: str) -> str:
+    """What stands for a model's content: digests of its files, or a Hub name and its commit."""
+    folder = Path(model)
+    if folder.is_dir():
+        files = sorted(path for path in folder.iterdir() if path.suffix in _MODEL_FILES)
+        return json.dumps([[path.name, sha256_of(path)] for path in files])
+    cached = try_to_load_from_cache(model, "config.json")
+    # .../snapshots/COMMIT/config.json
+    return f"{model}@{Path(cached).parent.name if isinstance(cached, str) else 'unknown'}"
 
 
-def _config(
-    spec: StudySpec, arm: Arm, seed: int, *, source: str, rows: list[Path], out: Path
-) -> TrainConfig:
-    data, evaluation = map(str, rows)
-    return checked(
-        CausalLMConfig(
-            model=source,
-            tokenizer=spec.tokenizer,
-            data=data,
-            eval_data=evaluation,
-            out=str(out),
-            batch_size=arm.batch,
-            micro_batch=arm.micro_batch,
-            padding=arm.padding,
-            lr=arm.lr,
-            seed=seed,
-            **{name: getattr(spec, name) for name in SHARED},
-        )
-    )
+def _run_key(settings: dict[str, Any], **content: Any) -> str:
+    """32 hexadecimal digits that change whenever the run could."""
+    versions = [version(package) for package in ("samestep", "torch", "transformers")]
+    everything = json.dumps([FORMAT, versions, settings, content], sort_keys=True)
+    return hashlib.sha256(everything.encode()).hexdigest()[:32]
+
+
+def run_tasks(
+    tasks: Iterable[Task], on_finished: Callable[[Task], None], *, max_parallel: int
+) -> None:
+    """Run tasks, some at a time; each writes its result to its `Task.result_file`.
+
+    After a failure the tasks that run are finished, and no other is started.
+
+    Args:
+        tasks: What to run, in order.
+        on_finished: Called after each success.
+        max_parallel: How many at a time.
+
+    Raises:
+        StepError: Some failed; says which and why.
+    """
+    context = _process_context()
+    waiting = list(tasks)[::-1]
+    running: dict[int, tuple[Any, Task]] = {}
+    failures: list[str] = []
+    try:
+        while running or (waiting and not failures):
+            while waiting and not failures and len(running) < max_parallel:
+                task = waiting.pop()
+                arguments = (task, threads_per_run(max_parallel))
+                process = context.Process(target=_run_task, args=arguments, daemon=True)
+                process.start()
+                running[process.sentinel] = (process, task)
+            ended = set(wait(list(running)))
+            for sentinel in [sentinel for sentinel in running if sentinel in ended]:
+                process, task = running.pop(sentinel)
+                process.join()
+                if process.exitcode == 0:
+                    on_finished(task)
+                else:
+                    failures.append(_failure(process.exitcode, task))
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+    if failures:
+        raise StepError("a run failed (finished ones are kept): " + "; ".join(failures))
+
+
+def threads_per_run(max_parallel: int) -> int:
+    """Threads of each run: $OMP_NUM_THREADS, or an equal part of the cores.
+
+    Args:
+        max_parallel: Runs at a time.
+
+    Returns:
+        At least 1.
+    """
+    setting = os.environ.get("OMP_NUM_THREADS", "")
+    return int(setting) if setting.isdigit() else max(1, (os.cpu_count() or 1) // max_parallel)
+
+
+def _process_context() -> Any:
+    """Children of a server that has imported everything: they start at once, without threads."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _run_task(task: Task, threads: int) -> None:
+    # The parent ends its children itself; a Ctrl-C must not print a traceback from each.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    try:
+        save_run(task.result_file, train_arm(task))
+    except SamestepError as error:
+        _error_file(task).write_text(str(error), encoding="utf-8")
+        raise SystemExit(1) from None
+
+
+def _failure(exit_code: int, task: Task) -> str:
+    file = _error_file(task)
+    if exit_code == 1 and file.exists():
+        message = file.read_text(encoding="utf-8")
+        file.unlink()
+        return message
+    if exit_code < 0:
+        return f"killed by signal {-exit_code}" + (" (out of memory?)" if exit_code == -9 else "")
+    return f"it ended with code {exit_code}; its traceback is above"
+
+
+def _error_file(task: Task) -> Path:
+    return task.result_file.with_suffix(".error")

@@ -1,8 +1,8 @@
 import pytest
 from study_results import make_arm, make_results
 
-from samestep.study.advice import advise
-from samestep.study.compare import compare, in_short
+from samestep.study.comparison import compare_arms, summarise
+from samestep.study.noise_scale import batch_size_advice
 from samestep.study.results import ArmResult, NoiseSums
 from samestep.study.statistics import mean_interval, ratio_interval
 
@@ -10,7 +10,7 @@ REFERENCE = make_arm("32 x 1", {0: 3.0, 1: 3.1, 2: 2.9}, reference=True, split="
 
 
 def verdict(arm: ArmResult, reference: ArmResult = REFERENCE) -> tuple[str, str, bool | None]:
-    (found,) = compare(make_results([reference, arm]))
+    (found,) = compare_arms(make_results([reference, arm]))
     return found.outcome, found.verdict, found.same_step
 
 
@@ -68,7 +68,7 @@ def test_diverged_runs_are_left_out_and_counted() -> None:
 
 
 def test_without_an_exact_arm_only_gradients_are_judged() -> None:
-    (found,) = compare(make_results([make_arm("bug", {0: 3.0}, difference=0.4)]))
+    (found,) = compare_arms(make_results([make_arm("bug", {0: 3.0}, difference=0.4)]))
     assert found.outcome == "no reference"
     assert found.same_step is False
 
@@ -76,7 +76,7 @@ def test_without_an_exact_arm_only_gradients_are_judged() -> None:
 def test_what_counts_as_rounding_depends_on_the_type() -> None:
     arm = make_arm("1 x 32", {0: 3.0}, difference=1e-6)
     for dtype, same in (("float32", True), ("float64", False)):
-        (found,) = compare(make_results([arm], dtype=dtype))
+        (found,) = compare_arms(make_results([arm], dtype=dtype))
         assert found.same_step is same
 
 
@@ -89,20 +89,20 @@ def test_advice_is_in_examples_and_from_the_finest_exact_arm() -> None:
         split="8 x 4",
         of_run={"noise": NoiseSums(signal=[9.0] * 3, variance=[1] * 3)},
     )
-    (advice,) = advise(make_results([coarse, fine]))
+    (advice,) = batch_size_advice(make_results([coarse, fine]))
     # 1,000 targets; a batch of 32 examples holds 100 targets on average.
-    assert advice.scale.value == pytest.approx(1000 / (100 / 32))
+    assert advice.noise_scale.value == pytest.approx(1000 / (100 / 32))
     assert advice.steps == 3
     # (1 + 320 / 16) / (1 + 320 / 32) and (1 + 320 / 64) / (1 + 320 / 32)
-    assert "half the batch 1.91 times the steps and 0.95 times the examples" in advice.words
-    assert "twice the batch 0.55 times the steps and 1.09 times the examples" in advice.words
-    assert advise(make_results([make_arm("x", {0: 1.0})])) == []
+    assert "half the batch 1.91 times the steps and 0.95 times the examples" in advice.text
+    assert "twice the batch 0.55 times the steps and 1.09 times the examples" in advice.text
+    assert batch_size_advice(make_results([make_arm("x", {0: 1.0})])) == []
 
 
 def test_a_study_is_told_in_short() -> None:
     bug = {"normalisation": "mean-of-means"}
     other = {"group": "other rows", **bug}
-    sentences = in_short(
+    sentences = summarise(
         make_results(
             [
                 REFERENCE,

@@ -7,7 +7,11 @@ from torch import nn
 
 import samestep
 from samestep.engine.counts import count_units
-from samestep.study.noise import estimates, micro_norms, noise_scale
+from samestep.study.noise_scale import (
+    estimate_signal_and_variance,
+    gradient_noise_scale,
+    record_micro_batch_norms,
+)
 from samestep.study.results import NoiseSums
 
 DIMENSIONS, TARGETS = 40, [3, 50, 7, 120, 1, 19]
@@ -28,7 +32,7 @@ def simulate(
         ]
         squares = [float(one @ one) / total**2 for one in sums]
         norm = float(np.linalg.norm(np.sum(sums, axis=0))) / total
-        found.append(estimates(squares, targets, norm=norm))
+        found.append(estimate_signal_and_variance(squares, targets, norm=norm))
     return found, float(true @ true), spread**2 * DIMENSIONS
 
 
@@ -48,7 +52,7 @@ def test_the_estimates_are_unbiased_for_unequal_counts() -> None:
         sums = [n * true + 3 * math.sqrt(n) * draw.normal(size=DIMENSIONS) for n in TARGETS]
         squares = [float(one @ one) / total**2 for one in sums]
         norm = float(np.linalg.norm(np.sum(sums, axis=0))) / total
-        naive.append(estimates(squares, [mean] * len(TARGETS), norm=norm)[0])
+        naive.append(estimate_signal_and_variance(squares, [mean] * len(TARGETS), norm=norm)[0])
     assert abs(float(np.mean(naive)) / DIMENSIONS - 1) > 0.1
 
 
@@ -59,7 +63,9 @@ def test_equal_counts_give_the_formulas_of_the_paper() -> None:
     small_square = sum(square * times**2 for square in squares) / times
     signal = (big * norm**2 - small * small_square) / (big - small)
     trace = (small_square - norm**2) / (1 / small - 1 / big)
-    assert estimates(squares, [number] * times, norm=norm) == pytest.approx((signal, trace))
+    assert estimate_signal_and_variance(squares, [number] * times, norm=norm) == pytest.approx(
+        (signal, trace)
+    )
 
 
 def test_the_norms_are_those_of_the_micro_batches_own_gradients() -> None:
@@ -68,9 +74,9 @@ def test_the_norms_are_those_of_the_micro_batches_own_gradients() -> None:
     micros = cut(model, ragged(6), [1, 2], "none")
     total = count_units(micros)["token"]
     loss = samestep.CausalLMLoss()
-    with micro_norms(model) as norms:
-        samestep.backward(model, micros, norms.watch(loss))
-    for micro, square in zip(micros, norms.read(), strict=True):
+    with record_micro_batch_norms(model) as norms:
+        samestep.backward(model, micros, norms.wrap_loss(loss))
+    for micro, square in zip(micros, norms.squares(), strict=True):
         samestep.backward(model, [micro], loss)
         share = count_units([micro])["token"] / total
         assert square == pytest.approx((_norm(model) * share) ** 2, rel=1e-10, abs=1e-30)
@@ -91,7 +97,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
             signal=(2 + draw.normal(size=40)).tolist(),
             variance=(10 + 3 * draw.normal(size=40)).tolist(),
         )
-        scale = noise_scale([run])
+        scale = gradient_noise_scale([run])
         assert scale is not None
         held += scale.low <= 5 <= scale.high
     assert 180 <= held <= 199
@@ -99,10 +105,10 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
 
 def test_without_a_signal_there_is_no_upper_bound() -> None:
     run = NoiseSums(signal=[1.0, -1.0, 0.5, -0.2], variance=[5.0, 6.0, 5.5, 5.2])
-    scale = noise_scale([run])
+    scale = gradient_noise_scale([run])
     assert scale is not None
     assert math.isinf(scale.high)
-    nothing = noise_scale([NoiseSums(signal=[-1.0] * 4, variance=[5.0] * 4)])
+    nothing = gradient_noise_scale([NoiseSums(signal=[-1.0] * 4, variance=[5.0] * 4)])
     assert nothing is not None
     assert math.isnan(nothing.value)
-    assert noise_scale([NoiseSums(signal=[1.0], variance=[5.0])]) is None
+    assert gradient_noise_scale([NoiseSums(signal=[1.0], variance=[5.0])]) is None
