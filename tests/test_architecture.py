@@ -10,9 +10,9 @@ SOURCE = Path(__file__).parent.parent / "src"
 PACKAGES: dict[str, set[str]] = {
     "errors": set(),
     "utils": {"errors"},
-    "kernels": {"errors"},
+    "kernels": {"errors", "utils"},
     "engine": {"errors", "utils"},
-    "losses": {"engine", "errors", "kernels"},
+    "losses": {"engine", "errors", "kernels", "utils"},
     "data": {"engine", "errors", "utils"},
     "models": {"data", "engine", "errors", "kernels", "losses", "utils"},
     "objectives": {"data", "engine", "errors", "losses", "models", "utils"},

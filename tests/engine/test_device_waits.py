@@ -68,7 +68,7 @@ def run_there(
         patch.setattr(torch, "Generator", lambda device: torch.default_generator)
         # These read values, once a step: after the last micro-batch, and between two passes.
         patch.setattr(TermAccumulator, "facts", lambda self: {})
-        patch.setattr(GatheredTerms, "check_repeated", lambda self: None)
+        patch.setattr(GatheredTerms, "check_repeated", lambda *_: None)
         patch.setattr(two_pass, "_check_value", lambda name, value: None)
         _, _, gradients = accumulate(
             model, prepare_for_step(model), there, loss, counts=counts, normalize="token"

@@ -11,8 +11,8 @@ from transformers import (
 
 from samestep.errors import ConfigError
 from samestep.kernels import packed_attention
-from samestep.models import probes
 from samestep.models.probes import choose_padding
+from samestep.utils import agreement
 
 
 @pytest.fixture
@@ -79,6 +79,6 @@ def test_the_mode_of_the_model_is_kept(llama: LlamaForCausalLM) -> None:
 def test_no_layout_at_all_is_refused(
     llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probes, "TOLERANCE", {torch.float32: -1.0})
+    monkeypatch.setattr(agreement, "FACTOR", -1.0)
     with pytest.raises(ConfigError, match="micro_batch 1"):
         choose_padding(llama, "auto")

@@ -232,7 +232,7 @@ def accumulate(
                 if share is not None:
                     (share if scaler is None else scaler.scale(share)).backward()
                 tally.add(sums)
-        gathered.check_repeated()
+        gathered.check_repeated(model, runs, loss_fn)
         return tally.facts(), params_without_grad(weights, gradients)
 
     with no_gradient_sync(model), float32_accumulation(weights) as gradients:

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from samestep.errors import ConfigError
 from samestep.kernels.long_attention import causal_attention, gains
+from samestep.utils.agreement import computes_in_float32
 
 NAME = "samestep"
 """The ``attn_implementation`` under which `register` makes it known to transformers."""
@@ -84,7 +85,8 @@ def packed_attention(
             "without padding, or set another attn_implementation on the model"
         )
     causal = bool(module.is_causal) if is_causal is None else is_causal
-    attend = _varlen if query.is_cuda else _by_sequence
+    # FlashAttention knows no float32, in which a low precision may be checked.
+    attend = _varlen if query.is_cuda and not computes_in_float32() else _by_sequence
     out = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, causal, sliding_window)
     return out, None
 

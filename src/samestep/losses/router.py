@@ -4,8 +4,12 @@ A token's row of a router holds its logits over the experts and the k experts th
 Rows of padding get the weight 0.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from samestep.utils.agreement import FACTOR, perturb, relative_differences
 
 
 def probabilities(logits: Tensor, scores: Tensor, choices: Tensor) -> Tensor | None:
@@ -23,15 +27,30 @@ def probabilities(logits: Tensor, scores: Tensor, choices: Tensor) -> Tensor | N
         Shares [tokens, experts] that sum to 1, in float32 at least; None if it is neither rule.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    errors = []
     rules = wide.softmax(-1), wide.sigmoid()
     given = _shares(scores.detach().double())
-    for rule in rules:
-        found = _shares(rule.detach().double().gather(1, choices))
-        errors.append(float((found - given).norm() / (given.norm() + 1e-300)))
+    found = [_shares(rule.detach().double().gather(1, choices)) for rule in rules]
+    errors = relative_differences(found, [given, given]).tolist()
     best = int(errors[1] < errors[0])
-    tolerance = 1e-4 if scores.dtype in (torch.float32, torch.float64) else 2e-2
-    return _shares(rules[best]) if errors[best] <= tolerance else None
+    # A rounding of the scores needs no measuring.
+    if errors[best] <= torch.finfo(scores.dtype).eps:
+        return _shares(rules[best])
+    bound = FACTOR * _noise((torch.softmax, torch.sigmoid)[best], logits, scores, choices)
+    return _shares(rules[best]) if errors[best] <= bound else None
+
+
+@torch.no_grad()
+def _noise(rule: Callable[..., Tensor], logits: Tensor, scores: Tensor, choices: Tensor) -> float:
+    """How far the shares of the chosen experts move when what goes into them rounds otherwise.
+
+    A router takes its scores in float32, whatever its logits are, and rounds them to their type.
+    """
+    draw = torch.Generator(logits.device).manual_seed(0)
+    axis = (-1,) if rule is torch.softmax else ()
+    taken = perturb(rule(perturb(logits, draw).float(), *axis), draw)
+    found = perturb(taken.gather(1, choices).to(scores.dtype), draw)
+    exact = rule(logits.double(), *axis).gather(1, choices)
+    return float(relative_differences([_shares(exact)], [_shares(found.double())]))
 
 
 def _shares(values: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Running a language model up to its head, so that the head sees the targets alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +18,7 @@ from samestep.losses.likelihood import (
 )
 from samestep.losses.linear_cross_entropy import CrossEntropySums, linear_cross_entropy
 from samestep.models.last_layer import position_kwargs
+from samestep.utils.agreement import LOW_PRECISION, compare_in_one_precision
 
 NOT_FOR_THE_MODEL = (
     "labels", "example_ids", "example_weights", "token_weights", "fields", "mismatched", "spans",
@@ -139,9 +140,10 @@ class UpToHead:
         head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         inputs |= position_kwargs(head, at)
         if head not in self._rules or self._rules[head] is not None:
-            hidden, outputs = _split_at_head(model, head, inputs)
+            found = _split_at_head(model, head, inputs)
+            hidden, outputs = found.states, found.outputs
             if head not in self._rules:
-                self._rules[head] = _logit_rule(model, head, hidden, outputs.logits)
+                self._rules[head] = _logit_rule(model, found.product, outputs.logits)
             rule = self._rules[head]
             if rule is not None:
                 return States(head, hidden, rule, outputs)
@@ -149,44 +151,68 @@ class UpToHead:
         return States(head, outputs.logits, None, outputs)
 
 
-def _split_at_head(
-    model: nn.Module, head: nn.Module, inputs: Mapping[str, Any]
-) -> tuple[Tensor, Any]:
-    """The head's input [rows, length, width], and what the model made of the first position."""
+@dataclass(frozen=True)
+class _Split:
+    """A forward whose head saw the first position only.
+
+    Attributes:
+        states: The head's input [rows, length, width].
+        product: Its output [rows, 1, vocabulary], in float32 at least.
+        outputs: What the model made of that.
+    """
+
+    states: Tensor
+    product: Tensor
+    outputs: Any
+
+
+def _split_at_head(model: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> _Split:
     seen: list[Tensor] = []
+    products: list[Tensor] = []
 
     def keep_one_position(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
         seen.append(arguments[0])
         return (arguments[0][:, :1],)
 
-    hook = head.register_forward_pre_hook(keep_one_position)
+    def widen(_: nn.Module, __: Any, product: Tensor) -> Tensor:
+        # What the model makes of it then shows without the rounding of a low precision.
+        products.append(product.float() if product.dtype in LOW_PRECISION else product)
+        return products[-1]
+
+    hooks = [head.register_forward_pre_hook(keep_one_position), head.register_forward_hook(widen)]
     try:
         outputs = model(**inputs)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     if len(seen) != 1:
         raise ConfigError(
             f"{type(model).__name__} calls its output embedding {len(seen)} times a forward; "
             "this loss serves models that call it once"
         )
-    return seen[0], outputs
+    return _Split(seen[0], products[0], outputs)
 
 
-def _logit_rule(
-    model: nn.Module, head: nn.Module, hidden: Tensor, logits: Tensor
-) -> LogitRule | None:
-    """What turns the head's output into the model's logits; None if it is neither of the known."""
-    with torch.no_grad():
-        plain, logits = head(hidden[:, :1]).double(), logits.detach().double()
-    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(hidden.dtype, 2e-2)
+def _logit_rule(model: nn.Module, product: Tensor, logits: Tensor) -> LogitRule | None:
+    """What turns the head's output into the model's logits; None if it is neither of the known.
 
-    def fits(candidate: Tensor) -> bool:
-        return bool((candidate - logits).norm() <= tolerance * logits.norm())
+    Args:
+        model: The model.
+        product: The head's output.
+        logits: What the model made of it.
+    """
+    product, logits = product.detach(), logits.detach()
 
-    if fits(plain):
+    def fits(candidate: Callable[[], Tensor]) -> bool:
+        return compare_in_one_precision(
+            lambda: [candidate().to(logits.dtype)], lambda: [logits]
+        ).holds
+
+    if fits(lambda: product * 1.0):
         return LogitRule()
     cap = model.config.get_text_config().to_dict().get("final_logit_softcapping")  # type: ignore
-    if cap and fits(cap * torch.tanh(plain / cap)):
+    if cap and fits(lambda: cap * torch.tanh(product / cap)):
         return LogitRule(softcap=cap)
-    scale = float((plain * logits).sum() / (plain * plain).sum())
-    return LogitRule(scale=scale) if fits(plain * scale) else None
+    wide, wanted = product.double(), logits.double()
+    scale = float((wide * wanted).sum() / (wide * wide).sum())
+    return LogitRule(scale=scale) if fits(lambda: product * scale) else None

@@ -14,11 +14,7 @@ from samestep.models import last_layer
 from samestep.models.dropout import ExampleDropout
 from samestep.models.lm_head import model_inputs
 from samestep.models.routers import routers
-
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-
-LOW_PRECISION_TOLERANCE = 5e-2
-"""Relative difference of logits above which a sequence has seen its neighbour."""
+from samestep.utils.agreement import compare_ways
 
 Outputs = Callable[[Any, dict[str, Any]], Tensor]
 """What a model makes of a micro-batch: [rows, length, ...] by token, or [sequences, width]."""
@@ -35,8 +31,9 @@ def choose_padding(
 ) -> Padding:
     """The layout of micro-batches for a model, and the model's attention set to serve it.
 
-    Two short sequences are run together and each alone. Only a layout in which they agree is
-    taken, so a model that leaks between sequences is never trained in that layout.
+    Two short sequences are run together and each alone. Only a layout in which they agree up to
+    the model's own rounding noise is taken (`samestep.utils.agreement`), so a model that leaks
+    between sequences is never trained in that layout.
 
     Args:
         model: A transformers model; its attention implementation is changed.
@@ -69,28 +66,36 @@ def choose_padding(
 def _why_not(model: Any, padding: Padding, plain: str, outputs: Outputs) -> str | None:
     vocabulary = model.get_input_embeddings().num_embeddings
     sequences = [torch.tensor(ids) % vocabulary for ids in ([3, 1, 4], [1, 5, 9, 2, 6])]
+    micro = collate([Example(ids, ids) for ids in sequences], padding=padding)
     training = model.training
-    model.eval()
-    try:
+
+    def alone() -> list[Tensor]:
         if model.config._attn_implementation != plain:
             model.set_attn_implementation(plain)
-        alone = [outputs(model, {"input_ids": one[None].to(model.device)})[0] for one in sequences]
+        return [outputs(model, {"input_ids": one[None].to(model.device)})[0] for one in sequences]
+
+    def together() -> list[Tensor]:
         if padding == "none":
             packed_attention.register()
             model.set_attn_implementation(packed_attention.NAME)
-        micro = collate([Example(ids, ids) for ids in sequences], padding=padding)
-        together = _apart(outputs(model, to_device(micro, model.device)), micro)
+        found = _apart(outputs(model, to_device(micro, model.device)), micro)
+        if len(found) != len(sequences):
+            raise ConfigError(f"{len(found)} outputs for {len(sequences)} sequences")
+        return found
+
+    model.eval()
+    try:
+        found = compare_ways(alone, together)
     except (ConfigError, TypeError, ValueError, RuntimeError) as error:
         return str(error).strip().split("\n")[0]
     finally:
         model.train(training)
-    if len(together) != len(sequences):
-        return f"{len(together)} outputs for {len(sequences)} sequences"
-    for one, joint in zip(alone, together, strict=True):
-        difference = float((one - joint).norm() / one.norm())
-        if not difference <= TOLERANCE.get(one.dtype, LOW_PRECISION_TOLERANCE):
-            return f"outputs change by {difference:.1e} beside a neighbour"
-    return None
+    if found.holds:
+        return None
+    return (
+        f"outputs change by {found.difference:.1e} beside a neighbour, by {found.noise:.1e} from "
+        "rounding"
+    )
 
 
 def _apart(joint: Tensor, micro: dict[str, Any]) -> list[Tensor]:
@@ -106,8 +111,9 @@ def _apart(joint: Tensor, micro: dict[str, Any]) -> list[Tensor]:
 def cut_last_layer(model: Any, padding: Padding) -> bool:
     """Compute a decoder's last layer at the targets alone wherever a loss says which they are.
 
-    Two short sequences are run with and without. Only a model whose logits agree at the targets,
-    and show elsewhere that the cut took place, is changed.
+    Two short sequences are run with and without. Only a model whose logits agree at the targets up
+    to its own rounding noise (`samestep.utils.agreement`), and show elsewhere that the cut took
+    place, is changed.
 
     Args:
         model: A causal language model of transformers, plain or wrapped by PEFT; changed in place.
@@ -144,19 +150,23 @@ def _agrees(model: Any, padding: Padding) -> bool:
     examples = [Example(ids, ids.where(torch.arange(len(ids)) > 2, -100)) for ids in sequences]
     micro = to_device(collate(examples, padding=padding), model.device)
     at, training = micro["target_positions"], model.training
+
+    def logits(**more: Tensor) -> Tensor:
+        found: Tensor = model(**model_inputs(micro), **more).logits
+        return found.flatten(0, 1)
+
+    def whole() -> Tensor:
+        return logits()
+
+    def narrow() -> Tensor:
+        return logits(**{last_layer.ARGUMENT: at})
+
     model.eval()
     try:
-        whole, narrow = (
-            model(**model_inputs(micro), **more).logits.flatten(0, 1)
-            for more in ({}, {last_layer.ARGUMENT: at})
-        )
+        at_targets = compare_ways(lambda: [whole()[at]], lambda: [narrow()[at]])
+        everywhere = compare_ways(lambda: [whole()], lambda: [narrow()])
     except (TypeError, ValueError, RuntimeError):
         return False
     finally:
         model.train(training)
-    return _close(whole[at], narrow[at]) and not _close(whole, narrow)
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    tolerance = TOLERANCE.get(one.dtype, LOW_PRECISION_TOLERANCE)
-    return bool((one - other).norm() <= tolerance * one.norm())
+    return at_targets.holds and not everywhere.holds
