@@ -1,4 +1,4 @@
-"""Subjects for `samestep check`: two Accelerate loops, one that averages means and its repair.
+"""Subjects for `samestep check`: two Accelerate loops, one that averages means and the fixed one.
 
     samestep check examples/check_accelerate.py:MeanOfMeans
     samestep check examples/check_accelerate.py:Sound

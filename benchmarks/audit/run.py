@@ -19,7 +19,7 @@ from tables import ROOT, SUBJECTS, write_docs
 
 from samestep.audit.adapters.trainer import TrainerSubject
 from samestep.audit.check import check_subject
-from samestep.audit.runs import Runs
+from samestep.audit.experiments import Experiments
 from samestep.utils.files import write_atomically
 
 
@@ -29,7 +29,11 @@ def audit(name: str) -> dict[str, Any]:
     start = time.perf_counter()
     report = check_subject(subject).as_dict()
     seconds = time.perf_counter() - start
-    return {**report, "accumulation 4": sweep.at_four(Runs.start(subject)), "seconds": seconds}
+    return {
+        **report,
+        "accumulation 4": sweep.at_four(Experiments.start(subject)),
+        "seconds": seconds,
+    }
 
 
 def main() -> None:

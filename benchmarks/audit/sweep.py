@@ -20,9 +20,10 @@ from heads import TASKS, classes_of, head
 from tables import HEADS
 
 from samestep.audit.adapters.trainer import TrainerSubject
-from samestep.audit.axes import micro_batch
-from samestep.audit.runs import Runs
-from samestep.audit.vectors import compare
+from samestep.audit.axes.axis import run_axis
+from samestep.audit.axes.table import AXES
+from samestep.audit.experiments import Experiments
+from samestep.audit.gradients import compare_gradients
 from samestep.utils.files import write_atomically
 
 
@@ -32,14 +33,14 @@ def audit(name: str) -> dict[str, Any]:
     for image in (False, True):
         try:
             subject = TrainerSubject(head(name, image=image), name=name)
-            runs = Runs.start(subject)
-            axis = micro_batch(runs)
+            experiments = Experiments.start(subject)
+            axis = run_axis(AXES["micro-batch"], experiments)
         except Exception as error:  # a class that cannot be built, or run, is listed with why
             errors.append(short(error))
             continue
         return {
             "verdict": axis.verdict,
-            **at_four(runs),
+            **at_four(experiments),
             "worst": axis.relative_difference,
             "cause": axis.cause,
             "inputs": "text and picture" if image else "text",
@@ -47,12 +48,13 @@ def audit(name: str) -> dict[str, Any]:
     return {"verdict": "not run", "why": errors[0]}
 
 
-def at_four(runs: Runs) -> dict[str, Any]:
-    """Accumulation 4 against 1, which is how these bugs are usually told."""
-    indices = range(runs.subject.size)
-    cut = tuple(tuple(indices[start : start + 2]) for start in range(0, len(indices), 2))
-    seen = compare(runs.run(cut).gradient, runs.run(runs.whole).gradient)
-    return {"ratio": seen.ratio, "cosine": seen.cosine, "difference": seen.relative_difference}
+def at_four(experiments: Experiments) -> dict[str, Any]:
+    """Accumulation 4 against 1, which is how these bugs are usually reported."""
+    indices = range(experiments.subject.size)
+    split = tuple(tuple(indices[start : start + 2]) for start in range(0, len(indices), 2))
+    whole = experiments.run(experiments.whole_batch).gradient
+    found = compare_gradients(experiments.run(split).gradient, whole)
+    return {"ratio": found.ratio, "cosine": found.cosine, "difference": found.relative_difference}
 
 
 def resume(tasks: Sequence[str] = tuple(TASKS), *, retry: bool = False) -> None:

@@ -15,15 +15,11 @@ SUBJECTS = ROOT / "benchmarks" / "results" / "audit-subjects.json"
 HEADS = ROOT / "benchmarks" / "results" / "audit-heads.json"
 PAGE = ROOT / "docs" / "audit.md"
 
-COLUMNS = (
-    "subject", "trainer, model", "step", "scale", "cosine", "cause", "reported", "evaluation",
-)  # fmt: skip
-
 INTRODUCTION = """\
 # What the auditor found
 
 Written by `make audit` from `benchmarks/results/audit-subjects.json` and `audit-heads.json`; the
-models are random and tiny, and the law of a loss does not depend on their size. `scale` and
+models are random and tiny, and how a loss normalises does not depend on their size. `scale` and
 `cosine` compare the gradient of 8 ragged examples at accumulation 4 with that of the undivided
 batch, in float64. How `samestep check` tells them is in [check.md](check.md).
 """

@@ -16,9 +16,13 @@ from samestep.errors import (
 )
 
 if TYPE_CHECKING:
-    from samestep.audit.api import assert_same_step as assert_same_step
-    from samestep.audit.api import check as check
+    from samestep.audit.axes.axis import Axis as Axis
+    from samestep.audit.axes.axis import Measurement as Measurement
+    from samestep.audit.causes import Cause as Cause
+    from samestep.audit.causes import Diagnosis as Diagnosis
     from samestep.audit.check import CheckReport as CheckReport
+    from samestep.audit.check import assert_same_step as assert_same_step
+    from samestep.audit.check import check as check
     from samestep.engine.counts import target_weights as target_weights
     from samestep.engine.evaluate import EvalReport as EvalReport
     from samestep.engine.evaluate import evaluate as evaluate
@@ -38,18 +42,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Axis": "samestep.audit.axes.axis",
     "CausalLMLoss": "samestep.objectives.causal_lm",
+    "Cause": "samestep.audit.causes",
     "CheckReport": "samestep.audit.check",
     "Coupled": "samestep.engine.terms",
+    "Diagnosis": "samestep.audit.causes",
     "EvalReport": "samestep.engine.evaluate",
     "Idle": "samestep.engine.parallel",
+    "Measurement": "samestep.audit.axes.axis",
     "Objective": "samestep.engine.terms",
     "StepReport": "samestep.engine.step",
     "Term": "samestep.engine.terms",
     "TwoPass": "samestep.engine.two_pass",
-    "assert_same_step": "samestep.audit.api",
+    "assert_same_step": "samestep.audit.check",
     "backward": "samestep.engine.step",
-    "check": "samestep.audit.api",
+    "check": "samestep.audit.check",
     "constant": "samestep.engine.terms",
     "evaluate": "samestep.engine.evaluate",
     "linear_cross_entropy": "samestep.losses.linear_cross_entropy",
@@ -59,15 +67,19 @@ _HOME = {
 }
 
 __all__ = [
+    "Axis",
     "CausalLMLoss",
+    "Cause",
     "CheckError",
     "CheckReport",
     "CheckpointError",
     "ConfigError",
     "Coupled",
     "DataError",
+    "Diagnosis",
     "EvalReport",
     "Idle",
+    "Measurement",
     "Objective",
     "SamestepError",
     "StepError",

@@ -9,16 +9,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding
 
-from samestep.audit.batches import (
+from samestep.audit.adapters.batches import (
     add_padding,
-    alter,
-    cast,
-    mask_borders,
+    alter_inputs,
+    cast_floats,
+    infer_padding,
+    locate_examples,
+    mask_boundaries,
     mask_targets,
-    padding_of,
-    places,
+    possible_denominators,
+    token_length,
 )
-from samestep.audit.counting import counts_of, length_of
 from samestep.errors import CheckError
 
 SHORT, LONG = torch.tensor([4, 5]), torch.tensor([1, 2, 3, 9])
@@ -55,7 +56,7 @@ def rows(examples: list[Tensor], *, left: bool = False) -> dict[str, Tensor]:
     ],
 )
 def test_a_cast_keeps_the_type_of_batch(batch: Any) -> None:
-    found = cast(batch, torch.float64)
+    found = cast_floats(batch, torch.float64)
     assert type(found) is type(batch)
     if isinstance(found, Held):
         found = [found.x]
@@ -65,11 +66,11 @@ def test_a_cast_keeps_the_type_of_batch(batch: Any) -> None:
 
 @pytest.mark.parametrize("left", [False, True])
 def test_how_a_collator_pads_is_learned_and_repeated(left: bool) -> None:
-    padding = padding_of(rows([SHORT], left=left), rows([LONG, SHORT], left=left))
+    padding = infer_padding(rows([SHORT], left=left), rows([LONG, SHORT], left=left))
     assert padding is not None
     assert padding.side == ("left" if left else "right")
     found = add_padding(
-        rows([SHORT], left=left), 2, side=padding.side, filler=1, fills=padding.fills
+        rows([SHORT], left=left), 2, side=padding.side, offset=1, fills=padding.fills
     )
     ids, labels = [4, 5, 8, 8], [4, 5, -100, -100]
     assert found["input_ids"].tolist() == [ids[2:] + ids[:2] if left else ids]
@@ -77,48 +78,51 @@ def test_how_a_collator_pads_is_learned_and_repeated(left: bool) -> None:
 
 
 def test_a_collator_that_does_not_pad_is_seen() -> None:
-    assert padding_of({"x": torch.ones(1, 3)}, {"x": torch.ones(2, 3)}) is None
+    assert infer_padding({"x": torch.ones(1, 3)}, {"x": torch.ones(2, 3)}) is None
 
 
 def test_places_are_rows_without_padding_or_stretches_of_a_pack() -> None:
     batch = rows([LONG, SHORT])
-    assert places(batch, [4, 2]) == [(0, slice(0, 4)), (1, slice(0, 2))]
-    assert places(batch, [4, 2], "left") == [(0, slice(-4, None)), (1, slice(-2, None))]
-    assert places((torch.ones(2, 6),), [None, None]) == [(0,), (1,)]
+    assert locate_examples(batch, [4, 2]) == [(0, slice(0, 4)), (1, slice(0, 2))]
+    assert locate_examples(batch, [4, 2], side="left") == [
+        (0, slice(-4, None)),
+        (1, slice(-2, None)),
+    ]
+    assert locate_examples((torch.ones(2, 6),), [None, None]) == [(0,), (1,)]
     pack = {"input_ids": torch.cat([LONG, SHORT])[None]}
-    assert places(pack, [4, 2]) == [(0, slice(0, 4)), (0, slice(4, 6))]
+    assert locate_examples(pack, [4, 2]) == [(0, slice(0, 4)), (0, slice(4, 6))]
     with pytest.raises(CheckError, match="cannot be told apart"):
-        places(batch, [4, 2, 2])
+        locate_examples(batch, [4, 2, 2])
 
 
 def test_masks_reach_the_examples_alone() -> None:
     batch = rows([LONG, SHORT])
-    where = places(batch, [4, 2])
+    where = locate_examples(batch, [4, 2])
     assert mask_targets(batch, where[:1])["labels"].tolist()[0] == [-100] * 4
     assert mask_targets(batch, where[:1])["labels"].tolist()[1] == [4, 5, -100, -100]
     line = torch.cat([LONG, SHORT])[None]
     pack = {"input_ids": line, "labels": line}
-    where = places(pack, [4, 2])
+    where = locate_examples(pack, [4, 2])
     assert mask_targets(pack, where[1:])["labels"].tolist() == [[1, 2, 3, 9, -100, -100]]
-    assert mask_borders(pack, where)["labels"].tolist() == [[-100, 2, 3, 9, -100, 5]]
+    assert mask_boundaries(pack, where)["labels"].tolist() == [[-100, 2, 3, 9, -100, 5]]
     with pytest.raises(CheckError, match="no classes"):
         mask_targets({"labels": torch.ones(2)}, [(0,)])
 
 
 def test_inputs_are_altered_within_their_range_and_nothing_else() -> None:
     batch = rows([LONG, SHORT])
-    found = alter(batch, places(batch, [4, 2])[:1])
+    found = alter_inputs(batch, locate_examples(batch, [4, 2])[:1])
     assert found["input_ids"].tolist() == [[1, 7, 8, 9], [4, 5, 7, 7]]
     assert found["labels"] is batch["labels"]
     x = torch.arange(6.0).view(2, 3)
-    assert alter((x, 1), [(0,)])[0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert alter_inputs((x, 1), [(0,)])[0].tolist() == [[0, 1, 2], [3, 4, 5]]
     with pytest.raises(CheckError, match="no tensor"):
-        alter({"text": "words"}, [(0,)])
+        alter_inputs({"text": "words"}, [(0,)])
 
 
 def test_everything_that_a_batch_could_be_counted_by_has_a_cause() -> None:
     batch = {**rows([LONG, SHORT]), "weight": torch.tensor([0.5, 2.0])}
-    found = counts_of(batch)
+    found = possible_denominators(batch)
     assert found["labels"] == ("unshifted-count", 6)
     assert found["elements of labels"] == ("padding-counted", 8)
     assert found["elements of labels[:, 1:]"] == ("padding-counted", 6)
@@ -127,6 +131,6 @@ def test_everything_that_a_batch_could_be_counted_by_has_a_cause() -> None:
 
 
 def test_lengths_are_of_tokens() -> None:
-    assert length_of(rows([LONG])) == 4
-    assert length_of((torch.ones(1, 6), torch.ones(1))) is None
-    assert length_of("text") is None
+    assert token_length(rows([LONG])) == 4
+    assert token_length((torch.ones(1, 6), torch.ones(1))) is None
+    assert token_length("text") is None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from samestep.audit.api import assert_same_step, check
+from samestep.audit.check import assert_same_step, check
 from samestep.errors import CheckError
 
 V = 31

@@ -4,36 +4,35 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from samestep.audit.adapters.loop import LoopSubject
-from samestep.audit.adapters.names import LoopNames
-from samestep.audit.noise import FloatsSeen, along_a_line, trembling
-from samestep.audit.runs import Runs, cuts
-from samestep.audit.vectors import compare
+from samestep.audit.adapters.loop import LoopFunctions, LoopSubject
+from samestep.audit.experiments import Experiments, candidate_splits
+from samestep.audit.gradients import compare_gradients
+from samestep.audit.noise import FloatDtypeRecorder, noise_estimate, perturbations
 
 
 def test_what_is_smooth_does_not_tremble_and_noise_is_measured() -> None:
     points = torch.linspace(0, 1e-3, 4, dtype=torch.float64)
     smooth = [{"w": torch.full((100,), 1 + float(p) + float(p) ** 2)} for p in points]
-    assert trembling(smooth) < 1e-7  # float32 numbers
+    assert noise_estimate(smooth) < 1e-7  # float32 numbers
     draw = torch.Generator().manual_seed(0)
     noise = [{"w": 1 + 1e-3 * torch.randn(10_000, generator=draw)} for _ in points]
-    assert trembling(noise) == pytest.approx(1e-3, rel=0.05)
+    assert noise_estimate(noise) == pytest.approx(1e-3, rel=0.05)
 
 
 def test_a_line_has_equal_steps() -> None:
-    one, two, three = along_a_line({"w": torch.zeros(5)}, 1e-3)
+    one, two, three = perturbations({"w": torch.zeros(5)}, 1e-3)
     assert torch.allclose(two["w"], 2 * one["w"])
     assert torch.allclose(three["w"], 3 * one["w"])
 
 
 def test_types_are_seen_where_gradients_are_recorded() -> None:
     weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    with FloatsSeen() as seen:
+    with FloatDtypeRecorder() as seen:
         (weight * 2).sum().backward()
         with torch.no_grad():
             weight.float()
     assert seen.coarsest() == torch.finfo(torch.float64).eps
-    with FloatsSeen() as seen:
+    with FloatDtypeRecorder() as seen:
         (weight.bfloat16() * 2).sum().backward()
     assert seen.coarsest() == torch.finfo(torch.bfloat16).eps
 
@@ -62,10 +61,10 @@ def test_the_floor_is_the_rounding_inside_the_model(dtype: torch.dtype) -> None:
         "collate": torch.stack,
         "step": step,
     }
-    runs = Runs.start(LoopSubject(LoopNames.of(names), name="narrow"))
+    experiments = Experiments.start(LoopSubject(LoopFunctions.of(names), name="narrow"))
     eps = torch.finfo(dtype).eps
-    assert eps / 50 < runs.floor < 5 * eps
-    whole = runs.run(runs.whole).gradient
-    for cut in cuts(8, uniform=False):
-        seen = compare(runs.run(cut).gradient, whole).relative_difference
-        assert seen < runs.tolerance
+    assert eps / 50 < experiments.noise_floor < 5 * eps
+    whole = experiments.run(experiments.whole_batch).gradient
+    for split in candidate_splits(8, uniform=False):
+        seen = compare_gradients(experiments.run(split).gradient, whole).relative_difference
+        assert seen < experiments.tolerance

@@ -11,8 +11,8 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
-from samestep.audit.across_ranks import shares
-from samestep.audit.api import check
+from samestep.audit.axes.ranks import rank_shares
+from samestep.audit.check import check
 
 V = 23
 
@@ -127,9 +127,9 @@ def test_a_sampler_that_repeats_rows_is_named() -> None:
 
 
 def test_a_rank_without_targets_that_hangs_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    from samestep.audit.adapters import loop as adapter
+    from samestep.audit.adapters import processes
 
-    monkeypatch.setattr(adapter, "PATIENCE", 2.0)
+    monkeypatch.setattr(processes, "PATIENCE", 2.0)
     found = result(skips_empty)
     assert (found.verdict, found.cause) == ("inexact", "ranks-not-synchronised"), found
 
@@ -147,7 +147,7 @@ def test_without_ranks_the_axis_is_skipped() -> None:
 @pytest.mark.parametrize("size", range(4, 12))
 @pytest.mark.parametrize("micros", [1, 2])
 def test_shares_hold_every_example_once(size: int, micros: int) -> None:
-    found = shares(size, micros=micros)
+    found = rank_shares(size, num_micro_batches=micros)
     assert [index for share in found for micro in share for index in micro] == list(range(size))
     assert len({len(share) for share in found}) == 1
     assert all(micro for share in found for micro in share)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from samestep.audit.api import check
+from samestep.audit.check import check
 
 trl = pytest.importorskip("trl")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from samestep.audit import sketch
-from samestep.audit.api import check
-from samestep.audit.sketch import fold_of, sketched, spread
+from samestep.audit import gradients
+from samestep.audit.check import check
+from samestep.audit.gradients import sketch, sketch_fold, unsketch
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -17,40 +17,40 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 def test_a_small_gradient_is_kept_as_it_is() -> None:
     weight = noise(3, 4)
-    kept = sketched(weight, 1)
+    kept = sketch(weight, 1)
     assert torch.equal(kept, weight)
     assert kept.data_ptr() != weight.data_ptr()
-    assert torch.equal(spread(kept, weight, 1), weight)
+    assert torch.equal(unsketch(kept, weight, fold=1), weight)
 
 
 def test_the_fold_is_that_of_the_trainable_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(10, 10)
-    assert fold_of(model) == 1
-    monkeypatch.setattr(sketch, "KEPT", 25)
-    assert fold_of(model) == 5
+    assert sketch_fold(model) == 1
+    monkeypatch.setattr(gradients, "MAX_ELEMENTS", 25)
+    assert sketch_fold(model) == 5
     model.weight.requires_grad_(False)
-    assert fold_of(model) == 1
+    assert sketch_fold(model) == 1
 
 
 @pytest.mark.parametrize("elements", [1, 6, 7, 64, 1001])
 @pytest.mark.parametrize("fold", [2, 7, 100])
 def test_sums_are_linear_and_spreading_is_their_adjoint(elements: int, fold: int) -> None:
     one, other = noise(elements), noise(elements, seed=1)
-    both = sketched(2 * one - 3 * other, fold)
-    assert torch.allclose(both, 2 * sketched(one, fold) - 3 * sketched(other, fold), atol=1e-12)
+    both = sketch(2 * one - 3 * other, fold)
+    assert torch.allclose(both, 2 * sketch(one, fold) - 3 * sketch(other, fold), atol=1e-12)
     direction = noise(len(both), seed=2)
-    product = (spread(direction, one, fold) * one).sum()
-    assert torch.isclose(product, direction @ sketched(one, fold), atol=1e-12)
+    product = (unsketch(direction, one, fold=fold) * one).sum()
+    assert torch.isclose(product, direction @ sketch(one, fold), atol=1e-12)
 
 
 def test_lengths_and_single_elements_survive() -> None:
     vector = noise(400, 500)
-    kept = sketched(vector, 20)
+    kept = sketch(vector, 20)
     assert kept.shape == (10_000,)
     assert float(kept.norm() / vector.norm()) == pytest.approx(1, abs=0.03)
     moved = vector.clone()
     moved[17, 23] += 1.0
-    assert float((sketched(moved, 20) - kept).norm()) == pytest.approx(1.0)
+    assert float((sketch(moved, 20) - kept).norm()) == pytest.approx(1.0)
 
 
 V = 23
@@ -92,7 +92,7 @@ def audited(*, by_all: bool) -> Any:
 
 
 def test_an_audit_of_sums_comes_to_the_same_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sketch, "KEPT", 100)
+    monkeypatch.setattr(gradients, "MAX_ELEMENTS", 100)
     sound, wrong = audited(by_all=True), audited(by_all=False)
     assert sound.verdict == "exact", sound
     verdicts = {axis.name: (axis.verdict, axis.cause) for axis in wrong.axes}

@@ -12,8 +12,7 @@ from torch.utils.data import IterableDataset
 from trainers import causal, classifier, factory, rows
 from transformers import Trainer, TrainerCallback
 
-from samestep.audit.check import CheckReport, check_subject
-from samestep.audit.load import as_subject
+from samestep.audit.check import CheckReport, as_subject, check_subject
 from samestep.cli import main
 from samestep.errors import CheckError
 

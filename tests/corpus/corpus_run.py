@@ -23,8 +23,7 @@ from kit import Case
 from rich.console import Console
 from rich.table import Table
 
-from samestep.audit.api import check
-from samestep.audit.check import CheckReport
+from samestep.audit.check import CheckReport, check
 
 FAMILIES = {
     "token loops": token_loops.CASES,

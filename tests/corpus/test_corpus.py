@@ -6,7 +6,7 @@ import pytest
 from corpus_run import FAMILIES, FINAL_SEEDS, audit, meets_the_bar, run, totals
 from kit import Case
 
-from samestep.audit import runs
+from samestep.audit import experiments
 from samestep.audit.check import CheckReport
 
 SEED = 3
@@ -36,14 +36,14 @@ def few(case: Case) -> bool:
 
 
 def test_an_auditor_that_sees_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "MULTIPLE", float("inf"))
+    monkeypatch.setattr(experiments, "TOLERANCE_FACTOR", float("inf"))
     counts = totals(run([SEED], choose=few))
     assert not meets_the_bar(counts)
     assert counts["detected"] == 0
 
 
 def test_an_auditor_that_sees_too_much_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "MULTIPLE", 1e-6)
+    monkeypatch.setattr(experiments, "TOLERANCE_FACTOR", 1e-6)
     counts = totals(run([SEED], choose=few))
     assert not meets_the_bar(counts)
     assert counts["false_alarms"] == counts["audits_of_sound"] > 0

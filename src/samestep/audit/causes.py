@@ -1,6 +1,42 @@
-"""The causes that the auditor can name: what each is, and what to change."""
+"""The causes that the auditor can name: what each means, and what to change."""
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from samestep.errors import CheckError
+
+if TYPE_CHECKING:
+    from samestep.audit.hypotheses import SplitEvidence
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a step depends on how its batch was split.
+
+    Attributes:
+        name: In reports; lower case, with hyphens.
+        meaning: What it is, a sentence.
+        advice: What to change.
+        weights: Where the cause weights micro-batches: from what was measured of an inexact split
+            to the factor of each micro-batch's own gradient, or None if it does not apply. The
+            cause is named where that sum is the gradient of the split. None: only an axis names it.
+
+    Example:
+        >>> cause = Cause("mean-of-chunks", "Each chunk is averaged.", "Divide once.")
+        >>> cause.paragraph
+        'Each chunk is averaged. Divide once.'
+    """
+
+    name: str
+    meaning: str
+    advice: str
+    weights: Callable[["SplitEvidence"], Sequence[float] | None] | None = None
+
+    @property
+    def paragraph(self) -> str:
+        """What it is and what to change."""
+        return f"{self.meaning} {self.advice}"
 
 
 @dataclass(frozen=True)
@@ -8,9 +44,13 @@ class Diagnosis:
     """A cause and how well it predicts what was seen.
 
     Attributes:
-        cause: A name in `samestep.audit.causes.CAUSES`, or "unexplained".
+        cause: The name of a cause, or "unexplained".
         residual: Norm of observed minus predicted gradient, over the observed one's.
         evidence: One line of numbers for the reader.
+
+    Example:
+        >>> Diagnosis("mean-of-means", residual=0.0, evidence="added up").cause
+        'mean-of-means'
     """
 
     cause: str
@@ -18,135 +58,272 @@ class Diagnosis:
     evidence: str
 
 
-CAUSES: dict[str, str] = {
-    "mean-of-means": (
-        "Each micro-batch is divided by its own number of targets, then the results are averaged, "
-        "so micro-batches with few targets weigh too much. Count the targets of the whole "
-        "accumulated batch first, sum the losses, and divide once."
+_TABLE = (
+    Cause(
+        "mean-of-means",
+        meaning=(
+            "Each micro-batch is divided by its own number of targets, then the results are "
+            "averaged, so micro-batches with few targets weigh too much."
+        ),
+        advice=(
+            "Count the targets of the whole accumulated batch first, sum the losses, and divide "
+            "once."
+        ),
     ),
-    "unscaled-sum": (
-        "The losses of the micro-batches are added up without division by anything that grows with "
-        "their number: the gradient is multiplied by the accumulation. Divide each micro-batch's "
-        "summed loss by the count of the whole batch, or its mean loss by the accumulation."
+    Cause(
+        "unscaled-sum",
+        meaning=(
+            "The losses of the micro-batches are added up without division by anything that grows "
+            "with their number: the gradient is multiplied by the accumulation."
+        ),
+        advice=(
+            "Divide each micro-batch's summed loss by the count of the whole batch, or its mean "
+            "loss by the accumulation."
+        ),
     ),
-    "divided-twice": (
-        "The loss is already normalised over the whole batch and is divided by the accumulation "
-        "once more. Remove one of the two divisions."
+    Cause(
+        "divided-twice",
+        meaning=(
+            "The loss is already normalised over the whole batch and is divided by the "
+            "accumulation once more."
+        ),
+        advice="Remove one of the two divisions.",
     ),
-    "example-weighted": (
-        "Micro-batches are weighted in one unit and averaged in another, such as means over tokens "
-        "weighted by examples, or pairs weighted by tokens. Sum in one unit, count in the same "
-        "unit over the whole batch, and divide once."
+    Cause(
+        "example-weighted",
+        meaning=(
+            "Micro-batches are weighted in one unit and averaged in another, such as means over "
+            "tokens weighted by examples, or pairs weighted by tokens."
+        ),
+        advice="Sum in one unit, count in the same unit over the whole batch, and divide once.",
     ),
-    "last-micro-batch-only": (
-        "Only one micro-batch reaches the update: gradients are cleared between micro-batches, or "
-        "only the last loss is propagated. Clear gradients once, before the first micro-batch."
+    Cause(
+        "last-micro-batch-only",
+        meaning=(
+            "Only one micro-batch reaches the update: gradients are cleared between micro-batches, "
+            "or only the last loss is propagated."
+        ),
+        advice="Clear gradients once, before the first micro-batch.",
     ),
-    "padding-counted": (
-        "The denominator, or the weight of a micro-batch, counts positions that are no targets: "
-        "padding, so that the step depends on how long the rows were padded, or masked tokens such "
-        "as the prompt's; or padding is itself a target. Give padding the label -100, and count "
-        "labels that are not -100."
+    Cause(
+        "padding-counted",
+        meaning=(
+            "The denominator, or the weight of a micro-batch, counts positions that are no "
+            "targets: padding, so that the step depends on how long the rows were padded, or "
+            "masked tokens such as the prompt's; or padding is itself a target."
+        ),
+        advice="Give padding the label -100, and count labels that are not -100.",
     ),
-    "unshifted-count": (
-        "The denominator, or the weight of a micro-batch, counts labels before the shift: one too "
-        "many for every sequence whose first token has a label. Count labels[:, 1:]."
+    Cause(
+        "unshifted-count",
+        meaning=(
+            "The denominator, or the weight of a micro-batch, counts labels before the shift: one "
+            "too many for every sequence whose first token has a label."
+        ),
+        advice="Count labels[:, 1:].",
     ),
-    "clip-per-micro-batch": (
-        "Gradients are clipped after each micro-batch, so large ones are shortened before they are "
-        "added. Clip once, after the last micro-batch."
+    Cause(
+        "clip-per-micro-batch",
+        meaning=(
+            "Gradients are clipped after each micro-batch, so large ones are shortened before they "
+            "are added."
+        ),
+        advice="Clip once, after the last micro-batch.",
     ),
-    "optimizer-step-per-micro-batch": (
-        "The optimizer steps after each micro-batch, so later ones see other weights. Step once, "
-        "after the last one."
+    Cause(
+        "optimizer-step-per-micro-batch",
+        meaning="The optimizer steps after each micro-batch, so later ones see other weights.",
+        advice="Step once, after the last one.",
     ),
-    "short-window": (
-        "The last accumulation window holds fewer micro-batches, but is divided as if it were "
-        "full. Divide by what the window holds."
+    Cause(
+        "short-window",
+        meaning=(
+            "The last accumulation window holds fewer micro-batches, but is divided as if it were "
+            "full."
+        ),
+        advice="Divide by what the window holds.",
     ),
-    "duplicated-examples": (
-        "Some examples enter the step more than once, as when a sampler repeats rows to fill the "
-        "last batch or to even out ranks. Let the last batch be short, or give repeats no weight."
+    Cause(
+        "duplicated-examples",
+        meaning=(
+            "Some examples enter the step more than once, as when a sampler repeats rows to fill "
+            "the last batch or to even out ranks."
+        ),
+        advice="Let the last batch be short, or give repeats no weight.",
     ),
-    "dropped-examples": (
-        "Some examples, or parts of them, never reach the step, as when a loop or a sampler drops "
-        "what does not fill a batch, or a collator cuts rows to the length of their neighbours. "
-        "Let the last batch be short, and cut every row by a rule of its own."
+    Cause(
+        "dropped-examples",
+        meaning=(
+            "Some examples, or parts of them, never reach the step, as when a loop or a sampler "
+            "drops what does not fill a batch, or a collator cuts rows to the length of their "
+            "neighbours."
+        ),
+        advice="Let the last batch be short, and cut every row by a rule of its own.",
     ),
-    "world-scaled": (
-        "The gradient is multiplied by the number of ranks: it is summed over ranks but normalised "
-        "on each, or scaled up for an averaging that does not happen."
+    Cause(
+        "world-scaled",
+        meaning=(
+            "The gradient is multiplied by the number of ranks: it is summed over ranks but "
+            "normalised on each, or scaled up for an averaging that does not happen."
+        ),
+        advice=(
+            "Normalise by the count of all ranks, and multiply by their number only where the "
+            "reduction averages."
+        ),
     ),
-    "world-divided": (
-        "The gradient is divided by the number of ranks: losses normalised over all ranks are "
-        "averaged once more by the all-reduce. Multiply by the number of ranks, or sum."
+    Cause(
+        "world-divided",
+        meaning=(
+            "The gradient is divided by the number of ranks: losses normalised over all ranks are "
+            "averaged once more by the all-reduce."
+        ),
+        advice="Multiply by the number of ranks, or sum.",
     ),
-    "rank-local-count": (
-        "Each rank divides by its own count and the results are averaged, so ranks with few "
-        "targets weigh too much. Add the counts up over the ranks before dividing."
+    Cause(
+        "rank-local-count",
+        meaning=(
+            "Each rank divides by its own count and the results are averaged, so ranks with few "
+            "targets weigh too much."
+        ),
+        advice="Add the counts up over the ranks before dividing.",
     ),
-    "ranks-not-synchronised": (
-        "The ranks end the step with different weights: some gradients are not reduced. Run the "
-        "last backward of the step with gradient synchronisation on."
+    Cause(
+        "ranks-not-synchronised",
+        meaning="The ranks end the step with different weights: some gradients are not reduced.",
+        advice="Run the last backward of the step with gradient synchronisation on.",
     ),
-    "batch-coupled-term": (
-        "Part of the loss is not a sum over examples: it compares or averages over the whole "
-        "micro-batch (router load balance, in-batch negatives, sorting, batch statistics), so it "
-        "changes with what shares the micro-batch. Gather its statistic over the whole effective "
-        "batch first, or use a form that is a sum over sequences."
+    Cause(
+        "batch-coupled-term",
+        meaning=(
+            "Part of the loss is not a sum over examples: it compares or averages over the whole "
+            "micro-batch (router load balance, in-batch negatives, sorting, batch statistics), so "
+            "it changes with what shares the micro-batch."
+        ),
+        advice=(
+            "Gather its statistic over the whole effective batch first, or use a form that is a "
+            "sum over sequences."
+        ),
     ),
-    "second-term-per-micro-batch": (
-        "One term is normalised over the whole batch, another is added once for each micro-batch, "
-        "so its weight grows with the accumulation. Normalise every term over the whole batch."
+    Cause(
+        "second-term-per-micro-batch",
+        meaning=(
+            "One term is normalised over the whole batch, another is added once for each "
+            "micro-batch, so its weight grows with the accumulation."
+        ),
+        advice="Normalise every term over the whole batch.",
     ),
-    "rng": (
-        "The step draws random numbers in the order of computation, so the same examples get "
-        "others under another split, or under a repeat. Key them to (seed, step, example)."
+    Cause(
+        "rng",
+        meaning=(
+            "The step draws random numbers in the order of computation, so the same examples get "
+            "others under another split, or under a repeat."
+        ),
+        advice="Key them to (seed, step, example).",
     ),
-    "accumulation-dtype": (
-        "Gradients add up in the low precision of the weights: each addition rounds, and the "
-        "error grows with the number of micro-batches. Add them up in float32."
+    Cause(
+        "accumulation-dtype",
+        meaning=(
+            "Gradients add up in the low precision of the weights: each addition rounds, and the "
+            "error grows with the number of micro-batches."
+        ),
+        advice="Add them up in float32.",
     ),
-    "attention-leak": (
-        "Sequences that share a micro-batch attend to each other. Keep attention inside each "
-        "sequence: block-diagonal masks, or variable-length attention with the borders."
+    Cause(
+        "attention-leak",
+        meaning="Sequences that share a micro-batch attend to each other.",
+        advice=(
+            "Keep attention inside each sequence: block-diagonal masks, or variable-length "
+            "attention with the borders."
+        ),
     ),
-    "position-leak": (
-        "Positions depend on what else is in the micro-batch: they run on across sequences, or "
-        "count padding. Let position ids start at 0 at the first real token of every sequence."
+    Cause(
+        "position-leak",
+        meaning=(
+            "Positions depend on what else is in the micro-batch: they run on across sequences, or "
+            "count padding."
+        ),
+        advice="Let position ids start at 0 at the first real token of every sequence.",
     ),
-    "boundary-target": (
-        "The first token of a packed sequence is predicted from the last token of its neighbour. "
-        "Mask the label of the first token of every sequence."
+    Cause(
+        "boundary-target",
+        meaning=(
+            "The first token of a packed sequence is predicted from the last token of its "
+            "neighbour."
+        ),
+        advice="Mask the label of the first token of every sequence.",
     ),
-    "padding-attended": (
-        "Padding changes the forward of real tokens: it is attended to, or shifts positions. Pass "
-        "an attention mask, and positions that skip padding."
+    Cause(
+        "padding-attended",
+        meaning=(
+            "Padding changes the forward of real tokens: it is attended to, or shifts positions."
+        ),
+        advice="Pass an attention mask, and positions that skip padding.",
     ),
-    "evaluation-side-effect": (
-        "An evaluation before the step changes the step: it leaves the model in eval mode, or "
-        "gradients, or buffers behind. Restore the mode and run it without gradients."
+    Cause(
+        "evaluation-side-effect",
+        meaning=(
+            "An evaluation before the step changes the step: it leaves the model in eval mode, or "
+            "gradients, or buffers behind."
+        ),
+        advice="Restore the mode and run it without gradients.",
     ),
-    "reported-not-optimised": (
-        "The loss that is reported is not the one whose gradient was applied. Report the "
-        "normalised objective itself."
+    Cause(
+        "reported-not-optimised",
+        meaning="The loss that is reported is not the one whose gradient was applied.",
+        advice="Report the normalised objective itself.",
     ),
-    "eval-mean-of-means": (
-        "The evaluation loss is an average of batch averages: short or sparse batches weigh too "
-        "much. Add up sums and counts over all batches, and divide once."
+    Cause(
+        "eval-mean-of-means",
+        meaning=(
+            "The evaluation loss is an average of batch averages: short or sparse batches weigh "
+            "too much."
+        ),
+        advice="Add up sums and counts over all batches, and divide once.",
     ),
-    "metric-mean-of-means": (
-        "The metric is an average of micro-batch averages. Add up its sum and its count over the "
-        "whole batch, and divide once."
+    Cause(
+        "metric-mean-of-means",
+        meaning="The metric is an average of micro-batch averages.",
+        advice="Add up its sum and its count over the whole batch, and divide once.",
     ),
-}
-"""By name: one paragraph, what it is and what to change."""
+)
 
-UNEXPLAINED = (
-    "None of the known laws predicts what was seen; the residual is that of the best of them."
+CAUSES: Mapping[str, Cause] = {cause.name: cause for cause in _TABLE}
+"""By name, in the order of the documentation."""
+
+UNEXPLAINED = "unexplained"
+"""What stands in place of a cause where nothing predicts what was seen."""
+
+_UNEXPLAINED_ADVICE = (
+    "No known cause predicts what was seen; the residual is that of the best of them."
 )
 
 
-def advice(cause: str | None) -> str:
-    """The paragraph of a cause; empty without one."""
-    return "" if cause is None else CAUSES.get(cause, UNEXPLAINED)
+def with_causes(extra: Iterable[Cause]) -> dict[str, Cause]:
+    """The table with causes of the user's.
+
+    Raises:
+        CheckError: A name is taken.
+    """
+    causes = dict(CAUSES)
+    for cause in extra:
+        if cause.name in causes or cause.name == UNEXPLAINED:
+            raise CheckError(f"causes: {cause.name!r} is taken; choose another name")
+        causes[cause.name] = cause
+    return causes
+
+
+def advice_for(name: str | None, causes: Mapping[str, Cause] = CAUSES) -> str:
+    """The paragraph of a cause; empty without one.
+
+    Raises:
+        CheckError: There is no such cause.
+    """
+    if name is None:
+        return ""
+    if name == UNEXPLAINED:
+        return _UNEXPLAINED_ADVICE
+    if name not in causes:
+        raise CheckError(
+            f"there is no cause {name!r}: declare it by causes=[samestep.Cause({name!r}, ...)]"
+        )
+    return causes[name].paragraph

@@ -1,50 +1,36 @@
-"""The audit: every axis that a subject can run, and one verdict."""
+"""The audit from Python: every axis that a subject can run, and one verdict."""
 
+import functools
 import importlib.util
+import inspect
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
-from samestep.audit import across_ranks, precision, scalars
-from samestep.audit import axes as by_gradient
-from samestep.audit.runs import Runs
+from samestep.audit.adapters.loop import LoopFunctions, LoopSubject
+from samestep.audit.axes.axis import Axis, AxisResult, run_axis
+from samestep.audit.axes.table import AXES, DEFAULT_AXES
+from samestep.audit.causes import Cause, with_causes
+from samestep.audit.experiments import Experiments
 from samestep.audit.subject import Subject
-from samestep.audit.verdict import AxisResult
 from samestep.errors import CheckError
-
-AXES: dict[str, Callable[[Runs], AxisResult]] = {
-    "micro-batch": by_gradient.micro_batch,
-    "order": by_gradient.order,
-    "padding": by_gradient.padding,
-    "packing": by_gradient.packing,
-    "short-window": by_gradient.short_window,
-    "zero-target": by_gradient.zero_target,
-    "terms": by_gradient.terms,
-    "ranks": across_ranks.ranks,
-    "reported": scalars.reported,
-    "evaluation-batch": scalars.evaluation_batch,
-    "evaluation-first": by_gradient.evaluation_first,
-    "low-precision": precision.low_precision,
-    "dropout": by_gradient.dropout,
-}
-"""The axes by name, in the order of the report."""
-
-ON_REQUEST = ("dropout", "low-precision")
-"""Axes that are run only when they are asked for by name."""
+from samestep.utils.plugins import load_object
 
 PACKAGES = ("samestep", "torch", "transformers", "trl", "accelerate", "lightning")
+"""Those whose versions a report names."""
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What an audit found.
+    """The result of an audit.
 
     Attributes:
         subject: Its name.
         verdict: "exact" if no axis is inexact.
-        axes: The results, in the order of `AXES`.
+        axes: The results, in the order in which they ran.
         examples: Examples of the effective batch.
         dtype: What the gradients were computed in.
         seed: Of the weights and of every run.
@@ -64,17 +50,85 @@ class CheckReport:
         return asdict(self)
 
 
+def check(
+    subject: Any, axes: Sequence[str | Axis] | None = None, *, causes: Sequence[Cause] = ()
+) -> CheckReport:
+    """Audit a training loop: does its step depend on how the batch was split, and why?
+
+    Args:
+        subject: ``"FILE.py"`` or ``"FILE.py:NAME"``; or a module, class, object or mapping with
+            ``model``, ``examples``, ``collate`` and ``step`` or ``train``, or ``make_trainer``.
+        axes: Names of `samestep.audit.axes.table.AXES`, and axes of your own; None: all of the
+            table but those that change the loop itself (dropout, low precision).
+        causes: Causes of your own, beside those of `samestep.audit.causes.CAUSES`.
+
+    Returns:
+        The report: a verdict for each axis, and a cause with its evidence where it is inexact.
+
+    Raises:
+        CheckError: The subject cannot be run, shows its own error; or an axis or a cause is wrong.
+
+    Example:
+        >>> import torch
+        >>> class Loop:
+        ...     examples = [torch.full((n, 2), float(n)) for n in (1, 4, 2, 3)]
+        ...     model = staticmethod(lambda: torch.nn.Linear(2, 1))
+        ...     collate = staticmethod(torch.cat)
+        ...     def step(self, model, micro_batches):
+        ...         for micro_batch in micro_batches:  # a mean of means
+        ...             (model(micro_batch).square().mean() / len(micro_batches)).backward()
+        >>> report = check(Loop, axes=["micro-batch"])
+        >>> report.verdict
+        'inexact'
+    """
+    loop = load_subject(subject) if isinstance(subject, str) else as_subject(subject)
+    return check_subject(loop, axes, causes=causes)
+
+
+def assert_same_step(
+    subject: Any, axes: Sequence[str | Axis] | None = None, *, causes: Sequence[Cause] = ()
+) -> None:
+    """Fail a test unless a training loop's step is the same under every split.
+
+    Args:
+        subject: As for `check`.
+        axes: As for `check`.
+        causes: As for `check`.
+
+    Raises:
+        AssertionError: An axis is inexact; names each with its cause and what to change.
+        CheckError: The subject cannot be run.
+    """
+    report = check(subject, axes, causes=causes)
+    lines = [
+        f"{axis.name}: {axis.cause} ({_numbers(axis)}). {axis.advice} [{axis.evidence}]"
+        for axis in report.axes
+        if axis.verdict == "inexact"
+    ]
+    if lines:
+        raise AssertionError(f"{report.subject} depends on the split:\n" + "\n".join(lines))
+
+
+def _numbers(axis: AxisResult) -> str:
+    if axis.relative_difference is None or axis.noise_floor is None:
+        return axis.reason
+    difference, noise = axis.relative_difference, axis.noise_floor
+    return f"relative difference {difference:.2e}, noise {noise:.0e}"
+
+
 def check_subject(
     subject: Subject,
-    axes: Sequence[str] | None = None,
+    axes: Sequence[str | Axis] | None = None,
     *,
+    causes: Sequence[Cause] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> CheckReport:
     """Audit a subject.
 
     Args:
-        subject: Made by an adapter of `samestep.audit.adapters`.
-        axes: Names of `AXES`; None: all but those of `ON_REQUEST`.
+        subject: Made by `as_subject` or an adapter of `samestep.audit.adapters`.
+        axes: As for `check`.
+        causes: As for `check`.
         progress: Called with the name of each axis before it runs.
 
     Returns:
@@ -83,46 +137,104 @@ def check_subject(
     Raises:
         CheckError: An unknown axis, or the subject cannot be run at all.
     """
-    wanted = [name for name in AXES if name not in ON_REQUEST] if axes is None else list(axes)
-    unknown = [name for name in wanted if name not in AXES]
-    if unknown:
-        raise CheckError(f"no such axis: {', '.join(unknown)}; there are {', '.join(AXES)}")
+    table = with_causes(causes)
+    chosen = _chosen(DEFAULT_AXES if axes is None else axes)
     progress("first run")
-    runs = Runs.start(subject)
+    experiments = Experiments.start(subject, table)
     results = []
-    for name in wanted:
-        progress(name)
-        results.append(_run_axis(name, runs))
+    for axis in chosen:
+        progress(axis.name)
+        results.append(run_axis(axis, experiments))
     inexact = any(result.verdict == "inexact" for result in results)
-    if not inexact and runs.hides_scale:
+    if not inexact and experiments.hides_scale:
         raise CheckError(
             f"{subject.name} cannot be judged: its update is as long whatever the length of the "
             "gradient (Adam or sign descent by hand?), which hides wrong scales. Let step leave "
             "the gradient in .grad, or update by an optimizer of torch.optim, whose input is seen"
         )
+    dtype = experiments.settings.dtype
     return CheckReport(
         subject=subject.name,
         verdict="inexact" if inexact else "exact",
         axes=tuple(results),
         examples=subject.size,
-        dtype="native" if runs.plain.dtype is None else str(runs.plain.dtype).split(".")[-1],
-        seed=runs.plain.seed,
+        dtype="native" if dtype is None else str(dtype).split(".")[-1],
+        seed=experiments.settings.seed,
         versions=_versions(),
     )
 
 
-def _run_axis(name: str, runs: Runs) -> AxisResult:
-    reason = runs.subject.skips().get(name)
-    if reason is not None:
-        return AxisResult(name, "skipped", reason)
-    try:
-        return AXES[name](runs)
-    except CheckError as error:
-        return AxisResult(name, "skipped", str(error))
-    except Exception as error:  # the subject ran plain, but not under this axis
-        return AxisResult(name, "skipped", f"the subject failed: {type(error).__name__}: {error}")
+def _chosen(axes: Sequence[str | Axis]) -> list[Axis]:
+    """The axes that are named, and those of the user's."""
+    own = [axis.name for axis in axes if isinstance(axis, Axis)]
+    taken = [name for number, name in enumerate(own) if name in AXES or name in own[:number]]
+    if taken:
+        raise CheckError(f"axes: {', '.join(taken)} is taken; choose another name")
+    unknown = [name for name in axes if isinstance(name, str) and name not in AXES]
+    if unknown:
+        raise CheckError(f"no such axis: {', '.join(unknown)}; there are {', '.join(AXES)}")
+    return [AXES[axis] if isinstance(axis, str) else axis for axis in axes]
 
 
 def _versions() -> dict[str, str]:
     installed = [name for name in PACKAGES if importlib.util.find_spec(name) is not None]
     return {"python": platform.python_version(), **{name: version(name) for name in installed}}
+
+
+def load_subject(reference: str) -> Subject:
+    """The subject in a Python file.
+
+    Args:
+        reference: ``FILE.py`` (its own names are the custom loop, or ``make_trainer``), or
+            ``FILE.py:NAME`` for a class, a factory of trainers or another object in it.
+
+    Returns:
+        The subject.
+
+    Raises:
+        CheckError: The file or the name is missing, or holds no subject; the file's own error is
+            shown if it cannot be imported.
+    """
+    hint = "; `samestep check --init` writes one to start"
+    source = load_object(reference, what="subject", error=CheckError, hint=hint)
+    path, _, name = reference.partition(":")
+    return as_subject(source, name=name or Path(path).stem)
+
+
+def as_subject(source: Any, *, name: str | None = None) -> Subject:
+    """A subject of an object.
+
+    Args:
+        source: A module, class, instance or mapping with the names of a custom loop or with
+            ``make_trainer``; such a factory itself; or a subject.
+        name: For the report.
+
+    Returns:
+        The subject.
+
+    Raises:
+        CheckError: It is none of these; lists the names that are missing.
+    """
+    label = name or str(getattr(source, "__name__", type(source).__name__))
+    if inspect.isclass(source):
+        source = source()
+    if isinstance(source, Subject):
+        subject: Subject = source
+        return subject
+    factory = _trainer_factory(source)
+    if factory is not None:
+        # Imports the trainers' libraries, which other subjects do not need.
+        from samestep.audit.adapters.trainer import TrainerSubject
+
+        return TrainerSubject(factory, name=label)
+    return LoopSubject(LoopFunctions.of(source), name=label)
+
+
+def _trainer_factory(source: Any) -> Callable[..., Any] | None:
+    """The factory of trainers that an object is, or has under the name ``make_trainer``."""
+    if inspect.isroutine(source) or isinstance(source, functools.partial):
+        factory: Callable[..., Any] = source
+        return factory
+    if isinstance(source, Mapping):
+        return source.get("make_trainer")
+    return getattr(source, "make_trainer", None)

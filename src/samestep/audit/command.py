@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from samestep.audit.report import show
+from samestep.audit.report import print_report, render_page
 from samestep.errors import CheckError
 from samestep.utils.files import write_atomically
 
@@ -56,24 +56,20 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         CheckError: The subject could not be run.
     """
-    given = tyro.cli(CheckArguments, args=list(arguments), prog="samestep check")
-    if given.init:
-        return _init(Path(given.subject or "subject.py"))
-    if given.subject is None:
+    options = tyro.cli(CheckArguments, args=list(arguments), prog="samestep check")
+    if options.init:
+        return _init(Path(options.subject or "subject.py"))
+    if options.subject is None:
         raise CheckError("which loop? `samestep check FILE.py`; `--init` writes one to start from")
     console = Console(stderr=True, highlight=False)
-    axes = given.axes.split(",") if given.axes else []
+    axes = options.axes.split(",") if options.axes else []
     with console.status("starting", spinner="dots") as status:
-        report = _audit(
-            given.subject, axes, timeout=given.timeout, progress=lambda axis: status.update(axis)
-        )
-    show(report, Console(highlight=False))
-    if given.json is not None:
-        write_atomically(given.json, json.dumps(report, indent=2) + "\n")
-    if given.html is not None:
-        from samestep.audit.page import page
-
-        write_atomically(given.html, page(report))
+        report = _audit(options.subject, axes, timeout=options.timeout, progress=status.update)
+    print_report(report, Console(highlight=False))
+    if options.json is not None:
+        write_atomically(options.json, json.dumps(report, indent=2) + "\n")
+    if options.html is not None:
+        write_atomically(options.html, render_page(report))
     return 0 if report["verdict"] == "exact" else 1
 
 

@@ -1,4 +1,4 @@
-"""The noise of a computation, measured: how its gradient trembles when nothing should move it."""
+"""The noise of a computation, measured: how its gradient varies when nothing should move it."""
 
 import math
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from samestep.audit.gradients import global_norm, linear_combination, scale
 from samestep.audit.subject import Gradient
-from samestep.audit.vectors import combine, norm
 
 
-class FloatsSeen(TorchDispatchMode):
+class FloatDtypeRecorder(TorchDispatchMode):
     """Collects the floating types that are computed where gradients are recorded.
 
     So neither how a model is made, nor what is watched without gradients, counts.
@@ -28,9 +28,9 @@ class FloatsSeen(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if not torch.is_grad_enabled() or not any(map(_is_floating, args)):
             return result
-        for one in result if isinstance(result, list | tuple) else (result,):
-            if isinstance(one, Tensor) and one.is_floating_point() and one.dim():
-                self.dtypes.add(one.dtype)
+        for output in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(output, Tensor) and output.is_floating_point() and output.dim():
+                self.dtypes.add(output.dtype)
         return result
 
     def coarsest(self) -> float:
@@ -44,22 +44,22 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def along_a_line(weights: Gradient, step: float) -> list[Gradient]:
+def perturbations(weights: Gradient, step: float) -> list[Gradient]:
     """Three displacements of the weights: 1, 2 and 3 steps along a random line.
 
     Args:
         weights: Any gradient or weights that give names and shapes.
         step: Size of a step, of each element.
     """
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     line = {
-        name: torch.randn(tensor.shape, generator=draw, dtype=torch.float64) * step
+        name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * step
         for name, tensor in weights.items()
     }
-    return [combine([line], [float(number)]) for number in (1, 2, 3)]
+    return [scale(line, float(number)) for number in (1, 2, 3)]
 
 
-def trembling(gradients: Sequence[Gradient]) -> float:
+def noise_estimate(gradients: Sequence[Gradient]) -> float:
     """Relative noise of a gradient: its third difference along a line of tiny steps.
 
     What is smooth cancels to the third order of the step; what rounds at random does not
@@ -69,6 +69,6 @@ def trembling(gradients: Sequence[Gradient]) -> float:
     Args:
         gradients: At four points with equal steps between.
     """
-    third = combine(gradients, [-1.0, 3.0, -3.0, 1.0])
-    size = norm(gradients[0])
-    return norm(third) / math.sqrt(20) / size if size else 0.0
+    third = linear_combination(gradients, [-1.0, 3.0, -3.0, 1.0])
+    size = global_norm(gradients[0])
+    return global_norm(third) / math.sqrt(20) / size if size else 0.0

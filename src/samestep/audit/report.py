@@ -1,5 +1,7 @@
-"""The report of an audit in a terminal. Works on the JSON form, so it needs no PyTorch."""
+"""The report of an audit, in a terminal and as a page; from its JSON form, without PyTorch."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -8,10 +10,13 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from samestep.errors import ConfigError
+
+PAGE_TEMPLATE = Path(__file__).with_name("page.html")
 COLOURS = {"exact": "green", "inexact": "red", "skipped": "dim"}
 
 
-def show(report: dict[str, Any], console: Console) -> None:
+def print_report(report: dict[str, Any], console: Console) -> None:
     """Print a table of the axes, then a paragraph for each cause.
 
     Args:
@@ -26,17 +31,17 @@ def show(report: dict[str, Any], console: Console) -> None:
         table.add_row(
             axis["name"],
             f"[{COLOURS[verdict]}]{verdict}[/]",
-            number(axis["ratio"], ".4g"),
-            number(axis["cosine"], ".4f"),
-            number(axis["relative_difference"], ".1e"),
-            number(axis["noise_floor"], ".0e"),
+            format_number(axis["ratio"], ".4g"),
+            format_number(axis["cosine"], ".4f"),
+            format_number(axis["relative_difference"], ".1e"),
+            format_number(axis["noise_floor"], ".0e"),
             escape(axis["cause"] or ""),
         )
     console.print(table)
     for axis in report["axes"]:
         if axis["verdict"] == "skipped":
             console.print(f"[dim]{axis['name']} skipped: {escape(axis['reason'])}[/]")
-    for cause, axes in by_cause(report).items():
+    for cause, axes in _by_cause(report).items():
         console.print(_paragraph(cause, axes))
     colour = COLOURS[report["verdict"]]
     console.print(
@@ -45,13 +50,13 @@ def show(report: dict[str, Any], console: Console) -> None:
     )
 
 
-def by_cause(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def _by_cause(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The inexact axes of each cause, in the order of the report."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    axes: dict[str, list[dict[str, Any]]] = {}
     for axis in report["axes"]:
         if axis["verdict"] == "inexact":
-            found.setdefault(axis["cause"], []).append(axis)
-    return found
+            axes.setdefault(axis["cause"], []).append(axis)
+    return axes
 
 
 def _paragraph(cause: str, axes: list[dict[str, Any]]) -> Panel:
@@ -66,6 +71,74 @@ def _paragraph(cause: str, axes: list[dict[str, Any]]) -> Panel:
     return Panel("\n".join(lines), title=f"{escape(cause)} ({names})", title_align="left")
 
 
-def number(value: float | None, form: str) -> str:
+def format_number(value: float | None, form: str) -> str:
     """A number in a form, or nothing."""
     return "" if value is None else format(value, form)
+
+
+def render_page(report: dict[str, Any]) -> str:
+    """A self-contained HTML page: verdict, causes, a picture of the weights, the table.
+
+    Args:
+        report: `samestep.audit.check.CheckReport.as_dict`.
+
+    Returns:
+        HTML; every text of the subject's is escaped.
+
+    Raises:
+        ConfigError: The packages of ``samestep[report]`` are not installed.
+    """
+    try:
+        from jinja2 import Environment
+        from markupsafe import Markup
+
+        pictures = {
+            axis["name"]: Markup(_picture(axis))
+            for axis in report["axes"]
+            if axis["verdict"] == "inexact" and axis["worst"]
+        }
+    except ImportError as error:
+        raise ConfigError(f"html: {error}: pip install 'samestep[report]'") from error
+    template = Environment(autoescape=True).from_string(PAGE_TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        report=report,
+        causes=_by_cause(report),
+        pictures=pictures,
+        number=format_number,
+        raw=json.dumps(report, indent=2),
+    )
+
+
+def _picture(axis: dict[str, Any]) -> str:
+    """Bars of the relative difference of each weight, on a log axis, as SVG."""
+    import altair
+    import vl_convert
+
+    noise = max(axis["noise_floor"] or 0.0, 1e-17)
+    rows = [
+        {"weight": name, "relative difference": max(value, noise), "from": noise}
+        for name, value in axis["worst"]
+    ]
+    chart = (
+        altair.Chart(altair.Data(values=rows))
+        .mark_bar(color="#c2410c")
+        .encode(
+            x=altair.X(
+                "relative difference:Q",
+                scale=altair.Scale(type="log", domain=[noise, max(1.0, axis["worst"][0][1])]),
+                axis=altair.Axis(format=".0e", tickCount=6),
+                title="relative difference (left edge: noise)",
+            ),
+            x2="from:Q",
+            y=altair.Y("weight:N", sort=None, title=None, axis=altair.Axis(labelLimit=320)),
+        )
+        # Room on the left: browsers' letters are wider than those that the labels are measured by.
+        .properties(
+            width=420,
+            background="transparent",
+            padding={"left": 56, "right": 8, "top": 8, "bottom": 8},
+        )
+        .configure_axis(labelColor="#64748b", titleColor="#64748b", gridColor="#94a3b833")
+    )
+    svg: str = vl_convert.vegalite_to_svg(chart.to_json())
+    return svg

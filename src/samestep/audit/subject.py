@@ -1,69 +1,83 @@
-"""What the auditor asks of a training loop: run one step on a given cut of given examples."""
+"""What the auditor needs of a training loop: run one step on a split of its examples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-Cut: TypeAlias = tuple[tuple[int, ...], ...]
+Split: TypeAlias = tuple[tuple[int, ...], ...]
 """One effective batch: the examples of each micro-batch, by index, in order."""
 
 Gradient: TypeAlias = dict[str, Tensor]
-"""By the name of the weight; float64, on the CPU; of large ones `samestep.audit.sketch`."""
+"""By the name of the weight; float64, on the CPU; of large ones `samestep.audit.gradients.sketch`.
+"""
+
+Side: TypeAlias = Literal["right", "left"]
+
+Capability: TypeAlias = Literal[
+    "padding", "packing", "masking", "window", "terms", "ranks", "evaluation"
+]
+"""What not every subject can do: pad more, pack, mask the targets of an example, take the
+micro-batches of a full window, run a loss term alone, run on several ranks, evaluate."""
 
 
 @dataclass(frozen=True, eq=False)
-class Shift:
-    """A displacement of the weights, by name; two shifts are equal only if they are one object."""
+class Perturbation:
+    """A displacement of the weights, by name; two are equal only if they are the same object."""
 
-    by: Gradient
+    displacement: Gradient
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How a run departs from the plain one.
+class RunSettings:
+    """How a run departs from the default one.
 
     Attributes:
         dtype: Of the weights and the floating inputs; None: as the subject makes them.
         dropout: Leave dropout on.
         seed: Of every random number generator, before the run.
-        padding: Columns of padding to add to every micro-batch.
-        side: On which side.
+        extra_padding: Columns of padding to add to every micro-batch.
+        padding_side: On which side.
+        padding_offset: Added to the token id of the columns that ``extra_padding`` adds.
         packed: Concatenate the examples of a micro-batch instead of padding them.
-        masked: Examples whose targets are all masked.
-        altered: Examples whose tokens are replaced by others.
-        twins: Alter each repeat of an example within a micro-batch.
-        window: Micro-batches that a full accumulation window holds; None: as many as the cut has.
+        mask_boundaries: In a pack, mask the label of each sequence's first token.
+        masked_examples: Examples whose targets are all masked.
+        altered_examples: Examples whose tokens are replaced by others.
+        alter_repeats: Alter each repeat of an example within a micro-batch.
+        window: Micro-batches of a full accumulation window; None: as many as the split has.
         term: Only this loss term.
         evaluate_first: Run an evaluation before the step.
-        shift: Added to the initial weights.
-        scale: Multiplies the gradient that every backward delivers to a weight, before anything
-            adds it up, clips it or updates with it. The observed gradient is not divided back.
-        filler: Token id of the columns that `padding` adds.
-        borders_masked: In a pack, mask the label of each sequence's first token.
+        perturbation: Added to the initial weights.
+        gradient_scale: Multiplies the gradient that every backward delivers to a weight, before
+            anything adds it up, clips it or updates with it. The observed gradient is not divided
+            back.
+        model_context: Entered with the model for the length of the run, as to change how the model
+            computes; None: nothing.
     """
 
     dtype: torch.dtype | None = torch.float64
     dropout: bool = False
     seed: int = 0
-    padding: int = 0
-    side: Literal["right", "left"] = "right"
+    extra_padding: int = 0
+    padding_side: Side = "right"
+    padding_offset: int = 0
     packed: bool = False
-    masked: tuple[int, ...] = ()
-    altered: tuple[int, ...] = ()
-    twins: bool = False
+    mask_boundaries: bool = False
+    masked_examples: tuple[int, ...] = ()
+    altered_examples: tuple[int, ...] = ()
+    alter_repeats: bool = False
     window: int | None = None
     term: str | None = None
     evaluate_first: bool = False
-    shift: Shift | None = None
-    scale: float = 1.0
-    filler: int = 0
-    borders_masked: bool = False
+    perturbation: Perturbation | None = None
+    gradient_scale: float = 1.0
+    model_context: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
 
 
-PLAIN = Setting()
+DEFAULT_SETTINGS = RunSettings()
 
 
 @dataclass(frozen=True)
@@ -78,29 +92,39 @@ class Observation:
         rounding: Relative rounding of the gradient itself: of its type, or, where it is a
             difference of weights, of the weights over that difference.
         updates: Optimizer steps that were seen.
-        after: The weights after the step; only of runs on several ranks.
+        weights_after: The weights after the step; only of runs on several ranks.
     """
 
     gradient: Gradient
     reported: dict[str, float] = field(default_factory=dict)
     rounding: float = 0.0
     updates: int = 0
-    after: Gradient | None = None
+    weights_after: Gradient | None = None
 
 
 @dataclass(frozen=True)
-class Facts:
+class ExampleCounts:
     """What the data say of one example.
 
     Attributes:
         targets: Labels that are predicted: not -100, and after the shift where there is one.
-        labelled: Labels that are not -100, without the shift.
         length: Tokens.
     """
 
     targets: int
-    labelled: int
     length: int
+
+
+class Denominator(NamedTuple):
+    """A count that a loop could divide a micro-batch's loss by.
+
+    Attributes:
+        cause: The name of the cause that it is if a loop divides by it.
+        value: Of the micro-batch.
+    """
+
+    cause: str
+    value: float
 
 
 @runtime_checkable
@@ -119,15 +143,15 @@ class Subject(Protocol):
     uniform: bool
     terms: tuple[str, ...]
 
-    def skips(self) -> Mapping[str, str]:
-        """The axes that this subject cannot run, and why."""
+    def missing(self) -> Mapping[Capability, str]:
+        """The capabilities that this subject lacks, and why."""
 
-    def run(self, cut: Cut, setting: Setting = PLAIN) -> Observation:
+    def run(self, split: Split, settings: RunSettings = DEFAULT_SETTINGS) -> Observation:
         """One step from the initial weights.
 
         Args:
-            cut: The micro-batches.
-            setting: Departures from the plain run.
+            split: The micro-batches.
+            settings: Departures from the default run.
 
         Returns:
             What was seen.
@@ -136,12 +160,14 @@ class Subject(Protocol):
             Exception: Whatever the subject raises.
         """
 
-    def run_ranks(self, shares: Sequence[Cut], setting: Setting = PLAIN) -> list[Observation]:
+    def run_on_ranks(
+        self, shares: Sequence[Split], settings: RunSettings = DEFAULT_SETTINGS
+    ) -> list[Observation]:
         """One step on several ranks, in processes that are always ended.
 
         Args:
             shares: The micro-batches of each rank, as many for each.
-            setting: Departures from the plain run.
+            settings: Departures from the default run.
 
         Returns:
             What each rank saw.
@@ -151,31 +177,33 @@ class Subject(Protocol):
             CheckError: A rank failed; shows its error.
         """
 
-    def sharded(self, examples: int, world: int) -> Sequence[tuple[int, ...]] | None:
-        """How the subject itself deals the first examples out to ranks; None if it does not."""
-
-    def chained(self, cut: Cut, setting: Setting = PLAIN) -> Observation | None:
+    def run_as_steps(
+        self, split: Split, settings: RunSettings = DEFAULT_SETTINGS
+    ) -> Observation | None:
         """The micro-batches as steps of their own, one after another; None if it never updates."""
 
+    def shard(self, examples: int, world: int) -> Sequence[tuple[int, ...]] | None:
+        """How the subject itself deals the first examples out to ranks; None if it does not."""
+
     def evaluate(
-        self, batch_size: int, setting: Setting = PLAIN, examples: Sequence[int] | None = None
+        self,
+        batch_size: int,
+        settings: RunSettings = DEFAULT_SETTINGS,
+        *,
+        examples: Sequence[int] | None = None,
     ) -> dict[str, float]:
         """Evaluation loss and metrics at the initial weights, of all examples or of these."""
 
-    def facts(self) -> Sequence[Facts] | None:
-        """What the data say of each example, or None if it cannot be told."""
+    def example_counts(self) -> Sequence[ExampleCounts] | None:
+        """What the data say of each example; None if they do not say."""
 
-    def padding_sides(self) -> tuple[Literal["right", "left"], ...]:
+    def padding_sides(self) -> tuple[Side, ...]:
         """The sides on which more padding should be harmless."""
 
-    def counts(
-        self, micro: tuple[int, ...], setting: Setting = PLAIN
-    ) -> Mapping[str, tuple[str, float]]:
-        """What the batch of these examples could be counted by.
+    def denominators(
+        self, micro_batch: tuple[int, ...], settings: RunSettings = DEFAULT_SETTINGS
+    ) -> Mapping[str, Denominator]:
+        """What a loop could divide the batch of these examples by, by what is counted."""
 
-        Returns:
-            By what is counted, the cause that it is if a loop divides by it, and the count.
-        """
-
-    def shape(self, micro: tuple[int, ...]) -> tuple[int, int] | None:
-        """Rows and length of the batch that these examples make; None if it cannot be told."""
+    def batch_shape(self, micro_batch: tuple[int, ...]) -> tuple[int, int] | None:
+        """Rows and length of the batch that these examples make; None if it cannot be seen."""

@@ -14,7 +14,7 @@ VOCABULARY = 50
 
 
 def model() -> nn.Module:
-    """A small version of your model: the law of the loop does not depend on the size."""
+    """A small version of your model: how a loop normalises does not depend on the size."""
     return nn.Sequential(nn.Embedding(VOCABULARY, 16), nn.Linear(16, 16), nn.Tanh(),
                          nn.Linear(16, VOCABULARY))  # fmt: skip
 
@@ -35,7 +35,7 @@ def collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 def step(model: nn.Module, micro_batches: list[dict[str, torch.Tensor]]) -> float:
     """Your loop up to the optimizer: leave the gradient in .grad, return the loss you log.
 
-    This one averages means. The auditor will say so; the line below repairs it.
+    This one averages means. The auditor will say so; the comments below fix it.
     """
     logged = 0.0
     # targets = sum((micro["labels"][:, 1:] != -100).sum() for micro in micro_batches)

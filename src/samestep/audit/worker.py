@@ -11,8 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from samestep.audit.check import check_subject
-from samestep.audit.load import load_subject
+from samestep.audit.check import check_subject, load_subject
 from samestep.errors import CheckError
 
 

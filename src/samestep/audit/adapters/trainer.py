@@ -4,43 +4,73 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.state import PartialState
 from torch import Tensor
 
-from samestep.audit.adapters.altered import changed
-from samestep.audit.adapters.capture import numbers, scaled_gradients, shift_weights, weights
-from samestep.audit.adapters.determinism import seed_all
-from samestep.audit.adapters.loop import PATIENCE
-from samestep.audit.adapters.making import check_signature, located, make, pad_id, padding_side
-from samestep.audit.adapters.rollouts import SKIPPED, Rollouts, generates
-from samestep.audit.adapters.rows import evaluation_rows, is_stream, length, of_each, restrict
-from samestep.audit.adapters.seen import measures, observed
-from samestep.audit.adapters.trainer_facts import dealt_by_loader, facts_of_labels, skipped
-from samestep.audit.adapters.training import (
-    Collator,
-    make_plain,
-    networks,
-    quiet,
-    sequential,
-    silenced,
-    tensors,
-    use_recorder,
-    widen,
+from samestep.audit.adapters.batches import (
+    CollatorPadding,
+    count_examples,
+    infer_padding,
+    possible_denominators,
 )
-from samestep.audit.adapters.widened import widened
-from samestep.audit.batches import Padding, padding_of
-from samestep.audit.children import in_ranks
-from samestep.audit.counting import counts_of
-from samestep.audit.subject import PLAIN, Cut, Facts, Observation, Setting
+from samestep.audit.adapters.instrument import (
+    force_float64,
+    perturb_weights,
+    read_weights,
+    scalars_of,
+    scale_gradients,
+    seed_all,
+    without_noise,
+)
+from samestep.audit.adapters.processes import rank_timeout, run_on_ranks
+from samestep.audit.adapters.trainer_data import (
+    MISSING_FOR_ROLLOUTS,
+    AuditCollator,
+    Rollouts,
+    change_batch,
+    generates_rows,
+    is_stream,
+    missing_of,
+    number_of_rows,
+    select_evaluation_rows,
+    select_rows,
+    shard_as_loader,
+)
+from samestep.audit.adapters.trainer_setup import (
+    check_signature,
+    describe_error,
+    install_optimizer,
+    make_trainer,
+    named_tensors,
+    networks_of,
+    observe_trainer,
+    only_metrics,
+    padding_side,
+    padding_token,
+    strip_trainer,
+    suppress_output,
+    take_rows_in_order,
+    to_float64,
+)
+from samestep.audit.subject import (
+    DEFAULT_SETTINGS,
+    Capability,
+    Denominator,
+    ExampleCounts,
+    Observation,
+    RunSettings,
+    Side,
+    Split,
+)
 from samestep.errors import CheckError
 
 EXAMPLES = 8
 """Examples of the effective batch, if the trainer has as many."""
 
-NATIVE = replace(PLAIN, dtype=None)
+_NATIVE = replace(DEFAULT_SETTINGS, dtype=None)
 
 
 class TrainerSubject:
@@ -64,20 +94,22 @@ class TrainerSubject:
     def __init__(self, factory: Callable[..., Any], *, name: str) -> None:
         check_signature(factory, name=name)
         self.factory = factory
-        self.rows = 1
+        self.rows_per_example = 1
         self._slowest = 0.0
-        self._padding: Padding | None = None
-        # Each would make a trainer anew, and a diagnosis asks again and again.
-        self._counts: dict[tuple[tuple[int, ...], Setting], Mapping[str, tuple[str, float]]] = {}
+        self._padding: CollatorPadding | None = None
+        # Each would make a trainer anew, and a diagnosis reads them again and again.
+        self._denominators: dict[
+            tuple[tuple[int, ...], RunSettings], Mapping[str, Denominator]
+        ] = {}
         self._shapes: dict[tuple[int, ...], tuple[int, int] | None] = {}
-        trainer = self._first(name)
+        trainer = self._make_first(name)
         kinds = f"{type(trainer).__name__}, {type(trainer.model).__name__}"
-        grouped = f", {self.rows} rows an example" if self.rows > 1 else ""
-        self.name = f"{name} ({kinds}{grouped})"
+        rows = self.rows_per_example
+        self.name = f"{name} ({kinds}{f', {rows} rows an example' if rows > 1 else ''})"
         self._singles = [self._batch((index,)) for index in range(self.size)]
-        self._padding = self._padding_seen()
+        self._padding = self._infer_padding()
 
-    def _first(self, name: str) -> Any:
+    def _make_first(self, name: str) -> Any:
         """The first trainer; finds how few rows it takes at once, and keeps its weights.
 
         Some trainers refuse micro-batches of one row: they compare rows of one another. Then two
@@ -85,237 +117,266 @@ class TrainerSubject:
         """
         errors = []
         for rows in (1, 2, 4, 8):
-            self.rows = rows
+            self.rows_per_example = rows
             try:
-                with quiet():
-                    trainer = make(self.factory, rows, 1)
+                with suppress_output():
+                    trainer = make_trainer(self.factory, rows, accumulation=1)
                 self._learn(trainer, name)
-                self.run(((0,),), NATIVE)
+                self.run(((0,),), _NATIVE)
             except Exception as error:  # the trainer is the user's code: anything may come
                 errors.append(error)
             else:
                 return trainer
-        first = errors[0]
-        shown = [str(one) if isinstance(one, CheckError) else located(one) for one in errors]
-        # The first tells what is wrong with one row; a later one, what is wrong with several.
-        told = [one for one in shown[1:] if one != shown[0] and "too few to cut" not in one]
-        also = f"; with several rows at once: {told[-1]}" if told else ""
-        if isinstance(first, CheckError):
-            raise CheckError(shown[0] + also) from first
-        raise CheckError(f"{name} could not be run: {shown[0]}{also}") from first
+        texts = [
+            str(error) if isinstance(error, CheckError) else describe_error(error)
+            for error in errors
+        ]
+        # The first error is about single rows, a later one about several.
+        later = [text for text in texts[1:] if text != texts[0] and "too few to cut" not in text]
+        also = f"; with several rows at once: {later[-1]}" if later else ""
+        own = isinstance(errors[0], CheckError)
+        prefix = "" if own else f"{name} could not be run: "
+        raise CheckError(f"{prefix}{texts[0]}{also}") from errors[0]
 
     def _learn(self, trainer: Any, name: str) -> None:
         """Keep of the first trainer what all runs share: its weights, its data, its habits."""
         if trainer.train_dataset is None:
             raise CheckError(f"{name}: the trainer has no train_dataset")
+        rows = self.rows_per_example
         self._data = trainer.train_dataset
-        self._rollouts = Rollouts(trainer, EXAMPLES * self.rows) if generates(trainer) else None
+        self._rollouts = Rollouts(trainer, EXAMPLES * rows) if generates_rows(trainer) else None
         if self._rollouts is not None:
-            self._data = self._rollouts.data()
-        held = length(self._data, EXAMPLES * self.rows) // self.rows
+            self._data = self._rollouts.dataset()
+        held = number_of_rows(self._data, EXAMPLES * rows) // rows
         self.size = min(held, EXAMPLES) // 2 * 2  # an even number is cut into equal parts
         if self.size < 4:
             raise CheckError(
-                f"{name}: {held * self.rows} rows of training data are too few to cut: give "
-                f"{4 * self.rows} or more, of different lengths"
+                f"{name}: {held * rows} rows of training data are too few to cut: give "
+                f"{4 * rows} or more, of different lengths"
             )
-        self._initial = {key: one.detach().clone() for key, one in tensors(trainer.model).items()}
+        tensors = named_tensors(trainer.model)
+        self._initial = {key: tensor.detach().clone() for key, tensor in tensors.items()}
         self._even = bool(trainer.accelerator.even_batches)
         self._stream = is_stream(self._data)
-        self._side = padding_side(trainer)
-        self._filler = pad_id(trainer)
+        self._padding_side = padding_side(trainer)
+        self._padding_token = padding_token(trainer)
         self._shifts = bool(trainer._loss_shifts_labels)
 
-    def _padding_seen(self) -> Padding | None:
+    def _infer_padding(self) -> CollatorPadding | None:
         """How the trainer's own collator pads; None if it cannot be seen."""
-        facts = self.facts()
-        if facts is None or self.rows > 1 or self._rollouts is not None:
+        counts = self.example_counts()
+        if counts is None or self.rows_per_example > 1 or self._rollouts is not None:
             return None
-        by_length = sorted(range(self.size), key=lambda index: facts[index].length)
+        by_length = sorted(range(self.size), key=lambda index: counts[index].length)
         short, long = by_length[0], by_length[-1]
-        return padding_of(self._singles[short], self._batch((long, short)))
+        return infer_padding(self._singles[short], self._batch((long, short)))
 
-    def skips(self) -> Mapping[str, str]:
+    def missing(self) -> Mapping[Capability, str]:
         """What a trainer, or this one's batches, cannot do."""
-        reasons = {
+        reasons: dict[Capability, str] = {
             "packing": "a trainer packs its data when it is made; compare two factories instead",
             "terms": "a trainer does not expose its loss terms",
         }
         if self._rollouts is not None:
-            return reasons | SKIPPED
-        return reasons | skipped(self._batch((0, 1)), self.rows, stream=self._stream)
+            return {**reasons, **MISSING_FOR_ROLLOUTS}
+        batch = self._batch((0, 1))
+        return {**reasons, **missing_of(batch, self.rows_per_example, stream=self._stream)}
 
-    def facts(self) -> Sequence[Facts] | None:
+    def example_counts(self) -> Sequence[ExampleCounts] | None:
         """From ``labels`` of each example's own batch."""
         if self._rollouts is not None:
-            return self._rollouts.facts()
-        return facts_of_labels(self._singles, shifts=self._shifts)
+            return self._rollouts.example_counts()
+        return count_examples(self._singles, shifts=self._shifts, padding_counts=True)
 
-    def padding_sides(self) -> tuple[Literal["right", "left"], ...]:
+    def padding_sides(self) -> tuple[Side, ...]:
         """The side that the trainer's own collator pads, or else its tokenizer."""
-        return (self._side if self._padding is None else self._padding.side,)
+        return (self._padding_side if self._padding is None else self._padding.side,)
 
-    def counts(
-        self, micro: tuple[int, ...], setting: Setting = PLAIN
-    ) -> Mapping[str, tuple[str, float]]:
+    def denominators(
+        self, micro_batch: tuple[int, ...], settings: RunSettings = DEFAULT_SETTINGS
+    ) -> Mapping[str, Denominator]:
         """Of every tensor of the batch."""
-        if (micro, setting) not in self._counts:
-            self._counts[micro, setting] = counts_of(self._batch(micro, setting))
-        return self._counts[micro, setting]
+        key = (micro_batch, settings)
+        if key not in self._denominators:
+            self._denominators[key] = possible_denominators(self._batch(micro_batch, settings))
+        return self._denominators[key]
 
-    def shape(self, micro: tuple[int, ...]) -> tuple[int, int] | None:
+    def batch_shape(self, micro_batch: tuple[int, ...]) -> tuple[int, int] | None:
         """That of ``input_ids``."""
-        if micro not in self._shapes:
-            ids = self._batch(micro).get("input_ids")
+        if micro_batch not in self._shapes:
+            ids = self._batch(micro_batch).get("input_ids")
             rows = isinstance(ids, Tensor) and ids.dim() == 2
-            self._shapes[micro] = (ids.shape[0], ids.shape[1]) if rows else None
-        return self._shapes[micro]
+            self._shapes[micro_batch] = (ids.shape[0], ids.shape[1]) if rows else None
+        return self._shapes[micro_batch]
 
-    def run(self, cut: Cut, setting: Setting = PLAIN) -> Observation:
+    def run(self, split: Split, settings: RunSettings = DEFAULT_SETTINGS) -> Observation:
         """One update of a new trainer."""
-        return self._train(cut, setting, accumulation=setting.window or len(cut))
+        return self._train(split, settings, accumulation=settings.window or len(split))
 
-    def chained(self, cut: Cut, setting: Setting = PLAIN) -> Observation | None:
+    def run_as_steps(
+        self, split: Split, settings: RunSettings = DEFAULT_SETTINGS
+    ) -> Observation | None:
         """One update for each micro-batch."""
-        return self._train(cut, setting, accumulation=1, updates=len(cut))
+        return self._train(split, settings, accumulation=1, updates=len(split))
 
-    def run_ranks(self, shares: Sequence[Cut], setting: Setting = PLAIN) -> list[Observation]:
+    def run_on_ranks(
+        self, shares: Sequence[Split], settings: RunSettings = DEFAULT_SETTINGS
+    ) -> list[Observation]:
         """One update on each rank; the trainer deals the micro-batches out in turn."""
         turns = zip(*shares, strict=True)
-        dealt = [row for turn in turns for micro in turn for row in self._rows_of_all(micro)]
+        rows = [row for turn in turns for micro_batch in turn for row in self._rows(micro_batch)]
 
         def work(rank: int) -> Observation:
             PartialState._reset_state()
-            return self._train(shares[rank], setting, accumulation=len(shares[rank]), dealt=dealt)
+            share = shares[rank]
+            return self._train(share, settings, accumulation=len(share), all_rows=rows)
 
-        return in_ranks(work, len(shares), seconds=PATIENCE + 40 * self._slowest)
+        return run_on_ranks(work, len(shares), seconds=rank_timeout(self._slowest))
 
-    def sharded(self, examples: int, world: int) -> Sequence[tuple[int, ...]] | None:
+    def shard(self, examples: int, world: int) -> Sequence[tuple[int, ...]] | None:
         """As the trainer's own data loader deals one micro-batch to each rank."""
         if self._rollouts is not None:
             return None  # a generation is always cut into equal parts
-        return dealt_by_loader(examples, world, even=self._even)
+        return shard_as_loader(examples, world, even=self._even)
 
     def evaluate(
-        self, batch_size: int, setting: Setting = PLAIN, examples: Sequence[int] | None = None
+        self,
+        batch_size: int,
+        settings: RunSettings = DEFAULT_SETTINGS,
+        *,
+        examples: Sequence[int] | None = None,
     ) -> dict[str, float]:
         """The trainer's own evaluation of its evaluation data, or else of its training data."""
         whole = (tuple(range(self.size)),)
-        with self._ready(whole, setting, accumulation=1) as trainer:
+        with self._fresh_trainer(whole, settings, accumulation=1) as trainer:
             if examples is not None:
-                rows = self._rows_of_all(examples)
-                trainer.eval_dataset = of_each(trainer.eval_dataset, rows)
+                rows = self._rows(examples)
+                trainer.eval_dataset = select_evaluation_rows(trainer.eval_dataset, rows)
                 trainer.data_collator.start(rows)
-            return self._evaluate(trainer, batch_size, setting.seed)
+            return self._evaluate(trainer, batch_size, seed=settings.seed)
 
     def _train(
         self,
-        cut: Cut,
-        setting: Setting,
+        split: Split,
+        settings: RunSettings,
         *,
         accumulation: int,
         updates: int = 1,
-        dealt: Sequence[int] | None = None,
+        all_rows: Sequence[int] | None = None,
     ) -> Observation:
+        """Some updates of a new trainer; see `_fresh_trainer`."""
         start = time.perf_counter()
-        options: dict[str, Any] = {"accumulation": accumulation, "updates": updates}
-        with self._ready(cut, setting, dealt=dealt, **options) as trainer:
-            if setting.evaluate_first:
-                self._evaluate(trainer, 2, setting.seed)
-            recorder = use_recorder(trainer)
+        with self._fresh_trainer(
+            split, settings, accumulation=accumulation, updates=updates, all_rows=all_rows
+        ) as trainer:
+            if settings.evaluate_first:
+                self._evaluate(trainer, 2, seed=settings.seed)
+            optimizer = install_optimizer(trainer)
             collator = trainer.data_collator
             collator.start(collator.rows)
-            seed_all(setting.seed)
-            with scaled_gradients(trainer.model, setting.scale):
+            seed_all(settings.seed)
+            with scale_gradients(trainer.model, settings.gradient_scale):
                 trainer.train()
-            changed = setting.padding or setting.masked or setting.altered or setting.twins
-            if changed and not collator.seen:
+            if _changes_batches(settings) and not collator.collated:
                 raise CheckError("the trainer does not use its data_collator")
-            found = observed(trainer, recorder, self._initial)
+            observation = observe_trainer(trainer, optimizer, initial=self._initial)
             self._slowest = max(self._slowest, time.perf_counter() - start)
-            return found if dealt is None else replace(found, after=weights(trainer.model))
+            if all_rows is None:
+                return observation
+            return replace(observation, weights_after=read_weights(trainer.model))
 
-    def _evaluate(self, trainer: Any, batch_size: int, seed: int) -> dict[str, float]:
-        trainer.args.per_device_eval_batch_size = batch_size * self.rows
+    def _evaluate(self, trainer: Any, batch_size: int, *, seed: int) -> dict[str, float]:
+        trainer.args.per_device_eval_batch_size = batch_size * self.rows_per_example
         seed_all(seed)
-        return measures(numbers(trainer.evaluate()))
+        return only_metrics(scalars_of(trainer.evaluate()))
 
-    def _rows_of_all(self, micro: Sequence[int]) -> list[int]:
+    def _rows(self, micro_batch: Sequence[int]) -> list[int]:
         """The rows of the trainer's data that these examples are."""
-        return [row + index * self.rows for index in micro for row in range(self.rows)]
+        rows = self.rows_per_example
+        return [row + index * rows for index in micro_batch for row in range(rows)]
 
     @contextlib.contextmanager
-    def _ready(
+    def _fresh_trainer(
         self,
-        cut: Sequence[Sequence[int]],
-        setting: Setting,
+        split: Sequence[Sequence[int]],
+        settings: RunSettings,
         *,
         accumulation: int,
         updates: int = 1,
-        dealt: Sequence[int] | None = None,
+        all_rows: Sequence[int] | None = None,
     ) -> Iterator[Any]:
-        """A new trainer over the examples of a cut, made plain, at the initial weights.
+        """A new trainer over the examples of a split, reduced to its step, at the initial weights.
 
         Args:
-            cut: The micro-batches; of several ranks, this one's.
-            setting: The setting.
+            split: The micro-batches; of several ranks, this one's.
+            settings: Of the run.
             accumulation: Micro-batches of a full window.
             updates: Windows.
-            dealt: The rows of all ranks, in the order in which they are dealt out.
+            all_rows: The rows of all ranks, in the order in which they are dealt out.
         """
-        wide = widened() if setting.dtype == torch.float64 else contextlib.nullcontext()
-        order = [row for micro in cut for row in self._rows_of_all(micro)]
-        with quiet():
-            seed_all(setting.seed)
-            trainer = make(self.factory, len(cut[0]) * self.rows, accumulation)
-            make_plain(trainer, stream_steps=updates)
-            trainer.eval_dataset = evaluation_rows(trainer, self.size * self.rows)
-            trainer.train_dataset = restrict(self._data, dealt or order)
-
+        order = [row for micro_batch in split for row in self._rows(micro_batch)]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(suppress_output())
+            seed_all(settings.seed)
+            batch_size = len(split[0]) * self.rows_per_example
+            trainer = make_trainer(self.factory, batch_size, accumulation=accumulation)
+            strip_trainer(trainer, stream_steps=updates)
+            held = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
+            first_rows = range(self.size * self.rows_per_example)
+            trainer.eval_dataset = select_evaluation_rows(held, first_rows)
+            trainer.train_dataset = select_rows(self._data, all_rows or order)
             if self._rollouts is not None:
                 self._rollouts.feed(trainer, accumulation)
 
             def change(batch: Any, rows: Sequence[int]) -> Any:
                 if self._rollouts is not None:
-                    batch = self._rollouts.batch(rows, dealt or order)
-                return changed(
+                    batch = self._rollouts.batch(rows, all_rows or order)
+                return change_batch(
                     batch,
                     rows,
-                    setting,
-                    group=self.rows,
+                    settings=settings,
+                    rows_per_example=self.rows_per_example,
                     padding=self._padding,
-                    filler=self._filler,
+                    padding_token=self._padding_token,
                 )
 
-            trainer.data_collator = Collator(trainer.data_collator, change, order)
-            sequential(trainer)
-            held = networks(trainer)
-            self._restore(trainer, setting)
-            if not setting.dropout:
+            trainer.data_collator = AuditCollator(trainer.data_collator, change, rows=order)
+            take_rows_in_order(trainer)
+            networks = networks_of(trainer)
+            self._restore(trainer, settings)
+            if not settings.dropout:
                 trainer.neftune_noise_alpha = trainer.args.neftune_noise_alpha = None
-            silence = silenced([] if setting.dropout else held)
-            with silence, wide:
-                yield trainer
+                stack.enter_context(without_noise(networks))
+            if settings.dtype == torch.float64:
+                stack.enter_context(force_float64())
+            if settings.model_context is not None:
+                stack.enter_context(settings.model_context(trainer.model))
+            yield trainer
 
-    def _restore(self, trainer: Any, setting: Setting) -> None:
+    def _restore(self, trainer: Any, settings: RunSettings) -> None:
         """The initial weights, in a type; other networks keep theirs, in the type too."""
-        dtype = setting.dtype
+        dtype = settings.dtype
         if dtype is not None:
             trainer.accelerator.native_amp = False
-            for network in networks(trainer):
-                widen(network) if dtype == torch.float64 else network.to(dtype)
+            for network in networks_of(trainer):
+                to_float64(network) if dtype == torch.float64 else network.to(dtype)
         # Of a model that all trainers share: a mark by which it would not be wrapped for ranks.
         vars(trainer.model).pop("_is_accelerate_prepared", None)
         with torch.no_grad():
-            for name, tensor in tensors(trainer.model).items():
+            for name, tensor in named_tensors(trainer.model).items():
                 first = self._initial[name]
                 floating = dtype is not None and first.is_floating_point()
                 tensor.data = first.to(tensor.device, dtype if floating else first.dtype).clone()
                 tensor.grad = None
-        if setting.shift is not None:
-            shift_weights(trainer.model, setting.shift.by)
+        if settings.perturbation is not None:
+            perturb_weights(trainer.model, settings.perturbation.displacement)
 
-    def _batch(self, micro: Sequence[int], setting: Setting = NATIVE) -> Any:
+    def _batch(self, micro_batch: Sequence[int], settings: RunSettings = _NATIVE) -> Any:
         """The trainer's own batch of these examples."""
-        with self._ready((micro,), setting, accumulation=1) as trainer:
+        with self._fresh_trainer((micro_batch,), settings, accumulation=1) as trainer:
             return next(iter(trainer.get_train_dataloader()))
+
+
+def _changes_batches(settings: RunSettings) -> bool:
+    changed = settings.masked_examples or settings.altered_examples
+    return bool(settings.extra_padding or changed or settings.alter_repeats)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import distributed
 
-from samestep.audit.children import alone, in_ranks
+from samestep.audit.adapters.processes import run_on_ranks, single_process_group
 from samestep.errors import CheckError, HungError
 
 
@@ -30,7 +30,7 @@ def test_ranks_work_together() -> None:
         distributed.all_reduce(total)
         return float(total)
 
-    assert in_ranks(work, 2, seconds=30) == [3.0, 3.0]
+    assert run_on_ranks(work, 2, seconds=30) == [3.0, 3.0]
     assert not distributed.is_initialized()
 
 
@@ -42,7 +42,7 @@ def test_a_hang_is_ended(tmp_path: Path) -> None:
         time.sleep(60)
 
     with pytest.raises(HungError, match="2 ranks did not finish within 2 s"):
-        in_ranks(work, 2, seconds=2)
+        run_on_ranks(work, 2, seconds=2)
     assert all(gone(pid) for pid in pids(tmp_path))
 
 
@@ -54,7 +54,7 @@ def test_an_error_is_shown_and_the_other_rank_ended(tmp_path: Path) -> None:
         distributed.all_reduce(torch.zeros(()))
 
     with pytest.raises(CheckError, match=r"rank 1 of 2: ValueError: no such layer"):
-        in_ranks(work, 2, seconds=30)
+        run_on_ranks(work, 2, seconds=30)
     assert all(gone(pid) for pid in pids(tmp_path))
 
 
@@ -65,11 +65,11 @@ def test_a_crash_is_reported(tmp_path: Path) -> None:
         time.sleep(60)
 
     with pytest.raises(CheckError, match="rank 0 of 2: ended with 7"):
-        in_ranks(work, 2, seconds=30)
+        run_on_ranks(work, 2, seconds=30)
 
 
 def test_an_interrupt_ends_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from samestep.audit import children
+    from samestep.audit.adapters import processes
 
     def interrupted(*_: object, **__: object) -> None:
         while len(pids(tmp_path)) < 2:
@@ -80,16 +80,16 @@ def test_an_interrupt_ends_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / str(os.getpid())).touch()
         time.sleep(60)
 
-    monkeypatch.setattr(children, "wait", interrupted)
+    monkeypatch.setattr(processes, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        in_ranks(work, 2, seconds=30)
+        run_on_ranks(work, 2, seconds=30)
     assert all(gone(pid) for pid in pids(tmp_path))
 
 
 def test_a_process_alone_is_a_group_of_one() -> None:
-    with alone():
+    with single_process_group():
         assert distributed.get_world_size() == 1
-        with alone():
+        with single_process_group():
             assert distributed.is_initialized()
         assert distributed.is_initialized()
     assert not distributed.is_initialized()

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from samestep.audit.adapters.capture import (
-    gradients,
+from samestep.audit.adapters.instrument import (
+    WithoutDropout,
     observe,
-    optimizer_steps,
-    scaled_gradients,
-    weights,
+    read_gradients,
+    read_weights,
+    record_optimizer_steps,
+    scale_gradients,
 )
-from samestep.audit.adapters.determinism import WithoutDropout
 from samestep.audit.subject import Observation
 
 X = torch.arange(6.0).view(2, 3)
@@ -23,10 +23,10 @@ X = torch.arange(6.0).view(2, 3)
 def observed(train: Any, model: nn.Module | None = None, scale: float = 1.0) -> Observation:
     torch.manual_seed(0)
     model = model or nn.Linear(3, 2)
-    before = weights(model)
-    with scaled_gradients(model, scale), optimizer_steps(model) as steps:
+    before = read_weights(model)
+    with scale_gradients(model, scale), record_optimizer_steps(model) as steps:
         train(model)
-    return observe(model, before, steps, {})
+    return observe(model, before, steps=steps, reported={})
 
 
 def backward(model: nn.Module) -> None:
@@ -100,7 +100,7 @@ def test_a_scale_reaches_the_gradient_before_anything_else() -> None:
 def test_sparse_gradients_are_filled() -> None:
     model = nn.Embedding(5, 2, sparse=True)
     model(torch.tensor([1, 3])).sum().backward()
-    assert gradients(model)["weight"].sum(1).tolist() == [0, 2, 0, 2, 0]
+    assert read_gradients(model)["weight"].sum(1).tolist() == [0, 2, 0, 2, 0]
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from samestep.audit.laws import Case, laws
-from samestep.audit.subject import Gradient
-from samestep.audit.vectors import combine, compare
+from samestep.audit.gradients import linear_combination, relative_difference
+from samestep.audit.hypotheses import SplitEvidence, hypotheses
+from samestep.audit.subject import Denominator, Gradient
 
 EXAMPLES, TARGETS, LABELS, PLACES = [2, 1, 3], [9, 14, 11], [11, 15, 14], [16, 15, 36]
 
@@ -15,20 +15,23 @@ def parts() -> list[Gradient]:
     return [{"w": torch.randn(50, generator=draw, dtype=torch.float64)} for _ in EXAMPLES]
 
 
-def case(factors: list[float]) -> Case:
+def case(factors: list[float]) -> SplitEvidence:
     alone = parts()
     counts = [
-        {"labels": ("unshifted-count", float(n)), "elements": ("padding-counted", float(p))}
+        {
+            "labels": Denominator("unshifted-count", float(n)),
+            "elements": Denominator("padding-counted", float(p)),
+        }
         for n, p in zip([*LABELS, sum(LABELS)], [*PLACES, 90], strict=True)
     ]
-    return Case(
-        split=combine(alone, factors),
-        whole=combine(alone, [n / sum(TARGETS) for n in TARGETS]),
+    return SplitEvidence(
+        split=linear_combination(alone, factors),
+        whole=linear_combination(alone, [n / sum(TARGETS) for n in TARGETS]),
         alone=alone,
         examples=EXAMPLES,
         targets=TARGETS,
-        counts=counts,
-        close=1e-9,
+        denominators=counts,
+        residual_tolerance=1e-9,
     )
 
 
@@ -56,8 +59,8 @@ def shares(counts: list[int]) -> list[float]:
 def test_the_best_law_is_the_bug(factors: list[float], cause: str | None) -> None:
     observed = case(factors)
     scored = sorted(
-        (compare(law.gradient, observed.split).relative_difference, law.cause)
-        for law in laws(observed)
+        (relative_difference(hypothesis.gradient, observed.split), hypothesis.cause)
+        for hypothesis in hypotheses(observed)
     )
-    fitting = {name for residual, name in scored if residual < observed.close}
+    fitting = {name for residual, name in scored if residual < observed.residual_tolerance}
     assert fitting == (set() if cause is None else {cause})

@@ -23,8 +23,16 @@ from samestep.errors import CheckError, HungError
 
 T = TypeVar("T")
 
+PATIENCE = 10.0
+"""Seconds that ranks may take, and 40 single runs more, before they count as hung."""
 
-def in_ranks(work: Callable[[int], T], world: int, *, seconds: float) -> list[T]:
+
+def rank_timeout(slowest: float) -> float:
+    """The seconds that ranks may take where a single run takes up to ``slowest`` seconds."""
+    return PATIENCE + 40 * slowest
+
+
+def run_on_ranks(work: Callable[[int], T], world: int, *, seconds: float) -> list[T]:
     """Run a function once on each rank of a process group.
 
     The processes are forks of this one: what is loaded stays loaded, what they do to it is lost,
@@ -47,7 +55,11 @@ def in_ranks(work: Callable[[int], T], world: int, *, seconds: float) -> list[T]
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         children = [
-            context.Process(target=_rank, args=(work, rank, world, Path(folder), seconds))
+            context.Process(
+                target=_rank,
+                args=(work, rank),
+                kwargs={"world": world, "folder": Path(folder), "seconds": seconds},
+            )
             for rank in range(world)
         ]
         try:
@@ -56,7 +68,7 @@ def in_ranks(work: Callable[[int], T], world: int, *, seconds: float) -> list[T]
                 warnings.simplefilter("ignore", DeprecationWarning)
                 for child in children:
                     child.start()
-            _wait(children, Path(folder), seconds)
+            _wait(children, Path(folder), seconds=seconds)
         finally:
             for child in children:
                 if child.pid is not None:
@@ -73,7 +85,7 @@ def _error(folder: Path, rank: int) -> Path:
     return folder / f"error-{rank}"
 
 
-def _wait(children: Sequence[Any], folder: Path, seconds: float) -> None:
+def _wait(children: Sequence[Any], folder: Path, *, seconds: float) -> None:
     """Until all have ended well, or one badly."""
     end = time.monotonic() + seconds
     running = list(children)
@@ -100,7 +112,9 @@ def _first_failure(children: Sequence[Any], folder: Path) -> str:
     return f"rank {first} of {world}: {_error(folder, first).read_text()}"
 
 
-def _rank(work: Callable[[int], Any], rank: int, world: int, folder: Path, seconds: float) -> None:
+def _rank(
+    work: Callable[[int], Any], rank: int, *, world: int, folder: Path, seconds: float
+) -> None:
     """What a child does; never returns to the code that it was forked from."""
     code = 1
     try:
@@ -133,7 +147,7 @@ def _rank(work: Callable[[int], Any], rank: int, world: int, folder: Path, secon
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def single_process_group() -> Iterator[None]:
     """A process group of this process alone, unless there is one already."""
     if not distributed.is_available() or distributed.is_initialized():
         yield

@@ -1,0 +1,77 @@
+"""Writes the tables of the pages from the tables in the code: none of their rows is typed in.
+
+    python docs/generate_tables.py            writes them
+    python docs/generate_tables.py --check    exit code 1 if a page is out of date
+
+A page holds a table between ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from samestep.audit.axes.table import AXES
+from samestep.audit.causes import CAUSES
+
+DOCS = Path(__file__).parent
+_PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def axes() -> str:
+    """The axes of `samestep check`."""
+    rows = [
+        (f"`{axis.name}`", axis.invariance + (" (only on request)" if axis.on_request else ""))
+        for axis in AXES.values()
+    ]
+    return markdown_table(("axis", "what may not change the step"), rows)
+
+
+def causes() -> str:
+    """The causes that `samestep check` names."""
+    rows = [(f"`{cause.name}`", cause.meaning) for cause in CAUSES.values()]
+    return markdown_table(("cause", "what it is"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"axes": axes, "causes": causes}
+"""By the name that stands in a page."""
+
+
+def generate(text: str) -> str:
+    """A page with its tables as the code has them.
+
+    Args:
+        text: The page.
+
+    Raises:
+        KeyError: It names a table that there is not.
+    """
+    return _PLACE.sub(lambda place: f"{place[1]}{TABLES[place[2]]()}{place[3]}", text)
+
+
+def main() -> int:
+    """Write, or compare, every page.
+
+    Returns:
+        1 if a page was to be compared and is out of date.
+    """
+    stale = []
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if generate(text) == text:
+            continue
+        stale.append(page.name)
+        if "--check" not in sys.argv:
+            page.write_text(generate(text), encoding="utf-8")
+    print(f"out of date: {', '.join(stale)}" if stale else "all tables are up to date")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,314 @@
+"""A trainer of the user's, made and reduced to its step: its own loss and loop, our optimizer."""
+
+import contextlib
+import gc
+import inspect
+import logging
+import math
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, Trainer
+
+from samestep.audit.adapters.instrument import scalars_of
+from samestep.audit.adapters.trainer_data import is_stream
+from samestep.audit.gradients import global_norm, sketch, sketch_fold
+from samestep.audit.subject import Gradient, Observation, Side
+from samestep.errors import CheckError
+
+SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""What a factory is called with."""
+
+LEARNING_RATE = 0.1
+"""Of plain SGD. With one update a run it does not matter: gradients are seen, not differences."""
+
+_NO_METRICS = ("grad_norm", "learning_rate", "epoch", "step", "total_flos")
+"""Logged numbers that are no measure of the model, beside those of time."""
+
+
+def check_signature(factory: Callable[..., Any], *, name: str) -> None:
+    """Refuse a factory that does not take the sizes.
+
+    Raises:
+        CheckError: Names the keywords that are missing.
+    """
+    parameters = inspect.signature(factory).parameters
+    open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    missing = [size for size in SIZES if size not in parameters and not open_ended]
+    if missing:
+        raise CheckError(f"{name}: make_trainer must take the keyword {' and '.join(missing)}")
+
+
+def make_trainer(factory: Callable[..., Any], batch_size: int, *, accumulation: int) -> Any:
+    """A new trainer of the user's.
+
+    Raises:
+        CheckError: The factory raises, returns something else, or ignores the sizes.
+    """
+    # Both are shared by all trainers of a process, and outlive one that failed.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    sizes = dict(zip(SIZES, (batch_size, accumulation), strict=True))
+    try:
+        # Who watches the types of a run is not to see those of the untouched model.
+        with _disable_current_modes():
+            trainer = factory(**sizes)
+    except Exception as error:
+        raise CheckError(f"make_trainer failed: {describe_error(error)}") from error
+    if not isinstance(trainer, Trainer):
+        raise CheckError(
+            f"make_trainer returned a {type(trainer).__name__}, not a transformers.Trainer or "
+            "a trainer derived from it; audit other loops by model, examples, collate and step"
+        )
+    ignored = [name for name, size in sizes.items() if getattr(trainer.args, name) != size]
+    if ignored:
+        raise CheckError(
+            f"make_trainer must pass its arguments on to the trainer: {', '.join(ignored)} was not"
+        )
+    return trainer
+
+
+def describe_error(error: BaseException) -> str:
+    """An error with its type, its text, and the line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def padding_side(trainer: Any) -> Side:
+    """The side that the trainer's own tokenizer pads."""
+    side = getattr(trainer.processing_class, "padding_side", "right")
+    return "left" if side == "left" else "right"
+
+
+def padding_token(trainer: Any) -> int:
+    """The token that the trainer's own batches are padded with, as far as it says."""
+    config = getattr(trainer.model, "config", None)
+    for owner in (trainer.processing_class, config):
+        token = getattr(owner, "pad_token_id", None)
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def strip_trainer(trainer: Any, *, stream_steps: int) -> None:
+    """Take from a trainer what is not its step: schedules, saving, reporting, shuffling, clipping.
+
+    Clipping by the trainer itself, after the last micro-batch, is left out because it would hide a
+    wrong scale; clipping anywhere else stays, and is seen.
+
+    Args:
+        trainer: A `transformers.Trainer`, or of a class derived from it; changed in place.
+        stream_steps: Updates to make where the data have no length; else one epoch is made.
+    """
+    args = trainer.args
+    plain = {
+        "max_steps": stream_steps if is_stream(trainer.train_dataset) else -1,
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "eval_on_start": False,
+        "load_best_model_at_end": False,
+        "push_to_hub": False,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "dataloader_num_workers": 0,
+        "dataloader_persistent_workers": False,
+        "dataloader_prefetch_factor": None,
+        "torch_compile": False,
+        "auto_find_batch_size": False,
+        "disable_tqdm": True,
+        "shuffle_dataset": False,
+    }
+    for name, value in plain.items():
+        if name in vars(args):
+            setattr(args, name, value)
+    trainer.model_init = None  # the model is made already; a second one would have other weights
+    trainer.callback_handler.callbacks = [
+        callback for callback in trainer.callback_handler.callbacks if _belongs_to_step(callback)
+    ]
+    trainer._clip_grad_norm = lambda model: nn.utils.get_total_norm(
+        [weight.grad for weight in model.parameters() if weight.grad is not None]
+    )
+
+
+def _belongs_to_step(callback: Any) -> bool:
+    """The user's own callbacks, which may change the step, and the one that drives the loop."""
+    kind = type(callback)
+    library = kind.__module__.split(".")[0] in ("transformers", "trl")
+    return not library or kind.__name__ == "DefaultFlowCallback"
+
+
+def take_rows_in_order(trainer: Any) -> None:
+    """Let a trainer take its rows in order."""
+
+    def sampler(dataset: Any = None) -> Any:
+        data = trainer.train_dataset if dataset is None else dataset
+        return None if is_stream(data) else SequentialSampler(data)
+
+    trainer._get_train_sampler = sampler
+
+
+class RecordingSGD(torch.optim.SGD):
+    """Plain SGD that keeps the sum of the gradients that it is given.
+
+    Args:
+        model: Its trainable weights are updated.
+
+    Attributes:
+        gradient: What is kept of it, by the name of the weight, summed over the updates.
+        updates: How many there were.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.gradient: Gradient = {}
+        self.updates = 0
+        self._fold = sketch_fold(model)
+        self._weights = [(n, w) for n, w in model.named_parameters() if w.requires_grad]
+        super().__init__([weight for _, weight in self._weights], lr=LEARNING_RATE)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Record, then update; the rate is constant, whatever a schedule wants."""
+        del closure
+        self.updates += 1
+        with torch.no_grad():
+            for name, weight in self._weights:
+                if weight.grad is None:
+                    continue
+                kept = sketch(weight.grad, self._fold)
+                self.gradient[name] = self.gradient.get(name, 0) + kept  # a new tensor each time
+                weight.add_(weight.grad, alpha=-LEARNING_RATE)
+
+
+def install_optimizer(trainer: Any) -> RecordingSGD:
+    """Give a trainer our optimizer and a constant schedule."""
+    recording = RecordingSGD(trainer.model)
+
+    def create_optimizer(model: Any = None) -> Any:
+        del model
+        return trainer.optimizer
+
+    def create_scheduler(num_training_steps: int, optimizer: Any = None) -> Any:
+        del num_training_steps, optimizer
+        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(recording, lambda _: 1.0)
+        return trainer.lr_scheduler
+
+    trainer.optimizer, trainer.lr_scheduler = recording, None
+    trainer.create_optimizer, trainer.create_scheduler = create_optimizer, create_scheduler
+    return recording
+
+
+def observe_trainer(
+    trainer: Any, optimizer: RecordingSGD, *, initial: Mapping[str, Tensor]
+) -> Observation:
+    """What a trainer did.
+
+    Args:
+        trainer: After its run.
+        optimizer: The one that it was given.
+        initial: Weights and buffers before the run, by name.
+
+    Raises:
+        CheckError: It did not step the optimizer.
+    """
+    if not optimizer.updates:
+        raise CheckError("the trainer ended without an update by its optimizer")
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    reported = scalars_of(logs[-1]) if logs else {}
+    rounding = torch.finfo(next(trainer.model.parameters()).dtype).eps
+    gradient = optimizer.gradient
+    moved = _moved_otherwise(trainer.model, gradient, initial=initial)
+    if moved is not None:
+        before = math.hypot(*(float(initial[name].norm()) for name in moved))
+        rounding *= before / max(LEARNING_RATE * global_norm(moved), 1e-300)
+        gradient = moved
+    return Observation(
+        gradient,
+        reported=only_metrics(reported),
+        rounding=rounding,
+        updates=optimizer.updates if moved is None else 0,
+    )
+
+
+def _moved_otherwise(
+    model: nn.Module, gradient: Gradient, *, initial: Mapping[str, Tensor]
+) -> Gradient | None:
+    """What the weights moved along, if that is not what the optimizer was given."""
+    moved, otherwise, fold = {}, False, sketch_fold(model)
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        before = initial[name].to(weight.dtype)
+        moved[name] = sketch((before - weight.detach()) / LEARNING_RATE, fold)
+        seen = gradient.get(name, torch.zeros_like(moved[name]))
+        rounding = torch.finfo(weight.dtype).eps * float(before.norm()) / LEARNING_RATE
+        error = float((moved[name] - seen).norm())
+        otherwise = otherwise or error > 1e-3 * float(seen.norm()) + 10 * rounding
+    return moved if otherwise else None
+
+
+def only_metrics(values: Mapping[str, float]) -> dict[str, float]:
+    """Numbers that say something of the model: not of time, of progress, or of the optimizer."""
+    timed = ("_runtime", "_per_second", "_time")
+    return {
+        name: value
+        for name, value in values.items()
+        if not name.endswith(timed) and name.removeprefix("eval_") not in _NO_METRICS
+    }
+
+
+def networks_of(trainer: Any) -> list[nn.Module]:
+    """The model of a trainer and every other that it holds: references, teachers, judges."""
+    held = [
+        network
+        for value in vars(trainer).values()
+        for network in (value if isinstance(value, list | tuple) else [value])
+        if isinstance(network, nn.Module)
+    ]
+    return list({id(network): network for network in held}.values())
+
+
+def to_float64(network: nn.Module) -> None:
+    """Float64 weights, and experts multiplied in turn: the grouped kernel has no float64."""
+    network.to(torch.float64)
+    for module in network.modules():
+        if isinstance(module, PreTrainedModel):
+            module.set_experts_implementation("eager")
+
+
+def named_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers, by name."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+@contextlib.contextmanager
+def suppress_output() -> Iterator[None]:
+    """Keep bars, logs and warnings of a trainer to itself, and its garbage collections short.
+
+    A trainer collects garbage several times a run. With its libraries imported each takes a fifth
+    of a second, unless what exists already is left out.
+    """
+    disabled = logging.root.manager.disable
+    with (
+        open(os.devnull, "w", encoding="utf-8") as sink,
+        contextlib.redirect_stdout(sink),
+        contextlib.redirect_stderr(sink),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        gc.freeze()
+        try:
+            yield
+        finally:
+            gc.unfreeze()
+            logging.disable(disabled)

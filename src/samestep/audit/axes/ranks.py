@@ -1,0 +1,206 @@
+"""The axis of ranks: the same effective batch on two processes, and the bug behind a difference."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from samestep.audit.axes.axis import Measurement
+from samestep.audit.causes import UNEXPLAINED, Diagnosis
+from samestep.audit.diagnose.coupling import coupling
+from samestep.audit.diagnose.split import diagnose_split
+from samestep.audit.experiments import Experiments
+from samestep.audit.gradients import (
+    compare_gradients,
+    is_finite,
+    least_squares,
+    linear_combination,
+    relative_difference,
+    scale,
+)
+from samestep.audit.subject import Gradient, Observation, Split
+from samestep.errors import HungError
+
+WORLD = 2
+
+
+def ranks(experiments: Experiments) -> Measurement:
+    """Two ranks with different counts; the first way of sharing that is inexact is reported.
+
+    One micro-batch a rank shows what the ranks do by themselves; two a rank add the accumulation;
+    then a rank without targets, and the examples as the subject's own sampler deals them.
+    """
+    subject, tolerance = experiments.subject, experiments.tolerance
+    single, double = (
+        rank_shares(subject.size, num_micro_batches=number, uniform=subject.uniform)
+        for number in (1, 2)
+    )
+    measurement = _measure(experiments, single, what="1 micro-batch a rank")
+    if measurement.is_exact(tolerance):
+        measurement = _measure(experiments, double, what="2 micro-batches a rank")
+    if measurement.is_exact(tolerance) and "masking" not in subject.missing():
+        what = "the last rank without targets"
+        measurement = _measure(experiments, single, what=what, masked_examples=single[-1][0])
+    odd = subject.size - 1 + subject.size % 2
+    shards = subject.shard(odd, WORLD)
+    if measurement.is_exact(tolerance) and shards is not None:
+        what = f"{odd} examples as the sampler deals"
+        measurement = _measure(experiments, [(shard,) for shard in shards], what=what)
+    return measurement
+
+
+def rank_shares(size: int, *, num_micro_batches: int, uniform: bool = False) -> list[Split]:
+    """The micro-batches of each rank: fewer examples on the first.
+
+    Args:
+        size: Examples of the effective batch.
+        num_micro_batches: Of a rank; 1 where a rank has too few examples for 2.
+        uniform: All micro-batches must be of one size: as many examples on each.
+    """
+    border = size // 2 if uniform else max(1, size * 3 // 8)
+    shares: list[Split] = []
+    for first, last in ((0, border), (border, size)):
+        middle = first + (last - first + 1) // 2
+        halved = num_micro_batches == 2 and border >= 2
+        bounds = [(first, middle), (middle, last)] if halved else [(first, last)]
+        shares.append(tuple(tuple(range(start, end)) for start, end in bounds))
+    return shares
+
+
+def _measure(
+    experiments: Experiments,
+    shares: Sequence[Split],
+    *,
+    what: str,
+    masked_examples: tuple[int, ...] = (),
+) -> Measurement:
+    """The gradient of the ranks against that of one process with all examples."""
+    indices = {index for share in shares for micro_batch in share for index in micro_batch}
+    batch = (tuple(sorted(indices)),)
+    masked = {"masked_examples": masked_examples}
+    whole = experiments.run(batch, **masked).gradient
+    sizes = " and ".join("+".join(str(len(micro)) for micro in share) for share in shares)
+    reason = f"{WORLD} ranks with {sizes} examples against 1 with all: {what}"
+    try:
+        observations = experiments.run_on_ranks(shares, **masked)
+    except HungError as error:
+        if not masked_examples:
+            raise
+        hung = Diagnosis("ranks-not-synchronised", 0.0, str(error))
+        return Measurement(reason, exact=False, diagnose=lambda: hung)
+    apart = _difference_between(observations)
+    if apart > experiments.tolerance:
+        evidence = f"the ranks' own results differ by {apart:.1e} after the step"
+        return Measurement.of(
+            compare_gradients(observations[-1].gradient, observations[0].gradient),
+            reason,
+            diagnose=lambda: Diagnosis("ranks-not-synchronised", 0.0, evidence),
+        )
+    gradient = observations[0].gradient
+    difference = compare_gradients(gradient, whole)
+    if experiments.clips:
+        gradient = experiments.small_gradient_of_ranks(shares, **masked)
+        whole = experiments.small_gradient(batch, **masked)
+        small = compare_gradients(gradient, whole)
+        if small.relative_difference > experiments.small_tolerance:
+            difference = small
+            reason += ", with gradients too small to be clipped"
+        elif difference.relative_difference > experiments.tolerance:
+            evidence = f"with gradients too small to be clipped: {small.relative_difference:.1e}"
+            clipped = Diagnosis("clip-per-micro-batch", small.relative_difference, evidence)
+            return Measurement.of(difference, reason, diagnose=lambda: clipped)
+    return Measurement.of(
+        difference,
+        reason,
+        diagnose=lambda: _diagnose(
+            experiments, shares, gradient=gradient, whole=whole, masked_examples=masked_examples
+        ),
+    )
+
+
+def _difference_between(observations: Sequence[Observation]) -> float:
+    """The largest difference between ranks: of gradients, or of the weights that they moved."""
+    first = observations[0]
+    differences = []
+    for other in observations[1:]:
+        differences.append(relative_difference(other.gradient, first.gradient))
+        if first.weights_after is not None and other.weights_after is not None:
+            differences.append(relative_difference(other.weights_after, first.weights_after))
+    return max(differences)
+
+
+def _diagnose(
+    experiments: Experiments,
+    shares: Sequence[Split],
+    *,
+    gradient: Gradient,
+    whole: Gradient,
+    masked_examples: tuple[int, ...],
+) -> Diagnosis:
+    """Why the ranks together give another gradient than one alone.
+
+    Args:
+        experiments: The subject's.
+        shares: The micro-batches of each rank.
+        gradient: After the step, the same on all ranks.
+        whole: The gradient of all examples, undivided, on one.
+        masked_examples: Examples without targets.
+
+    Returns:
+        The bug that predicts the gradient.
+    """
+    if not is_finite(gradient):
+        return Diagnosis("rank-local-count", 0.0, "the rank without targets divides 0 by 0")
+    masked = {"masked_examples": masked_examples}
+    own = [experiments.unclipped_gradient(share, **masked) for share in shares]
+    combination = least_squares(gradient, own)
+    evidence = f"on the ranks' own gradients: {combination} (residual {combination.residual:.0e})"
+    dealt = [index for share in shares for micro_batch in share for index in micro_batch]
+    predictions = list(_predictions(shares, own, whole=whole))
+    if len(set(dealt)) < len(dealt):
+        repeated = experiments.unclipped_gradient((tuple(dealt),), **masked)
+        predictions.append(("duplicated-examples", repeated))
+    best, cause = min((relative_difference(guess, gradient), name) for name, guess in predictions)
+    if best > experiments.residual_tolerance:
+        within = _within_a_rank(experiments, shares, whole=whole, masked_examples=masked_examples)
+        return within or Diagnosis(UNEXPLAINED, best, evidence)
+    local = cause in ("rank-local-count", "world-scaled")
+    if local and least_squares(whole, own).residual > experiments.residual_tolerance:
+        coupled = coupling(experiments, shares[0] + shares[-1], **masked)
+        if coupled is None or coupled > experiments.residual_tolerance:
+            return Diagnosis("batch-coupled-term", best, evidence)
+    return Diagnosis(cause, best, evidence)
+
+
+def _within_a_rank(
+    experiments: Experiments,
+    shares: Sequence[Split],
+    *,
+    whole: Gradient,
+    masked_examples: tuple[int, ...],
+) -> Diagnosis | None:
+    """What makes the same micro-batches inexact on one rank already, if they are."""
+    split = tuple(micro_batch for share in shares for micro_batch in share)
+    masked = {"masked_examples": masked_examples} if masked_examples else {}
+    gradient = experiments.unclipped_gradient(split, **masked)
+    if relative_difference(gradient, whole) <= experiments.small_tolerance:
+        return None
+    diagnosis = diagnose_split(experiments, split, **masked)
+    if diagnosis.cause == UNEXPLAINED:
+        return None
+    evidence = f"so do these micro-batches on one rank; {diagnosis.evidence}"
+    return replace(diagnosis, evidence=evidence)
+
+
+def _predictions(
+    shares: Sequence[Split], own: Sequence[Gradient], *, whole: Gradient
+) -> Iterator[tuple[str, Gradient]]:
+    """The whole by the number of ranks; each rank's own, averaged, added up, or divided again."""
+    yield "world-scaled", scale(whole, float(WORLD))
+    yield "world-divided", scale(whole, 1 / WORLD)
+    yield "rank-local-count", linear_combination(own, [1 / WORLD] * len(own))
+    yield "world-scaled", linear_combination(own, [1.0] * len(own))
+    yield "world-divided", linear_combination(own, [1 / WORLD**2] * len(own))
+    examples = [sum(map(len, share)) for share in shares]
+    shared = [count / sum(examples) for count in examples]
+    yield "rank-local-count", linear_combination(own, shared)
+    for gradient in own:
+        yield "ranks-not-synchronised", gradient

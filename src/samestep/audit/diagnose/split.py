@@ -1,0 +1,282 @@
+"""Names the bug behind a split's difference: predict the gradient of each bug, and score it.
+
+No reference is needed. The micro-batches of a split are run alone, each as if it were the effective
+batch; known bugs combine those gradients in known ways. The whole batch run undivided shows what
+the loop itself takes for the answer.
+"""
+
+from statistics import median
+
+from samestep.audit.causes import UNEXPLAINED, Diagnosis
+from samestep.audit.diagnose.coupling import coupling, diagnose_seen_padding, leak_in_row
+from samestep.audit.experiments import Experiments, merged
+from samestep.audit.gradients import (
+    LeastSquares,
+    compare_gradients,
+    is_finite,
+    least_squares,
+    relative_difference,
+)
+from samestep.audit.hypotheses import Hypothesis, SplitEvidence, collect_evidence, hypotheses
+from samestep.audit.subject import Split
+
+
+def diagnose_split(experiments: Experiments, split: Split, **changes: object) -> Diagnosis:
+    """Why a split gives another gradient than the whole batch.
+
+    Args:
+        experiments: The subject's.
+        split: The split at fault.
+        **changes: The settings that it was run under.
+
+    Returns:
+        The cause that predicts the gradient best, if it predicts it at all.
+    """
+    if not experiments.is_deterministic:
+        return Diagnosis("rng", 0.0, "the same run from the same seed gives another gradient")
+    stepped = _by_updates(experiments, split, **changes)
+    if stepped is not None:
+        return stepped
+    evidence = collect_evidence(experiments, split, **changes)
+    difference = relative_difference(evidence.split, evidence.whole)
+    if difference <= experiments.small_tolerance:
+        # With small gradients the split is exact: what remains is what is done to large ones.
+        return Diagnosis("clip-per-micro-batch", difference, _shown(evidence))
+    diagnosis = _by_hypothesis(
+        experiments, split, evidence=evidence, difference=difference, **changes
+    )
+    if _bends_large_gradients(experiments, split, **changes):
+        text = f"gradients are cut short before they are added; besides, {diagnosis.cause}: "
+        return Diagnosis("clip-per-micro-batch", 0.0, text + diagnosis.evidence)
+    return diagnosis
+
+
+def is_faulty(experiments: Experiments, split: Split) -> bool:
+    """Whether the split is inexact by itself; then it has the same fault under any settings."""
+    whole = merged(split)
+    natural = relative_difference(experiments.run(split).gradient, experiments.run(whole).gradient)
+    if natural > experiments.tolerance:
+        return True
+    small = experiments.small_gradient(split), experiments.small_gradient(whole)
+    return relative_difference(*small) > experiments.small_tolerance
+
+
+def diagnose_empty(
+    experiments: Experiments, split: Split, *, masked_examples: tuple[int, ...]
+) -> Diagnosis:
+    """Why a micro-batch without targets changes the step."""
+    if not is_finite(experiments.run(split, masked_examples=masked_examples).gradient):
+        return Diagnosis("mean-of-means", 0.0, "the empty micro-batch divides 0 by 0")
+    if is_faulty(experiments, split):
+        return diagnose_split(experiments, split)
+    return diagnose_split(experiments, split, masked_examples=masked_examples)
+
+
+def _bends_large_gradients(experiments: Experiments, split: Split, **changes: object) -> bool:
+    """Whether large gradients point elsewhere than small ones in the split, not in the whole."""
+    if not experiments.keeps_scale:
+        return False
+    of_split, of_whole = (
+        compare_gradients(
+            experiments.run(each, **changes).gradient, experiments.small_gradient(each, **changes)
+        ).perpendicular
+        for each in (split, merged(split))
+    )
+    return of_split > experiments.residual_tolerance >= of_whole
+
+
+def _by_updates(experiments: Experiments, split: Split, **changes: object) -> Diagnosis | None:
+    """Whether weights move between the micro-batches."""
+    cause = "optimizer-step-per-micro-batch"
+    observed = experiments.run(split, **changes)
+    if observed.updates > experiments.run(merged(split), **changes).updates:
+        text = f"{observed.updates} optimizer steps for {len(split)} micro-batches"
+        return Diagnosis(cause, 0.0, text)
+    if observed.updates:
+        return None
+    as_steps = experiments.run_as_steps(split, **changes)
+    if as_steps is None:
+        return None
+    residual = relative_difference(as_steps.gradient, observed.gradient)
+    alone = [experiments.run((micro,), **changes).gradient for micro in split]
+    as_sum = least_squares(observed.gradient, alone).residual
+    if residual > experiments.residual_tolerance or residual > 0.1 * as_sum:
+        return None
+    text = "the micro-batches as steps of their own, one after another, give this update"
+    return Diagnosis(cause, residual, text)
+
+
+def _by_hypothesis(
+    experiments: Experiments,
+    split: Split,
+    *,
+    evidence: SplitEvidence,
+    difference: float,
+    **changes: object,
+) -> Diagnosis:
+    """The hypothesis that fits, or a cause that is no combination of the micro-batches' own."""
+    causes = experiments.causes.values()
+    scored = [
+        (relative_difference(hypothesis.gradient, evidence.split), hypothesis)
+        for hypothesis in hypotheses(evidence, causes)
+    ]
+    best = min(residual for residual, _ in scored)
+    if best > min(evidence.residual_tolerance, 0.1 * difference):
+        return _nonlinear(experiments, split, evidence=evidence, best=best, **changes)
+    # The first among equals wins, as where all micro-batches are of one size.
+    allowed = max(10 * best, 1e-3 * evidence.residual_tolerance)
+    residual, hypothesis = next(pair for pair in scored if pair[0] <= allowed)
+    return _checked(
+        experiments,
+        split,
+        evidence=evidence,
+        hypothesis=hypothesis,
+        residual=residual,
+        **changes,
+    )
+
+
+def _checked(
+    experiments: Experiments,
+    split: Split,
+    *,
+    evidence: SplitEvidence,
+    hypothesis: Hypothesis,
+    residual: float,
+    **changes: object,
+) -> Diagnosis:
+    """A hypothesis that fits, unless the micro-batches' own gradients already hold the fault."""
+    text = f"micro-batches weighted {hypothesis.weighting}; {_shown(evidence)}"
+    whole = least_squares(evidence.whole, evidence.alone)
+    if not hypothesis.scales_whole and whole.residual > evidence.residual_tolerance:
+        inside = _inside(experiments, split, evidence=evidence, **changes)
+        if inside is not None:
+            return inside
+    if hypothesis.cause == "example-weighted":
+        # The unit of the whole may be no count but a size of the micro-batch as a whole.
+        coupled = coupling(experiments, split, **changes)
+        if coupled is not None and coupled > evidence.residual_tolerance:
+            return Diagnosis("batch-coupled-term", coupled, text)
+    return Diagnosis(hypothesis.cause, residual, text)
+
+
+def _nonlinear(
+    experiments: Experiments,
+    split: Split,
+    *,
+    evidence: SplitEvidence,
+    best: float,
+    **changes: object,
+) -> Diagnosis:
+    """Causes that are no known combination of the micro-batches' own gradients."""
+    moved = experiments.seed_sensitivity(split, **changes)
+    if moved > experiments.small_tolerance:
+        text = f"the same cut from another seed differs by {moved:.1e}"
+        return Diagnosis("rng", moved, text)
+    whole = least_squares(evidence.whole, evidence.alone)
+    parts = least_squares(evidence.split, evidence.alone)
+    residual = max(whole.residual, parts.residual)
+    if residual <= evidence.residual_tolerance:
+        lost = _lost(whole, parts, evidence=evidence)
+        if lost is not None:
+            return lost
+    inside = _inside(experiments, split, evidence=evidence, **changes)
+    if inside is not None:
+        return inside
+    if residual > evidence.residual_tolerance:
+        text = (
+            f"{residual:.1e} of the gradient is no sum of the micro-batches' own, though examples "
+            f"of equal counts add up; {_shown(evidence)}"
+        )
+        return Diagnosis("second-term-per-micro-batch", residual, text)
+    return Diagnosis(UNEXPLAINED, best, _shown(evidence))
+
+
+def _inside(
+    experiments: Experiments, split: Split, *, evidence: SplitEvidence, **changes: object
+) -> Diagnosis | None:
+    """A fault within micro-batches: repeats, padding that is seen, examples that are coupled."""
+    diagnosis = _by_labels(experiments, evidence, **changes)
+    diagnosis = diagnosis or _by_example(experiments, split, evidence=evidence, **changes)
+    if diagnosis is None and not changes:
+        diagnosis = diagnose_seen_padding(experiments)
+    if diagnosis is not None:
+        return diagnosis
+    coupled = coupling(experiments, split, **changes)
+    if coupled is not None and coupled <= evidence.residual_tolerance:
+        return None
+    leak = leak_in_row(experiments, split, **changes)
+    if leak is not None:
+        return Diagnosis(leak, coupled or 0.0, _shown(evidence))
+    text = "" if coupled is None else f"two equal examples miss the sum by {coupled:.1e}; "
+    return Diagnosis("batch-coupled-term", coupled or 0.0, text + _shown(evidence))
+
+
+def _by_labels(
+    experiments: Experiments, evidence: SplitEvidence, **changes: object
+) -> Diagnosis | None:
+    """Labels that the collator loses or repeats where examples share a batch."""
+    if changes.get("packed") or "labels" not in evidence.denominators[-1]:
+        return None
+    singles, (whole,) = experiments.single_examples, experiments.whole_batch
+    shapes = [experiments.subject.batch_shape(micro_batch) for micro_batch in singles]
+    if any(shape is not None and shape[0] != 1 for shape in shapes):
+        return None  # even alone they are not what they are
+    alone = sum(experiments.number_of_labels(micro, **changes) for micro in singles)
+    together = experiments.number_of_labels(whole, **changes)
+    padded = experiments.number_of_labels(whole, **changes, extra_padding=1)
+    if padded != together or alone == together:  # padding that has labels is another fault
+        return None
+    text = f"the examples hold {alone:g} labels one by one, {together:g} in one batch"
+    cause = "dropped-examples" if together < alone else "duplicated-examples"
+    return Diagnosis(cause, 0.0, text)
+
+
+def _lost(whole: LeastSquares, split: LeastSquares, *, evidence: SplitEvidence) -> Diagnosis | None:
+    """Micro-batches that do not reach the update."""
+    pairs = zip(split.coefficients, whole.coefficients, strict=True)
+    kept = sum(abs(of_whole) < 1e-9 or abs(own / of_whole) > 1e-6 for own, of_whole in pairs)
+    if kept == len(evidence.alone):
+        return None
+    cause = "last-micro-batch-only" if kept <= 1 else "dropped-examples"
+    return Diagnosis(cause, split.residual, _shown(evidence))
+
+
+def _by_example(
+    experiments: Experiments, split: Split, *, evidence: SplitEvidence, **changes: object
+) -> Diagnosis | None:
+    """Examples that weigh more or less than those that share their micro-batch."""
+    members = merged(split)[0]
+    own = [experiments.small_gradient(((index,),), **changes) for index in members]
+    whole, parts = least_squares(evidence.whole, own), least_squares(evidence.split, own)
+    if max(whole.residual, parts.residual) > evidence.residual_tolerance:
+        return None
+    pairs = zip(members, parts.coefficients, whole.coefficients, strict=True)
+    ratios = {i: own / of_whole if abs(of_whole) > 1e-9 else 1.0 for i, own, of_whole in pairs}
+    medians = [median(ratios[index] for index in micro_batch) for micro_batch in split]
+    relative = [
+        (index, ratios[index] / middle)
+        for micro_batch, middle in zip(split, medians, strict=True)
+        for index in micro_batch
+        if middle
+    ]
+    odd = [(index, times) for index, times in relative if abs(times - 1) > 1e-4]
+    if not odd:
+        return None
+    text = ", ".join(f"example {index} x {times:.4g}" for index, times in odd)
+    dropped = all(abs(times) < 1e-6 for _, times in odd)
+    cause = "dropped-examples" if dropped else "duplicated-examples"
+    return Diagnosis(cause, parts.residual, f"within their micro-batch: {text}")
+
+
+def _shown(evidence: SplitEvidence) -> str:
+    """The coefficients of both gradients on the micro-batches' own, for the reader."""
+    whole = least_squares(evidence.whole, evidence.alone)
+    split = least_squares(evidence.split, evidence.alone)
+    targets = evidence.targets
+    counts = "" if targets is None else f"; targets {' '.join(map(str, targets))}"
+    return (
+        f"on the micro-batches' own gradients: whole = [{whole}] "
+        f"(residual {whole.residual:.0e}), split = [{split}] "
+        f"(residual {split.residual:.0e}); examples {' '.join(map(str, evidence.examples))}{counts}"
+    )

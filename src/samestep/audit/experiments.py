@@ -1,0 +1,334 @@
+"""Experiments: runs of a subject, each done once, and the noise that they are judged by."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+
+from samestep.audit.causes import CAUSES, Cause
+from samestep.audit.gradients import global_norm, relative_difference, scale, subtract
+from samestep.audit.noise import FloatDtypeRecorder, noise_estimate, perturbations
+from samestep.audit.subject import (
+    DEFAULT_SETTINGS,
+    Denominator,
+    Gradient,
+    Observation,
+    Perturbation,
+    RunSettings,
+    Split,
+    Subject,
+)
+from samestep.errors import CheckError
+
+TOLERANCE_FACTOR = 10.0
+"""How many noise floors a difference may be and still be exact."""
+
+MAX_NOISE = 0.05
+"""Noise floor from which on nothing could be told apart."""
+
+SMALL_SCALE = 2.0**-14
+"""Scale at which no gradient is large enough to be clipped; a power of two, so nothing rounds."""
+
+CACHED_RUNS = 24
+"""Runs of which the gradient is kept."""
+
+MIN_EXPLAINED = 1e-6
+"""Residual below which a prediction explains a gradient, or what counts as exact if more."""
+
+
+@dataclass
+class Experiments:
+    """Runs a subject and remembers the latest runs.
+
+    Attributes:
+        subject: The loop under audit.
+        settings: Those that the runs depart from.
+        causes: The causes that can be named: those of `samestep.audit.causes`, and the user's.
+        coarsest_rounding: The largest relative rounding of any type that takes part.
+    """
+
+    subject: Subject
+    settings: RunSettings = DEFAULT_SETTINGS
+    causes: Mapping[str, Cause] = field(default_factory=lambda: CAUSES)
+    coarsest_rounding: float = 0.0
+    _cache: dict[tuple[Split, RunSettings], Observation] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, subject: Subject, causes: Mapping[str, Cause] = CAUSES) -> "Experiments":
+        """Find the widest type that the subject runs in: float64, float32, or its own.
+
+        Raises:
+            CheckError: It runs in none, shows the subject's own error; or it leaves no gradient.
+        """
+        errors = []
+        for dtype in (torch.float64, torch.float32, None):
+            experiments = cls(subject, replace(DEFAULT_SETTINGS, dtype=dtype), causes)
+            try:
+                experiments.run(experiments.whole_batch)
+                experiments.run(experiments.single_examples)
+                rounding = _coarsest_rounding(experiments)
+                experiments.coarsest_rounding = max(rounding, torch.finfo(torch.float64).eps)
+                noise_floor = experiments.noise_floor
+            except Exception as error:  # the subject is the user's code: anything may come
+                errors.append(error)
+                continue
+            if not global_norm(experiments.run(experiments.whole_batch).gradient):
+                raise CheckError(
+                    f"{subject.name} leaves no gradient in .grad, steps no optimizer and moves no "
+                    "weight of the model that it was given"
+                )
+            if noise_floor > MAX_NOISE:
+                raise CheckError(
+                    f"{subject.name}: the gradient is lost in rounding (noise floor "
+                    f"{noise_floor:.0e} of it): at these weights there is nothing to learn, as "
+                    "where a teacher is the student. Start from other weights or rows"
+                )
+            return experiments
+        raise CheckError(
+            f"{subject.name} could not be run: {type(errors[0]).__name__}: {errors[0]}"
+        ) from errors[0]
+
+    @property
+    def whole_batch(self) -> Split:
+        """All examples as one micro-batch."""
+        return (tuple(range(self.subject.size)),)
+
+    @property
+    def single_examples(self) -> Split:
+        """Each example as a micro-batch."""
+        return tuple((index,) for index in range(self.subject.size))
+
+    @property
+    def splits(self) -> list[Split]:
+        """The splits that the audit tries."""
+        return candidate_splits(self.subject.size, uniform=self.subject.uniform)
+
+    @property
+    def mixed_split(self) -> Split:
+        """Micro-batches of several examples: ragged, or of two where they must be of one size."""
+        return self.splits[1 if self.subject.uniform else 0]
+
+    def run(self, split: Split, **changes: object) -> Observation:
+        """One step on a split, under the settings with changes; remembered.
+
+        Args:
+            split: The micro-batches.
+            **changes: Fields of `samestep.audit.subject.RunSettings`.
+        """
+        settings = self._changed(changes)
+        observation = self._cache.pop((split, settings), None) or self.subject.run(split, settings)
+        self._cache[split, settings] = observation  # the latest last
+        if len(self._cache) > CACHED_RUNS:
+            del self._cache[next(iter(self._cache))]
+        return observation
+
+    def rerun(self, split: Split, **changes: object) -> Observation:
+        """The same run once more, not remembered."""
+        return self.subject.run(split, self._changed(changes))
+
+    def run_on_ranks(self, shares: Sequence[Split], **changes: object) -> list[Observation]:
+        """One step on several ranks, not remembered."""
+        return self.subject.run_on_ranks(shares, self._changed(changes))
+
+    def run_as_steps(self, split: Split, **changes: object) -> Observation | None:
+        """The micro-batches as steps of their own; None if the loop never updates."""
+        return self.subject.run_as_steps(split, self._changed(changes))
+
+    def evaluate(
+        self, batch_size: int, examples: Sequence[int] | None = None, **changes: object
+    ) -> dict[str, float]:
+        """Evaluation loss and metrics at the initial weights, of all examples or of these."""
+        return self.subject.evaluate(batch_size, self._changed(changes), examples=examples)
+
+    def denominators(
+        self, micro_batch: tuple[int, ...], **changes: object
+    ) -> Mapping[str, Denominator]:
+        """What a loop could divide the batch of these examples by."""
+        return self.subject.denominators(micro_batch, self._changed(changes))
+
+    def number_of_labels(self, micro_batch: tuple[int, ...], **changes: object) -> float:
+        """Labels before the shift of the batch of these examples; 0 without labels."""
+        labels = self.denominators(micro_batch, **changes).get("labels")
+        return 0.0 if labels is None else labels.value
+
+    def _changed(self, changes: Mapping[str, object]) -> RunSettings:
+        return replace(self.settings, **changes)  # type: ignore[arg-type]
+
+    def small_gradient(self, split: Split, **changes: object) -> Gradient:
+        """The loop's gradient where it is small enough that nothing is clipped, scaled back.
+
+        Without what the loop adds to it that is no gradient of the loss, such as weight decay.
+        """
+        if not self.keeps_scale:
+            return self.run(split, **changes).gradient
+        small = self.run(split, **changes, gradient_scale=SMALL_SCALE).gradient
+        return scale(self._without_offset(small), 1 / SMALL_SCALE)
+
+    def small_gradient_of_ranks(self, shares: Sequence[Split], **changes: object) -> Gradient:
+        """That of the first rank, as `small_gradient` has it."""
+        small = self.run_on_ranks(shares, **changes, gradient_scale=SMALL_SCALE)[0].gradient
+        return scale(self._without_offset(small), 1 / SMALL_SCALE)
+
+    def unclipped_gradient(self, split: Split, **changes: object) -> Gradient:
+        """The gradient, small where the loop clips it."""
+        if self.clips:
+            return self.small_gradient(split, **changes)
+        return self.run(split, **changes).gradient
+
+    def _without_offset(self, gradient: Gradient) -> Gradient:
+        return gradient if self._offset is None else subtract(gradient, self._offset)
+
+    @cached_property
+    def _offset(self) -> Gradient | None:
+        """What the step does without any gradient, or None if nothing."""
+        offset = self.run(self.whole_batch, gradient_scale=0.0).gradient
+        natural = self.run(self.whole_batch).gradient
+        if relative_difference(offset, natural) < 1e-3:  # the scale does not arrive
+            return None
+        return offset if global_norm(offset) else None
+
+    @cached_property
+    def clips(self) -> bool:
+        """Whether the whole batch's gradient is clipped."""
+        if not self.keeps_scale:
+            return False
+        natural = self._without_offset(self.run(self.whole_batch).gradient)
+        small = self.small_gradient(self.whole_batch)
+        return relative_difference(small, natural) > self.small_tolerance
+
+    @cached_property
+    def keeps_scale(self) -> bool:
+        """Whether the scale of a backward's gradient arrives in the step, to enough digits."""
+        natural = self.run(self.whole_batch)
+        small = self.run(self.whole_batch, gradient_scale=SMALL_SCALE)
+        size = global_norm(self._without_offset(small.gradient))
+        reference = global_norm(self._without_offset(natural.gradient))
+        if not reference or not math.isfinite(size) or size / reference > 0.5:
+            return False
+        return small.rounding < 1e-8 or small.rounding <= 2 * natural.rounding
+
+    @cached_property
+    def hides_scale(self) -> bool:
+        """Whether the update is as long whatever the gradient's length, as in Adam by hand."""
+        try:
+            natural, small, none = (
+                global_norm(self.run(self.whole_batch, gradient_scale=factor).gradient)
+                for factor in (1.0, SMALL_SCALE, 0.0)
+            )
+        except Exception:  # the subject's code: it may refuse a gradient of zero, and so sees it
+            return False
+        return small > 0.5 * natural > none
+
+    @cached_property
+    def is_deterministic(self) -> bool:
+        """Whether the same run gives the same gradient again, up to rounding."""
+        first, second = self.run(self.whole_batch), self.rerun(self.whole_batch)
+        difference = relative_difference(second.gradient, first.gradient)
+        return difference <= 10 * max(self.coarsest_rounding, first.rounding)
+
+    def seed_sensitivity(self, split: Split, **changes: object) -> float:
+        """How much another seed changes the gradient, relative."""
+        reseeded = self.small_gradient(split, **{**changes, "seed": self.settings.seed + 1})
+        return relative_difference(reseeded, self.small_gradient(split, **changes))
+
+    @cached_property
+    def noise_floor(self) -> float:
+        """Relative difference that arithmetic alone makes, measured on this subject.
+
+        The noise of the gradient of the whole batch and of the finest split when the weights move
+        by a rounding; then, where they are of that size, the same split twice and the examples of
+        the whole batch in another order. At least the rounding of the numbers themselves.
+        """
+        first = self.run(self.whole_batch)
+        splits = (self.whole_batch, self.single_examples)
+        base = max(first.rounding, *(self._noise_of(split) for split in splits))
+        reversed_batch = (tuple(reversed(self.whole_batch[0])),)
+        repeats = [self.rerun(self.whole_batch), self.run(reversed_batch)]
+        differences = [relative_difference(again.gradient, first.gradient) for again in repeats]
+        small = [size for size in differences if size <= TOLERANCE_FACTOR * base]
+        return max(base, *small, 0.0)
+
+    def _noise_of(self, split: Split) -> float:
+        if not self.is_deterministic:  # then a difference of runs measures their random numbers
+            return self.coarsest_rounding
+        points = (None, *self.perturbations)
+        return noise_estimate([self.run(split, perturbation=point).gradient for point in points])
+
+    @cached_property
+    def perturbations(self) -> tuple[Perturbation, ...]:
+        """Three displacements of the weights along a line, each a rounding further."""
+        line = perturbations(self.run(self.whole_batch).gradient, self.coarsest_rounding)
+        return tuple(map(Perturbation, line))
+
+    @property
+    def tolerance(self) -> float:
+        """The largest relative difference that still counts as exact."""
+        return TOLERANCE_FACTOR * self.noise_floor
+
+    @cached_property
+    def small_tolerance(self) -> float:
+        """The same of `small_gradient`: small updates of weights lose digits."""
+        if not self.keeps_scale:
+            return self.tolerance
+        rounding = self.run(self.whole_batch, gradient_scale=SMALL_SCALE).rounding
+        return TOLERANCE_FACTOR * max(self.noise_floor, rounding)
+
+    @property
+    def residual_tolerance(self) -> float:
+        """The residual up to which a prediction explains a gradient."""
+        return max(MIN_EXPLAINED, self.tolerance)
+
+
+def _coarsest_rounding(experiments: Experiments) -> float:
+    """The largest rounding that takes part, or that of the gradient if it cannot be watched."""
+    try:
+        with FloatDtypeRecorder() as recorder:
+            experiments.rerun(experiments.whole_batch)
+    except Exception:  # some compiled code cannot run under a watch
+        return experiments.run(experiments.whole_batch).rounding
+    return float(recorder.coarsest())
+
+
+def candidate_splits(size: int, *, uniform: bool) -> list[Split]:
+    """The splits of a batch that the audit tries: ragged first where the subject can.
+
+    Args:
+        size: Examples; at least 4.
+        uniform: Micro-batches are of one size; see `uneven_split` for a smaller last one.
+
+    Returns:
+        Different splits, none of them whole.
+    """
+    sizes = [1, 2] if size < 8 else [1, 2, size // 2]
+    regular = [_cut_every(size, step) for step in sizes]
+    if uniform:
+        return regular
+    third = max(1, size // 3)
+    borders = sorted({0, third, third + 1, min(size, third + 1 + third), size})
+    ragged = tuple(tuple(range(start, end)) for start, end in itertools.pairwise(borders))
+    return [ragged, *regular]
+
+
+def uneven_split(size: int) -> Split:
+    """What a data set is cut into that no batch size divides: the last micro-batch is smaller."""
+    return _cut_every(size, 3)
+
+
+def _cut_every(size: int, step: int) -> Split:
+    return tuple(tuple(range(start, min(start + step, size))) for start in range(0, size, step))
+
+
+def merged(split: Split) -> Split:
+    """All examples of a split, in its order, as one micro-batch."""
+    return (tuple(index for micro_batch in split for index in micro_batch),)
+
+
+def sizes_of(split: Split) -> str:
+    """A split in words: "2 x 4", or the sizes of a ragged one."""
+    sizes = [len(micro_batch) for micro_batch in split]
+    if len(set(sizes)) == 1:
+        return f"{sizes[0]} x {len(sizes)}"
+    return "+".join(map(str, sizes))
