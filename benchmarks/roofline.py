@@ -19,7 +19,7 @@ import torch
 
 import bars
 from prepared import prepared
-from samestep.kernels.gemm import product
+from samestep.kernels.gemm import matmul
 from samestep.models.last_layer import row_wise_modules as parts_of
 from works import WORKS
 
@@ -40,7 +40,7 @@ def product_seconds(rows: int, inner: int, columns: int) -> tuple[float, float, 
     states, weight = torch.randn(rows, inner), torch.randn(columns, inner)
     slope = torch.randn(rows, columns)
     pairs = [(states, weight.t()), (slope, weight), (slope.t(), states)]
-    chosen = sum(best(lambda pair=pair: product(*pair)) for pair in pairs)  # type: ignore[misc]
+    chosen = sum(best(lambda pair=pair: matmul(*pair)) for pair in pairs)  # type: ignore[misc]
     plain = sum(best(lambda pair=pair: pair[0] @ pair[1]) for pair in pairs)  # type: ignore[misc]
     return chosen, plain, 3 * 2e-9 * rows * inner * columns
 

@@ -13,7 +13,7 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
 import samestep
-from ddp import RANK, my_part
+from ddp import RANK, local_rows
 from own_loop import NextToken, loss_fn, pad, ragged_rows
 
 
@@ -27,10 +27,10 @@ def main() -> None:
     fully_shard(model.embed)
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)  # after fully_shard: over the shards
-    mine = my_part(ragged_rows(32))
+    rows = local_rows(ragged_rows(32))
     for step in range(10):
-        micros = [pad(mine[start : start + 5]) for start in range(0, len(mine), 5)]
-        report = samestep.step(model, optimizer, micros, loss_fn, max_grad_norm=1.0)
+        micro_batches = [pad(rows[start : start + 5]) for start in range(0, len(rows), 5)]
+        report = samestep.step(model, optimizer, micro_batches, loss_fn, max_grad_norm=1.0)
         if RANK == 0:
             print(
                 f"step {step + 1:2}  loss {report.loss:.6f}  {report.counts['token']:.0f} targets"

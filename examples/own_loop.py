@@ -3,7 +3,7 @@
     python examples/own_loop.py
 
 The loss returns sums with units; the step counts the units over the whole effective batch and
-divides once. Cut the batch differently and the printed losses stay the same.
+divides once. Split the batch differently and the printed losses stay the same.
 """
 
 import torch
@@ -28,10 +28,11 @@ class NextToken(nn.Module):
         return torch.tanh(self.hidden(self.embed(ids)))
 
 
-def loss_fn(model: NextToken, micro: dict[str, Tensor]) -> dict[str, samestep.Term]:
+def loss_fn(model: NextToken, micro_batch: dict[str, Tensor]) -> dict[str, samestep.Term]:
     """Two terms in two units: cross entropy over tokens, a small penalty over sequences."""
-    hidden = model(micro["input_ids"])
-    sums = samestep.linear_cross_entropy(hidden[:, :-1], model.head.weight, micro["labels"][:, 1:])
+    hidden = model(micro_batch["input_ids"])
+    targets = micro_batch["labels"][:, 1:]
+    sums = samestep.linear_cross_entropy(hidden[:, :-1], model.head.weight, targets)
     return {
         "nll": samestep.Term(sums.loss, unit="token"),
         "accuracy": samestep.Term(sums.correct, unit="token", weight=0.0),
@@ -52,23 +53,25 @@ def ragged_rows(number: int) -> list[Tensor]:
 
 def pad(rows: list[Tensor]) -> dict[str, Tensor]:
     """A micro-batch: padded ids, and labels that are -100 on the padding."""
-    sequence = nn.utils.rnn.pad_sequence
+    pad_sequence = nn.utils.rnn.pad_sequence
     return {
-        "input_ids": sequence(rows, batch_first=True),
-        "labels": sequence(rows, batch_first=True, padding_value=-100),
+        "input_ids": pad_sequence(rows, batch_first=True),
+        "labels": pad_sequence(rows, batch_first=True, padding_value=-100),
     }
 
 
-def train(micro_batch: int, steps: int = 20) -> list[float]:
-    """The losses of a run whose effective batch of 32 is cut into micro-batches of a size."""
+def train(micro_batch_size: int, steps: int = 20) -> list[float]:
+    """The losses of a run whose effective batch of 32 is split into micro-batches of a size."""
     torch.manual_seed(0)
     model = NextToken()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     rows = ragged_rows(32)
     losses = []
     for _ in range(steps):
-        micros = [pad(rows[start : start + micro_batch]) for start in range(0, 32, micro_batch)]
-        report = samestep.step(model, optimizer, micros, loss_fn, max_grad_norm=1.0)
+        micro_batches = [
+            pad(rows[start : start + micro_batch_size]) for start in range(0, 32, micro_batch_size)
+        ]
+        report = samestep.step(model, optimizer, micro_batches, loss_fn, max_grad_norm=1.0)
         losses.append(report.loss)
     return losses
 

@@ -48,7 +48,7 @@ class NoWaitingCopies(TorchDispatchMode):
 
 def run_there(
     model: Any,
-    micros: list[Any],
+    micro_batches: list[Any],
     loss: LossFn,
     *,
     counters: Any = None,
@@ -58,20 +58,25 @@ def run_there(
 
     The first looks at the model's head, once for good.
     """
-    samestep.backward(model, micros, loss, counters=counters)
-    _, counts, _, _ = count_batch(micros, counters)
+    samestep.backward(model, micro_batches, loss, counters=counters)
+    _, counts, _, _ = count_batch(micro_batches, counters)
     for module in (model, *frozen):
         module.to(META)
-    there = [to_device(micro, META) for micro in micros]
+    there = [to_device(micro_batch, META) for micro_batch in micro_batches]
     with pytest.MonkeyPatch.context() as patch, NoWaitingCopies():
         patch.setattr(packed_attention, "_by_sequence", packed_attention._varlen)  # as on a GPU
         patch.setattr(torch, "Generator", lambda device: torch.default_generator)
         # These read values, once a step: after the last micro-batch, and between two passes.
-        patch.setattr(TermAccumulator, "facts", lambda self: {})
-        patch.setattr(GatheredTerms, "check_repeated", lambda *_: None)
+        patch.setattr(TermAccumulator, "totals", lambda self: {})
+        patch.setattr(GatheredTerms, "check_repeated", lambda *_, **__: None)
         patch.setattr(two_pass, "_check_value", lambda name, value: None)
         _, _, gradients = accumulate(
-            model, prepare_for_step(model), there, loss, counts=counts, normalize="token"
+            model,
+            prepare_for_step(model),
+            micro_batches=there,
+            loss_fn=loss,
+            counts=counts,
+            normalize="token",
         )
     assert gradients
     assert all(gradient.is_meta for gradient in gradients.values())
@@ -82,8 +87,8 @@ def run_there(
 def test_packs(name: str, weighted: bool) -> None:
     model = build(name, torch.float32)
     assert cut_last_layer(model, "none")
-    micros = cut(model, ragged(12, weighted=weighted, by_token=weighted), [5], "none")
-    run_there(model, micros, samestep.CausalLMLoss(z_loss=1e-3, label_smoothing=0.1))
+    micro_batches = cut(model, ragged(12, weighted=weighted, by_token=weighted), [5], "none")
+    run_there(model, micro_batches, samestep.CausalLMLoss(z_loss=1e-3, label_smoothing=0.1))
 
 
 PACKED = [case for case in CASES if not case.endswith(("bert", "t5", *FAMILIES))]
@@ -98,24 +103,24 @@ def test_objectives(tmp_path: Path, case: str) -> None:
     config: TrainConfig = configured(tmp_path, case, eval_data=None, **adapters)
     run = set_up(config)
     plan = next(plans_of(run.train, config))
-    micros = list(run.micro_batches.of_this_rank(plan.examples, 0))
+    micro_batches = list(run.micro_batches.of_this_rank(plan.examples, 0))
     teachers = [own for own in vars(run.objective.loss_fn).values() if isinstance(own, nn.Module)]
     loss = keyed(run.objective.loss_fn, seed=0, step=0)
-    run_there(run.model, micros, loss, counters=run.objective.counters, frozen=teachers)
+    run_there(run.model, micro_batches, loss, counters=run.objective.counters, frozen=teachers)
 
 
 @pytest.mark.parametrize("wrong", ["collated by others", "a value read"])
 def test_waits_are_caught(wrong: str) -> None:
     model = build("llama", torch.float32)
-    micros, loss = cut(model, ragged(12), [5], "none"), samestep.CausalLMLoss()
+    micro_batches, loss = cut(model, ragged(12), [5], "none"), samestep.CausalLMLoss()
 
-    def reading(model: nn.Module, micro: Mapping[str, Any]) -> Any:
-        terms = loss(model, micro)
+    def reading(model: nn.Module, micro_batch: Mapping[str, Any]) -> Any:
+        terms = loss(model, micro_batch)
         assert terms["nll"].total.item() >= 0
         return terms
 
     if wrong == "collated by others":
-        for micro in micros:
-            del micro["target_positions"]
+        for micro_batch in micro_batches:
+            del micro_batch["target_positions"]
     with pytest.raises(RuntimeError, match="meta"):
-        run_there(model, micros, reading if wrong == "a value read" else loss)
+        run_there(model, micro_batches, reading if wrong == "a value read" else loss)

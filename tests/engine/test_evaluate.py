@@ -16,8 +16,8 @@ class Half(nn.Module):
         self.dropout = nn.Dropout(0.5)
 
 
-def loss_fn(model: Half, micro: dict[str, Tensor]) -> dict[str, Term]:
-    targets = micro["labels"][:, 1:]
+def loss_fn(model: Half, micro_batch: dict[str, Tensor]) -> dict[str, Term]:
+    targets = micro_batch["labels"][:, 1:]
     chosen = targets[targets != -100]
     return {
         "nll": Term(model.dropout(model.weight)[chosen].sum()),
@@ -28,7 +28,7 @@ def loss_fn(model: Half, micro: dict[str, Tensor]) -> dict[str, Term]:
 ROWS = [torch.arange(2 + n) for n in (0, 7, 1, 3, 0, 5)]
 
 
-def micros(size: int) -> list[dict[str, Tensor]]:
+def micro_batches(size: int) -> list[dict[str, Tensor]]:
     pad = nn.utils.rnn.pad_sequence
     return [
         {"labels": pad(ROWS[at : at + size], batch_first=True, padding_value=-100)}
@@ -38,7 +38,7 @@ def micros(size: int) -> list[dict[str, Tensor]]:
 
 @pytest.mark.parametrize("size", [1, 2, 4, 6])
 def test_the_batch_size_changes_nothing(size: int) -> None:
-    report = samestep.evaluate(Half(), iter(micros(size)), loss_fn)
+    report = samestep.evaluate(Half(), iter(micro_batches(size)), loss_fn)
     targets = torch.cat([row[1:] for row in ROWS])
     assert report.loss == pytest.approx(float(targets.double().mean()), rel=1e-7)
     assert report.terms["high"] == pytest.approx(float((targets > 4).double().mean()), rel=1e-12)
@@ -47,19 +47,19 @@ def test_the_batch_size_changes_nothing(size: int) -> None:
 
 
 def test_a_mean_of_batch_means_would_be_caught() -> None:
-    means = [samestep.evaluate(Half(), [one], loss_fn).loss for one in micros(2)]
-    whole = samestep.evaluate(Half(), micros(2), loss_fn).loss
+    means = [samestep.evaluate(Half(), [one], loss_fn).loss for one in micro_batches(2)]
+    whole = samestep.evaluate(Half(), micro_batches(2), loss_fn).loss
     assert abs(sum(means) / len(means) - whole) > 0.1
 
 
 def test_every_module_gets_its_own_mode_back_also_after_an_error() -> None:
     model = Half()
     model.dropout.eval()
-    samestep.evaluate(model, micros(2), loss_fn)
+    samestep.evaluate(model, micro_batches(2), loss_fn)
     assert model.training
     assert not model.dropout.training
     with pytest.raises(ZeroDivisionError):
-        samestep.evaluate(model, micros(2), lambda *_: 1 / 0)
+        samestep.evaluate(model, micro_batches(2), lambda *_: 1 / 0)
     assert model.training
     assert not model.dropout.training
 
@@ -71,5 +71,5 @@ def test_nothing_to_evaluate_is_an_error() -> None:
 
 def test_no_gradient_is_made() -> None:
     model = Half()
-    samestep.evaluate(model, micros(3), loss_fn)
+    samestep.evaluate(model, micro_batches(3), loss_fn)
     assert model.weight.grad is None

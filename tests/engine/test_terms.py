@@ -15,19 +15,19 @@ from samestep.errors import ConfigError, StepError
 I = -100  # noqa: E741
 
 
-def micro(*rows: list[int], **others: Any) -> dict[str, Any]:
+def micro_batch(*rows: list[int], **others: Any) -> dict[str, Any]:
     return {"labels": torch.tensor(rows), **others}
 
 
 def test_counts_are_after_the_shift() -> None:
-    found = count_units([micro([5, 6, I, 7], [I, I, I, I]), micro([5, 6, 7, 8])])
-    assert found == {"token": 5.0, "sequence": 2.0, "example": 2.0}
+    actual = count_units([micro_batch([5, 6, I, 7], [I, I, I, I]), micro_batch([5, 6, 7, 8])])
+    assert actual == {"token": 5.0, "sequence": 2.0, "example": 2.0}
 
 
 def test_an_example_of_weight_two_counts_twice() -> None:
-    heavy = micro([5, 6], [5, 6], example_weights=torch.tensor([2.0, 1.0]))
+    heavy = micro_batch([5, 6], [5, 6], example_weights=torch.tensor([2.0, 1.0]))
     assert count_units([heavy]) == {"token": 3.0, "sequence": 3.0, "example": 3.0}
-    assert count_units([micro([5, 6], [5, 6], [5, 6])]) == count_units([heavy])
+    assert count_units([micro_batch([5, 6], [5, 6], [5, 6])]) == count_units([heavy])
 
 
 def test_class_labels_count_examples() -> None:
@@ -37,8 +37,8 @@ def test_class_labels_count_examples() -> None:
 
 
 def test_counters_add_units_and_replace_default_ones() -> None:
-    found = count_units([micro([5, 6])] * 2, {"pair": lambda _: 3, "token": lambda _: 7})
-    assert found == {"token": 14.0, "sequence": 2.0, "example": 2.0, "pair": 6.0}
+    actual = count_units([micro_batch([5, 6])] * 2, {"pair": lambda _: 3, "token": lambda _: 7})
+    assert actual == {"token": 14.0, "sequence": 2.0, "example": 2.0, "pair": 6.0}
     assert count_units([object()], {"pair": lambda _: 3}) == {"pair": 3.0}
 
 
@@ -54,20 +54,20 @@ def test_a_count_is_finite_and_not_negative(value: float) -> None:
 )
 def test_counts_add_up_over_any_partition(lengths: list[int], cuts: list[int]) -> None:
     rows = [[row % 3 - 100 if at % 2 else 7 for at in range(n)] for row, n in enumerate(lengths)]
-    whole = count_units([micro(row) for row in rows])
-    micros, at, turn = [], 0, 0
+    whole = count_units([micro_batch(row) for row in rows])
+    micro_batches, at, turn = [], 0, 0
     while at < len(rows):
         part = rows[at : at + cuts[turn % len(cuts)]]
         width = max(map(len, part))
-        micros.append(micro(*[row + [I] * (width - len(row)) for row in part]))
+        micro_batches.append(micro_batch(*[row + [I] * (width - len(row)) for row in part]))
         at, turn = at + len(part), turn + 1
-    assert count_units(micros) == whole
+    assert count_units(micro_batches) == whole
 
 
 def test_a_unit_that_nobody_counted_is_named_with_its_term() -> None:
     with pytest.raises(StepError, match=r"'margin'.*'pair'.*counted: 'token'"):
-        divisor("margin", "pair", {"token": 3.0})
-    assert divisor("margin", constant(4), {}) == 4
+        divisor("margin", "pair", counts={"token": 3.0})
+    assert divisor("margin", constant(4), counts={}) == 4
 
 
 @pytest.mark.parametrize("value", [0, -1, math.inf, math.nan])
@@ -93,11 +93,11 @@ def test_terms_refuse_what_they_cannot_be(arguments: dict[str, Any], message: st
 @pytest.mark.parametrize("loss", [torch.ones(()), {}, {"a": torch.ones(())}, None])
 def test_a_loss_without_units_is_refused(loss: Any) -> None:
     with pytest.raises(StepError, match="Term"):
-        reduce_terms(loss, micro([5, 6]), normalize="token")
+        reduce_terms(loss, micro_batch([5, 6]), normalize="token")
 
 
 def test_totals_by_sequence_take_weights_and_normalisation() -> None:
-    batch = micro([5, 6, 7], [5, 6, I], example_weights=torch.tensor([2.0, 1.0]))
+    batch = micro_batch([5, 6, 7], [5, 6, I], example_weights=torch.tensor([2.0, 1.0]))
     loss = Term(torch.tensor([4.0, 3.0]))
     assert float(reduce_terms(loss, batch, normalize="token")["loss"].total) == 11
     by_sequence = reduce_terms(loss, batch, normalize="sequence")["loss"]
@@ -106,15 +106,15 @@ def test_totals_by_sequence_take_weights_and_normalisation() -> None:
 
 def test_totals_that_cannot_be_normalised_are_refused() -> None:
     with pytest.raises(StepError, match="total for each sequence"):
-        reduce_terms(Term(torch.ones(())), micro([5, 6]), normalize="sequence")
+        reduce_terms(Term(torch.ones(())), micro_batch([5, 6]), normalize="sequence")
     with pytest.raises(StepError, match="3 totals for 1 sequences"):
-        reduce_terms(Term(torch.ones(3)), micro([5, 6]), normalize="token")
+        reduce_terms(Term(torch.ones(3)), micro_batch([5, 6]), normalize="token")
     with pytest.raises(ConfigError, match="one weight a sequence"):
-        count_units([micro([5, 6], example_weights=torch.ones(2))])
+        count_units([micro_batch([5, 6], example_weights=torch.ones(2))])
 
 
 def test_target_weights_share_a_sequence_out() -> None:
-    batch = micro([5, 6, 7], [5, 6, I])
+    batch = micro_batch([5, 6, 7], [5, 6, I])
     assert samestep.target_weights(batch, "token").tolist() == [[1, 1, 0], [1, 0, 0]]
     assert samestep.target_weights(batch, "sequence").tolist() == [[0.5, 0.5, 0], [1, 0, 0]]
     with pytest.raises(ConfigError, match="normalize='pair'"):
@@ -123,14 +123,14 @@ def test_target_weights_share_a_sequence_out() -> None:
 
 def test_tokens_have_weights() -> None:
     weights = torch.tensor([[9.0, 0.5, 2.0], [9.0, 3.0, 9.0]])
-    batch = micro([5, 6, 7], [5, 6, I], token_weights=weights)
+    batch = micro_batch([5, 6, 7], [5, 6, I], token_weights=weights)
     assert samestep.target_weights(batch, "token").tolist() == [[0.5, 2, 0], [3, 0, 0]]
     assert samestep.target_weights(batch, "sequence").tolist() == [[0.2, 0.8, 0], [1, 0, 0]]
     assert count_units([batch])["token"] == 5.5
     with pytest.raises(StepError, match="the micro-batch weighs tokens"):
         reduce_terms(Term(torch.ones(2)), batch, normalize="token")
     with pytest.raises(ConfigError, match="token_weights has shape"):
-        count_units([micro([5, 6], token_weights=torch.ones(3))])
+        count_units([micro_batch([5, 6], token_weights=torch.ones(3))])
 
 
 def test_input_tokens_leave_padding_out() -> None:

@@ -35,8 +35,8 @@ def contrast(s: Tensor) -> Tensor:
     return (s @ s.t()).fill_diagonal_(-torch.inf).logsumexp(1).mean()
 
 
-def loss(net: nn.Module, micro: dict[str, Tensor]) -> dict[str, Term | Coupled]:
-    out = net(micro["x"])
+def loss(net: nn.Module, micro_batch: dict[str, Tensor]) -> dict[str, Term | Coupled]:
+    out = net(micro_batch["x"])
     count = out.new_tensor([len(out)])
     moments = torch.cat([count, out.sum(0), out.square().sum(0)])
     return {
@@ -47,7 +47,7 @@ def loss(net: nn.Module, micro: dict[str, Tensor]) -> dict[str, Term | Coupled]:
     }
 
 
-COUNTERS = {"row": lambda micro: len(micro["x"])}
+COUNTERS = {"row": lambda micro_batch: len(micro_batch["x"])}
 SPLITS = [[12], [1] * 12, [5, 0, 4, 3], [2] * 6]
 
 
@@ -62,8 +62,8 @@ def cut(x: Tensor, sizes: list[int]) -> list[dict[str, Tensor]]:
     return [{"x": part} for part in x.split(sizes)]
 
 
-def worst(net: nn.Module, wanted: list[Tensor]) -> float:
-    pairs = zip(net.parameters(), wanted, strict=True)
+def worst(net: nn.Module, expected: list[Tensor]) -> float:
+    pairs = zip(net.parameters(), expected, strict=True)
     return max(float((w.grad.double() - g.double()).norm() / g.double().norm()) for w, g in pairs)
 
 
@@ -73,29 +73,31 @@ def test_value_and_gradient_are_those_of_the_whole_batch(
     sizes: list[int], dtype: torch.dtype, bound: float
 ) -> None:
     net = model(dtype)
-    value, wanted = truth(model(), data())
-    found, terms = samestep.backward(net, cut(data(dtype), sizes), TwoPass(loss), counters=COUNTERS)
-    assert found == pytest.approx(value, rel=bound)
-    assert worst(net, wanted) < bound
+    value, expected = truth(model(), data())
+    actual, terms = samestep.backward(
+        net, cut(data(dtype), sizes), TwoPass(loss), counters=COUNTERS
+    )
+    assert actual == pytest.approx(value, rel=bound)
+    assert worst(net, expected) < bound
     assert terms["metric"] == pytest.approx(model()(data()).max().item(), rel=bound)
 
 
 def test_the_order_of_examples_changes_nothing() -> None:
     net = model()
-    _, wanted = truth(net, data())
-    micros = cut(data()[torch.randperm(N)], [7, 5])
-    samestep.backward(net, micros, TwoPass(loss), counters=COUNTERS)
-    assert worst(net, wanted) < 1e-12
+    _, expected = truth(net, data())
+    micro_batches = cut(data()[torch.randperm(N)], [7, 5])
+    samestep.backward(net, micro_batches, TwoPass(loss), counters=COUNTERS)
+    assert worst(net, expected) < 1e-12
 
 
 @pytest.mark.parametrize("kind", ["per micro-batch", "without the rest's slope"])
 def test_the_test_catches_wrong_ways(kind: str) -> None:
     net = model()
-    _, wanted = truth(net, data())
+    _, expected = truth(net, data())
 
-    def per_micro_batch(net: nn.Module, micro: dict[str, Tensor]) -> dict[str, Term]:
-        terms = loss(net, micro)
-        share = len(micro["x"]) / N
+    def per_micro_batch(net: nn.Module, micro_batch: dict[str, Tensor]) -> dict[str, Term]:
+        terms = loss(net, micro_batch)
+        share = len(micro_batch["x"]) / N
         return {
             name: Term(share * term.value(term.part), samestep.constant(1), term.weight)
             if isinstance(term, Coupled)
@@ -103,24 +105,27 @@ def test_the_test_catches_wrong_ways(kind: str) -> None:
             for name, term in terms.items()
         }
 
-    def detached_rest(net: nn.Module, micro: dict[str, Tensor]) -> Any:
+    def detached_rest(net: nn.Module, micro_batch: dict[str, Tensor]) -> Any:
         """Gathers the others' rows, but gives gradient only to its own as one side."""
-        out, others = net(micro["x"]), net(data()).detach()
+        out, others = net(micro_batch["x"]), net(data()).detach()
         scores = out @ others.t()
         scores = scores.masked_fill(torch.isclose(scores, out.square().sum(1)[:, None]), -torch.inf)
-        return {**per_micro_batch(net, micro), "contrast": Term(scores.logsumexp(1).sum(), "row")}
+        return {
+            **per_micro_batch(net, micro_batch),
+            "contrast": Term(scores.logsumexp(1).sum(), "row"),
+        }
 
     wrong = per_micro_batch if kind == "per micro-batch" else detached_rest
     samestep.backward(net, cut(data(), [5, 4, 3]), wrong, counters=COUNTERS)
-    assert worst(net, wanted) > 1e-3
+    assert worst(net, expected) > 1e-3
 
 
 def test_evaluation_takes_one_pass_and_needs_no_declaration() -> None:
     net, calls = model(), []
 
-    def counted(net: nn.Module, micro: dict[str, Tensor]) -> Any:
-        calls.append(len(micro["x"]))
-        return loss(net, micro)
+    def counted(net: nn.Module, micro_batch: dict[str, Tensor]) -> Any:
+        calls.append(len(micro_batch["x"]))
+        return loss(net, micro_batch)
 
     value, _ = truth(net, data())
     for sizes in ([12], [5, 4, 3]):
@@ -132,8 +137,8 @@ def test_evaluation_takes_one_pass_and_needs_no_declaration() -> None:
 def test_a_loss_of_coupled_terms_alone_trains_and_evaluates() -> None:
     net = model()
 
-    def alone(net: nn.Module, micro: dict[str, Tensor]) -> Coupled:
-        return Coupled(net(micro["x"]), contrast, gather="rows")
+    def alone(net: nn.Module, micro_batch: dict[str, Tensor]) -> Coupled:
+        return Coupled(net(micro_batch["x"]), contrast, gather="rows")
 
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     reports = [samestep.step(net, optimizer, cut(data(), [5, 7]), TwoPass(alone)) for _ in range(3)]

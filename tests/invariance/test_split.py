@@ -60,7 +60,7 @@ def test_normalisations_and_terms(
     name: str, normalize: Any, terms: dict[str, float], weighted: bool
 ) -> None:
     model, examples = build(name), ragged(12, weighted=weighted)
-    loss, wanted = reference(model, examples, normalize=normalize, **terms)
+    loss, expected = reference(model, examples, normalize=normalize, **terms)
     unit = samestep.constant(normalize) if isinstance(normalize, float) else normalize
     loss_fn = samestep.CausalLMLoss(
         normalize=unit,
@@ -68,43 +68,43 @@ def test_normalisations_and_terms(
         z_loss=terms.get("z_loss", 0.0),
     )
     for sizes, padding in (([12], "none"), ([1], "right"), ([5, 2], "left")):
-        found, _ = samestep.backward(model, cut(model, examples, sizes, padding), loss_fn)
-        assert found == pytest.approx(loss, rel=1e-12)
-        assert worst(gradients(model), wanted) < 1e-12
+        actual, _ = samestep.backward(model, cut(model, examples, sizes, padding), loss_fn)
+        assert actual == pytest.approx(loss, rel=1e-12)
+        assert worst(gradients(model), expected) < 1e-12
 
 
 @pytest.mark.parametrize("normalize", ["token", "sequence", 50.0])
 def test_weights_of_tokens(normalize: Any) -> None:
     model, examples = build("llama"), ragged(12, weighted=True, by_token=True)
-    loss, wanted = reference(model, examples, normalize=normalize)
+    loss, expected = reference(model, examples, normalize=normalize)
     unit = samestep.constant(normalize) if isinstance(normalize, float) else normalize
     loss_fn = samestep.CausalLMLoss(normalize=unit)
     for sizes, padding in (([12], "none"), ([1], "right"), ([5, 2], "left")):
-        found, _ = samestep.backward(model, cut(model, examples, sizes, padding), loss_fn)
-        assert found == pytest.approx(loss, rel=1e-12)
-        assert worst(gradients(model), wanted) < 1e-12
+        actual, _ = samestep.backward(model, cut(model, examples, sizes, padding), loss_fn)
+        assert actual == pytest.approx(loss, rel=1e-12)
+        assert worst(gradients(model), expected) < 1e-12
     plain = [replace(one, token_weights=None) for one in examples]
     samestep.backward(model, cut(model, plain, [12], "none"), loss_fn)
-    assert worst(gradients(model), wanted) > 1e-2
+    assert worst(gradients(model), expected) > 1e-2
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_any_order_of_examples(name: str) -> None:
     model, examples = build(name), ragged(12)
-    _, wanted = reference(model, examples)
+    _, expected = reference(model, examples)
     turned = [examples[at] for at in torch.randperm(12).tolist()]
     samestep.backward(model, cut(model, turned, [3, 4], "none"), samestep.CausalLMLoss())
-    assert worst(gradients(model), wanted) < 1e-12
+    assert worst(gradients(model), expected) < 1e-12
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradient_checkpointing(name: str) -> None:
     model, examples = build(name), ragged(12)
-    _, wanted = reference(model, examples)
+    _, expected = reference(model, examples)
     model.activation_checkpointing_enable({"use_reentrant": False})
     for sizes, padding in (([5], "none"), ([1], "right")):
         samestep.backward(model, cut(model, examples, sizes, padding), samestep.CausalLMLoss())
-        assert worst(gradients(model), wanted) < 1e-12
+        assert worst(gradients(model), expected) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -125,29 +125,29 @@ def test_lora(name: str, targets: Any) -> None:
     )
     model = get_peft_model(build(name), config).double()
     examples = ragged(12)
-    _, wanted = reference(model, examples)
+    _, expected = reference(model, examples)
     for sizes, padding in (([12], "none"), ([1], "right"), ([5, 2], "left")):
         samestep.backward(model, cut(model, examples, sizes, padding), samestep.CausalLMLoss())
-        assert worst(gradients(model), wanted) < 1e-12
+        assert worst(gradients(model), expected) < 1e-12
 
 
 def three_steps(name: str, sizes: list[int], padding: Any, *, dtype: torch.dtype) -> dict[str, Any]:
     model = build(name, dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for start, end in ((0, 32), (32, 64), (64, 69)):  # the last window is short
-        micros = cut(model, ragged(69)[start:end], sizes, padding)
-        samestep.step(model, optimizer, micros, samestep.CausalLMLoss(), max_grad_norm=0.5)
+        micro_batches = cut(model, ragged(69)[start:end], sizes, padding)
+        samestep.step(model, optimizer, micro_batches, samestep.CausalLMLoss(), max_grad_norm=0.5)
     return {key: weight.detach().clone() for key, weight in model.named_parameters()}
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_after_three_steps(name: str, dtype: torch.dtype, bound: float) -> None:
-    wanted = three_steps(name, [32], "right", dtype=dtype)
+    expected = three_steps(name, [32], "right", dtype=dtype)
     for sizes, padding in (
         ([1], "none"), ([2], "right"), ([4], "left"), ([8], "none"), ([3, 1, 7], "left"),
     ):  # fmt: skip
-        assert worst(three_steps(name, sizes, padding, dtype=dtype), wanted) < bound
+        assert worst(three_steps(name, sizes, padding, dtype=dtype), expected) < bound
 
 
 def test_the_weights_test_catches_mean_of_means() -> None:
@@ -163,23 +163,23 @@ def test_the_weights_test_catches_mean_of_means() -> None:
             counters={"micro-batch": lambda _: 1},
             max_grad_norm=0.5,
         )
-    found = {key: weight.detach() for key, weight in model.named_parameters()}
-    assert worst(found, three_steps("llama", [32], "right", dtype=torch.float64)) > 1e-4
+    actual = {key: weight.detach() for key, weight in model.named_parameters()}
+    assert worst(actual, three_steps("llama", [32], "right", dtype=torch.float64)) > 1e-4
 
 
 def wrong_loss(kind: str) -> Any:
     loss = samestep.CausalLMLoss()
 
-    def mean_of_means(model: nn.Module, micro: Any) -> Term:
-        own = max(count_units([micro])["token"], 1)
-        return Term(loss(model, micro)["nll"].total / own, "micro-batch")
+    def mean_of_means(model: nn.Module, micro_batch: Any) -> Term:
+        own = max(count_units([micro_batch])["token"], 1)
+        return Term(loss(model, micro_batch)["nll"].total / own, "micro-batch")
 
-    def unscaled(model: nn.Module, micro: Any) -> Term:
-        own = max(count_units([micro])["token"], 1)
-        return Term(loss(model, micro)["nll"].total / own, samestep.constant(1))
+    def unscaled(model: nn.Module, micro_batch: Any) -> Term:
+        own = max(count_units([micro_batch])["token"], 1)
+        return Term(loss(model, micro_batch)["nll"].total / own, samestep.constant(1))
 
-    def unshifted(model: nn.Module, micro: Any) -> Term:
-        return Term(loss(model, micro)["nll"].total, "label")
+    def unshifted(model: nn.Module, micro_batch: Any) -> Term:
+        return Term(loss(model, micro_batch)["nll"].total, "label")
 
     return {"mean-of-means": mean_of_means, "unscaled": unscaled, "unshifted": unshifted}[kind]
 
@@ -188,28 +188,28 @@ def wrong_loss(kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["mean-of-means", "unscaled", "unshifted"])
 def test_the_test_catches_wrong_steps(name: str, kind: str) -> None:
     model, examples = build(name), ragged(12)
-    _, wanted = reference(model, examples)
-    micros = cut(model, examples, [3], "right")
+    _, expected = reference(model, examples)
+    micro_batches = cut(model, examples, [3], "right")
     counters = {
         "micro-batch": lambda _: 1,
-        "label": lambda micro: float((micro["labels"] != -100).sum()),
+        "label": lambda micro_batch: float((micro_batch["labels"] != -100).sum()),
     }
-    samestep.backward(model, micros, wrong_loss(kind), counters=counters)
+    samestep.backward(model, micro_batches, wrong_loss(kind), counters=counters)
     with pytest.raises(AssertionError):
-        assert worst(gradients(model), wanted) < 1e-2
+        assert worst(gradients(model), expected) < 1e-2
 
 
 def test_the_evaluation_batch_size_changes_nothing() -> None:
     model, examples = build("qwen2").float(), ragged(70)
     loss = samestep.CausalLMLoss()
-    found = [
+    actual = [
         samestep.evaluate(model, cut(model, examples, sizes, padding), loss)
         for sizes, padding in (([1], "right"), ([7], "right"), ([64], "left"), ([70], "none"))
     ]
-    for report in found[1:]:
-        assert report.loss == pytest.approx(found[0].loss, rel=1e-6)
-        assert report.terms["accuracy"] == pytest.approx(found[0].terms["accuracy"], rel=1e-6)
-        assert report.counts == found[0].counts
+    for report in actual[1:]:
+        assert report.loss == pytest.approx(actual[0].loss, rel=1e-6)
+        assert report.terms["accuracy"] == pytest.approx(actual[0].terms["accuracy"], rel=1e-6)
+        assert report.counts == actual[0].counts
     assert model.training
 
 
@@ -218,18 +218,18 @@ def test_low_precision_weights_add_up_in_float32() -> None:
     examples = ragged(32)
     truth = build("llama").bfloat16().double()
     low = copy.deepcopy(truth).bfloat16()
-    _, wanted = reference(truth, examples)
+    _, expected = reference(truth, examples)
 
     def error(sizes: list[int]) -> float:
         samestep.backward(low, cut(low, examples, sizes, "right"), samestep.CausalLMLoss())
-        return worst(gradients(low), wanted)
+        return worst(gradients(low), expected)
 
     def naive_error() -> float:
         low.zero_grad()
-        loss, micros = samestep.CausalLMLoss(), cut(low, examples, [1], "right")
-        for micro in micros:
-            (loss(low, micro)["nll"].total / count_units(micros)["token"]).backward()
-        return worst(gradients(low), wanted)
+        loss, micro_batches = samestep.CausalLMLoss(), cut(low, examples, [1], "right")
+        for micro_batch in micro_batches:
+            (loss(low, micro_batch)["nll"].total / count_units(micro_batches)["token"]).backward()
+        return worst(gradients(low), expected)
 
     whole, split, naive = error([32]), error([1]), naive_error()
     assert split < 1.5 * whole

@@ -9,43 +9,43 @@ import pytest
 import torch
 
 from samestep.kernels import gemm
-from samestep.kernels.gemm import add_product_, by_onednn, product
+from samestep.kernels.gemm import add_matmul_, matmul, uses_onednn
 
 
 def matrices(transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    one, other = torch.randn(131, 257), torch.randn(257, 67)
-    return (one.t().contiguous().t(), other.t().contiguous().t()) if transposed else (one, other)
+    a, b = torch.randn(131, 257), torch.randn(257, 67)
+    return (a.t().contiguous().t(), b.t().contiguous().t()) if transposed else (a, b)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_product_is_as_close_to_float64_as_pytorchs(onednn: bool, transposed: bool) -> None:
-    one, other = matrices(transposed)
-    assert by_onednn(one, other, multiplications=2**21) == onednn
+    a, b = matrices(transposed)
+    assert uses_onednn(a, b, multiplications=2**21) == onednn
     bias = torch.randn(67)
-    truth = torch.addmm(bias.double(), one.double(), other.double())
-    plain = (torch.addmm(bias, one, other) - truth).norm()
-    assert (product(one, other, bias=bias) - truth).norm() <= 2 * plain
-    assert (product(one, other) - (truth - bias)).norm() <= 2 * plain
+    truth = torch.addmm(bias.double(), a.double(), b.double())
+    plain = (torch.addmm(bias, a, b) - truth).norm()
+    assert (matmul(a, b, bias=bias) - truth).norm() <= 2 * plain
+    assert (matmul(a, b) - (truth - bias)).norm() <= 2 * plain
 
 
 @pytest.mark.usefixtures("onednn")
 def test_a_product_is_added_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "BLOCK_ELEMENTS", 67 * 50)
-    monkeypatch.setattr(gemm, "SMALLEST", 2**10)
-    one, other = matrices(False)
+    monkeypatch.setattr(gemm, "MIN_MULTIPLICATIONS", 2**10)
+    a, b = matrices(False)
     total = torch.ones(131, 67)
-    add_product_(total, one, other)
-    torch.testing.assert_close(total, 1 + one @ other, atol=1e-4, rtol=1e-5)
+    add_matmul_(total, a, b)
+    torch.testing.assert_close(total, 1 + a @ b, atol=1e-4, rtol=1e-5)
 
 
 def test_onednn_serves_float32_on_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "onednn_is_faster", lambda: True)
-    one, other = matrices(False)
-    assert not by_onednn(one.double(), other.double(), multiplications=2**21)
-    assert not by_onednn(one.bfloat16(), other.bfloat16(), multiplications=2**21)
-    assert not by_onednn(one, other, multiplications=2**19)  # its fixed cost would not pay
+    a, b = matrices(False)
+    assert not uses_onednn(a.double(), b.double(), multiplications=2**21)
+    assert not uses_onednn(a.bfloat16(), b.bfloat16(), multiplications=2**21)
+    assert not uses_onednn(a, b, multiplications=2**19)  # its fixed cost would not pay
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not by_onednn(one, other, multiplications=2**21)
+    assert not uses_onednn(a, b, multiplications=2**21)
 
 
 MANY_SHAPES = """
@@ -57,9 +57,9 @@ weight = torch.randn(768, 512)
 def some(first):
     for rows in range(first, first + 60):
         states, slope = torch.randn(rows, 512), torch.randn(rows, 768)
-        gemm.product(states, weight.t())
-        gemm.product(slope, weight)
-        gemm.product(slope.t(), states)
+        gemm.matmul(states, weight.t())
+        gemm.matmul(slope, weight)
+        gemm.matmul(slope.t(), states)
 def resident_pages():
     return int(open("/proc/self/statm").read().split()[1])
 some(200)
@@ -86,5 +86,5 @@ def test_products_of_ever_new_shapes_do_not_pile_up() -> None:
         )
         return int(done.stdout)
 
-    unbounded = pages_more(**dict.fromkeys(gemm.CACHES, "1024"))
+    unbounded = pages_more(**dict.fromkeys(gemm.CACHE_CAPACITIES, "1024"))
     assert 3 * pages_more() < unbounded > 20_000

@@ -18,7 +18,7 @@ def onednn_for_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("PyTorch was built without oneDNN")
     monkeypatch.setattr(gemm, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(gemm, "SMALLEST", 1)
+    monkeypatch.setattr(gemm, "MIN_MULTIPLICATIONS", 1)
 
 
 def truth(name: str) -> dict[str, Tensor]:
@@ -38,19 +38,19 @@ def test_gradients_are_as_close_to_float64_as_plain_ones(
 ) -> None:
     model = build(name, torch.float32)
     speed_up_linear(model)
-    found = worst(step_gradients(model), truth(name))
+    actual = worst(step_gradients(model), truth(name))
     monkeypatch.setattr(gemm, "onednn_is_faster", lambda: False)
     plain = worst(step_gradients(model), truth(name))
-    assert found <= max(2 * plain, 2e-6)
+    assert actual <= max(2 * plain, 2e-6)
 
 
 def test_a_wrong_product_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = linear.product
+    right = linear.matmul
 
-    def wrong(one: Tensor, other: Tensor, **options: Any) -> Tensor:
-        return right(one.bfloat16().float(), other, **options)
+    def wrong(a: Tensor, b: Tensor, **options: Any) -> Tensor:
+        return right(a.bfloat16().float(), b, **options)
 
-    monkeypatch.setattr(linear, "product", wrong)
+    monkeypatch.setattr(linear, "matmul", wrong)
     model = build("llama", torch.float32)
     speed_up_linear(model)
     assert worst(step_gradients(model), truth("llama")) > 1e-4
@@ -58,13 +58,13 @@ def test_a_wrong_product_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_frozen_weights_keep_no_states_and_get_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
-    right = linear.product
+    right = linear.matmul
 
-    def counted(one: Tensor, other: Tensor, **options: Any) -> Tensor:
-        calls.append((*one.shape, other.shape[1]))
-        return right(one, other, **options)
+    def counted(a: Tensor, b: Tensor, **options: Any) -> Tensor:
+        calls.append((*a.shape, b.shape[1]))
+        return right(a, b, **options)
 
-    monkeypatch.setattr(linear, "product", counted)
+    monkeypatch.setattr(linear, "matmul", counted)
     layer = nn.Linear(5, 7).requires_grad_(False)
     speed_up_linear(layer)
     states = torch.randn(2, 3, 5, requires_grad=True)

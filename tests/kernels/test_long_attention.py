@@ -31,14 +31,14 @@ def by_definition(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
 def test_values_and_gradients(
     heads: tuple[int, int], length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(long_attention, "BLOCK", 16)
+    monkeypatch.setattr(long_attention, "BLOCK_QUERIES", 16)
     inputs = (states(heads[0], length), states(heads[1], length), states(heads[1], length))
-    found, wanted = causal_attention(*inputs, 0.4), by_definition(*inputs, 0.4)
-    torch.testing.assert_close(found, wanted)
-    incoming = torch.randn_like(found)
+    actual, expected = causal_attention(*inputs, 0.4), by_definition(*inputs, 0.4)
+    torch.testing.assert_close(actual, expected)
+    incoming = torch.randn_like(actual)
     for one, other in zip(
-        torch.autograd.grad(found, inputs, incoming),
-        torch.autograd.grad(wanted, inputs, incoming),
+        torch.autograd.grad(actual, inputs, incoming),
+        torch.autograd.grad(expected, inputs, incoming),
         strict=True,
     ):
         torch.testing.assert_close(one, other)
@@ -48,7 +48,7 @@ def test_values_and_gradients(
 def test_float32_is_as_near_to_float64_as_pytorchs_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gemm, "SMALLEST", 1)
+    monkeypatch.setattr(gemm, "MIN_MULTIPLICATIONS", 1)
     inputs = [states(heads, 300, torch.float32) for heads in (6, 2, 2)]
     exact = [one.detach().double().requires_grad_() for one in inputs]
     incoming = torch.randn(1, 6, 300, 8)
@@ -78,7 +78,7 @@ class Count(TorchDispatchMode):
 
 @pytest.fixture
 def taken_from_five_tokens_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_attention, "gains", lambda query, _: query.shape[2] >= 5)
+    monkeypatch.setattr(packed_attention, "is_faster", lambda query, _: query.shape[2] >= 5)
 
 
 @pytest.mark.usefixtures("taken_from_five_tokens_on")
@@ -86,13 +86,13 @@ def taken_from_five_tokens_on(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_trains_by_it_and_selective_checkpointing_keeps_its_result(name: str) -> None:
     model, examples = build(name), ragged(12)
     plain_objective(model, examples).backward()
-    wanted = gradients(model)
+    expected = gradients(model)
     calls = {}
     for mode in ("none", "selective", "full"):
         checkpoint_activations(model, mode)  # type: ignore[arg-type]
         with Count() as count:
             samestep.backward(model, cut(model, examples, [5], "none"), samestep.CausalLMLoss())
-        assert worst(gradients(model), wanted) < 1e-12
+        assert worst(gradients(model), expected) < 1e-12
         calls[mode] = count.calls
     long = sum(len(example.input_ids) >= 5 for example in examples)
     assert calls["none"] == calls["selective"] == long * model.config.num_hidden_layers > 0
@@ -102,10 +102,10 @@ def test_a_model_trains_by_it_and_selective_checkpointing_keeps_its_result(name:
 def test_it_is_taken_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
-    long = torch.zeros(1, 1, long_attention.LONG, 64)
-    assert long_attention.gains(long, long)
-    assert not long_attention.gains(long[:, :, 1:], long[:, :, 1:])
-    assert not long_attention.gains(long, long[..., :1])
-    assert not long_attention.gains(long.double(), long.double())
+    long = torch.zeros(1, 1, long_attention.MIN_LENGTH, 64)
+    assert long_attention.is_faster(long, long)
+    assert not long_attention.is_faster(long[:, :, 1:], long[:, :, 1:])
+    assert not long_attention.is_faster(long, long[..., :1])
+    assert not long_attention.is_faster(long.double(), long.double())
     monkeypatch.setattr(gemm, "onednn_is_faster", lambda: False)
-    assert not long_attention.gains(long, long)
+    assert not long_attention.is_faster(long, long)

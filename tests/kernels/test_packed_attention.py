@@ -45,13 +45,13 @@ def plain(query: Tensor, key: Tensor, value: Tensor, *, window: int, causal: boo
 @pytest.mark.parametrize("window", [99, 7, 3, 1])
 def test_values_and_gradients(key_heads: int, window: int) -> None:
     query, key, value = states(4), states(key_heads), states(key_heads)
-    found = attend(query, key, value, sliding_window=None if window == 99 else window)
-    wanted = plain(query, key, value, window=window)
-    torch.testing.assert_close(found, wanted)
-    upstream = torch.randn_like(found)
+    actual = attend(query, key, value, sliding_window=None if window == 99 else window)
+    expected = plain(query, key, value, window=window)
+    torch.testing.assert_close(actual, expected)
+    upstream = torch.randn_like(actual)
     for one, other in zip(
-        torch.autograd.grad(found, (query, key, value), upstream),
-        torch.autograd.grad(wanted, (query, key, value), upstream),
+        torch.autograd.grad(actual, (query, key, value), upstream),
+        torch.autograd.grad(expected, (query, key, value), upstream),
         strict=True,
     ):
         torch.testing.assert_close(one, other)
@@ -59,8 +59,8 @@ def test_values_and_gradients(key_heads: int, window: int) -> None:
 
 def test_without_causality_a_sequence_sees_all_of_itself() -> None:
     query, key, value = states(2), states(2), states(2)
-    found = attend(query, key, value, is_causal=False)
-    torch.testing.assert_close(found, plain(query, key, value, window=99, causal=False))
+    actual = attend(query, key, value, is_causal=False)
+    torch.testing.assert_close(actual, plain(query, key, value, window=99, causal=False))
 
 
 def test_a_neighbour_is_never_seen() -> None:

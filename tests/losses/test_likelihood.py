@@ -32,15 +32,15 @@ def test_gradcheck_of_a_vector(chunk: int | None, softcap: float | None) -> None
 
 def test_values_are_pytorchs() -> None:
     hidden, weight, bias, targets, _ = inputs()
-    found = linear_likelihoods(hidden, weight, targets, bias=bias, chunk=4)
+    actual = linear_likelihoods(hidden, weight, targets, bias=bias, chunk=4)
     chosen = targets != -100
     logits = (hidden @ weight.t() + bias)[chosen]
     expected = functional.cross_entropy(logits, targets[chosen], reduction="none")
-    torch.testing.assert_close(found.nll, expected)
-    assert found.correct.tolist() == (logits.argmax(-1) == targets[chosen]).tolist()
+    torch.testing.assert_close(actual.nll, expected)
+    assert actual.correct.tolist() == (logits.argmax(-1) == targets[chosen]).tolist()
     entropy = torch.distributions.Categorical(logits=logits).entropy()
-    torch.testing.assert_close(found.entropy, entropy.detach())
-    assert not found.entropy.requires_grad
+    torch.testing.assert_close(actual.entropy, entropy.detach())
+    assert not actual.entropy.requires_grad
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -48,18 +48,18 @@ def test_the_other_forms_agree(softcap: float | None) -> None:
     hidden, weight, bias, targets, incoming = inputs()
     head = nn.Linear(H, V).double()
     head.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
-    wanted = linear_likelihoods(hidden, head.weight, targets, bias=head.bias, softcap=softcap)
+    expected = linear_likelihoods(hidden, head.weight, targets, bias=head.bias, softcap=softcap)
     logits = head(hidden)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    for found in (
+    for actual in (
         logits_likelihoods(logits, targets),
         module_likelihoods(head, hidden, targets, softcap=softcap, chunk=2),
     ):
-        for one, other in zip(found, wanted, strict=True):
+        for one, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(one, other)
         slopes = [
             torch.autograd.grad(one.nll @ incoming, (head.weight, hidden), retain_graph=True)
-            for one in (found, wanted)
+            for one in (actual, expected)
         ]
         torch.testing.assert_close(*slopes)
 
@@ -94,6 +94,6 @@ def test_the_logits_are_never_whole() -> None:
     hidden = torch.randn(200, 8, requires_grad=True)
     weight = torch.randn(500, 8, requires_grad=True)
     with Largest() as seen:
-        found = linear_likelihoods(hidden, weight, torch.arange(200), chunk=10)
-        (found.nll * torch.rand(200)).sum().backward()
+        actual = linear_likelihoods(hidden, weight, torch.arange(200), chunk=10)
+        (actual.nll * torch.rand(200)).sum().backward()
     assert seen.elements <= 10 * 500

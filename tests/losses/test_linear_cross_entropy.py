@@ -4,8 +4,8 @@ from largest import Largest
 from torch import Tensor, nn
 from torch.nn import functional
 
-from samestep.losses import linear_cross_entropy
 from samestep.losses.cross_entropy import logits_cross_entropy, module_cross_entropy
+from samestep.losses.linear_cross_entropy import linear_cross_entropy
 
 N, H, V = 9, 5, 11
 
@@ -57,16 +57,16 @@ def test_the_other_forms_agree() -> None:
     head = nn.Linear(H, V).double()
     head.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
     options = {"target_weights": factors, "label_smoothing": 0.1, "z_loss": 0.01}
-    wanted = linear_cross_entropy(hidden, head.weight, targets, bias=head.bias, **options)
-    for found in (
+    expected = linear_cross_entropy(hidden, head.weight, targets, bias=head.bias, **options)
+    for actual in (
         logits_cross_entropy(head(hidden), targets, **options),
         module_cross_entropy(head, hidden, targets, chunk=2, **options),
     ):
         for name in ("loss", "nll", "correct"):
-            torch.testing.assert_close(getattr(found, name), getattr(wanted, name))
-        one = torch.autograd.grad(found.loss, head.weight)[0]
+            torch.testing.assert_close(getattr(actual, name), getattr(expected, name))
+        one = torch.autograd.grad(actual.loss, head.weight)[0]
         torch.testing.assert_close(
-            one, torch.autograd.grad(wanted.loss, head.weight, retain_graph=True)[0]
+            one, torch.autograd.grad(expected.loss, head.weight, retain_graph=True)[0]
         )
 
 

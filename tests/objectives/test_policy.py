@@ -11,11 +11,11 @@ import samestep
 from objectives import check_all_splits, check_wrong_is_caught, log_probs, ragged_records
 from samestep.data.records import Records
 from samestep.engine.terms import Objective
-from samestep.losses.policy import Clip
+from samestep.losses.policy import ClipRange
 from samestep.objectives.completions import Reference
 from samestep.objectives.policy import DFT, PolicyGradient
 
-N, CLIP, KL = 8, Clip(0.2, 0.28), 0.05
+N, CLIP, KL = 8, ClipRange(0.2, 0.28), 0.05
 
 
 def rollouts(model: Any, *, old: bool, weighted: bool = False) -> Records:

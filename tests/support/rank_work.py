@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import samestep
 from samestep.data.examples import Example
 from samestep.engine import collectives
+from samestep.engine.counts import count_units
 from samestep.engine.parallel import Idle
 from samestep.engine.targets import IGNORE
 
@@ -83,7 +84,7 @@ def rank_local_gradient(mode: str, deal: str) -> tuple[float, dict[str, torch.Te
     mine = share(ragged(22, weighted=True), mode, deal)
     micros = cut(inner(model), mine, [len(mine)], "none")
     totals = samestep.CausalLMLoss()(model if mode == "fsdp2" else inner(model), micros[0])
-    own = totals["nll"].total / samestep.terms.count(micros)["token"]
+    own = totals["nll"].total / count_units(micros)["token"]
     own.backward()
     found = whole(gradients(model))
     if mode == "ddp":

@@ -13,7 +13,7 @@ import samestep
 from samestep import Coupled, StepError, TwoPass
 from samestep.errors import ConfigError
 from samestep.kernels import packed_attention
-from samestep.losses.router import probabilities
+from samestep.losses.router import routing_probabilities
 from samestep.models import last_layer
 from samestep.models.lm_head import UpToHead
 from samestep.models.probes import choose_padding, cut_last_layer
@@ -150,10 +150,10 @@ def test_the_routers_rule(dtype: torch.dtype) -> None:
     choices = logits.topk(2).indices
     for taken in (perturb(logits, draw), logits.float()):  # rounded on the way, or not in its type
         scores = taken.softmax(-1).gather(1, choices).to(dtype)
-        found = probabilities(logits, scores, choices)
+        found = routing_probabilities(logits, scores, choices)
         assert found is not None
         torch.testing.assert_close(found, logits.to(found.dtype).softmax(-1))
-        assert probabilities(logits, scores.square(), choices) is None
+        assert routing_probabilities(logits, scores.square(), choices) is None
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

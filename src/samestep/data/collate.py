@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from samestep.data.examples import Example
-from samestep.engine.targets import IGNORE, spans, target_positions
+from samestep.engine.targets import IGNORE, sequence_spans, target_positions
 
 Padding = Literal["none", "right", "left"]
 
@@ -31,11 +31,11 @@ def collate(
         ``example_ids`` [sequences] int64 (their rows in the source), and ``example_weights``
         [sequences] float64 if any weight is not 1, and ``token_weights`` [rows, length] float64
         if any example has them. Known without asking a device, for what loses time there:
-        ``spans`` (`samestep.engine.targets.spans`) and ``target_positions``
+        ``spans`` (`samestep.engine.targets.sequence_spans`) and ``target_positions``
         (`samestep.engine.targets.target_positions`); ``example_ids`` stays on the CPU too.
     """
     batch = _pack(examples) if padding == "none" else _pad(examples, padding, pad_id)
-    batch["spans"] = spans(batch)
+    batch["spans"] = sequence_spans(batch)
     batch["example_ids"] = torch.tensor([example.row for example in examples])
     if any(example.weight != 1 for example in examples):
         weights = [example.weight for example in examples]
@@ -48,7 +48,7 @@ def collate(
 
 def _token_weights(examples: Sequence[Example], batch: dict[str, Any]) -> Tensor:
     laid_out = torch.zeros(batch["labels"].shape, dtype=torch.float64)
-    for example, (row, span) in zip(examples, spans(batch), strict=True):
+    for example, (row, span) in zip(examples, sequence_spans(batch), strict=True):
         given = example.token_weights
         laid_out[row, span] = 1.0 if given is None else given.double()
     return laid_out

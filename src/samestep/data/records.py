@@ -12,7 +12,7 @@ from torch import Tensor
 
 from samestep.data.collate import Padding, collate
 from samestep.data.examples import Example, Examples
-from samestep.engine.targets import IGNORE, spans
+from samestep.engine.targets import IGNORE, sequence_spans
 
 MODEL_INPUTS = ("token_type_ids",)
 """Token fields that are inputs of the model."""
@@ -167,6 +167,6 @@ def _laid_out(parts: Sequence[Tensor], micro: Mapping[str, Any]) -> Tensor:
     """Values of tokens in the layout of the micro-batch; ``IGNORE`` or 0 in padding."""
     fill = 0 if parts[0].is_floating_point() else IGNORE
     out = parts[0].new_full((*micro["input_ids"].shape, *parts[0].shape[1:]), fill)
-    for part, (row, span) in zip(parts, spans(micro), strict=True):
+    for part, (row, span) in zip(parts, sequence_spans(micro), strict=True):
         out[row, span] = part
     return out

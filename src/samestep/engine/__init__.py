@@ -1,1 +1,1 @@
-"""The step: terms, units, counts, gradients, ranks, one update. It knows no trainer and no data."""
+"""The optimizer step: counts, terms, gradients and ranks. README.md names the stages and files."""

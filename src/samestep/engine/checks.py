@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from samestep.engine.gradients import LOW_PRECISION, is_finite
+from samestep.engine.gradients import LOW_PRECISION_DTYPES, is_finite
 from samestep.engine.parallel import is_sharded
 from samestep.errors import ConfigError, NotFiniteError
 
@@ -14,35 +14,44 @@ from samestep.errors import ConfigError, NotFiniteError
 def check_optimizer_params(model: nn.Module, optimizer: Optimizer) -> None:
     """Refuse an optimizer over weights that are not the model's.
 
+    Args:
+        model: The model that the step differentiates.
+        optimizer: The optimizer that the step updates it with.
+
     Raises:
         ConfigError: There are such weights.
     """
-    own = set(model.parameters())
-    strangers = [
+    parameters = set(model.parameters())
+    foreign = [
         tuple(weight.shape)
         for group in optimizer.param_groups
         for weight in group["params"]
-        if weight not in own
+        if weight not in parameters
     ]
-    if strangers:
+    if foreign:
         raise ConfigError(
-            f"the optimizer updates {len(strangers)} weights that are not the model's (shapes "
-            f"{strangers[:3]}): the step could neither clear nor clip their gradients. Register "
+            f"the optimizer updates {len(foreign)} weights that are not the model's (shapes "
+            f"{foreign[:3]}): the step could neither clear nor clip their gradients. Register "
             "them on the model, or build the optimizer from model.parameters(), after fully_shard"
         )
 
 
 def check_scaler(
-    model: nn.Module, parameters: Sequence[nn.Parameter], scaler: GradScaler | None
+    model: nn.Module, parameters: Sequence[nn.Parameter], *, scaler: GradScaler | None
 ) -> None:
     """Refuse a gradient scaler where it cannot work.
+
+    Args:
+        model: The model.
+        parameters: Its weights that train.
+        scaler: The scaler, or None.
 
     Raises:
         ConfigError: The weights are of low precision, or lie in shards.
     """
     if scaler is None:
         return
-    if any(parameter.dtype in LOW_PRECISION for parameter in parameters):
+    if any(parameter.dtype in LOW_PRECISION_DTYPES for parameter in parameters):
         raise ConfigError(
             "a gradient scaler serves float16 autocast over float32 weights; these weights are of "
             "low precision themselves. Load the model in float32, or leave the scaler out"
@@ -57,7 +66,15 @@ def check_scaler(
 def nonfinite_gradient_error(
     model: nn.Module, gradients: Mapping[nn.Parameter, Tensor]
 ) -> NotFiniteError:
-    """Clear the gradients, and name the weights whose gradient is not finite."""
+    """Clear the gradients, and name the weights whose gradient is not finite.
+
+    Args:
+        model: The model; its ``.grad`` are cleared.
+        gradients: The gradients of the step, of which one at least is not finite.
+
+    Returns:
+        The error to raise.
+    """
     names = [
         name
         for name, parameter in model.named_parameters()

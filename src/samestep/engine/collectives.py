@@ -1,11 +1,11 @@
-"""What samestep knows of other ranks: the sums, gathers and agreements that a step needs.
+"""Collectives over the ranks: the sums, gathers and joint failures that a step needs.
 
 With no process group, or one rank, everything here is the identity and costs nothing.
 
-Small facts (counts, totals, errors) travel as JSON in one all-gather of a fixed number of bytes and
-are added up by every rank in the same order: the result is the same on all of them, names need no
-agreement beforehand (a rank that holds no example does not know which units the others count), and
-nothing is unpickled.
+Small objects (counts, totals, errors) travel as JSON in one all-gather of a fixed number of bytes
+and are added up by every rank in the same order: the result is the same on all of them, names need
+no agreement beforehand (a rank that holds no example does not know which units the others count),
+and nothing is unpickled.
 """
 
 import json
@@ -19,13 +19,13 @@ from torch import distributed as dist
 from samestep import errors
 from samestep.errors import SamestepError, StepError
 
-ENVELOPE = 1024
-"""Bytes that each rank sends in the one collective of `all_gather_object`; longer ones take two."""
+ENVELOPE_BYTES = 1024
+"""Bytes that each rank sends in the collective of `all_gather_object`; longer objects take two."""
 
 Result = TypeVar("Result")
 """Something that JSON holds."""
 
-Anything = TypeVar("Anything")
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -39,26 +39,29 @@ def rank() -> int:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """What each rank gave, in the order of the ranks, on every rank.
+    """Share a small object of every rank with every rank.
 
     Args:
         value: Anything small that JSON holds; floats arrive to the last bit.
+
+    Returns:
+        The objects in the order of the ranks, the same on every rank.
     """
     if world_size() == 1:
         return [value]
     message = json.dumps(value).encode()
-    sizes_and_heads = _gather_bytes(len(message).to_bytes(8, "little") + message, ENVELOPE)
-    sizes = [int.from_bytes(part[:8], "little") for part in sizes_and_heads]
+    envelopes = _gather_bytes(len(message).to_bytes(8, "little") + message, ENVELOPE_BYTES)
+    sizes = [int.from_bytes(envelope[:8], "little") for envelope in envelopes]
     longest = max(sizes)
-    if longest > ENVELOPE - 8:
+    if longest > ENVELOPE_BYTES - 8:
         bodies = _gather_bytes(message, longest)
     else:
-        bodies = [part[8:] for part in sizes_and_heads]
+        bodies = [envelope[8:] for envelope in envelopes]
     return [json.loads(body[:size]) for body, size in zip(bodies, sizes, strict=True)]
 
 
 def gather_results(work: Callable[[], Result]) -> list[Result]:
-    """Do something on every rank, and share the results; fail on all ranks if it fails on one.
+    """Run a function on every rank, and share the results; fail on all ranks if it fails on one.
 
     Without this, a rank that fails would leave the others waiting in their next collective.
 
@@ -69,34 +72,35 @@ def gather_results(work: Callable[[], Result]) -> list[Result]:
         The results in the order of the ranks, on every rank.
 
     Raises:
-        Exception: What the first rank that failed has raised. On the other ranks it is of the same
+        Exception: The error of the first rank that failed. On the other ranks it is of the same
             class if that is one of samestep's own errors, else a `StepError`; it names that rank.
     """
     if world_size() == 1:
         return [work()]
-    own: Exception | None = None
+    local_error: Exception | None = None
     try:
         outcome: dict[str, Any] = {"result": work()}
     except Exception as error:
-        own, outcome = error, {"error": type(error).__name__, "message": str(error)}
+        local_error, outcome = error, {"error": type(error).__name__, "message": str(error)}
     outcomes = all_gather_object(outcome)
-    failed = [number for number, found in enumerate(outcomes) if "error" in found]
-    if failed and failed[0] == rank() and own is not None:
-        raise own
+    failed = [number for number, outcome in enumerate(outcomes) if "error" in outcome]
+    if failed and failed[0] == rank() and local_error is not None:
+        raise local_error
     if failed:
-        raise _of_another_rank(failed[0], **outcomes[failed[0]])
-    return [found["result"] for found in outcomes]
+        raise _remote_error(failed[0], **outcomes[failed[0]])
+    return [outcome["result"] for outcome in outcomes]
 
 
-def _of_another_rank(number: int, *, error: str, message: str) -> SamestepError:
-    kind = getattr(errors, error, None)
-    if isinstance(kind, type) and issubclass(kind, SamestepError):
-        return kind(f"rank {number}: {message}")
+def _remote_error(number: int, *, error: str, message: str) -> SamestepError:
+    """The error of another rank, from the name of its class and its message."""
+    error_class = getattr(errors, error, None)
+    if isinstance(error_class, type) and issubclass(error_class, SamestepError):
+        return error_class(f"rank {number}: {message}")
     return StepError(f"rank {number}: {error}: {message}")
 
 
-def run_or_fail_together(work: Callable[[], Anything]) -> Anything:
-    """Do something on every rank; fail on all of them if it fails on one.
+def run_or_fail_together(work: Callable[[], T]) -> T:
+    """Run a function on every rank; fail on all of them if it fails on one.
 
     Args:
         work: Anything that uses no other collective.
@@ -107,13 +111,13 @@ def run_or_fail_together(work: Callable[[], Anything]) -> Anything:
     Raises:
         Exception: As for `gather_results`.
     """
-    results: list[Anything] = []
+    results: list[T] = []
     gather_results(lambda: results.append(work()))
     return results[0]
 
 
 def on_rank_0(work: Callable[[], None]) -> None:
-    """Do something on rank 0 alone, while the others wait; fail on all if it fails.
+    """Run a function on rank 0 alone, while the others wait; fail on all if it fails.
 
     Args:
         work: Anything that uses no other collective.
@@ -130,10 +134,14 @@ def any_rank(flag: bool) -> bool:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over the ranks, in its own dtype; ranks must agree on the shape.
+    """The sum of a tensor over the ranks.
 
     Args:
-        tensor: Any shape; not changed, and no gradient flows through the sum.
+        tensor: Of the same shape and dtype on every rank; not changed, and no gradient flows
+            through the sum.
+
+    Returns:
+        Of the same shape and dtype, the same on every rank.
     """
     if world_size() == 1:
         return tensor
@@ -154,17 +162,24 @@ def gather_rows(rows: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return rows
-    numbers = all_gather_object(len(rows))
-    padded = rows.new_zeros((max(numbers), *rows.shape[1:]))
+    num_rows = all_gather_object(len(rows))
+    padded = rows.new_zeros((max(num_rows), *rows.shape[1:]))
     padded[: len(rows)] = rows.detach()
-    parts = [torch.empty_like(padded) for _ in numbers]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])
+    gathered = [torch.empty_like(padded) for _ in num_rows]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:number] for part, number in zip(gathered, num_rows, strict=True)])
 
 
-def row_offset(number: int) -> int:
-    """How many rows lower ranks hold together, if this one holds ``number``."""
-    return sum(all_gather_object(number)[: rank()])
+def row_offset(num_rows: int) -> int:
+    """Where this rank's rows start in `gather_rows`.
+
+    Args:
+        num_rows: How many rows this rank holds.
+
+    Returns:
+        How many rows all lower ranks hold together.
+    """
+    return sum(all_gather_object(num_rows)[: rank()])
 
 
 def _is_distributed() -> bool:
@@ -174,11 +189,11 @@ def _is_distributed() -> bool:
 def _gather_bytes(message: bytes, size: int) -> list[bytes]:
     """The first ``size`` bytes of every rank's message, filled up with zeros."""
     device = _control_device()
-    own = torch.frombuffer(bytearray(message[:size].ljust(size, b"\0")), dtype=torch.uint8)
-    own = own.to(device)
-    parts = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(parts, own)
-    return [part.cpu().numpy().tobytes() for part in parts]
+    buffer = torch.frombuffer(bytearray(message[:size].ljust(size, b"\0")), dtype=torch.uint8)
+    buffer = buffer.to(device)
+    gathered = [torch.empty_like(buffer) for _ in range(world_size())]
+    dist.all_gather(gathered, buffer)
+    return [part.cpu().numpy().tobytes() for part in gathered]
 
 
 def _control_device() -> torch.device:

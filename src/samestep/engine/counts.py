@@ -1,4 +1,4 @@
-"""TODO: samestep.engine.counts."""
+"""Counts the units of a batch, from its data alone: the denominators of the objective."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from samestep.engine.targets import (
     IGNORE,
-    check_known,
-    number_of_sequences,
+    check_collated_positions,
+    num_sequences,
     sequence_ids,
     shifted_weights,
 )
@@ -18,12 +18,12 @@ from samestep.engine.terms import Constant, Counter, Counts, MicroBatch, Unit
 from samestep.errors import ConfigError, StepError
 
 
-def sequence_targets(micro: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Targets and weight of each sequence of a micro-batch.
+def targets_per_sequence(micro_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The number of targets and the weight of each sequence of a micro-batch.
 
     Args:
-        micro: As for `samestep.engine.targets.shifted_weights`; optionally ``example_weights``
-            [sequences].
+        micro_batch: As for `samestep.engine.targets.shifted_weights`; optionally
+            ``example_weights`` [sequences].
 
     Returns:
         The number of targets [sequences], each counted by its token weight, and the weights
@@ -32,11 +32,13 @@ def sequence_targets(micro: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     Raises:
         ConfigError: ``example_weights`` has another length than the sequences.
     """
-    ids = sequence_ids(micro)
-    is_target = shifted_weights(micro)
-    sequences = number_of_sequences(micro)
-    targets = is_target.new_zeros(sequences).index_add_(0, ids.flatten(), is_target.flatten())
-    weights = micro.get("example_weights")
+    ids = sequence_ids(micro_batch)
+    target_counts = shifted_weights(micro_batch)
+    sequences = num_sequences(micro_batch)
+    targets = target_counts.new_zeros(sequences).index_add_(
+        0, ids.flatten(), target_counts.flatten()
+    )
+    weights = micro_batch.get("example_weights")
     if weights is None:
         return targets, torch.ones_like(targets)
     if weights.shape != targets.shape:
@@ -47,7 +49,20 @@ def sequence_targets(micro: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return targets, weights.to(targets)
 
 
-def target_weights(micro: Mapping[str, Any], normalize: Unit) -> Tensor:
+def weights_per_target(targets: Tensor, weights: Tensor) -> Tensor:
+    """What each target of a sequence weighs where every sequence is to weigh the same.
+
+    Args:
+        targets: The number of targets of each sequence [sequences].
+        weights: The weight of each sequence [sequences].
+
+    Returns:
+        [sequences]: the weight shared out among the sequence's targets.
+    """
+    return weights / targets.where(targets > 0, 1)
+
+
+def target_weights(micro_batch: Mapping[str, Any], normalize: Unit) -> Tensor:
     """The weight of each target in a sum whose unit is ``normalize``.
 
     An example of weight 2 counts as if it stood twice in the batch. By "token" or
@@ -55,7 +70,9 @@ def target_weights(micro: Mapping[str, Any], normalize: Unit) -> Tensor:
     example's is shared out among the targets of the sequence by their tokens'.
 
     Args:
-        micro: As for `sequence_targets`.
+        micro_batch: A mapping with ``labels`` [rows, length] (label i is token i itself);
+            optionally ``position_ids``, ``attention_mask`` and ``token_weights`` [rows, length],
+            and ``example_weights`` [sequences].
         normalize: "token", "sequence" or `constant`.
 
     Returns:
@@ -63,25 +80,35 @@ def target_weights(micro: Mapping[str, Any], normalize: Unit) -> Tensor:
 
     Raises:
         ConfigError: Another unit.
+
+    Example:
+        Position i predicts token i + 1, so a row of n labels has at most n - 1 targets:
+
+        >>> import torch, samestep
+        >>> batch = {"labels": torch.tensor([[5, 6, 7], [5, 6, -100]])}
+        >>> samestep.target_weights(batch, "token").tolist()
+        [[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+        >>> samestep.target_weights(batch, "sequence").tolist()
+        [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]
     """
-    targets, weights = sequence_targets(micro)
+    targets, weights = targets_per_sequence(micro_batch)
     if normalize == "sequence":
-        weights = weights / targets.where(targets > 0, 1)
+        weights = weights_per_target(targets, weights)
     elif normalize != "token" and not isinstance(normalize, Constant):
         raise ConfigError(
             f"normalize={normalize!r}: targets can be normalised by 'token', 'sequence' or "
             "constant(k)"
         )
-    return weights[sequence_ids(micro)] * shifted_weights(micro)
+    return weights[sequence_ids(micro_batch)] * shifted_weights(micro_batch)
 
 
-def count_labels(micro: Mapping[str, Any]) -> Counts:
-    """The counts that a mapping with ``labels`` gives by itself.
+def count_labels(micro_batch: Mapping[str, Any]) -> Counts:
+    """The units that a mapping with ``labels`` holds, without any counter.
 
     An example of weight w counts w times, in every unit.
 
     Args:
-        micro: With labels [rows, length], as for `sequence_targets`: counts "token"
+        micro_batch: With labels [rows, length], as for `targets_per_sequence`: counts "token"
             (targets after the shift), and "sequence" and "example" (sequences with at least
             one target). With labels [rows] (classes or values): counts "example", the rows
             whose label is not ``IGNORE``.
@@ -90,21 +117,17 @@ def count_labels(micro: Mapping[str, Any]) -> Counts:
         The counts by unit.
 
     Raises:
-        StepError: What the micro-batch says of its layout does not fit its labels.
+        StepError: ``target_positions`` or ``spans`` do not fit the labels.
     """
-    labels: Tensor = micro["labels"]
+    labels: Tensor = micro_batch["labels"]
     if labels.dim() == 1:
-        weights = micro.get("example_weights", torch.ones_like(labels, dtype=torch.float64))
+        weights = micro_batch.get("example_weights", torch.ones_like(labels, dtype=torch.float64))
         return {"example": float((weights * (labels != IGNORE)).double().sum())}
-    check_known(micro)
-    targets, weights = sequence_targets(micro)
+    check_collated_positions(micro_batch)
+    targets, weights = targets_per_sequence(micro_batch)
     sums = torch.stack([(targets * weights).sum(), (weights * (targets > 0)).sum()])
-    tokens, sequences = sums.tolist()  # read back at once
-    return {
-        "token": tokens,
-        "sequence": sequences,
-        "example": sequences,
-    }
+    tokens, sequences = sums.tolist()  # both in one read: a GPU is waited for once
+    return {"token": tokens, "sequence": sequences, "example": sequences}
 
 
 def count_units(
@@ -125,32 +148,47 @@ def count_units(
             `count_labels`.
     """
     counters = counters or {}
-    counts: Counts = dict.fromkeys(counters, 0.0)
-    for index, micro in enumerate(micro_batches):
-        found = count_labels(micro) if isinstance(micro, Mapping) and "labels" in micro else {}
-        found.update({unit: float(counter(micro)) for unit, counter in counters.items()})
-        for unit, number in found.items():
-            if not (math.isfinite(number) and number >= 0):
+    totals: Counts = dict.fromkeys(counters, 0.0)
+    for index, micro_batch in enumerate(micro_batches):
+        has_labels = isinstance(micro_batch, Mapping) and "labels" in micro_batch
+        counts = count_labels(micro_batch) if has_labels else {}
+        counts.update({unit: float(counter(micro_batch)) for unit, counter in counters.items()})
+        for unit, count in counts.items():
+            if not (math.isfinite(count) and count >= 0):
                 raise StepError(
-                    f"the counter of unit {unit!r} gave {number} for micro-batch {index}: "
+                    f"the counter of unit {unit!r} gave {count} for micro-batch {index}: "
                     "a count is a finite number of at least 0"
                 )
-            counts[unit] = counts.get(unit, 0.0) + number
-    return counts
+            totals[unit] = totals.get(unit, 0.0) + count
+    return totals
 
 
-def add_counts(parts: Iterable[Counts]) -> Counts:
-    """Counts of parts of a batch, added up; a unit may be missing in some of them."""
-    total: Counts = {}
-    for part in parts:
-        for unit, number in part.items():
-            total[unit] = total.get(unit, 0.0) + number
-    return total
+def add_counts(counts: Iterable[Counts]) -> Counts:
+    """The counts of a batch from those of its parts.
+
+    Args:
+        counts: One for each part; a unit may be missing in some of them.
+
+    Returns:
+        Their sum by unit.
+    """
+    totals: Counts = {}
+    for part in counts:
+        for unit, count in part.items():
+            totals[unit] = totals.get(unit, 0.0) + count
+    return totals
 
 
-def input_tokens(micro: MicroBatch) -> int:
-    """Input tokens of a micro-batch, without padding; 0 if it has no ``input_ids``."""
-    if not isinstance(micro, Mapping) or "input_ids" not in micro:
+def input_tokens(micro_batch: MicroBatch) -> int:
+    """The input tokens of a micro-batch.
+
+    Args:
+        micro_batch: Any; ``input_ids`` and ``attention_mask`` are read where it has them.
+
+    Returns:
+        Their number without padding; 0 without ``input_ids``.
+    """
+    if not isinstance(micro_batch, Mapping) or "input_ids" not in micro_batch:
         return 0
-    mask = micro.get("attention_mask")
-    return int(micro["input_ids"].numel() if mask is None else mask.sum())
+    mask = micro_batch.get("attention_mask")
+    return int(micro_batch["input_ids"].numel() if mask is None else mask.sum())

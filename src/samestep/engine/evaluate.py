@@ -1,4 +1,4 @@
-"""Evaluation by the same algebra as the step: sums over everything, divided once."""
+"""Evaluation by the same algebra as the step: sums over the whole data set, divided once."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,14 +19,14 @@ from samestep.engine.parallel import (
     unwrap,
 )
 from samestep.engine.terms import Counter, Counts, LossFn, MicroBatch, Unit
-from samestep.engine.two_pass import GatheredTerms, Shapes
+from samestep.engine.two_pass import GatheredTerms, PartShapes
 from samestep.errors import DataError
 from samestep.utils.modules import eval_mode
 
 
 @dataclass(frozen=True)
 class EvalReport:
-    """What an evaluation found; the evaluation batch size cannot change it.
+    """The result of an evaluation; the evaluation batch size cannot change it.
 
     Attributes:
         loss: The objective over all micro-batches together.
@@ -35,6 +35,17 @@ class EvalReport:
         seconds: Wall-clock time.
         tokens: Input tokens without padding.
         micro_batches: How many micro-batches there were.
+
+    Example:
+        >>> import torch, samestep
+        >>> report = samestep.evaluate(
+        ...     torch.nn.Identity(),
+        ...     [torch.tensor([1.0, 2.0]), torch.tensor([6.0])],
+        ...     lambda model, micro_batch: samestep.Term(model(micro_batch).sum(), unit="value"),
+        ...     counters={"value": len},
+        ... )
+        >>> report.loss, report.terms, report.counts, report.micro_batches
+        (3.0, {'loss': 3.0}, {'value': 3.0}, 2)
     """
 
     loss: float
@@ -72,61 +83,80 @@ def evaluate(
     Raises:
         StepError: A unit was not counted, or a term is not finite.
         DataError: There is no micro-batch.
+
+    Example:
+        A mean over all rows, whatever the evaluation batch size:
+
+        >>> import torch, samestep
+        >>> def loss_fn(model, micro_batch):
+        ...     return samestep.Term((model(micro_batch) - 1).square().sum(), unit="row")
+        >>> rows = torch.tensor([[0.0], [1.0], [4.0], [3.0]])
+        >>> for size in (4, 3, 1):
+        ...     report = samestep.evaluate(
+        ...         torch.nn.Identity(), rows.split(size), loss_fn, counters={"row": len}
+        ...     )
+        ...     print(report.micro_batches, report.loss)
+        1 3.5
+        2 3.5
+        4 3.5
     """
     started = time.perf_counter()
     prepare_for_step(model)
-    tally, gathered = TermAccumulator(), GatheredTerms()
-    counted_here, tokens_here = list[Counts](), list[int]()
+    accumulator, gathered = TermAccumulator(), GatheredTerms()
 
-    def own_part() -> tuple[TermTotals, Shapes, Counts, int, int]:
-        for micro, counted in _scheduled(model, micro_batches):
-            with memory_guard(micro):
-                result = loss_fn(unwrap(model), micro)
-            if not counted:
+    def run_micro_batches() -> tuple[TermTotals, PartShapes, Counts, int, int]:
+        counts, tokens = list[Counts](), list[int]()
+        for micro_batch, is_counted in _scheduled(model, micro_batches):
+            with memory_guard(micro_batch):
+                result = loss_fn(unwrap(model), micro_batch)
+            if not is_counted:
                 continue
-            terms = gathered.take(result)
+            terms = gathered.add(result)
             if terms:
-                tally.add(reduce_terms(terms, micro, normalize=normalize))
-            counted_here.append(count_units([micro], counters))
-            tokens_here.append(input_tokens(micro))
-        sums = add_counts(counted_here)
-        return tally.facts(), gathered.shapes(), sums, sum(tokens_here), len(tokens_here)
+                accumulator.add(reduce_terms(terms, micro_batch, normalize=normalize))
+            counts.append(count_units([micro_batch], counters))
+            tokens.append(input_tokens(micro_batch))
+        shapes = gathered.shapes()
+        return accumulator.totals(), shapes, add_counts(counts), sum(tokens), len(tokens)
 
     with eval_mode(model), torch.no_grad():
-        parts = gather_micro_batch_results(model, own_part)
-    facts, shapes, counts_by_rank, tokens, pieces = zip(*parts, strict=True)
-    if sum(pieces) == 0:
+        results = gather_micro_batch_results(model, run_micro_batches)
+    totals, shapes, counts_by_rank, tokens, num_micro_batches = zip(*results, strict=True)
+    if sum(num_micro_batches) == 0:
         raise DataError("nothing to evaluate: there is no micro-batch")
     if any(shapes):
-        gathered.finish(shapes)
+        gathered.compute(shapes)
         coupled = TermAccumulator()
         coupled.add(gathered.values())
-        facts = (*facts, *all_gather_object(coupled.facts()))
+        totals = (*totals, *all_gather_object(coupled.totals()))
     counts = add_counts(counts_by_rank)
-    loss, values = reduce_totals(facts, counts)
+    loss, values = reduce_totals(totals, counts)
     return EvalReport(
         loss=loss,
         terms=values,
         counts=counts,
         seconds=time.perf_counter() - started,
         tokens=sum(tokens),
-        micro_batches=sum(pieces),
+        micro_batches=sum(num_micro_batches),
     )
 
 
 def _scheduled(
     model: nn.Module, micro_batches: Iterable[MicroBatch | Idle]
 ) -> Iterator[tuple[MicroBatch, bool]]:
-    """The micro-batches; under FSDP2 the last one again until no rank has any left."""
+    """The micro-batches, and whether each counts.
+
+    Under FSDP2 the last one is run again, uncounted, until no rank has any left.
+    """
     last = None
-    for micro in micro_batches:
-        if isinstance(micro, Idle):
-            last = micro.micro
+    for item in micro_batches:
+        if isinstance(item, Idle):
+            last = item.micro_batch
             continue
         if is_sharded(model):
             any_rank(True)
-        last = micro
-        yield micro, True
+        last = item
+        yield item, True
     while is_sharded(model) and any_rank(False):
         if last is None:
             raise DataError("under fully_shard every rank needs a micro-batch to evaluate")

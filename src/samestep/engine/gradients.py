@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
-LOW_PRECISION = (torch.bfloat16, torch.float16)
+LOW_PRECISION_DTYPES = (torch.bfloat16, torch.float16)
 
-BUCKET = 2**25
+BUCKET_ELEMENTS = 2**25
 """Elements that one all-reduce of gradients carries, at most (128 MB in float32)."""
 
 
@@ -18,15 +18,15 @@ BUCKET = 2**25
 def float32_accumulation(
     parameters: Sequence[nn.Parameter],
 ) -> Iterator[dict[nn.Parameter, Tensor]]:
-    """Add the gradients of low-precision weights up in float32.
+    """Add up the gradients of low-precision weights in float32.
 
     In bfloat16 every addition rounds to 8 bits, so the error of ``.grad += new`` grows with the
     number of micro-batches. Here each micro-batch's gradient moves to a float32 sum as soon as
     it is complete. Weights of float32 and above accumulate in ``.grad`` as always.
 
     Args:
-        parameters: The weights. Their ``.grad`` is cleared at the start, and again on an error,
-            so that no partial gradient survives.
+        parameters: The weights that train. Their ``.grad`` is cleared at the start, and again on an
+            error, so that no partial gradient survives.
 
     Yields:
         A dictionary that holds, after the block, the gradient of each weight that got one:
@@ -35,9 +35,9 @@ def float32_accumulation(
     gradients: dict[nn.Parameter, Tensor] = {}
     _clear(parameters)
     hooks = [
-        parameter.register_post_accumulate_grad_hook(_mover(gradients, parameter))
+        parameter.register_post_accumulate_grad_hook(_float32_hook(parameter, gradients))
         for parameter in parameters
-        if parameter.dtype in LOW_PRECISION
+        if parameter.dtype in LOW_PRECISION_DTYPES
     ]
     try:
         yield gradients
@@ -55,10 +55,10 @@ def _clear(parameters: Sequence[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def _mover(
-    gradients: dict[nn.Parameter, Tensor], parameter: nn.Parameter
+def _float32_hook(
+    parameter: nn.Parameter, gradients: dict[nn.Parameter, Tensor]
 ) -> Callable[[Tensor], None]:
-    def move(_: Tensor) -> None:
+    def move_to_float32_sum(_: Tensor) -> None:
         assert parameter.grad is not None
         if parameter in gradients:
             gradients[parameter].add_(parameter.grad)
@@ -66,17 +66,20 @@ def _mover(
             gradients[parameter] = parameter.grad.float()
         parameter.grad = None
 
-    return move
+    return move_to_float32_sum
 
 
 def params_without_grad(
     parameters: Sequence[nn.Parameter], gradients: Mapping[nn.Parameter, Tensor]
 ) -> list[int]:
-    """Positions of the weights that no backward has reached.
+    """Which weights no backward has reached.
 
     Args:
-        parameters: The weights.
+        parameters: The weights that train.
         gradients: What `float32_accumulation` yields.
+
+    Returns:
+        Their positions among the parameters.
     """
     return [
         position
@@ -89,42 +92,43 @@ def sum_over_replicas(
     gradients: dict[nn.Parameter, Tensor],
     parameters: Sequence[nn.Parameter],
     *,
-    missed_by: Sequence[Sequence[int]],
+    without_grad_by_rank: Sequence[Sequence[int]],
 ) -> None:
-    """Add the gradients of replicated weights up over the ranks, in place.
+    """Add up the gradients of replicated weights over the ranks, in place.
 
     Args:
         gradients: This rank's gradients; zeros are added for those that only other ranks have.
         parameters: The weights that train, in the same order on every rank.
-        missed_by: What `params_without_grad` gave on each rank. A weight that all missed gets no
-            gradient.
+        without_grad_by_rank: `params_without_grad` of each rank. A weight that no backward of any
+            rank has reached gets no gradient.
     """
-    if len(missed_by) < 2:
+    if len(without_grad_by_rank) < 2:
         return
-    by_all = set.intersection(*map(set, missed_by))
-    reached = [weight for i, weight in enumerate(parameters) if i not in by_all]
+    unreached = set.intersection(*map(set, without_grad_by_rank))
+    reached = [weight for i, weight in enumerate(parameters) if i not in unreached]
     for weight in reached:
         if weight not in gradients:
-            dtype = torch.float32 if weight.dtype in LOW_PRECISION else weight.dtype
+            dtype = torch.float32 if weight.dtype in LOW_PRECISION_DTYPES else weight.dtype
             gradients[weight] = torch.zeros_like(weight, dtype=dtype)
     for bucket in _buckets([gradients[weight] for weight in reached]):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat)
-        parts = flat.split([gradient.numel() for gradient in bucket])
-        for gradient, part in zip(bucket, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        sums = flat.split([gradient.numel() for gradient in bucket])
+        for gradient, total in zip(bucket, sums, strict=True):
+            gradient.copy_(total.view_as(gradient))
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Neighbours of one dtype and device, up to `BUCKET` elements together."""
+    """Neighbours of one dtype and device, up to `BUCKET_ELEMENTS` elements together."""
     buckets: list[list[Tensor]] = []
-    room, kind = 0, None
+    free, bucket_type = 0, None
     for gradient in gradients:
-        if gradient.numel() > room or (gradient.dtype, gradient.device) != kind:
+        gradient_type = (gradient.dtype, gradient.device)
+        if gradient.numel() > free or gradient_type != bucket_type:
             buckets.append([])
-            room, kind = BUCKET, (gradient.dtype, gradient.device)
+            free, bucket_type = BUCKET_ELEMENTS, gradient_type
         buckets[-1].append(gradient)
-        room -= gradient.numel()
+        free -= gradient.numel()
     return buckets
 
 
@@ -144,21 +148,25 @@ def clip_grad_norm_(gradients: Sequence[Tensor], max_norm: float | None) -> Tens
         norm = norm.full_tensor()
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for gradient in gradients:
-            kinds.setdefault((gradient.device, gradient.dtype), []).append(gradient)
-        for (device, dtype), alike in kinds.items():
-            torch._foreach_mul_(alike, factor.to(device, dtype))  # on a GPU few kernels for all
+            groups.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+        for (device, dtype), group in groups.items():
+            torch._foreach_mul_(group, factor.to(device, dtype))  # on a GPU few kernels for all
     return norm
 
 
 def is_finite(gradient: Tensor) -> bool:
-    """Whether every element is finite, over all shards."""
+    """Whether every element of a gradient is finite; of a sharded one, over all shards."""
     finite = gradient.isfinite().all()
     return bool(finite.full_tensor() if isinstance(finite, DTensor) else finite)
 
 
 def assign_gradients(gradients: dict[nn.Parameter, Tensor]) -> None:
-    """Put gradients where an optimizer looks: ``.grad``, rounded once to the weight's dtype."""
+    """Put gradients where an optimizer looks: ``.grad``, rounded once to the weight's dtype.
+
+    Args:
+        gradients: The gradient of each weight that got one.
+    """
     for parameter, gradient in gradients.items():
         parameter.grad = gradient.to(parameter.dtype)

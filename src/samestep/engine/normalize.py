@@ -1,4 +1,9 @@
-"""Adds sums up over micro-batches and reads them out as values per unit."""
+"""Divides: from terms to a micro-batch's share of the objective, and to the values reported.
+
+A micro-batch's share of the objective is the sum of weight * total / count over its terms, and is
+what the step runs backward (`objective_share`). The values of the report are the same totals, added
+up over all micro-batches and ranks and divided once (`TermAccumulator`, `reduce_totals`).
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from samestep.engine.counts import sequence_targets
+from samestep.engine.counts import targets_per_sequence, weights_per_target
 from samestep.engine.terms import (
     Constant,
     Counts,
@@ -21,6 +26,13 @@ from samestep.engine.terms import (
 )
 from samestep.errors import NotFiniteError, StepError
 
+TermKind: TypeAlias = tuple[Unit, float]
+"""A term's unit and weight."""
+
+TermTotals: TypeAlias = dict[str, dict[str, Any]]
+"""What one rank sends to the others of each term, as JSON: "total", "unit", "weight", and
+"nonfinite", the number of the first micro-batch whose total was not finite, or None."""
+
 
 @dataclass(frozen=True)
 class TermSum:
@@ -31,13 +43,13 @@ class TermSum:
     weight: float
 
 
-def divisor(name: str, unit: Unit, counts: Counts) -> float:
+def divisor(name: str, unit: Unit, *, counts: Counts) -> float:
     """The number that a term of this unit is divided by.
 
     Args:
         name: The term's name, for the error.
         unit: The term's unit.
-        counts: What was counted.
+        counts: The counts over the whole effective batch.
 
     Returns:
         The count; 0 if the batch holds none of the unit.
@@ -48,21 +60,23 @@ def divisor(name: str, unit: Unit, counts: Counts) -> float:
     if isinstance(unit, Constant):
         return unit.value
     if unit not in counts:
-        known = ", ".join(repr(known) for known in counts) or "nothing"
+        units = ", ".join(map(repr, counts)) or "nothing"
         raise StepError(
-            f"term {name!r} is a sum over unit {unit!r}, which nobody counted (counted: {known}). "
+            f"term {name!r} is a sum over unit {unit!r}, which nobody counted (counted: {units}). "
             f"Pass counters={{{unit!r}: function of a micro-batch}}, or give micro-batches with "
             "'labels', whose 'token', 'sequence' and 'example' are counted by default"
         )
     return counts[unit]
 
 
-def reduce_terms(loss: LossResult, micro: MicroBatch, *, normalize: Unit) -> dict[str, TermSum]:
+def reduce_terms(
+    loss: LossResult, micro_batch: MicroBatch, *, normalize: Unit
+) -> dict[str, TermSum]:
     """What a loss returned, as one 0-d sum for each term (a single term is called "loss").
 
     Args:
         loss: The loss's result for this micro-batch.
-        micro: The micro-batch.
+        micro_batch: The micro-batch.
         normalize: The unit that "token" terms are to be normalised by.
 
     Returns:
@@ -71,10 +85,13 @@ def reduce_terms(loss: LossResult, micro: MicroBatch, *, normalize: Unit) -> dic
     Raises:
         StepError: The loss returned no terms, or the normalisation needs other totals.
     """
-    return {name: _reduce(name, term, micro, normalize) for name, term in named_terms(loss).items()}
+    return {
+        name: _sum_term(name, term, micro_batch=micro_batch, normalize=normalize)
+        for name, term in named_terms(loss).items()
+    }
 
 
-def _reduce(name: str, term: Any, micro: MicroBatch, normalize: Unit) -> TermSum:
+def _sum_term(name: str, term: Any, *, micro_batch: MicroBatch, normalize: Unit) -> TermSum:
     if isinstance(term, Coupled):
         raise StepError(
             f"term {name!r} couples the examples of the whole batch, so it needs a pass over all "
@@ -83,36 +100,29 @@ def _reduce(name: str, term: Any, micro: MicroBatch, normalize: Unit) -> TermSum
     if not isinstance(term, Term):
         raise StepError(f"term {name!r} of the loss is {type(term).__name__}, not a Term")
     unit = normalize if term.unit == "token" else term.unit
+    by_sequence = term.unit == "token" and unit == "sequence"
     if term.total.dim() == 0:
-        if term.unit == "token" and unit == "sequence":
+        if by_sequence:
             raise StepError(
                 f"term {name!r}: normalize='sequence' needs a total for each sequence, "
                 "[sequences], but the total is one number. Return per-sequence sums, or weigh "
                 "the targets by samestep.target_weights and give the unit 'sequence'"
             )
         return TermSum(term.total, unit, term.weight)
-    if micro.get("token_weights") is not None:
+    if micro_batch.get("token_weights") is not None:
         raise StepError(
             f"term {name!r} has totals by sequence, but the micro-batch weighs tokens: weigh the "
             "targets by samestep.target_weights and return one number"
         )
-    targets, weights = sequence_targets(micro)
+    targets, weights = targets_per_sequence(micro_batch)
     if term.total.shape != targets.shape:
         raise StepError(
             f"term {name!r} has {len(term.total)} totals for {len(targets)} sequences: "
             "return one total a sequence, in reading order, or one number"
         )
-    if term.unit == "token" and unit == "sequence":
-        weights = weights / targets.where(targets > 0, 1)
+    if by_sequence:
+        weights = weights_per_target(targets, weights)
     return TermSum((term.total * weights.to(term.total)).sum(), unit, term.weight)
-
-
-TermKind: TypeAlias = tuple[Unit, float]
-"""A term's unit and weight."""
-
-TermTotals: TypeAlias = dict[str, dict[str, Any]]
-"""What one rank found of each term: total, unit, weight, and the first micro-batch that was not
-finite."""
 
 
 def objective_share(sums: Mapping[str, TermSum], counts: Counts) -> Tensor | None:
@@ -131,11 +141,11 @@ def objective_share(sums: Mapping[str, TermSum], counts: Counts) -> Tensor | Non
     """
     share: Tensor | None = None
     for name, term in sums.items():
-        count = divisor(name, term.unit, counts)
+        count = divisor(name, term.unit, counts=counts)
         if term.weight == 0 or count == 0 or not term.total.requires_grad:
             continue
-        part = term.total * (term.weight / count)
-        share = part if share is None else share + part
+        summand = term.total * (term.weight / count)
+        share = summand if share is None else share + summand
     return share
 
 
@@ -149,34 +159,39 @@ class TermAccumulator:
     def add(self, sums: Mapping[str, TermSum]) -> None:
         """Add one micro-batch.
 
+        Args:
+            sums: Its terms, of `reduce_terms`.
+
         Raises:
             StepError: A term changed its unit or weight between micro-batches.
         """
         for name, term in sums.items():
-            _check_same_kind(self._kinds, name, (term.unit, term.weight))
+            _check_same_kind(self._kinds, name, kind=(term.unit, term.weight))
             self._totals.setdefault(name, []).append(term.total.detach())
 
-    def facts(self) -> TermTotals:
-        """What `reduce_totals` needs of this rank, as JSON."""
-        return {name: self._fact(name) for name in self._totals}
+    def totals(self) -> TermTotals:
+        """The sums over this rank's micro-batches, as JSON, for `reduce_totals`."""
+        return {name: self._total(name) for name in self._totals}
 
-    def _fact(self, name: str) -> dict[str, Any]:
-        numbers = torch.stack([total.double() for total in self._totals[name]]).tolist()
-        bad = [i for i, number in enumerate(numbers) if not math.isfinite(number)]
+    def _total(self, name: str) -> dict[str, Any]:
+        totals = torch.stack([total.double() for total in self._totals[name]]).tolist()
+        nonfinite = [index for index, total in enumerate(totals) if not math.isfinite(total)]
         unit, weight = self._kinds[name]
         return {
-            "total": numbers[bad[0]] if bad else math.fsum(numbers),
-            "bad": bad[0] if bad else None,
+            "total": totals[nonfinite[0]] if nonfinite else math.fsum(totals),
+            "nonfinite": nonfinite[0] if nonfinite else None,
             "unit": {"constant": unit.value} if isinstance(unit, Constant) else unit,
             "weight": weight,
         }
 
 
-def reduce_totals(facts: Sequence[TermTotals], counts: Counts) -> tuple[float, dict[str, float]]:
+def reduce_totals(
+    totals_by_rank: Sequence[TermTotals], counts: Counts
+) -> tuple[float, dict[str, float]]:
     """The objective, and each term's total / count.
 
     Args:
-        facts: `TermAccumulator.facts` of every rank, in their order.
+        totals_by_rank: `TermAccumulator.totals` of every rank, in their order.
         counts: The counts over all micro-batches of all ranks.
 
     Returns:
@@ -191,31 +206,33 @@ def reduce_totals(facts: Sequence[TermTotals], counts: Counts) -> tuple[float, d
     totals: dict[str, list[float]] = {}
     kinds: dict[str, TermKind] = {}
     problems = []
-    for rank, of_rank in enumerate(facts):
-        for name, fact in of_rank.items():
-            unit = fact["unit"]
+    for rank, rank_totals in enumerate(totals_by_rank):
+        for name, term in rank_totals.items():
+            unit = term["unit"]
             unit = Constant(unit["constant"]) if isinstance(unit, dict) else unit
-            _check_same_kind(kinds, name, (unit, fact["weight"]))
-            totals.setdefault(name, []).append(fact["total"])
-            if fact["bad"] is not None:
-                where = f" of rank {rank}" if len(facts) > 1 else ""
+            _check_same_kind(kinds, name, kind=(unit, term["weight"]))
+            totals.setdefault(name, []).append(term["total"])
+            if term["nonfinite"] is not None:
+                of_rank = f" of rank {rank}" if len(totals_by_rank) > 1 else ""
                 problems.append(
-                    f"term {name!r} is {fact['total']} in micro-batch {fact['bad']}{where}"
+                    f"term {name!r} is {term['total']} in micro-batch {term['nonfinite']}{of_rank}"
                 )
     values = {}
-    for name, numbers in totals.items():
-        total, unit = sum(numbers), kinds[name][0]
-        count = divisor(name, unit, counts)
+    for name, rank_sums in totals.items():
+        total, unit = sum(rank_sums), kinds[name][0]
+        count = divisor(name, unit, counts=counts)
         if count == 0 and total != 0 and math.isfinite(total):
             problems.append(f"term {name!r} sums to {total} over unit {unit!r}, of which 0")
         values[name] = total / count if count else 0.0
     if problems:
-        kind = StepError if all(map(math.isfinite, values.values())) else NotFiniteError
-        raise kind("the step was not taken: " + "; ".join(problems) + ". The weights are unchanged")
+        error = StepError if all(map(math.isfinite, values.values())) else NotFiniteError
+        raise error(
+            "the step was not taken: " + "; ".join(problems) + ". The weights are unchanged"
+        )
     return math.fsum(kinds[name][1] * value for name, value in values.items()), values
 
 
-def _check_same_kind(kinds: dict[str, TermKind], name: str, kind: TermKind) -> None:
+def _check_same_kind(kinds: dict[str, TermKind], name: str, *, kind: TermKind) -> None:
     if kinds.setdefault(name, kind) != kind:
         raise StepError(
             f"term {name!r} was {kinds[name]} (unit, weight) in one micro-batch and {kind} in "

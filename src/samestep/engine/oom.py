@@ -1,4 +1,4 @@
-"""Running out of memory, told apart from other errors and named after the data that caused it."""
+"""Out-of-memory errors: recognised among others, and raised with the data that caused them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,23 +6,23 @@ from contextlib import contextmanager
 import torch
 
 from samestep.engine.counts import input_tokens
-from samestep.engine.targets import number_of_sequences
+from samestep.engine.targets import num_sequences
 from samestep.engine.terms import MicroBatch
 from samestep.errors import OutOfMemoryError, SequenceTooLargeError
 
-SIGNS = ("can't allocate memory", "bad_alloc", "out of memory", "could not create a ")
-"""What the CPU's allocators and oneDNN ("could not create a primitive") say in a RuntimeError."""
+_ALLOCATOR_MESSAGES = ("can't allocate memory", "bad_alloc", "out of memory", "could not create a ")
+"""How the CPU's allocators and oneDNN ("could not create a primitive") word a RuntimeError."""
 
-SHOWN = 8
+_MAX_ROWS_SHOWN = 8
 """How many rows a message names."""
 
 
 @contextmanager
-def memory_guard(micro: MicroBatch) -> Iterator[None]:
+def memory_guard(micro_batch: MicroBatch) -> Iterator[None]:
     """Turn an allocator's error into one that names the micro-batch.
 
     Args:
-        micro: The micro-batch whose forward or backward the block runs.
+        micro_batch: The micro-batch whose forward or backward the block runs.
 
     Raises:
         OutOfMemoryError: The block ran out of memory.
@@ -33,36 +33,44 @@ def memory_guard(micro: MicroBatch) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        sequences, tokens = _sequences(micro), input_tokens(micro)
+        sequences, tokens = _num_sequences(micro_batch), input_tokens(micro_batch)
+        rows = describe_rows(micro_batch)
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         if sequences == 1:
             raise SequenceTooLargeError(
-                f"out of memory on one sequence of {tokens} tokens{row_numbers(micro)}: a step "
+                f"out of memory on one sequence of {tokens} tokens{rows}: a step "
                 "cannot be cut any finer. Cut or drop long rows (max_length), or use "
                 f"gradient_checkpointing, a smaller dtype, or more memory ({reason})"
             ) from None
         raise OutOfMemoryError(
-            f"out of memory on {tokens} tokens in {sequences} sequences{row_numbers(micro)} "
-            f"({reason})"
+            f"out of memory on {tokens} tokens in {sequences} sequences{rows} ({reason})"
         ) from None
 
 
-def row_numbers(micro: MicroBatch) -> str:
-    """The rows of the source that a micro-batch holds, for a message; empty if unknown."""
-    if not isinstance(micro, Mapping) or "example_ids" not in micro:
+def describe_rows(micro_batch: MicroBatch) -> str:
+    """The rows of the source that a micro-batch holds, for a message.
+
+    Args:
+        micro_batch: Any; ``example_ids`` [sequences] are read where it has them.
+
+    Returns:
+        " (row 3)" or " (rows 3, 5 and 20 more)"; empty without ``example_ids``.
+    """
+    if not isinstance(micro_batch, Mapping) or "example_ids" not in micro_batch:
         return ""
-    rows = micro["example_ids"].tolist()
-    more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
-    return f" (row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:SHOWN]))}{more})"
+    rows = micro_batch["example_ids"].tolist()
+    more = f" and {len(rows) - _MAX_ROWS_SHOWN} more" if len(rows) > _MAX_ROWS_SHOWN else ""
+    shown = ", ".join(map(str, rows[:_MAX_ROWS_SHOWN]))
+    return f" (row{'s' if len(rows) > 1 else ''} {shown}{more})"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return any(sign in str(error) for sign in SIGNS)
+    return any(message in str(error) for message in _ALLOCATOR_MESSAGES)
 
 
-def _sequences(micro: MicroBatch) -> int:
-    if not isinstance(micro, Mapping) or "labels" not in micro or micro["labels"].dim() < 2:
+def _num_sequences(micro_batch: MicroBatch) -> int:
+    if not isinstance(micro_batch, Mapping) or "labels" not in micro_batch:
         return 2  # unknown: it may be possible to cut it
-    return number_of_sequences(micro)
+    return num_sequences(micro_batch) if micro_batch["labels"].dim() > 1 else 2

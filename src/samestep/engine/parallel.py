@@ -1,4 +1,4 @@
-"""How a model's weights lie on the ranks, and what follows for its gradients.
+"""How a model's weights are distributed over the ranks, and what follows for its gradients.
 
 Replicated weights (plain modules, or inside DDP) are summed over ranks by the step itself, once, in
 float32 or above: DDP would average, in the weights' own dtype, and would need a backward of every
@@ -11,6 +11,7 @@ instead of means, and gives every rank the same number of backwards.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 from weakref import WeakSet
 
 import torch
@@ -21,10 +22,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from samestep.engine.collectives import Result, all_gather_object, gather_results, world_size
 from samestep.engine.counts import input_tokens
-from samestep.engine.terms import LossResult, MicroBatch, Term, named_terms
+from samestep.engine.terms import LossResult, MicroBatch, term_tensors
 from samestep.errors import ConfigError
 
-_known_equal: WeakSet[nn.Module] = WeakSet()
+_replicas_checked: WeakSet[nn.Module] = WeakSet()
+"""Models whose replicas were equal on all ranks when they were first stepped."""
+
+Schedule: TypeAlias = list[tuple[MicroBatch, int | None]]
+"""The micro-batches that a rank runs, each with its number; None: its result counts for nothing."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -58,21 +63,21 @@ def prepare_for_step(model: nn.Module) -> list[nn.Parameter]:
         _prepare_sharded(model)
     parameters = [weight for weight in unwrap(model).parameters() if weight.requires_grad]
     if world_size() > 1:
-        _check_kind(model, parameters)
+        _check_parallelism(model, parameters)
     return parameters
 
 
 def _prepare_sharded(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # After an evaluation the root still holds whole weights, which no optimizer knows.
+            # After an evaluation the root still holds unsharded weights, which no optimizer has.
             module.reshard()
             # Sums, not means: the counts are already those of all ranks.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _check_kind(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+def _check_parallelism(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
     meshes = {weight.device_mesh.size() for weight in parameters if isinstance(weight, DTensor)}
     if is_sharded(model) and meshes != {world_size()}:
         raise ConfigError(
@@ -84,18 +89,18 @@ def _check_kind(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
             f"{type(model).__name__} has sharded weights (DTensor) but is not the root of "
             "fully_shard: call fully_shard on the model itself, last"
         )
-    if not is_sharded(model) and model not in _known_equal:
-        _check_equal(parameters)
-        _known_equal.add(model)
+    if not is_sharded(model) and model not in _replicas_checked:
+        _check_replicas_equal(parameters)
+        _replicas_checked.add(model)
 
 
 @torch.no_grad()
-def _check_equal(parameters: Sequence[nn.Parameter]) -> None:
+def _check_replicas_equal(parameters: Sequence[nn.Parameter]) -> None:
     """Replicas must start equal: then equal gradients keep them equal."""
-    prints = [[float(w.double().sum()), float(w.double().square().sum())] for w in parameters]
-    digest = hash(tuple(number for pair in prints for number in pair))
-    found = all_gather_object([len(prints), digest])
-    if any(other != found[0] for other in found):
+    moments = [(float(w.double().sum()), float(w.double().square().sum())) for w in parameters]
+    digest = hash(tuple(number for pair in moments for number in pair))
+    digests = all_gather_object([len(moments), digest])
+    if any(digest != digests[0] for digest in digests):
         raise ConfigError(
             "the weights differ between ranks: load or seed them the same on every rank, or wrap "
             "the model in DistributedDataParallel, which copies those of rank 0"
@@ -113,10 +118,19 @@ def no_gradient_sync(model: nn.Module) -> Iterator[None]:
 
 
 def gather_micro_batch_results(model: nn.Module, work: Callable[[], Result]) -> list[Result]:
-    """Run micro-batches on every rank and share what each found, as JSON.
+    """Run micro-batches on every rank and share the results.
 
-    An error on one rank is raised on all of them, but not under FSDP2: there the others wait in
-    the model's own collectives, where they cannot be told; they end with that rank's process.
+    Args:
+        model: The model that they are run on.
+        work: Runs this rank's micro-batches; returns anything small that JSON holds.
+
+    Returns:
+        The results in the order of the ranks, on every rank.
+
+    Raises:
+        Exception: As for `samestep.engine.collectives.gather_results`; but not on the other ranks
+            under FSDP2: they wait in the model's own collectives, where no error reaches them, and
+            end with the failed rank's process.
     """
     return all_gather_object(work()) if is_sharded(model) else gather_results(work)
 
@@ -129,20 +143,35 @@ class Idle:
     other layouts it is left out.
 
     Attributes:
-        micro: Any micro-batch that the loss takes.
+        micro_batch: Any micro-batch that the loss takes.
+
+    Example:
+        A rank without rows passes one; it changes neither counts nor gradients:
+
+        >>> import torch, samestep
+        >>> model = torch.nn.Linear(1, 1)
+        >>> def loss_fn(model, micro_batch):
+        ...     return samestep.Term(model(micro_batch["x"]).square().sum(), unit="row")
+        >>> counters = {"row": lambda micro_batch: len(micro_batch["x"])}
+        >>> batch = {"x": torch.ones(3, 1)}
+        >>> report = samestep.evaluate(
+        ...     model, [batch, samestep.Idle(batch)], loss_fn, counters=counters
+        ... )
+        >>> report.counts, report.micro_batches
+        ({'row': 3.0}, 1)
     """
 
-    micro: MicroBatch
+    micro_batch: MicroBatch
 
 
 def schedule_micro_batches(
-    model: nn.Module, micros: Sequence[MicroBatch | Idle]
-) -> list[tuple[MicroBatch, int | None]]:
+    model: nn.Module, micro_batches: Sequence[MicroBatch | Idle]
+) -> Schedule:
     """What this rank runs, so that all ranks run FSDP2's collectives equally often.
 
     Args:
         model: The model.
-        micros: This rank's micro-batches.
+        micro_batches: This rank's micro-batches.
 
     Returns:
         The micro-batches, numbered; under FSDP2 then, as often as others have more, this rank's
@@ -151,31 +180,32 @@ def schedule_micro_batches(
     Raises:
         ConfigError: Under FSDP2 a rank has no micro-batch to run, not even an `Idle` one.
     """
-    real = [micro for micro in micros if not isinstance(micro, Idle)]
-    runs: list[tuple[MicroBatch, int | None]] = [(micro, at) for at, micro in enumerate(real)]
+    counted = [item for item in micro_batches if not isinstance(item, Idle)]
+    schedule: Schedule = [(micro_batch, index) for index, micro_batch in enumerate(counted)]
     if world_size() == 1 or not is_sharded(model):
-        return runs
-    numbers = all_gather_object([len(micros), len(real)])
-    bare = [rank for rank, (any_at_all, _) in enumerate(numbers) if not any_at_all]
-    if bare and len(bare) < len(numbers):
+        return schedule
+    numbers = all_gather_object([len(micro_batches), len(counted)])
+    empty_ranks = [rank for rank, (all_items, _) in enumerate(numbers) if all_items == 0]
+    if empty_ranks and len(empty_ranks) < len(numbers):
         raise ConfigError(
-            f"rank {bare[0]} has no micro-batch: under fully_shard every rank must run the model. "
-            "Give it samestep.Idle(micro) with any micro-batch: it counts for nothing"
+            f"rank {empty_ranks[0]} has no micro-batch: under fully_shard every rank must run the "
+            "model. Give it samestep.Idle(micro_batch) with any micro-batch: it counts for nothing"
         )
-    every = [micro.micro if isinstance(micro, Idle) else micro for micro in micros]
-    missing = max(number for _, number in numbers) - len(real)
-    return runs + [(min(every, key=input_tokens), None)] * missing if missing else runs
-
-
-def term_tensors(result: LossResult) -> dict[str, Tensor]:
-    """What a loss returned, by name, without units: totals, and parts of coupled terms."""
-    return {
-        name: term.total if isinstance(term, Term) else term.part
-        for name, term in named_terms(result).items()
-    }
+    repeats = max(number for _, number in numbers) - len(counted)
+    if repeats == 0:
+        return schedule
+    runnable = [item.micro_batch if isinstance(item, Idle) else item for item in micro_batches]
+    return schedule + [(min(runnable, key=input_tokens), None)] * repeats
 
 
 def zero_loss(result: LossResult) -> Tensor:
-    """Zero, with the graph of all that a loss returned: its backward adds exactly nothing."""
+    """Zero, with the graph of all that a loss returned: its backward adds exactly nothing.
+
+    Args:
+        result: What the loss returned.
+
+    Returns:
+        0-d, float64.
+    """
     tensors = [tensor for tensor in term_tensors(result).values() if tensor.requires_grad]
     return torch.stack([0 * tensor.double().sum() for tensor in tensors]).sum()

@@ -1,9 +1,23 @@
-"""THE step: count, forward and backward, clip, update.
+"""The optimizer step, from the top: the order of its stages, and nothing of what each does.
 
     objective = sum over terms of  weight * total / count(unit over the whole effective batch)
 
 The counts come from the data before any backward, over all ranks, so each micro-batch's share is
 final when its gradient is made, and the micro-batches may be of any size and number, on any rank.
+
+The whole step is this file and the ten beside it, of which each does one part:
+
+- what is a target, and what is counted: `samestep.engine.targets`, `samestep.engine.counts`;
+- what a loss returns: `samestep.engine.terms`;
+- dividing, and adding terms up over micro-batches and ranks: `samestep.engine.normalize`;
+- a first pass for terms that couple the batch: `samestep.engine.two_pass`;
+- adding gradients up over micro-batches and ranks, and clipping: `samestep.engine.gradients`;
+- which micro-batches a rank runs under DDP and FSDP2: `samestep.engine.parallel`;
+- talking to the other ranks: `samestep.engine.collectives`;
+- refusing and explaining: `samestep.engine.checks`, `samestep.engine.oom`.
+
+The update itself is ``optimizer.step()``, here. `samestep.engine.evaluate` is the same algebra
+without gradients.
 """
 
 import math
@@ -60,6 +74,17 @@ class StepReport:
         tokens: Input tokens without padding (0 where the micro-batches have no ``input_ids``).
         micro_batches: How many micro-batches the batch was split into, over all ranks.
         skipped: Why the weights were left alone ("no targets", "overflow"), or None.
+
+    Example:
+        >>> import torch, samestep
+        >>> model = torch.nn.Linear(1, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> empty = {"labels": torch.full((2, 4), -100)}
+        >>> def loss_fn(model, micro_batch):
+        ...     raise AssertionError("not run: the batch holds no target")
+        >>> report = samestep.step(model, optimizer, [empty], loss_fn)
+        >>> report.skipped, report.loss, report.counts["token"], report.micro_batches
+        ('no targets', 0.0, 0.0, 1)
     """
 
     loss: float
@@ -109,19 +134,53 @@ def step(
             (`NotFiniteError`, which names it); a micro-batch does not fit into memory
             (`OutOfMemoryError`). The weights are then unchanged and no gradient is left behind.
         ConfigError: What the step cannot make exact: a scaler with weights of low precision, an
-            optimizer over weights that are not the model's, or weights that lie on the ranks in an
-            unknown way.
+            optimizer over weights that are not the model's, or weights that are distributed over
+            the ranks in an unknown way.
+
+    Example:
+        Six ragged rows, at once and one by one: the same counts, the same weights after.
+
+        >>> import torch, samestep
+        >>> _ = torch.manual_seed(0)
+        >>> rows, labels = torch.rand(6, 5, 3).double(), torch.ones(6, 5).long()
+        >>> for i in range(6):
+        ...     labels[i, i % 4 + 2 :] = -100
+        >>> def loss_fn(model, micro_batch):
+        ...     is_target = micro_batch["labels"][:, 1:] != -100
+        ...     errors = (model(micro_batch["rows"])[:, :-1, 0] - 1).square()
+        ...     return samestep.Term(errors[is_target].sum(), unit="token")
+        >>> def train(size):
+        ...     model = torch.nn.Linear(3, 1).double()
+        ...     torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
+        ...     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ...     micro_batches = [
+        ...         {"rows": part, "labels": part_labels}
+        ...         for part, part_labels in zip(rows.split(size), labels.split(size))
+        ...     ]
+        ...     report = samestep.step(model, optimizer, micro_batches, loss_fn, max_grad_norm=1.0)
+        ...     print(report.counts["token"], report.micro_batches, round(report.loss, 6))
+        ...     return model.weight.detach()
+        >>> torch.allclose(train(6), train(1), rtol=1e-12)
+        13.0 1 1.0
+        13.0 6 1.0
+        True
     """
     started = time.perf_counter()
     skipped, norm = None, 0.0
-    micros, counts, tokens, pieces = count_batch(micro_batches, counters)
+    local_micro_batches, counts, tokens, num_micro_batches = count_batch(micro_batches, counters)
     weights = prepare_for_step(model)
     check_optimizer_params(model, optimizer)
 
     loss, terms, gradients = accumulate(
-        model, weights, micros, loss_fn, counts=counts, normalize=normalize, scaler=scaler
+        model,
+        weights,
+        micro_batches=local_micro_batches,
+        loss_fn=loss_fn,
+        counts=counts,
+        normalize=normalize,
+        scaler=scaler,
     )
-    if nothing_counted(counts):
+    if _has_no_targets(counts):
         skipped = "no targets"
     else:
         if scaler is not None:
@@ -144,7 +203,7 @@ def step(
         grad_norm=norm,
         seconds=time.perf_counter() - started,
         tokens=tokens,
-        micro_batches=pieces,
+        micro_batches=num_micro_batches,
         skipped=skipped,
     )
 
@@ -173,10 +232,29 @@ def backward(
 
     Raises:
         StepError: As for `step`.
+        ConfigError: As for `step`.
+
+    Example:
+        >>> import torch, samestep
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> def loss_fn(model, micro_batch):
+        ...     return samestep.Term(model(micro_batch).sum(), unit="row")
+        >>> rows = torch.tensor([[1.0], [2.0], [6.0]])
+        >>> for size in (3, 2, 1):
+        ...     _ = samestep.backward(model, rows.split(size), loss_fn, counters={"row": len})
+        ...     print(round(model.weight.grad.item(), 4))
+        3.0
+        3.0
+        3.0
     """
-    micros, counts, _, _ = count_batch(micro_batches, counters)
+    local_micro_batches, counts, _, _ = count_batch(micro_batches, counters)
     loss, terms, gradients = accumulate(
-        model, prepare_for_step(model), micros, loss_fn, counts=counts, normalize=normalize
+        model,
+        prepare_for_step(model),
+        micro_batches=local_micro_batches,
+        loss_fn=loss_fn,
+        counts=counts,
+        normalize=normalize,
     )
     assign_gradients(gradients)
     return loss, terms
@@ -185,9 +263,9 @@ def backward(
 def accumulate(
     model: nn.Module,
     weights: list[nn.Parameter],
-    micros: list[MicroBatch],
-    loss_fn: LossFn,
     *,
+    micro_batches: list[MicroBatch],
+    loss_fn: LossFn,
     counts: Counts,
     normalize: Unit,
     scaler: GradScaler | None = None,
@@ -196,8 +274,8 @@ def accumulate(
 
     Args:
         model: The model.
-        weights: Those that train, as `samestep.engine.parallel.prepare_for_step` gives them.
-        micros: This rank's micro-batches; none is run if nothing was counted on any rank.
+        weights: Those that train, of `samestep.engine.parallel.prepare_for_step`.
+        micro_batches: This rank's micro-batches; none is run if nothing was counted on any rank.
         loss_fn: As for `step`.
         counts: The counts over the whole effective batch, all ranks included.
         normalize: As for `step`.
@@ -211,36 +289,36 @@ def accumulate(
         StepError: As for `step`.
         ConfigError: As for `step`.
     """
-    check_scaler(model, weights, scaler)
+    check_scaler(model, weights, scaler=scaler)
     model.zero_grad()
-    tally, runs = (
-        TermAccumulator(),
-        [] if nothing_counted(counts) else schedule_micro_batches(model, micros),
-    )
+    accumulator = TermAccumulator()
+    schedule = [] if _has_no_targets(counts) else schedule_micro_batches(model, micro_batches)
 
-    def own_part() -> tuple[TermTotals, list[int]]:
-        """Run this rank's micro-batches: what they found, and the weights that they missed."""
-        for micro, number in runs:
-            with memory_guard(micro):
-                result = loss_fn(unwrap(model), micro)
-                if number is None:
+    def run_micro_batches() -> tuple[TermTotals, list[int]]:
+        """Run this rank's micro-batches: their totals, and the weights without a gradient."""
+        for micro_batch, index in schedule:
+            with memory_guard(micro_batch):
+                result = loss_fn(unwrap(model), micro_batch)
+                if index is None:
                     zero_loss(result).backward()
                     continue
-                result = gathered.resolve(result, number)
-                sums = reduce_terms(result, micro, normalize=normalize)
+                result = gathered.resolve(result, index)
+                sums = reduce_terms(result, micro_batch, normalize=normalize)
                 share = objective_share(sums, counts)
                 if share is not None:
                     (share if scaler is None else scaler.scale(share)).backward()
-                tally.add(sums)
-        gathered.check_repeated(model, runs, loss_fn)
-        return tally.facts(), params_without_grad(weights, gradients)
+                accumulator.add(sums)
+        gathered.check_repeated(model, schedule, loss_fn=loss_fn)
+        return accumulator.totals(), params_without_grad(weights, gradients)
 
     with no_gradient_sync(model), float32_accumulation(weights) as gradients:
-        gathered = first_pass(model, runs, loss_fn)
-        parts = gather_micro_batch_results(model, own_part)
-        loss, terms = reduce_totals([facts for facts, _ in parts], counts)
+        gathered = first_pass(model, schedule, loss_fn=loss_fn)
+        totals, without_grad = zip(
+            *gather_micro_batch_results(model, run_micro_batches), strict=True
+        )
+        loss, terms = reduce_totals(totals, counts)
     if not is_sharded(model):
-        sum_over_replicas(gradients, weights, missed_by=[missing for _, missing in parts])
+        sum_over_replicas(gradients, weights, without_grad_by_rank=without_grad)
     return loss, terms, gradients
 
 
@@ -254,22 +332,23 @@ def count_batch(
         counters: As for `step`.
 
     Returns:
-        The micro-batches of this rank; the counts, input tokens and micro-batches of all.
+        The micro-batches of this rank; the counts, the number of input tokens and the number of
+        micro-batches over all ranks.
 
     Raises:
         StepError: As for `samestep.engine.counts.count_units`.
     """
-    micros: list[MicroBatch] = []
+    local: list[MicroBatch] = []
 
-    def own_part() -> tuple[Counts, int, int]:
-        micros.extend(micro_batches)
-        real = [micro for micro in micros if not isinstance(micro, Idle)]
-        return count_units(real, counters), sum(map(input_tokens, real)), len(real)
+    def count_local() -> tuple[Counts, int, int]:
+        local.extend(micro_batches)
+        counted = [item for item in local if not isinstance(item, Idle)]
+        return count_units(counted, counters), sum(map(input_tokens, counted)), len(counted)
 
-    counts, tokens, pieces = zip(*gather_results(own_part), strict=True)
-    return micros, add_counts(counts), sum(tokens), sum(pieces)
+    counts, tokens, num_micro_batches = zip(*gather_results(count_local), strict=True)
+    return local, add_counts(counts), sum(tokens), sum(num_micro_batches)
 
 
-def nothing_counted(counts: Counts) -> bool:
+def _has_no_targets(counts: Counts) -> bool:
     """Whether the batch was counted and holds nothing to learn from."""
     return bool(counts) and not any(counts.values())

@@ -1,4 +1,4 @@
-"""Terms that are no sum over examples: what they are made of."""
+"""What a loss returns: named sums with a unit, and terms that couple the batch."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,43 +8,6 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, nn
 
 from samestep.errors import ConfigError, StepError
-
-
-@dataclass(frozen=True)
-class Coupled:
-    """A term in which the examples of the effective batch meet: value(s) of a statistic s.
-
-    Load balance over experts, in-batch negatives, a KL over the batch: computed on a part of
-    the batch they are another function. So each micro-batch gives its part of the statistic;
-    the step gathers s over the whole effective batch first, and value(s) is the term.
-
-    Attributes:
-        part: This micro-batch's part of s, with a graph: for "sum" of the same shape in every
-            micro-batch, for "rows" [rows, ...] with any number of rows.
-        value: Maps the whole s (float64, detached from the model) to the term: 0-d, already what
-            is to be optimised. It must be the same function in every micro-batch, and for "rows"
-            not depend on their order.
-        gather: The whole s is the "sum" of the parts, or their "rows" one below another.
-        weight: Its weight in the objective. 0 makes it a metric.
-
-    Raises:
-        ConfigError: The part, the gathering or the weight is of the wrong kind.
-    """
-
-    part: Tensor
-    value: Callable[[Tensor], Tensor]
-    gather: Literal["sum", "rows"] = "sum"
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.part, Tensor) or not self.part.is_floating_point():
-            raise ConfigError("a Coupled's part must be a tensor of floating-point numbers")
-        if self.gather not in ("sum", "rows"):
-            raise ConfigError(f"a Coupled gathers by 'sum' or 'rows', not {self.gather!r}")
-        if self.gather == "rows" and self.part.dim() == 0:
-            raise ConfigError("a Coupled that gathers rows needs a part of [rows, ...], not 0-d")
-        if not math.isfinite(self.weight):
-            raise ConfigError(f"a Coupled's weight must be finite, not {self.weight!r}")
 
 
 @dataclass(frozen=True)
@@ -83,6 +46,15 @@ def constant(value: float) -> Constant:
 
     Raises:
         ConfigError: The divisor is not finite or not above 0.
+
+    Example:
+        >>> import torch, samestep
+        >>> samestep.constant(1024)
+        Constant(value=1024.0)
+        >>> term = samestep.Term(torch.tensor(512.0), unit=samestep.constant(1024))
+        >>> loss, _ = samestep.backward(torch.nn.Linear(1, 1), [None], lambda model, _: term)
+        >>> loss
+        0.5
     """
     return Constant(float(value))
 
@@ -100,6 +72,26 @@ class Term:
 
     Raises:
         ConfigError: The total, the unit or the weight is of the wrong kind.
+
+    Example:
+        A loss over pairs, with a metric beside it:
+
+        >>> import torch, samestep
+        >>> def loss_fn(model, micro_batch):
+        ...     margin = model(micro_batch["chosen"]) - model(micro_batch["rejected"])
+        ...     losses = torch.nn.functional.softplus(-margin)
+        ...     return {
+        ...         "logistic": samestep.Term(losses.sum(), "pair"),
+        ...         "accuracy": samestep.Term((margin > 0).sum(), "pair", weight=0.0),
+        ...     }
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> torch.nn.init.ones_(model.weight).requires_grad
+        True
+        >>> pairs = {"chosen": torch.ones(3, 2), "rejected": torch.zeros(3, 2)}
+        >>> counters = {"pair": lambda micro_batch: len(micro_batch["chosen"])}
+        >>> report = samestep.evaluate(model, [pairs], loss_fn, counters=counters)
+        >>> {name: round(value, 4) for name, value in report.terms.items()}
+        {'logistic': 0.1269, 'accuracy': 1.0}
     """
 
     total: Tensor
@@ -108,9 +100,9 @@ class Term:
 
     def __post_init__(self) -> None:
         if not isinstance(self.total, Tensor) or self.total.dim() > 1:
-            found = tuple(self.total.shape) if isinstance(self.total, Tensor) else self.total
+            value = tuple(self.total.shape) if isinstance(self.total, Tensor) else self.total
             raise ConfigError(
-                f"a Term's total must be a tensor, 0-d or [sequences]; this one is {found!r}"
+                f"a Term's total must be a tensor, 0-d or [sequences]; this one is {value!r}"
             )
         if not isinstance(self.unit, str | Constant):
             raise ConfigError(f"a Term's unit is a name or constant(k), not {self.unit!r}")
@@ -118,15 +110,74 @@ class Term:
             raise ConfigError(f"a Term's weight must be finite, not {self.weight!r}")
 
 
+@dataclass(frozen=True)
+class Coupled:
+    """A term that is no sum over examples: value(s) of a statistic s of the whole batch.
+
+    Load balance over experts, in-batch negatives, a KL over the batch: computed on a part of
+    the batch they are another function. So each micro-batch gives its part of the statistic;
+    the step gathers s over the whole effective batch first, and value(s) is the term.
+
+    Attributes:
+        part: This micro-batch's part of s, with a graph: for "sum" of the same shape in every
+            micro-batch, for "rows" [rows, ...] with any number of rows.
+        value: Maps the whole s (float64, detached from the model) to the term: 0-d, already what
+            is to be optimised. It must be the same function in every micro-batch, and for "rows"
+            not depend on their order.
+        gather: The whole s is the "sum" of the parts, or their "rows" one below another.
+        weight: Its weight in the objective. 0 makes it a metric.
+
+    Raises:
+        ConfigError: The part, the gathering or the weight is of the wrong kind.
+
+    Example:
+        The spread of a model's outputs over the batch, the same under every split:
+
+        >>> import torch, samestep
+        >>> def spread(outputs):
+        ...     return outputs.std()
+        >>> def loss_fn(model, micro_batch):
+        ...     return samestep.Coupled(model(micro_batch), spread, gather="rows")
+        >>> model = torch.nn.Linear(1, 1)
+        >>> batch = torch.arange(6.0)[:, None]
+        >>> losses = [
+        ...     samestep.evaluate(model, batch.split(size), loss_fn).loss for size in (6, 4, 1)
+        ... ]
+        >>> max(losses) - min(losses) < 1e-6
+        True
+    """
+
+    part: Tensor
+    value: Callable[[Tensor], Tensor]
+    gather: Literal["sum", "rows"] = "sum"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.part, Tensor) or not self.part.is_floating_point():
+            raise ConfigError("a Coupled's part must be a tensor of floating-point numbers")
+        if self.gather not in ("sum", "rows"):
+            raise ConfigError(f"a Coupled gathers by 'sum' or 'rows', not {self.gather!r}")
+        if self.gather == "rows" and self.part.dim() == 0:
+            raise ConfigError("a Coupled that gathers rows needs a part of [rows, ...], not 0-d")
+        if not math.isfinite(self.weight):
+            raise ConfigError(f"a Coupled's weight must be finite, not {self.weight!r}")
+
+
 LossResult: TypeAlias = Term | Coupled | Mapping[str, Term] | Mapping[str, Term | Coupled]
-"""What a loss gives for one micro-batch: one term, or several by name."""
+"""What a loss returns for one micro-batch: one term, or several by name."""
 
 LossFn: TypeAlias = Callable[[nn.Module, MicroBatch], LossResult]
-"""A loss: sums over one micro-batch."""
+"""A loss: (model, micro-batch) to sums over that micro-batch."""
 
 
 def named_terms(loss: LossResult) -> Mapping[str, Term | Coupled]:
-    """What a loss returned, by name (a single term is called "loss").
+    """What a loss returned, by name.
+
+    Args:
+        loss: What it returned.
+
+    Returns:
+        The terms; a single one is called "loss".
 
     Raises:
         StepError: It is neither a term nor terms by name.
@@ -141,18 +192,52 @@ def named_terms(loss: LossResult) -> Mapping[str, Term | Coupled]:
     return loss
 
 
+def term_tensors(loss: LossResult) -> dict[str, Tensor]:
+    """The tensors that a loss returned, by name: totals, and parts of coupled terms.
+
+    Args:
+        loss: What it returned.
+
+    Returns:
+        One tensor for each term, without its unit.
+
+    Raises:
+        StepError: As for `named_terms`.
+    """
+    return {
+        name: term.total if isinstance(term, Term) else term.part
+        for name, term in named_terms(loss).items()
+    }
+
+
 @dataclass(frozen=True)
 class Objective:
-    """A loss with the counters of its units.
+    """A loss with the counters of its units, and what runs around its steps.
 
     Attributes:
         loss_fn: (model, micro-batch) to terms; wrapped by `samestep.TwoPass` if it couples.
         counters: A counter for each unit that is not counted by default.
         annotate: Run once on every micro-batch of the data before the first step, without a
             graph: (model, micro-batch) to further fields of its records, each [records, ...];
-            such as what a reference model says. None: nothing is added.
+            such as the log probabilities of a reference model. None: nothing is added.
         after_step: Run on every rank after each step of training: (model, whether the weights
             moved). None: nothing is run.
+
+    Example:
+        An objective of your own, as `samestep train` takes one:
+
+        >>> import torch, samestep
+        >>> def loss_fn(model, micro_batch):
+        ...     return samestep.Term(model(micro_batch["x"]).square().sum(), unit="row")
+        >>> objective = samestep.Objective(loss_fn, counters={"row": lambda mb: len(mb["x"])})
+        >>> report = samestep.evaluate(
+        ...     torch.nn.Identity(),
+        ...     [{"x": torch.tensor([[1.0], [3.0]])}],
+        ...     objective.loss_fn,
+        ...     counters=objective.counters,
+        ... )
+        >>> report.loss, report.counts
+        (5.0, {'row': 2.0})
     """
 
     loss_fn: LossFn

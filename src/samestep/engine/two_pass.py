@@ -7,7 +7,7 @@ GradCache (arXiv:2101.06983), here for any statistic.
 """
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from samestep.engine.collectives import all_reduce_sum, any_rank, gather_rows, rank, row_offset
 from samestep.engine.normalize import TermSum
 from samestep.engine.oom import memory_guard
-from samestep.engine.parallel import gather_micro_batch_results, is_sharded, unwrap
+from samestep.engine.parallel import Schedule, gather_micro_batch_results, is_sharded, unwrap
 from samestep.engine.terms import (
     Coupled,
     LossFn,
@@ -32,7 +32,7 @@ from samestep.engine.terms import (
 from samestep.errors import NotFiniteError, StepError
 from samestep.utils.agreement import FACTOR, relative_differences, rounding_noise
 
-Shapes: TypeAlias = dict[str, tuple[str, list[int], str]]
+PartShapes: TypeAlias = dict[str, tuple[str, list[int], str]]
 """How each coupled term is gathered, and the shape and device of its first part."""
 
 
@@ -43,32 +43,52 @@ class TwoPass:
     Attributes:
         loss_fn: The loss. Called twice on a micro-batch it must give the same statistic, so
             randomness in it must be keyed to the examples.
+
+    Example:
+        In-batch negatives: each output against those of the whole batch, not of its micro-batch.
+
+        >>> import torch, samestep
+        >>> def info_nce(outputs):
+        ...     return -torch.diagonal((outputs @ outputs.T).log_softmax(dim=1)).mean()
+        >>> def loss_fn(model, micro_batch):
+        ...     return samestep.Coupled(model(micro_batch), info_nce, gather="rows")
+        >>> _ = torch.manual_seed(0)
+        >>> model, batch = torch.nn.Linear(3, 2).double(), torch.randn(6, 3).double()
+        >>> gradients = []
+        >>> for size in (6, 4, 1):
+        ...     _ = samestep.backward(model, batch.split(size), samestep.TwoPass(loss_fn))
+        ...     gradients.append(model.weight.grad.clone())
+        >>> [torch.allclose(gradient, gradients[0]) for gradient in gradients]
+        [True, True, True]
     """
 
     loss_fn: LossFn
 
-    def __call__(self, model: nn.Module, micro: MicroBatch) -> LossResult:
+    def __call__(self, model: nn.Module, micro_batch: MicroBatch) -> LossResult:
         """What the loss returns."""
-        return self.loss_fn(model, micro)
+        return self.loss_fn(model, micro_batch)
 
 
 class GatheredTerms:
-    """Coupled terms over a whole effective batch: their parts, then their values and slopes.
+    """Coupled terms over a whole effective batch: their parts, then their values and gradients.
 
-    With several ranks each takes its own micro-batches; `finish` brings the parts together.
+    With several ranks each adds its own micro-batches; `compute` gathers the parts of all.
     """
 
     def __init__(self) -> None:
         self._parts: dict[str, list[Tensor]] = {}
-        self._first: dict[str, Coupled] = {}
-        self._slopes: dict[str, list[Tensor]] = {}
+        self._terms: dict[str, Coupled] = {}  # of the first micro-batch, which stand for all
+        self._gradients: dict[str, list[Tensor]] = {}  # of the value, at each part
         self._values: dict[str, Tensor] = {}
         self._repeated: dict[str, list[Tensor]] = {}
-        self._micros = 0
+        self._num_micro_batches = 0
         self._reports = True
 
-    def take(self, loss: LossResult) -> dict[str, Term]:
+    def add(self, loss: LossResult) -> dict[str, Term]:
         """Keep the parts of one micro-batch.
+
+        Args:
+            loss: What the loss returned for it.
 
         Returns:
             The terms that are not coupled.
@@ -76,25 +96,25 @@ class GatheredTerms:
         Raises:
             StepError: Micro-batches do not have the same coupled terms.
         """
-        terms, coupled = _split(loss)
-        if self._micros == 0:
-            self._first = coupled
+        terms, coupled = _split_terms(loss)
+        if self._num_micro_batches == 0:
+            self._terms = coupled
             self._parts = {name: [] for name in coupled}
         self._check_names(coupled)
         for name, term in coupled.items():
             self._parts[name].append(term.part.detach().double())
-        self._micros += 1
+        self._num_micro_batches += 1
         return terms
 
-    def shapes(self) -> Shapes:
-        """What this rank coupled, as JSON: for `finish`, of every rank."""
+    def shapes(self) -> PartShapes:
+        """What this rank coupled, as JSON: `compute` takes that of every rank."""
         return {
             name: (term.gather, list(parts[0].shape), parts[0].device.type)
-            for (name, term), parts in zip(self._first.items(), self._parts.values(), strict=True)
+            for (name, term), parts in zip(self._terms.items(), self._parts.values(), strict=True)
         }
 
-    def finish(self, shapes: Sequence[Shapes]) -> None:
-        """Compute each term's value at the whole statistic, and its slope at every part.
+    def compute(self, shapes: Sequence[PartShapes]) -> None:
+        """Compute each term's value at the whole statistic, and its gradient at every part.
 
         Args:
             shapes: `shapes` of every rank; those without a micro-batch have none, but take part.
@@ -102,35 +122,37 @@ class GatheredTerms:
         Raises:
             StepError: A value is not one finite number, or ranks do not have the same terms.
         """
-        known = [found for found in shapes if found]
-        for name in known[0] if known else ():
-            whole, before = _over_ranks(self._parts.get(name, []), *known[0][name])
-            if name in self._first:
-                self._differentiate(name, whole, before)
-        self._reports = bool(self._first) and not any(shapes[: rank()])
+        first_shapes = next((rank_shapes for rank_shapes in shapes if rank_shapes), {})
+        for name, (gather, shape, device) in first_shapes.items():
+            statistic, offset = _gather_over_ranks(
+                self._parts.get(name, []), gather=gather, shape=shape, device=device
+            )
+            if name in self._terms:
+                self._differentiate(name, statistic, offset=offset)
+        self._reports = bool(self._terms) and not any(shapes[: rank()])
 
-    def _differentiate(self, name: str, whole: Tensor, before: int) -> None:
-        term, parts = self._first[name], self._parts[name]
+    def _differentiate(self, name: str, statistic: Tensor, *, offset: int) -> None:
+        term, parts = self._terms[name], self._parts[name]
         with torch.enable_grad():
-            leaf = whole.requires_grad_()
+            leaf = statistic.requires_grad_()
             value = term.value(leaf)
             _check_value(name, value)
-            slope = torch.zeros_like(whole)
+            gradient = torch.zeros_like(statistic)
             if value.requires_grad:
-                (slope,) = torch.autograd.grad(value, leaf)
+                (gradient,) = torch.autograd.grad(value, leaf)
         self._values[name] = value.detach()
         if term.gather == "sum":
-            self._slopes[name] = [slope] * len(parts)
+            self._gradients[name] = [gradient] * len(parts)
         else:
             sizes = [len(part) for part in parts]
-            self._slopes[name] = list(slope[before : before + sum(sizes)].split(sizes))
+            self._gradients[name] = list(gradient[offset : offset + sum(sizes)].split(sizes))
 
     def values(self) -> dict[str, TermSum]:
         """The terms' values over the whole batch, without a graph, on the one rank that reports."""
         if not self._reports:
             return {}
         return {
-            name: TermSum(value, constant(1), self._first[name].weight)
+            name: TermSum(value, constant(1), self._terms[name].weight)
             for name, value in self._values.items()
         }
 
@@ -147,16 +169,16 @@ class GatheredTerms:
         Raises:
             StepError: The terms, or the shape of a part, are others than in the first pass.
         """
-        if not self._first:
+        if not self._terms:
             return loss
-        terms, coupled = _split(loss)
+        terms, coupled = _split_terms(loss)
         self._check_names(coupled)
         for name, term in coupled.items():
             first = self._parts[name][index]
             if first.shape != term.part.shape:
                 raise _not_repeatable(name)
             self._repeated.setdefault(name, []).append(_difference(first, term.part))
-            share = (self._slopes[name][index] * term.part.double()).sum()
+            share = (self._gradients[name][index] * term.part.double()).sum()
             value = self._values[name]
             if index > 0 or not self._reports:
                 value = torch.zeros_like(value)
@@ -164,9 +186,7 @@ class GatheredTerms:
             terms[name] = Term(value + (share - share.detach()), constant(1), term.weight)
         return terms
 
-    def check_repeated(
-        self, model: nn.Module, runs: Sequence[tuple[MicroBatch, int | None]], loss_fn: LossFn
-    ) -> None:
+    def check_repeated(self, model: nn.Module, schedule: Schedule, *, loss_fn: LossFn) -> None:
         """Compare the passes, once for all micro-batches so that a GPU is waited for once.
 
         Passes that are equal bit for bit need no more. Else the noise of the statistic is measured
@@ -174,7 +194,7 @@ class GatheredTerms:
 
         Args:
             model: The model.
-            runs: This rank's micro-batches, as for `first_pass`.
+            schedule: This rank's micro-batches, as for `first_pass`.
             loss_fn: The loss.
 
         Raises:
@@ -182,34 +202,33 @@ class GatheredTerms:
         """
         if not isinstance(loss_fn, TwoPass):
             return
-        found = {name: torch.stack(each).tolist() for name, each in self._repeated.items()}
-        differ = any(one != 0 for each in found.values() for one in each)
-        # Under FSDP2 a forward is every rank's business.
+        differences = {name: torch.stack(each).tolist() for name, each in self._repeated.items()}
+        differ = any(value != 0 for each in differences.values() for value in each)
+        # Under FSDP2 every rank must take part in a forward.
         if not (any_rank(differ) if is_sharded(model) else differ):
             return
-        noise = _noise(model, runs[_worst(list(found.values()))][0], loss_fn)
-        for name, each in found.items():
-            if not all(one <= FACTOR * noise[name] for one in each):
+        micro_batch, _ = schedule[_most_different(list(differences.values()))]
+        noise = _part_noise(model, micro_batch, loss_fn=loss_fn)
+        for name, each in differences.items():
+            if not all(value <= FACTOR * noise[name] for value in each):
                 raise _not_repeatable(name)
 
     def _check_names(self, coupled: Mapping[str, Coupled]) -> None:
-        if coupled.keys() != self._first.keys():
+        if coupled.keys() != self._terms.keys():
             raise StepError(
                 f"the loss returned the coupled terms {sorted(coupled)} for one micro-batch and "
-                f"{sorted(self._first)} for another: they must be the same. An empty micro-batch "
+                f"{sorted(self._terms)} for another: they must be the same. An empty micro-batch "
                 "gives zeros, or no rows"
             )
 
 
-def first_pass(
-    model: nn.Module, runs: Iterable[tuple[MicroBatch, int | None]], loss_fn: LossFn
-) -> GatheredTerms:
+def first_pass(model: nn.Module, schedule: Schedule, *, loss_fn: LossFn) -> GatheredTerms:
     """Gather what a `TwoPass` loss couples; nothing is run for any other loss.
 
     Args:
         model: The model, in the mode of the step.
-        runs: This rank's micro-batches, as
-            `samestep.engine.parallel.schedule_micro_batches` gives them.
+        schedule: This rank's micro-batches, of
+            `samestep.engine.parallel.schedule_micro_batches`.
         loss_fn: The loss.
 
     Returns:
@@ -220,33 +239,36 @@ def first_pass(
     """
     gathered = GatheredTerms()
 
-    def own_part() -> Shapes:
-        for micro, number in runs:
-            with memory_guard(micro):
-                result = loss_fn(unwrap(model), micro)
-            if number is not None:
-                gathered.take(result)
+    def run_micro_batches() -> PartShapes:
+        for micro_batch, index in schedule:
+            with memory_guard(micro_batch):
+                result = loss_fn(unwrap(model), micro_batch)
+            if index is not None:
+                gathered.add(result)
         return gathered.shapes()
 
     if isinstance(loss_fn, TwoPass):
         with torch.no_grad():
-            gathered.finish(gather_micro_batch_results(model, own_part))
+            gathered.compute(gather_micro_batch_results(model, run_micro_batches))
     return gathered
 
 
-def _over_ranks(
-    parts: list[Tensor], gather: str, shape: list[int], device: str
+def _gather_over_ranks(
+    parts: list[Tensor], *, gather: str, shape: list[int], device: str
 ) -> tuple[Tensor, int]:
-    """The whole statistic, and how many of its rows stand before this rank's own."""
+    """The statistic of all ranks' parts, and where this rank's rows start in it.
+
+    A rank without parts takes part with zeros of a part's shape, or with no rows.
+    """
     shape = shape if gather == "sum" else [0, *shape[1:]]
-    nothing = torch.zeros(shape, dtype=torch.float64, device=device)
+    zeros = torch.zeros(shape, dtype=torch.float64, device=device)
     if gather == "sum":
-        return all_reduce_sum(torch.stack(parts).sum(0) if parts else nothing), 0
-    own = torch.cat(parts) if parts else nothing
-    return gather_rows(own), row_offset(len(own))
+        return all_reduce_sum(torch.stack(parts).sum(0) if parts else zeros), 0
+    rows = torch.cat(parts) if parts else zeros
+    return gather_rows(rows), row_offset(len(rows))
 
 
-def _split(loss: LossResult) -> tuple[dict[str, Term], dict[str, Coupled]]:
+def _split_terms(loss: LossResult) -> tuple[dict[str, Term], dict[str, Coupled]]:
     named = named_terms(loss)
     coupled = {name: term for name, term in named.items() if isinstance(term, Coupled)}
     terms = {name: term for name, term in named.items() if not isinstance(term, Coupled)}
@@ -268,13 +290,13 @@ def _difference(first: Tensor, second: Tensor) -> Tensor:
     return relative_differences([first], [second.detach()])[0]
 
 
-def _worst(differences: Sequence[Sequence[float]]) -> int:
+def _most_different(differences: Sequence[Sequence[float]]) -> int:
     """The micro-batch that differs most in any of the terms; the first if there is none."""
     largest = [max(each) for each in zip(*differences, strict=True)]
     return largest.index(max(largest)) if largest else 0
 
 
-def _noise(model: nn.Module, micro: MicroBatch, loss_fn: LossFn) -> dict[str, float]:
+def _part_noise(model: nn.Module, micro_batch: MicroBatch, *, loss_fn: LossFn) -> dict[str, float]:
     """The relative rounding noise of each coupled part of a micro-batch.
 
     It is no less than a rounding of the part's type: compiled code does not show its operations.
@@ -282,14 +304,14 @@ def _noise(model: nn.Module, micro: MicroBatch, loss_fn: LossFn) -> dict[str, fl
     floors: dict[str, float] = {}
 
     def parts() -> list[Tensor]:
-        with _same_random_numbers(), memory_guard(micro):
-            _, coupled = _split(loss_fn(unwrap(model), micro))
+        with _same_random_numbers(), memory_guard(micro_batch):
+            _, coupled = _split_terms(loss_fn(unwrap(model), micro_batch))
         for name, term in coupled.items():
             floors[name] = float(torch.finfo(term.part.dtype).eps)
         return [term.part for term in coupled.values()]
 
     measured = rounding_noise(parts)
-    return {name: max(one, floors[name]) for name, one in zip(floors, measured, strict=True)}
+    return {name: max(value, floors[name]) for name, value in zip(floors, measured, strict=True)}
 
 
 @contextmanager

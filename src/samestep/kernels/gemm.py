@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SMALLEST = 2**20
+MIN_MULTIPLICATIONS = 2**20
 """Multiplications below which a product is not worth oneDNN's fixed cost of some 10 us."""
 
 BLOCK_ELEMENTS = 2**21
 """Elements of a product that are held at once where it is added to something: 8 MB."""
 
-CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
+CACHE_CAPACITIES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
 """How many shapes of products oneDNN, and PyTorch's layer over it, may remember code for.
 
 Their default is 1,024 each, of half a megabyte and more. Micro-batches without padding hardly ever
@@ -37,69 +37,80 @@ def onednn_is_faster() -> bool:
         torch.backends.mkldnn.is_available()
         and torch.backends.mkl.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and "AuthenticAMD" in processor()
+        and "AuthenticAMD" in processor_name()
     )
 
 
-def processor() -> str:
-    """The maker and the name of the processor."""
+def processor_name() -> str:
+    """The vendor and the model of this machine's CPU; empty if the system does not tell."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.is_file():
         return platform.processor()
-    first = cpuinfo.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
-    named = [line for line in first.splitlines() if line.startswith(("vendor_id", "model name"))]
-    return "; ".join(line.partition(":")[2].strip() for line in named)
+    first_core = cpuinfo.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    lines = [
+        line for line in first_core.splitlines() if line.startswith(("vendor_id", "model name"))
+    ]
+    return "; ".join(line.partition(":")[2].strip() for line in lines)
 
 
-def by_onednn(one: Tensor, other: Tensor, *, multiplications: int) -> bool:
-    """Whether a product of these two goes through oneDNN."""
+def uses_onednn(a: Tensor, b: Tensor, *, multiplications: int) -> bool:
+    """Whether a product of two matrices goes through oneDNN.
+
+    Args:
+        a: One factor, of any shape.
+        b: The other.
+        multiplications: How many multiplications the product takes.
+
+    Returns:
+        True for float32 on a CPU that gains from oneDNN, where the product is large enough.
+    """
     return (
-        multiplications >= SMALLEST
-        and one.dtype == other.dtype == torch.float32
-        and one.device.type == other.device.type == "cpu"
+        multiplications >= MIN_MULTIPLICATIONS
+        and a.dtype == b.dtype == torch.float32
+        and a.device.type == b.device.type == "cpu"
         and bool(torch.backends.mkldnn.enabled)
         and onednn_is_faster()
     )
 
 
-def product(one: Tensor, other: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """``one @ other + bias``, without a graph.
+def matmul(a: Tensor, b: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """``a @ b + bias``, without a graph.
 
     Args:
-        one: [rows, inner]; any strides.
-        other: [inner, columns]; any strides.
+        a: [rows, inner]; any strides.
+        b: [inner, columns]; any strides.
         bias: [columns], or None.
 
     Returns:
         [rows, columns].
     """
-    if by_onednn(one, other, multiplications=one.numel() * other.shape[1]):
-        _bound_caches()
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(one, other.t(), bias, "none", [], "")
-        return found
-    return one @ other if bias is None else torch.addmm(bias, one, other)
+    if uses_onednn(a, b, multiplications=a.numel() * b.shape[1]):
+        _limit_caches()
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+        return result
+    return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
-@cache
-def _bound_caches() -> None:
-    """Read once, at oneDNN's first product in the process; what the user has set stays."""
-    for name, capacity in CACHES.items():
-        os.environ.setdefault(name, capacity)
-
-
-def add_product_(total: Tensor, one: Tensor, other: Tensor) -> None:
-    """``total += one @ other``, holding only blocks of the product.
+def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, holding only blocks of the product.
 
     Args:
-        total: [rows, columns], contiguous.
-        one: [rows, inner]; any strides.
-        other: [inner, columns]; any strides.
+        total: [rows, columns], contiguous; changed in place.
+        a: [rows, inner]; any strides.
+        b: [inner, columns]; any strides.
     """
-    if not by_onednn(one, other, multiplications=one.numel() * other.shape[1]):
-        total.addmm_(one, other)
+    if not uses_onednn(a, b, multiplications=a.numel() * b.shape[1]):
+        total.addmm_(a, b)
         return
     # oneDNN's product cannot be added in place: its blocks stay in the processor's cache.
     rows = max(1, BLOCK_ELEMENTS // total.shape[1])
     for start in range(0, len(total), rows):
-        part = slice(start, start + rows)
-        total[part] += product(one[part], other)
+        block = slice(start, start + rows)
+        total[block] += matmul(a[block], b)
+
+
+@cache
+def _limit_caches() -> None:
+    """Set oneDNN's limits, which it reads once at its first product; what the user set stays."""
+    for name, capacity in CACHE_CAPACITIES.items():
+        os.environ.setdefault(name, capacity)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from samestep.kernels.gemm import by_onednn, product
+from samestep.kernels.gemm import matmul, uses_onednn
 
 
 def speed_up_linear(model: nn.Module) -> int:
-    """Send the products of every plain ``nn.Linear`` through `samestep.kernels.gemm.product`.
+    """Send the products of every plain ``nn.Linear`` through `samestep.kernels.gemm.matmul`.
 
     The modules stay what they are: only their ``forward`` changes, and only what it calls. Where
     the product would not be faster (another processor, device or type, autocast) they compute as
@@ -31,8 +31,8 @@ def speed_up_linear(model: nn.Module) -> int:
 
 def _forward(layer: nn.Linear, states: Tensor) -> Tensor:
     multiplications = states.numel() * layer.out_features
-    faster = by_onednn(states, layer.weight, multiplications=multiplications)
-    if not faster or torch.is_autocast_enabled(states.device.type):
+    onednn = uses_onednn(states, layer.weight, multiplications=multiplications)
+    if not onednn or torch.is_autocast_enabled(states.device.type):
         return nn.functional.linear(states, layer.weight, layer.bias)
     rows = states.flatten(0, -2)
     out: Tensor = _Linear.apply(rows, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
@@ -49,15 +49,15 @@ class _Linear(torch.autograd.Function):
             states if ctx.needs_input_grad[1] else None,
             weight if ctx.needs_input_grad[0] else None,
         )
-        return product(states, weight.t(), bias=bias)
+        return matmul(states, weight.t(), bias=bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients that are needed."""
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of states, weight and bias; None where not needed."""
         states, weight = ctx.saved_tensors
         return (
-            None if weight is None else product(incoming, weight),
-            None if states is None else product(incoming.t(), states),
-            incoming.sum(0) if ctx.needs_input_grad[2] else None,
+            None if weight is None else matmul(grad_output, weight),
+            None if states is None else matmul(grad_output.t(), states),
+            grad_output.sum(0) if ctx.needs_input_grad[2] else None,
         )

@@ -12,22 +12,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from samestep.kernels.gemm import by_onednn, product
+from samestep.kernels.gemm import matmul, uses_onednn
 
-BLOCK = 192
+BLOCK_QUERIES = 192
 """Most queries of a head that are multiplied at once: their scores should stay in the cache."""
 
-LONG = 256
+MIN_LENGTH = 256
 """Tokens from which a sequence gains."""
 
 
-def gains(query: Tensor, value: Tensor) -> bool:
-    """Whether `causal_attention` serves a sequence, and faster than PyTorch's kernel."""
+def is_faster(query: Tensor, value: Tensor) -> bool:
+    """Whether `causal_attention` serves a sequence, and faster than PyTorch's kernel.
+
+    Args:
+        query: As for `causal_attention`.
+        value: As for `causal_attention`.
+
+    Returns:
+        True for long float32 sequences on a CPU that gains from oneDNN.
+    """
     length, width = query.shape[2:]
     return (
-        length >= LONG
+        length >= MIN_LENGTH
         and width == value.shape[3]
-        and by_onednn(query, value, multiplications=query.numel() * length)
+        and uses_onednn(query, value, multiplications=query.numel() * length)
     )
 
 
@@ -45,119 +53,124 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     Returns:
         [1, heads, length, width]; in memory a position's heads lie together.
     """
-    out = _like_positions(query[0])
+    out = _empty_like_heads(query[0])
     values = value[0].contiguous()
-    for block in _blocks(query[0], key[0], scale):
-        block.put(out, product(block.shares, values[block.group, : block.end]))
+    for block in _blocks(query[0], key[0], scale=scale):
+        block.write(out, matmul(block.probs, values[block.key_head, : block.end]))
     return out[None]
 
 
 @torch.library.custom_op("samestep::causal_attention_backward", mutates_args=())
 def causal_attention_backward(
-    incoming: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value.
 
     Args:
-        incoming: The gradient of ``out``.
+        grad_out: The gradient of ``out``.
         query: As for `causal_attention`.
         key: As for `causal_attention`.
         value: As for `causal_attention`.
         out: Its result.
         scale: As for `causal_attention`.
+
+    Returns:
+        Each of the shape of what it is the gradient of.
     """
     key_heads, length, width = key.shape[1:]
-    to_query = _like_positions(query[0])
+    grad_query = _empty_like_heads(query[0])
     # Transposed, so that what is added up is small and its other factor is copied by oneDNN.
-    to_key, to_value = (query.new_zeros(key_heads, width, length) for _ in range(2))
+    grad_key, grad_value = (query.new_zeros(key_heads, width, length) for _ in range(2))
     keys = key[0].contiguous()
     # One more column, and the product with the values is the scores' gradient short of a factor.
-    values = _with_column(value[0], 1.0)
-    slopes = _with_column(incoming[0], -(incoming[0] * out[0]).sum(-1))
-    for block in _blocks(query[0], keys, scale):
-        group, end = block.group, block.end
-        slope = block.take(slopes)
-        to_value[group, :, :end] += product(slope[:, :width].t(), block.shares)
-        to_scores = product(slope, values[group, :end].t()).mul_(block.shares)
-        block.put(to_query, product(to_scores, keys[group, :end]))
-        to_key[group, :, :end] += product(block.queries.t(), to_scores)
+    values = _append_column(value[0], 1.0)
+    grad_outs = _append_column(grad_out[0], -(grad_out[0] * out[0]).sum(-1))
+    for block in _blocks(query[0], keys, scale=scale):
+        key_head, end = block.key_head, block.end
+        grad_rows = block.read(grad_outs)
+        grad_value[key_head, :, :end] += matmul(grad_rows[:, :width].t(), block.probs)
+        grad_scores = matmul(grad_rows, values[key_head, :end].t()).mul_(block.probs)
+        block.write(grad_query, matmul(grad_scores, keys[key_head, :end]))
+        grad_key[key_head, :, :end] += matmul(block.queries.t(), grad_scores)
     return (
-        to_query.mul_(scale)[None],
-        to_key.transpose(1, 2)[None],
-        to_value.transpose(1, 2)[None],
+        grad_query.mul_(scale)[None],
+        grad_key.transpose(1, 2)[None],
+        grad_value.transpose(1, 2)[None],
     )
 
 
 class _Block(NamedTuple):
-    """Some queries of the heads that share a key head, and what they attend to.
+    """Some queries of the heads that share a key head, and their attention to the keys so far.
 
     Attributes:
-        group: The key head.
-        heads: Its heads.
+        key_head: The number of the key head.
+        heads: The query heads that share it.
         rows: The positions of the queries.
         queries: The scaled queries [heads * rows, width].
-        shares: Their softmax [heads * rows, end].
+        probs: The softmax of their scores [heads * rows, end].
     """
 
-    group: int
+    key_head: int
     heads: slice
     rows: slice
     queries: Tensor
-    shares: Tensor
+    probs: Tensor
 
     @property
     def end(self) -> int:
-        return self.shares.shape[1]
+        """The position after the last key that the block attends to."""
+        return self.probs.shape[1]
 
-    def take(self, states: Tensor) -> Tensor:
-        """This block's part of [heads, length, width], as rows."""
+    def read(self, states: Tensor) -> Tensor:
+        """This block's part of [heads, length, width], as rows [heads * rows, width]."""
         return states[self.heads, self.rows].flatten(0, 1)
 
-    def put(self, states: Tensor, rows: Tensor) -> None:
-        """The reverse."""
+    def write(self, states: Tensor, rows: Tensor) -> None:
+        """Write rows [heads * rows, width] to this block's part of [heads, length, width]."""
         part = states[self.heads, self.rows]
         part.copy_(rows.view(part.shape))
 
 
-def _blocks(query: Tensor, key: Tensor, scale: float) -> Iterator[_Block]:
+def _blocks(query: Tensor, key: Tensor, *, scale: float) -> Iterator[_Block]:
     heads, length, _ = query.shape
-    together = heads // len(key)
+    group_size = heads // len(key)
     keys = key.contiguous()
-    pieces = -(-length // BLOCK)
-    size = -(-length // (16 * pieces)) * 16  # all much the same, whole vectors of the processor
-    later = query.new_full((size, size), -torch.inf).triu(1)
+    num_blocks = -(-length // BLOCK_QUERIES)
+    # All of nearly the same size, in whole vectors of the processor.
+    size = -(-length // (16 * num_blocks)) * 16
+    causal_mask = query.new_full((size, size), -torch.inf).triu(1)
     for start in range(0, length, size):
         rows = slice(start, min(start + size, length))
         count = rows.stop - start
-        for group in range(len(key)):
-            of_group = slice(group * together, (group + 1) * together)
-            queries = (query[of_group, rows] * scale).flatten(0, 1)
-            scores = product(queries, keys[group, : rows.stop].t())
-            scores.view(together, count, -1)[:, :, start:] += later[:count, :count]
-            yield _Block(group, of_group, rows, queries, scores.softmax(1))
+        for key_head in range(len(key)):
+            group = slice(key_head * group_size, (key_head + 1) * group_size)
+            queries = (query[group, rows] * scale).flatten(0, 1)
+            scores = matmul(queries, keys[key_head, : rows.stop].t())
+            scores.view(group_size, count, -1)[:, :, start:] += causal_mask[:count, :count]
+            yield _Block(key_head, group, rows, queries, scores.softmax(1))
 
 
-def _like_positions(states: Tensor) -> Tensor:
-    """Room for [heads, length, width], in memory [length, heads, width]."""
+def _empty_like_heads(states: Tensor) -> Tensor:
+    """Uninitialised, of the shape [heads, length, width]; in memory [length, heads, width]."""
     heads, length, width = states.shape
     return states.new_empty(length, heads, width).transpose(0, 1)
 
 
-def _with_column(states: Tensor, column: Tensor | float) -> Tensor:
+def _append_column(states: Tensor, column: Tensor | float) -> Tensor:
     """[heads, length, width + 1]."""
-    wider = states.new_empty(*states.shape[:-1], states.shape[-1] + 1)
-    wider[..., :-1] = states
-    wider[..., -1] = column
-    return wider
+    extended = states.new_empty(*states.shape[:-1], states.shape[-1] + 1)
+    extended[..., :-1] = states
+    extended[..., -1] = column
+    return extended
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, output)
 
 
-def _gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-    return (*causal_attention_backward(incoming, *ctx.saved_tensors, ctx.scale), None)
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    return (*causal_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale), None)
 
 
-causal_attention.register_autograd(_gradients, setup_context=_keep)
+causal_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -1,36 +1,40 @@
 """Attention that stays inside each sequence of a pack, on CPU and GPU.
 
-A pack is one row in which sequences stand one after another. transformers' own attention sees
-their borders only as an L x L mask over the whole pack on CPU; here every sequence is attended by
-itself, so memory and time grow with the squares of the sequences, not with that of the pack.
+A pack is one row in which sequences stand one after another. On CPU, transformers' own attention
+keeps them apart by an L x L mask over the whole pack; here every sequence attends to itself alone,
+so memory and time grow with the squares of the sequences' lengths, not with that of the pack's.
 """
 
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from samestep.errors import ConfigError
-from samestep.kernels.long_attention import causal_attention, gains
+from samestep.kernels.long_attention import causal_attention, is_faster
 from samestep.utils.agreement import computes_in_float32
 
 NAME = "samestep"
 """The ``attn_implementation`` under which `register` makes it known to transformers."""
 
-UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+"""Arguments of transformers' attention interface that change the result and are refused."""
+
+_QueryKeyValue: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Query [1, heads, length, width], key and value [1, key heads, length, width]."""
 
 
 def register() -> None:
     """Make "samestep" an attention implementation of transformers.
 
     Micro-batches for it come from `samestep.data.collate` without padding: they carry
-    ``cu_seq_lens_q`` [sequences + 1], the borders. Registering twice is harmless.
+    ``cu_seq_lens_q`` [sequences + 1], the sequences' borders. Registering twice is harmless.
     """
     from transformers import AttentionInterface
 
     # No mask function is registered: transformers then makes no mask, without looking for packs
-    # in position_ids, which would wait for a GPU. The borders say it all.
+    # in position_ids, which would wait for a GPU. cu_seq_lens_q is all that is needed.
     AttentionInterface.register(NAME, packed_attention)
 
 
@@ -47,12 +51,12 @@ def packed_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each sequence of one pack, to transformers' attention interface.
+    """Attention within each sequence of one pack, by transformers' attention interface.
 
     Args:
-        module: The attention layer; its ``is_causal`` holds unless given here.
+        module: The attention layer; its ``is_causal`` holds unless passed here.
         query: [1, heads, length, width].
         key: [1, key heads, length, width]; the heads are a multiple of the key heads.
         value: Like ``key``.
@@ -61,9 +65,9 @@ def packed_attention(
         dropout: Must be 0: its random numbers would depend on the pack.
         is_causal: Whether a position sees only itself and those before it.
         sliding_window: How many positions back it sees, itself included; None: all.
-        cu_seq_lens_q: The borders [sequences + 1], int32, from 0 to length.
-        max_length_q: The longest sequence.
-        **others: Ignored, unless they change the attention.
+        cu_seq_lens_q: The sequences' borders [sequences + 1], int32, from 0 to length.
+        max_length_q: The length of the longest sequence.
+        **kwargs: Ignored, unless they change the attention.
 
     Returns:
         [1, length, heads, width], and None for the attention weights.
@@ -72,11 +76,11 @@ def packed_attention(
         ConfigError: There are no borders, or the model asks for something that this attention
             does not do.
     """
-    refused = [name for name in UNSUPPORTED if others.get(name) is not None]
-    if refused or dropout or attention_mask is not None or query.shape[0] != 1:
+    unsupported = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if unsupported or dropout or attention_mask is not None or query.shape[0] != 1:
         raise ConfigError(
             f"attention over packs does not serve {type(module).__name__} "
-            f"({', '.join(refused) or 'dropout, a mask, or several rows'}): "
+            f"({', '.join(unsupported) or 'dropout, a mask, or several rows'}): "
             "use padding 'right' or 'left'"
         )
     if cu_seq_lens_q is None or max_length_q is None:
@@ -87,45 +91,50 @@ def packed_attention(
     causal = bool(module.is_causal) if is_causal is None else is_causal
     # FlashAttention knows no float32, in which a low precision may be checked.
     attend = _varlen if query.is_cuda and not computes_in_float32() else _by_sequence
-    out = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, causal, sliding_window)
+    out = attend(
+        (query, key, value),
+        cu_seq_lens_q,
+        max_length=max_length_q,
+        scaling=scaling,
+        causal=causal,
+        sliding_window=sliding_window,
+    )
     return out, None
 
 
 def _by_sequence(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    borders: Tensor,
-    longest: int,
+    qkv: _QueryKeyValue,
+    cu_seq_lens: Tensor,
+    *,
+    max_length: int,
     scaling: float | None,
     causal: bool,
     sliding_window: int | None,
 ) -> Tensor:
-    """Attention of each sequence by itself, as any device can."""
-    lengths = borders.diff().tolist()
+    """Attention of each sequence by itself, on any device."""
+    lengths = cu_seq_lens.diff().tolist()
     # split, not slices: the backward of a slice fills a tensor of the whole pack for each sequence.
-    sequences = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    parts = [
-        _one(*states, scaling=scaling, causal=causal, sliding_window=sliding_window)
-        for states in sequences
+    sequences = zip(*(states.split(lengths, dim=2) for states in qkv), strict=True)
+    outputs = [
+        _attend_sequence(sequence, scaling=scaling, causal=causal, sliding_window=sliding_window)
+        for sequence in sequences
     ]
     # Positions first: so they lie in memory, and the model wants them.
-    return torch.cat([part.transpose(1, 2) for part in parts], dim=1)
+    return torch.cat([out.transpose(1, 2) for out in outputs], dim=1)
 
 
-def _one(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scaling: float | None,
-    causal: bool,
-    sliding_window: int | None,
+def _attend_sequence(
+    qkv: _QueryKeyValue, *, scaling: float | None, causal: bool, sliding_window: int | None
 ) -> Tensor:
     """Attention of one sequence [1, heads, length, width]."""
+    query, key, value = qkv
     length, width = query.shape[2:]
-    mask = _window(length, sliding_window, causal, query.device)
-    if causal and mask is None and gains(query, value):
+    mask = None
+    if sliding_window is not None and length > sliding_window:
+        if not causal:
+            raise ConfigError("attention over packs serves sliding windows in causal models only")
+        mask = _window_mask(length, sliding_window, device=query.device)
+    if causal and mask is None and is_faster(query, value):
         scale = width**-0.5 if scaling is None else scaling
         return cast(Tensor, causal_attention(query, key, value, scale))
     return scaled_dot_product_attention(
@@ -139,42 +148,37 @@ def _one(
     )
 
 
-def _window(
-    length: int, sliding_window: int | None, causal: bool, device: torch.device
-) -> Tensor | None:
-    """The band [length, length] of a sliding window, where the sequence is longer than it."""
-    if sliding_window is None or length <= sliding_window:
-        return None
-    if not causal:
-        raise ConfigError("attention over packs serves sliding windows in causal models only")
+def _window_mask(length: int, sliding_window: int, *, device: torch.device) -> Tensor:
+    """The band [length, length] of a causal sliding window: True where a key is seen."""
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
     return ones.tril() & ones.triu(1 - sliding_window)
 
 
 def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    borders: Tensor,
-    longest: int,
+    qkv: _QueryKeyValue,
+    cu_seq_lens: Tensor,
+    *,
+    max_length: int,
     scaling: float | None,
     causal: bool,
     sliding_window: int | None,
 ) -> Tensor:
     """FlashAttention over ragged sequences, as PyTorch ships it; no padding, no mask."""
+    # Here, because PyTorch has it for a shorter time than the rest of what this file needs.
     from torch.nn.attention.varlen import varlen_attn
 
-    back = -1 if sliding_window is None else sliding_window - 1
+    query, key, value = qkv
+    window_left = -1 if sliding_window is None else sliding_window - 1
     out = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        borders,
-        borders,
-        longest,
-        longest,
+        cu_seq_lens,
+        cu_seq_lens,
+        max_length,
+        max_length,
         scale=scaling,
-        window_size=(back, 0 if causal else -1),
+        window_size=(window_left, 0 if causal else -1),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(out, Tensor)

@@ -1,21 +1,16 @@
-"""Losses: pure tensor functions that sum and never divide."""
+"""Losses: pure tensor functions that sum over targets and never divide by a count.
 
-from samestep.losses.cross_entropy import logits_cross_entropy, module_cross_entropy
-from samestep.losses.likelihood import (
-    Likelihoods,
-    linear_likelihoods,
-    logits_likelihoods,
-    module_likelihoods,
-)
-from samestep.losses.linear_cross_entropy import CrossEntropySums, linear_cross_entropy
+From a head's input or its logits to one number, or to a number for each target, example or pair:
 
-__all__ = [
-    "CrossEntropySums",
-    "Likelihoods",
-    "linear_cross_entropy",
-    "linear_likelihoods",
-    "logits_cross_entropy",
-    "logits_likelihoods",
-    "module_cross_entropy",
-    "module_likelihoods",
-]
+- `samestep.losses.linear_cross_entropy` and `samestep.losses.cross_entropy`: summed cross entropy
+  from hidden states, from given logits, or through any head module;
+- `samestep.losses.likelihood`: the log likelihood of every target by itself, for objectives that
+  weigh or compare targets (`samestep.losses.policy`, `samestep.losses.preference`);
+- `samestep.losses.distillation`: divergences between a student's and a teacher's distributions;
+- `samestep.losses.per_example`: classes, values and contrasted embeddings;
+- `samestep.losses.router`: load balance and z-loss of a mixture of experts;
+- `samestep.losses.logits`: what these share: the precision of logits, their soft cap, a chunk of
+  rows at a time, and the backward of a linear head.
+
+Import each function from the module that defines it.
+"""

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from samestep.engine.targets import at_targets
-from samestep.losses.linear_cross_entropy import CHUNK_ELEMENTS, CrossEntropySums
+from samestep.engine.targets import select_targets
+from samestep.losses.linear_cross_entropy import CrossEntropySums
+from samestep.losses.logits import at_least_float32, map_chunks, soft_cap
 
 
 def logits_cross_entropy(
@@ -19,7 +19,7 @@ def logits_cross_entropy(
 ) -> CrossEntropySums:
     """Cross entropy of given logits, summed over targets.
 
-    The same sums as `linear_cross_entropy`, by autograd.
+    The same sums as `samestep.losses.linear_cross_entropy.linear_cross_entropy`, by autograd.
 
     Args:
         logits: [..., vocabulary]; low precision is raised to float32.
@@ -32,16 +32,18 @@ def logits_cross_entropy(
     Returns:
         The sums, without entropy.
     """
-    rows, targets, scale = _chosen(logits, targets, target_weights, positions)
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    scale = scale.to(rows.dtype)
+    rows, targets, weights = _select_weighted_targets(
+        logits, targets, target_weights=target_weights, positions=positions
+    )
+    rows = at_least_float32(rows)
+    weights = weights.to(rows.dtype)
     logsumexp = rows.logsumexp(dim=-1)
     nll = logsumexp - rows.gather(1, targets[:, None]).squeeze(1)
     loss = (1 - label_smoothing) * nll + z_loss * logsumexp.square()
     if label_smoothing:
         loss = loss + label_smoothing * (logsumexp - rows.mean(dim=-1))
     correct = (rows.argmax(dim=-1) == targets).to(rows.dtype)
-    return CrossEntropySums(loss @ scale, (nll @ scale).detach(), correct @ scale, None)
+    return CrossEntropySums(loss @ weights, (nll @ weights).detach(), correct @ weights, None)
 
 
 def module_cross_entropy(
@@ -58,7 +60,7 @@ def module_cross_entropy(
 ) -> CrossEntropySums:
     """Cross entropy through any head, such as one wrapped by LoRA, in chunks of targets.
 
-    A chunk's logits are recomputed in the backward, so they are never whole in memory.
+    A chunk's logits are recomputed in the backward, so that they are never all in memory.
 
     Args:
         head: Maps hidden states [rows, width] to logits [rows, vocabulary].
@@ -74,40 +76,33 @@ def module_cross_entropy(
     Returns:
         The sums, without entropy. With no target the loss is a zero that still has a graph.
     """
-    hidden, targets, scale = _chosen(hidden, targets, target_weights, positions)
-    chunk = chunk or CHUNK_ELEMENTS // 2**16
 
-    def sums(states: Tensor, classes: Tensor, factors: Tensor) -> CrossEntropySums:
-        logits = head(states)
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+    def chunk_sums(states: Tensor, classes: Tensor, weights: Tensor) -> CrossEntropySums:
         return logits_cross_entropy(
-            logits,
+            soft_cap(head(states), softcap),
             classes,
-            target_weights=factors,
+            target_weights=weights,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
         )
 
-    parts = [
-        checkpoint(sums, states, classes, factors, use_reentrant=False)
-        for states, classes, factors in zip(
-            hidden.split(chunk), targets.split(chunk), scale.split(chunk), strict=True
-        )
-    ]
+    selected = _select_weighted_targets(
+        hidden, targets, target_weights=target_weights, positions=positions
+    )
+    sums = map_chunks(chunk_sums, *selected, chunk=chunk)
     return CrossEntropySums(
-        loss=torch.stack([part.loss for part in parts]).sum(),
-        nll=torch.stack([part.nll for part in parts]).sum(),
-        correct=torch.stack([part.correct for part in parts]).sum(),
+        loss=torch.stack([part.loss for part in sums]).sum(),
+        nll=torch.stack([part.nll for part in sums]).sum(),
+        correct=torch.stack([part.correct for part in sums]).sum(),
         entropy=None,
     )
 
 
-def _chosen(
-    rows: Tensor, targets: Tensor, weights: Tensor | None, positions: Tensor | None
+def _select_weighted_targets(
+    rows: Tensor, targets: Tensor, *, target_weights: Tensor | None, positions: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows that are targets, their classes, and their factors."""
-    chosen, classes, positions = at_targets(rows, targets, positions)
-    ones = torch.ones_like(classes, dtype=torch.float64)
-    factors = ones if weights is None else weights.flatten()[positions]
-    return chosen, classes, factors
+    """The rows that are targets [targets, width], their classes and their weights [targets]."""
+    rows, classes, positions = select_targets(rows, targets, positions=positions)
+    if target_weights is None:
+        return rows, classes, torch.ones_like(classes, dtype=torch.float64)
+    return rows, classes, target_weights.flatten()[positions]

@@ -1,8 +1,8 @@
 """The negative log likelihood of every target by itself, without whole logits.
 
-For objectives that weigh or compare targets by what the model says of them: preferences, policy
-gradients, DFT. The gradient that comes back is a vector, one factor a target, known only after the
-forward; so the backward computes each chunk's logits once more.
+For objectives that weigh or compare targets by the likelihood that the model gives them:
+preferences, policy gradients, DFT. The gradient that comes back is a vector, one factor for each
+target, known only after the forward; so the backward computes each chunk's logits once more.
 """
 
 from typing import Any, NamedTuple
@@ -10,16 +10,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
-from samestep.engine.targets import at_targets
-from samestep.kernels.gemm import product
-from samestep.losses.head_gradients import HeadGradients
-from samestep.losses.linear_cross_entropy import CHUNK_ELEMENTS
+from samestep.engine.targets import select_targets
+from samestep.losses.logits import (
+    HeadGradients,
+    accumulation_dtype,
+    at_least_float32,
+    chunk_rows,
+    linear_logits,
+    map_chunks,
+    soft_cap,
+    soft_cap_derivative,
+)
 
 
 class Likelihoods(NamedTuple):
-    """What a model says of each target [targets], in reading order.
+    """The likelihood of each target and two statistics [targets], in reading order.
 
     Attributes:
         nll: Negative log likelihood in nats, with a graph; float32, or float64.
@@ -49,8 +55,8 @@ def linear_likelihoods(
         weight: Output embedding [vocabulary, width].
         targets: Class of each row [...], int64; ``IGNORE`` rows are never multiplied.
         bias: [vocabulary], or None.
-        softcap: c of c * tanh(logits / c), or None.
-        positions: As in `linear_cross_entropy`.
+        softcap: As in `samestep.losses.logits.soft_cap`.
+        positions: As in `samestep.losses.linear_cross_entropy.linear_cross_entropy`.
         chunk: Rows of logits held at once; None: as many as fill 32 MB in float32.
 
     Returns:
@@ -62,7 +68,7 @@ def linear_likelihoods(
     """
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets {tuple(targets.shape)} for hidden {tuple(hidden.shape)}")
-    states, classes, _ = at_targets(hidden, targets, positions)
+    states, classes, _ = select_targets(hidden, targets, positions=positions)
     return Likelihoods(
         *_LinearLikelihoods.apply(  # type: ignore[no-untyped-call]
             states,
@@ -70,7 +76,7 @@ def linear_likelihoods(
             None if bias is None else bias.to(hidden.dtype),
             classes,
             softcap,
-            chunk or max(1, CHUNK_ELEMENTS // weight.shape[0]),
+            chunk_rows(chunk, weight.shape[0]),
         )
     )
 
@@ -87,54 +93,39 @@ class _LinearLikelihoods(torch.autograd.Function):
         chunk: int,
     ) -> tuple[Tensor, ...]:
         """Nll, correct and entropy of each row [rows]."""
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(hidden.dtype)
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.softcap, ctx.chunk, ctx.wide = softcap, chunk, wide
-        parts = [torch.empty(3, 0, dtype=wide, device=hidden.device)]
+        ctx.softcap, ctx.chunk, ctx.dtype = softcap, chunk, dtype
+        chunks = [torch.empty(3, 0, dtype=dtype, device=hidden.device)]
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = _logits(hidden[rows], weight, bias, softcap, wide)
-            parts.append(torch.stack(_of_logits(logits, targets[rows])))
-        results = tuple(part.clone() for part in torch.cat(parts, dim=1).unbind())
+            logits = linear_logits(hidden[rows], weight, bias=bias, softcap=softcap, dtype=dtype)
+            chunks.append(torch.stack(_row_likelihoods(logits, targets[rows])))
+        results = tuple(vector.clone() for vector in torch.cat(chunks, dim=1).unbind())
         ctx.mark_non_differentiable(*results[1:])
         return results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_nll: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """(softmax - one-hot) times each row's incoming gradient, through the head."""
         hidden, weight, bias, targets = ctx.saved_tensors
-        gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad, ctx.wide)
+        gradients = HeadGradients(
+            hidden, weight, bias=bias, needs_grad=ctx.needs_input_grad, dtype=ctx.dtype
+        )
         for start in range(0, len(hidden), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            logits = _logits(hidden[rows], weight, bias, ctx.softcap, ctx.wide)
-            slope = logits.softmax(dim=-1)
-            column = targets[rows][:, None]
-            slope.scatter_add_(1, column, slope.new_full(column.shape, -1.0))
-            slope *= incoming[rows][:, None]
+            logits = linear_logits(
+                hidden[rows], weight, bias=bias, softcap=ctx.softcap, dtype=ctx.dtype
+            )
+            grad_logits = logits.softmax(dim=-1)
+            classes = targets[rows][:, None]
+            grad_logits.scatter_add_(1, classes, grad_logits.new_full(classes.shape, -1.0))
+            grad_logits *= grad_nll[rows][:, None]
             if ctx.softcap is not None:
-                slope *= 1 - (logits / ctx.softcap).square_()
-            gradients.add(rows, slope.to(hidden.dtype))
-        return (*gradients.finished(), None, None, None)
-
-
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, wide: torch.dtype
-) -> Tensor:
-    logits = product(hidden, weight.t()).to(wide)
-    if bias is not None:
-        logits += bias
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
-
-
-def _of_logits(logits: Tensor, targets: Tensor) -> list[Tensor]:
-    """Nll, correct and entropy of each row."""
-    log_softmax = logits.log_softmax(dim=-1)
-    nll = -log_softmax.gather(1, targets[:, None]).squeeze(1)
-    with torch.no_grad():
-        correct = (logits.argmax(dim=-1) == targets).to(nll)
-        entropy = -(log_softmax.exp() * log_softmax).sum(dim=-1)
-    return [nll, correct, entropy]
+                grad_logits *= soft_cap_derivative(logits, ctx.softcap)
+            gradients.add(rows, grad_logits.to(hidden.dtype))
+        return (*gradients.gradients(), None, None, None)
 
 
 def logits_likelihoods(
@@ -145,14 +136,13 @@ def logits_likelihoods(
     Args:
         logits: [..., vocabulary]; low precision is raised to float32.
         targets: Class of each row [...], int64; ``IGNORE`` rows count nothing.
-        positions: As in `linear_cross_entropy`.
+        positions: As in `samestep.losses.linear_cross_entropy.linear_cross_entropy`.
 
     Returns:
         The likelihoods of the rows that are targets.
     """
-    rows, classes, _ = at_targets(logits, targets, positions)
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    return Likelihoods(*_of_logits(rows, classes))
+    rows, classes, _ = select_targets(logits, targets, positions=positions)
+    return Likelihoods(*_row_likelihoods(at_least_float32(rows), classes))
 
 
 def module_likelihoods(
@@ -171,21 +161,26 @@ def module_likelihoods(
         hidden: Hidden states [..., width].
         targets: As in `linear_likelihoods`; ``IGNORE`` rows never reach the head.
         softcap: As in `linear_likelihoods`.
-        positions: As in `linear_cross_entropy`.
+        positions: As in `samestep.losses.linear_cross_entropy.linear_cross_entropy`.
         chunk: Rows of logits held at once; None: those that fill 32 MB for 64 k classes.
 
     Returns:
         The likelihoods of the rows that are targets.
     """
-    hidden, targets, _ = at_targets(hidden, targets, positions)
-    chunk = chunk or CHUNK_ELEMENTS // 2**16
 
-    def part(states: Tensor, classes: Tensor) -> Likelihoods:
-        logits = head(states)
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        return logits_likelihoods(logits, classes)
+    def chunk_likelihoods(states: Tensor, classes: Tensor) -> Likelihoods:
+        return logits_likelihoods(soft_cap(head(states), softcap), classes)
 
-    pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    parts = [checkpoint(part, *pair, use_reentrant=False) for pair in pairs]
-    return Likelihoods(*(torch.cat(vectors) for vectors in zip(*parts, strict=True)))
+    states, classes, _ = select_targets(hidden, targets, positions=positions)
+    chunks = map_chunks(chunk_likelihoods, states, classes, chunk=chunk)
+    return Likelihoods(*(torch.cat(vectors) for vectors in zip(*chunks, strict=True)))
+
+
+def _row_likelihoods(logits: Tensor, targets: Tensor) -> list[Tensor]:
+    """Nll, correct and entropy of each row."""
+    log_softmax = logits.log_softmax(dim=-1)
+    nll = -log_softmax.gather(1, targets[:, None]).squeeze(1)
+    with torch.no_grad():
+        correct = (logits.argmax(dim=-1) == targets).to(nll)
+        entropy = -(log_softmax.exp() * log_softmax).sum(dim=-1)
+    return [nll, correct, entropy]

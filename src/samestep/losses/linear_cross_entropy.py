@@ -1,4 +1,4 @@
-"""Cross entropy straight from hidden states: the logits are never whole in memory.
+"""Cross entropy straight from hidden states: the logits are never all in memory.
 
 Rows are taken a chunk at a time. Where gradients are wanted they are computed in the same pass
 (three matrix products a chunk, none repeated), so nothing of size [targets, vocabulary] lives
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from samestep.engine.targets import at_targets
-from samestep.kernels.gemm import product
-from samestep.losses.head_gradients import HeadGradients
-
-CHUNK_ELEMENTS = 2**23
-"""Logits held at once by default: 32 MB in float32."""
+from samestep.engine.targets import select_targets
+from samestep.losses.logits import (
+    HeadGradients,
+    accumulation_dtype,
+    chunk_rows,
+    linear_logits,
+    soft_cap_derivative,
+)
 
 
 class CrossEntropySums(NamedTuple):
@@ -28,7 +30,7 @@ class CrossEntropySums(NamedTuple):
             -log p + z * logsumexp², for label smoothing s and z-loss z.
         nll: Negative log likelihood in nats, detached.
         correct: Targets that are the most likely token, detached.
-        entropy: Entropy of the predicted distributions in nats, detached; None unless asked.
+        entropy: Entropy of the predicted distributions in nats, detached; None unless wanted.
     """
 
     loss: Tensor
@@ -60,12 +62,12 @@ def linear_cross_entropy(
     Args:
         hidden: Hidden states [..., width].
         weight: Output embedding [vocabulary, width].
-        targets: Class of each row [...], int64; ``IGNORE`` rows are never multiplied.
+        targets: Class of each row [...], int64; ``IGNORE`` (-100) rows are never multiplied.
         bias: [vocabulary], or None.
         target_weights: Factor of each row [...], or None for 1.
         positions: Where the targets stand in the flattened rows [targets], as
-            `samestep.engine.targets.target_positions` gives them; None: they are looked for,
-            which waits for a GPU.
+            `samestep.engine.targets.target_positions` gives them; None: they are looked up, which
+            waits for a GPU.
         label_smoothing: s, from 0 up to 1.
         z_loss: z, the factor of the squared logsumexp.
         softcap: c, or None.
@@ -77,25 +79,40 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: ``targets`` or ``target_weights`` has another shape than the rows.
+
+    Example:
+        Equal logits over a vocabulary of 4, so each of the two targets costs log 4; the third row
+        is no target.
+
+        >>> import torch, samestep
+        >>> hidden, weight = torch.ones(3, 2), torch.zeros(4, 2, requires_grad=True)
+        >>> targets = torch.tensor([1, 3, -100])
+        >>> sums = samestep.linear_cross_entropy(hidden, weight, targets)
+        >>> round(sums.loss.item(), 4), round(sums.loss.exp().item())
+        (2.7726, 16)
+        >>> sums.loss.backward()
+        >>> weight.grad.shape
+        torch.Size([4, 2])
     """
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets {tuple(targets.shape)} for hidden {tuple(hidden.shape)}")
     if target_weights is not None and target_weights.shape != targets.shape:
         raise ValueError(f"target_weights {tuple(target_weights.shape)}, not {targets.shape}")
-    states, classes, rows = at_targets(hidden, targets, positions)
-    wanted = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    states, classes, positions = select_targets(hidden, targets, positions=positions)
+    if target_weights is not None:
+        target_weights = target_weights.flatten()[positions].to(accumulation_dtype(hidden.dtype))
     sums = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         states,
         weight.to(hidden.dtype),
         None if bias is None else bias.to(hidden.dtype),
         classes,
-        None if target_weights is None else target_weights.flatten()[rows].to(wanted),
+        target_weights,
         _Options(
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             softcap=softcap,
             entropy=entropy,
-            chunk=chunk or max(1, CHUNK_ELEMENTS // weight.shape[0]),
+            chunk=chunk_rows(chunk, weight.shape[0]),
             gradients=torch.is_grad_enabled(),
         ),
     )
@@ -123,14 +140,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         options: _Options,
     ) -> tuple[Tensor, ...]:
         """Sums, and the gradients of the first one for a unit incoming gradient."""
-        sums, gradients = _pass(
+        sums, gradients = _sums_and_gradients(
             hidden,
             weight,
-            bias,
-            targets,
-            target_weights,
+            bias=bias,
+            targets=targets,
+            target_weights=target_weights,
             options=options,
-            needed=ctx.needs_input_grad if options.gradients else (False, False, False),
+            needs_grad=ctx.needs_input_grad if options.gradients else (False, False, False),
         )
         ctx.save_for_backward(hidden, weight, bias, targets, target_weights)
         ctx.gradients, ctx.options = gradients, options
@@ -140,63 +157,80 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """The kept gradients times the incoming one, handed over without a copy.
 
         A second backward through the same graph computes them anew.
         """
-        kept, ctx.gradients = ctx.gradients, None
-        if kept is None:
-            needed = ctx.needs_input_grad
-            kept = _pass(*ctx.saved_tensors, options=ctx.options, needed=needed)[1]
-        factor = incoming.to(ctx.saved_tensors[0].dtype)
-        scaled = [None if gradient is None else gradient.mul_(factor) for gradient in kept]
+        gradients: tuple[Tensor | None, ...] | None = ctx.gradients
+        ctx.gradients = None
+        hidden, weight, bias, targets, target_weights = ctx.saved_tensors
+        if gradients is None:
+            gradients = _sums_and_gradients(
+                hidden,
+                weight,
+                bias=bias,
+                targets=targets,
+                target_weights=target_weights,
+                options=ctx.options,
+                needs_grad=ctx.needs_input_grad,
+            )[1]
+        factor = grad_loss.to(hidden.dtype)
+        scaled = [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
         return (*scaled, None, None, None)
 
 
-def _pass(
+def _sums_and_gradients(
     hidden: Tensor,
     weight: Tensor,
+    *,
     bias: Tensor | None,
     targets: Tensor,
     target_weights: Tensor | None,
-    *,
     options: _Options,
-    needed: Sequence[bool],
+    needs_grad: Sequence[bool],
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The four sums, and the gradients of the first that are needed."""
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    gradients = HeadGradients(hidden, weight, bias, needed, wide)
-    sums = torch.zeros(4, dtype=wide, device=hidden.device)
+    dtype = accumulation_dtype(hidden.dtype)
+    gradients = HeadGradients(hidden, weight, bias=bias, needs_grad=needs_grad, dtype=dtype)
+    sums = torch.zeros(4, dtype=dtype, device=hidden.device)
     for start in range(0, len(hidden), options.chunk):
         rows = slice(start, start + options.chunk)
-        scale = None if target_weights is None else target_weights[rows]
-        logits = product(hidden[rows], weight.t()).to(wide)
-        if bias is not None:
-            logits += bias
-        found, slope = _chunk(logits, targets[rows], scale, options)
-        sums += found
-        if any(needed):
-            gradients.add(rows, slope.to(hidden.dtype), scale)
-    return sums, gradients.finished()
+        row_weights = None if target_weights is None else target_weights[rows]
+        logits = linear_logits(
+            hidden[rows], weight, bias=bias, softcap=options.softcap, dtype=dtype
+        )
+        chunk_sums, grad_logits = _chunk_sums(
+            logits, targets[rows], row_weights=row_weights, options=options
+        )
+        sums += chunk_sums
+        if any(needs_grad):
+            gradients.add(rows, grad_logits.to(hidden.dtype), row_weights=row_weights)
+    return sums, gradients.gradients()
 
 
-def _chunk(
-    logits: Tensor, targets: Tensor, scale: Tensor | None, options: _Options
+def _chunk_sums(
+    logits: Tensor, targets: Tensor, *, row_weights: Tensor | None, options: _Options
 ) -> tuple[Tensor, Tensor]:
-    """Sums of one chunk (loss, nll, correct, entropy), and d loss / d logits before ``scale``.
+    """Sums of one chunk (loss, nll, correct, entropy), and d loss / d logits before the weights.
 
-    The slope overwrites the softmax. Each row's logsumexp is read off the softmax at the row's
+    The gradient overwrites the softmax. Each row's logsumexp is read off the softmax at the row's
     maximum, where it is at least 1 / vocabulary and so loses no digits.
+
+    Args:
+        logits: [chunk, vocabulary], after the soft cap.
+        targets: [chunk].
+        row_weights: [chunk], or None for 1.
+        options: What to compute.
+
+    Returns:
+        [4], and [chunk, vocabulary], which is the softmax alone where no gradient is wanted.
     """
-    s, z, cap = options.label_smoothing, options.z_loss, options.softcap
-    if cap is not None:
-        logits = logits.div_(cap).tanh_().mul_(cap)
-    column = targets[:, None]
-    highest, best = logits.max(dim=-1)
-    slope = logits.softmax(dim=-1)
-    logsumexp = highest - slope.gather(1, best[:, None]).squeeze(1).log()
-    nll = logsumexp - logits.gather(1, column).squeeze(1)
+    s, z = options.label_smoothing, options.z_loss
+    highest, predicted = logits.max(dim=-1)
+    softmax = logits.softmax(dim=-1)
+    logsumexp = highest - softmax.gather(1, predicted[:, None]).squeeze(1).log()
+    nll = logsumexp - logits.gather(1, targets[:, None]).squeeze(1)
     loss = nll
     if s:
         loss = (1 - s) * nll + s * (logsumexp - logits.mean(dim=-1))
@@ -204,15 +238,17 @@ def _chunk(
         loss = loss + z * logsumexp.square()
     entropy = torch.zeros_like(nll)
     if options.entropy:
-        entropy = torch.special.entr(slope).sum(dim=-1)
-    found = torch.stack([loss, nll, (best == targets).to(nll), entropy])
-    found = found.sum(dim=1) if scale is None else found @ scale
-    if options.gradients:
-        if z:
-            slope.mul_((1 + 2 * z * logsumexp)[:, None])
-        if s:
-            slope.sub_(s / logits.shape[1])
-        slope.scatter_add_(1, column, torch.full_like(nll, s - 1)[:, None])
-        if cap is not None:
-            slope.mul_(1 - (logits / cap).square_())
-    return found, slope
+        entropy = torch.special.entr(softmax).sum(dim=-1)
+    rows = torch.stack([loss, nll, (predicted == targets).to(nll), entropy])
+    sums = rows.sum(dim=1) if row_weights is None else rows @ row_weights
+    if not options.gradients:
+        return sums, softmax
+    grad_logits = softmax
+    if z:
+        grad_logits.mul_((1 + 2 * z * logsumexp)[:, None])
+    if s:
+        grad_logits.sub_(s / logits.shape[1])
+    grad_logits.scatter_add_(1, targets[:, None], torch.full_like(nll, s - 1)[:, None])
+    if options.softcap is not None:
+        grad_logits.mul_(soft_cap_derivative(logits, options.softcap))
+    return sums, grad_logits

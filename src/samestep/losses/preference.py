@@ -7,7 +7,7 @@ Where a completion's log likelihood is divided by its length, r is that mean alr
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -41,6 +41,11 @@ class LogRatios:
     chosen: Tensor
     rejected: Tensor
 
+    @property
+    def difference(self) -> Tensor:
+        """D = r_w - r_l [pairs]."""
+        return self.chosen - self.rejected
+
 
 def pair_loss(
     kind: PairLoss,
@@ -67,7 +72,7 @@ def pair_loss(
       eq. 5.
 
     Args:
-        kind: Which.
+        kind: Which loss.
         ratios: The log ratios.
         beta: Strength of the reference; above 0.
         label_smoothing: e, the share of labels that are wrong, below 1/2.
@@ -76,7 +81,7 @@ def pair_loss(
     Returns:
         [pairs].
     """
-    return _LOSSES[kind](ratios, beta, label_smoothing, tau)
+    return _LOSSES[kind](ratios, _Options(beta, label_smoothing, tau))
 
 
 def sorted_loss(
@@ -142,7 +147,7 @@ def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     return -logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
-def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
+def reward_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None) -> Tensor:
     """Bradley-Terry: -log s(reward_w - reward_l - margin), arXiv:2307.09288 eq. 2.
 
     Args:
@@ -160,8 +165,8 @@ def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) 
 def unpaired_loss(
     ratios: Tensor,
     is_desirable: Tensor,
-    reference_point: Tensor,
     *,
+    reference_point: Tensor,
     beta: float,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
@@ -170,20 +175,21 @@ def unpaired_loss(
 
     Args:
         ratios: r of every example [examples].
-        is_desirable: Whether it is [examples], bool.
+        is_desirable: Whether the example is desirable [examples], bool.
         reference_point: z, the KL of policy to reference, at least 0; 0-d and without a graph.
         beta: Above 0.
-        desirable_weight: Of desirable examples.
-        undesirable_weight: Of the others.
+        desirable_weight: Weight of desirable examples.
+        undesirable_weight: Weight of undesirable examples.
 
     Returns:
         [examples].
     """
     gain = torch.where(is_desirable, ratios - reference_point, reference_point - ratios)
-    # Not where(..., 0.7, ...): numbers alone would make it float32.
-    up, down = ratios.new_tensor(desirable_weight), ratios.new_tensor(undesirable_weight)
-    weight = torch.where(is_desirable, up, down)
-    return weight * (1 - torch.sigmoid(beta * gain))
+    # Tensors, not numbers: torch.where of two numbers would be float32.
+    weights = torch.where(
+        is_desirable, ratios.new_tensor(desirable_weight), ratios.new_tensor(undesirable_weight)
+    )
+    return weights * (1 - torch.sigmoid(beta * gain))
 
 
 def _log_odds(log_p: Tensor) -> Tensor:
@@ -193,25 +199,27 @@ def _log_odds(log_p: Tensor) -> Tensor:
     return log_p - torch.log(-torch.expm1(log_p))
 
 
-def _smoothed(margin: Tensor, e: float) -> Tensor:
+def _smoothed(margin: Tensor, label_smoothing: float) -> Tensor:
+    e = label_smoothing
     if not e:
         return -logsigmoid(margin)
     return -(1 - e) * logsigmoid(margin) - e * logsigmoid(-margin)
 
 
-def _robust(margin: Tensor, e: float) -> Tensor:
+def _robust(margin: Tensor, label_smoothing: float) -> Tensor:
+    e = label_smoothing
     return (-(1 - e) * logsigmoid(margin) + e * logsigmoid(-margin)) / (1 - 2 * e)
 
 
-def _exo(margin: Tensor, e: float) -> Tensor:
-    wrong = margin.new_tensor(e)
-    right_way = margin.sigmoid() * (logsigmoid(margin) - torch.log1p(-wrong))
-    return right_way + (-margin).sigmoid() * (logsigmoid(-margin) - wrong.log())
+def _exo(margin: Tensor, label_smoothing: float) -> Tensor:
+    e = margin.new_tensor(label_smoothing)
+    preferred = margin.sigmoid() * (logsigmoid(margin) - torch.log1p(-e))
+    return preferred + (-margin).sigmoid() * (logsigmoid(-margin) - e.log())
 
 
-def _nca(r: LogRatios, beta: float) -> Tensor:
-    away = logsigmoid(-beta * r.chosen) + logsigmoid(-beta * r.rejected)
-    return -logsigmoid(beta * r.chosen) - 0.5 * away
+def _nca(ratios: LogRatios, beta: float) -> Tensor:
+    negatives = logsigmoid(-beta * ratios.chosen) + logsigmoid(-beta * ratios.rejected)
+    return -logsigmoid(beta * ratios.chosen) - 0.5 * negatives
 
 
 def _discopop(margin: Tensor, tau: float) -> Tensor:
@@ -219,21 +227,25 @@ def _discopop(margin: Tensor, tau: float) -> Tensor:
     return -logsigmoid(margin) * (1 - blend) + (-margin).exp() * blend
 
 
-_LOSSES: dict[PairLoss, Callable[[LogRatios, float, float, float], Tensor]] = {
-    "sigmoid": lambda r, b, e, _: _smoothed(b * (r.chosen - r.rejected), e),
-    "hinge": lambda r, b, _e, _t: torch.relu(1 - b * (r.chosen - r.rejected)),
-    "ipo": lambda r, b, _e, _t: (r.chosen - r.rejected - 1 / (2 * b)).square(),
-    "robust": lambda r, b, e, _: _robust(b * (r.chosen - r.rejected), e),
-    "exo_pair": lambda r, b, e, _: _exo(b * (r.chosen - r.rejected), e),
-    "nca_pair": lambda r, b, _e, _t: _nca(r, b),
-    "bco_pair": lambda r, b, _e, _t: -logsigmoid(b * r.chosen) - logsigmoid(-b * r.rejected),
-    "sppo_hard": lambda r, b, _e, _t: (
-        (r.chosen - 0.5 / b).square() + (r.rejected + 0.5 / b).square()
+class _Options(NamedTuple):
+    beta: float
+    label_smoothing: float
+    tau: float
+
+
+_LOSSES: dict[PairLoss, Callable[[LogRatios, _Options], Tensor]] = {
+    "sigmoid": lambda r, o: _smoothed(o.beta * r.difference, o.label_smoothing),
+    "hinge": lambda r, o: torch.relu(1 - o.beta * r.difference),
+    "ipo": lambda r, o: (r.difference - 1 / (2 * o.beta)).square(),
+    "robust": lambda r, o: _robust(o.beta * r.difference, o.label_smoothing),
+    "exo_pair": lambda r, o: _exo(o.beta * r.difference, o.label_smoothing),
+    "nca_pair": lambda r, o: _nca(r, o.beta),
+    "bco_pair": lambda r, o: -logsigmoid(o.beta * r.chosen) - logsigmoid(-o.beta * r.rejected),
+    "sppo_hard": lambda r, o: (
+        (r.chosen - 0.5 / o.beta).square() + (r.rejected + 0.5 / o.beta).square()
     ),
-    "apo_zero": lambda r, b, _e, _t: 1 - (b * r.chosen).sigmoid() + (b * r.rejected).sigmoid(),
-    "apo_down": lambda r, b, _e, _t: (
-        (b * r.chosen).sigmoid() + 1 - (b * (r.chosen - r.rejected)).sigmoid()
-    ),
-    "discopop": lambda r, b, _e, t: _discopop(b * (r.chosen - r.rejected), t),
+    "apo_zero": lambda r, o: 1 - (o.beta * r.chosen).sigmoid() + (o.beta * r.rejected).sigmoid(),
+    "apo_down": lambda r, o: (o.beta * r.chosen).sigmoid() + 1 - (o.beta * r.difference).sigmoid(),
+    "discopop": lambda r, o: _discopop(o.beta * r.difference, o.tau),
 }
 assert set(_LOSSES) == set(get_args(PairLoss))

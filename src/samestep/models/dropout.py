@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from samestep.engine.targets import spans
+from samestep.engine.targets import sequence_spans
 from samestep.errors import ConfigError
 
 
@@ -87,7 +87,7 @@ def key_dropout(model: nn.Module, micro: Mapping[str, Any], *, seed: int, step: 
     examples = micro["example_ids"].tolist()
     sequences: list[tuple[tuple[int, ...], int, slice]] = [
         ((seed, step, example), row, span)
-        for example, (row, span) in zip(examples, spans(micro), strict=True)
+        for example, (row, span) in zip(examples, sequence_spans(micro), strict=True)
     ]
     for layer in layers:
         layer.shape = tuple(micro["input_ids"].shape)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from samestep.errors import ConfigError
@@ -17,6 +16,7 @@ from samestep.losses.likelihood import (
     module_likelihoods,
 )
 from samestep.losses.linear_cross_entropy import CrossEntropySums, linear_cross_entropy
+from samestep.losses.logits import soft_cap
 from samestep.models.last_layer import position_kwargs
 from samestep.utils.agreement import LOW_PRECISION, compare_in_one_precision
 
@@ -80,9 +80,7 @@ class States:
         """The logits [rows, vocabulary] of some rows of ``states``."""
         if self.rule is None:
             return states
-        logits: Tensor = self.head(_scaled(states, self.rule))
-        cap = self.rule.softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return soft_cap(self.head(_scaled(states, self.rule)), self.rule.softcap)
 
     def likelihoods(self, targets: Tensor, positions: Tensor) -> Likelihoods:
         """The likelihood of each target of targets [rows, length], in reading order."""
@@ -211,7 +209,7 @@ def _logit_rule(model: nn.Module, product: Tensor, logits: Tensor) -> LogitRule 
     if fits(lambda: product * 1.0):
         return LogitRule()
     cap = model.config.get_text_config().to_dict().get("final_logit_softcapping")  # type: ignore
-    if cap and fits(lambda: cap * torch.tanh(product / cap)):
+    if cap and fits(lambda: soft_cap(product, cap)):
         return LogitRule(softcap=cap)
     wide, wanted = product.double(), logits.double()
     scale = float((wide * wanted).sum() / (wide * wide).sum())

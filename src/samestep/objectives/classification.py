@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samestep.engine.targets import IGNORE, sequence_ids, spans
+from samestep.engine.targets import IGNORE, sequence_ids, sequence_spans
 from samestep.engine.terms import Counter, Term
-from samestep.losses.classification import class_losses, correct, squared_errors
+from samestep.losses.per_example import class_losses, is_correct, squared_errors
 from samestep.losses.preference import reward_loss
 from samestep.models.lm_head import model_inputs
 from samestep.objectives.preference import pair_weights
@@ -58,7 +58,7 @@ def last_positions(micro: Mapping[str, Any]) -> Tensor:
     """Where each sequence ends, in the flattened rows [sequences]."""
     ids: Tensor = micro["input_ids"]
     length = ids.shape[1]
-    ends = [row * length + span.stop - 1 for row, span in spans(micro)]
+    ends = [row * length + span.stop - 1 for row, span in sequence_spans(micro)]
     return torch.tensor(ends).to(ids.device, non_blocking=True)
 
 
@@ -77,7 +77,7 @@ class QuestionAnswering:
         ends = ends if ends.dtype == torch.float64 else ends.float()
         wanted = torch.stack([micro["fields"]["start"], micro["fields"]["end"]], dim=1)
         losses, exact = [], []
-        for (row, span), places in zip(spans(micro), wanted, strict=True):
+        for (row, span), places in zip(sequence_spans(micro), wanted, strict=True):
             scores = ends[row, span].t()
             found = scores.log_softmax(dim=1).gather(1, places[:, None])
             losses.append(-found.sum() / 2)
@@ -128,7 +128,7 @@ class Classification:
         logits, classes = sequence_logits(model, micro), micro["fields"]["class"]
         losses = class_losses(logits, classes, label_smoothing=self.label_smoothing)
         weights = example_weights(micro).to(losses)
-        right = (weights * correct(logits, classes)).sum()
+        right = (weights * is_correct(logits, classes)).sum()
         return {
             "cross_entropy": Term((weights * losses).sum(), "example"),
             "accuracy": Term(right, "example", weight=0.0),
@@ -179,7 +179,7 @@ class TokenClassification:
         classes = micro["fields"]["classes"]
         losses = class_losses(logits, classes)
         weights = token_weights(micro).to(losses)
-        right = (weights * correct(logits, classes)).sum()
+        right = (weights * is_correct(logits, classes)).sum()
         return {
             "cross_entropy": Term((weights * losses).sum(), "token"),
             "accuracy": Term(right, "token", weight=0.0),
@@ -206,7 +206,8 @@ class Reward:
         chosen, rejected = rewards[::2], rewards[1::2]
         weights = pair_weights(micro).to(rewards)
         margin = micro.get("fields", {}).get("margin")
-        losses = reward_loss(chosen, rejected, None if margin is None else margin.to(rewards))
+        margin = None if margin is None else margin.to(rewards)
+        losses = reward_loss(chosen, rejected, margin=margin)
         terms = {"bradley_terry": Term((weights * losses).sum(), "pair")}
         if self.centring:
             total = (weights * (chosen + rejected).square()).sum()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samestep.engine.counts import sequence_targets
+from samestep.engine.counts import targets_per_sequence
 from samestep.engine.targets import sequence_ids, shifted_targets, target_positions
 from samestep.models.lm_head import UpToHead
 from samestep.utils.modules import eval_mode
@@ -44,7 +44,7 @@ def completions(up_to_head: UpToHead, model: nn.Module, micro: Mapping[str, Any]
     states = up_to_head(model, micro, at=positions)
     found = states.likelihoods(shifted_targets(micro), positions)
     ids = sequence_ids(micro).flatten()[positions]
-    number, _ = sequence_targets(micro)
+    number, _ = targets_per_sequence(micro)
     zeros = found.nll.new_zeros(len(number))
     return Completions(
         log_p=zeros.index_add(0, ids, -found.nll),

@@ -85,8 +85,8 @@ class TopKDistillation:
         )
         losses = top_k_divergences(
             own.states.flatten(0, 1).index_select(0, positions),
-            top_ids.long(),
-            top_logps,
+            top_ids=top_ids.long(),
+            top_logps=top_logps,
             student_logits=own.logits,
             kind=self.kind,
         )

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from samestep.engine.targets import spans
+from samestep.engine.targets import sequence_spans
 from samestep.engine.terms import Coupled
-from samestep.losses.contrastive import contrastive_losses, found_positives
+from samestep.losses.per_example import contrastive_losses, retrieves_positive
 from samestep.objectives.classification import (
     backbone_states,
     example_weights,
@@ -31,7 +31,7 @@ def embeddings(model: nn.Module, micro: Mapping[str, Any], pooling: Pooling) -> 
     states = backbone_states(without_wrapper(model), micro)
     if pooling == "last":
         return states.flatten(0, 1)[last_positions(micro)]
-    places = spans(micro)
+    places = sequence_spans(micro)
     if pooling == "first":
         return torch.stack([states[row, span.start] for row, span in places])
     return torch.stack([states[row, span].mean(dim=0) for row, span in places])
@@ -71,13 +71,17 @@ class Embedding:
         sides, weights = self._apart(rows)
         negatives = sides[:, 2:].flatten(0, 1) if self.width > 2 else None
         losses = contrastive_losses(
-            sides[:, 0], sides[:, 1], negatives, scale=self.scale, symmetric=self.symmetric
+            sides[:, 0],
+            sides[:, 1],
+            negatives=negatives,
+            scale=self.scale,
+            symmetric=self.symmetric,
         )
         return (weights * losses).sum() / weights.sum()
 
     def _accuracy(self, rows: Tensor) -> Tensor:
         sides, weights = self._apart(rows)
-        return (weights * found_positives(sides[:, 0], sides[:, 1])).sum() / weights.sum()
+        return (weights * retrieves_positive(sides[:, 0], sides[:, 1])).sum() / weights.sum()
 
     def _apart(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return rows[:, :-1].unflatten(1, (self.width, -1)), rows[:, -1].detach()

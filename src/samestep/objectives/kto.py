@@ -82,7 +82,7 @@ class KTO:
         losses = unpaired_loss(
             ratio,
             label.bool(),
-            reference_point(examples.detach()),
+            reference_point=reference_point(examples.detach()),
             beta=self.beta,
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from samestep.engine.counts import target_weights
 from samestep.engine.targets import sequence_ids, shifted_targets, target_positions
 from samestep.engine.terms import Term, Unit
-from samestep.losses.policy import Clip, clipped_losses, dft_losses, kl_estimates
+from samestep.losses.policy import ClipRange, clipped_losses, dft_losses, kl_estimates
 from samestep.models.lm_head import UpToHead
 from samestep.objectives.completions import Reference
 
@@ -37,7 +37,7 @@ class PolicyGradient:
 
     normalize: Unit = "token"
     ratio: Literal["token", "sequence"] = "token"
-    clip: Clip = field(default_factory=Clip)
+    clip: ClipRange = field(default_factory=ClipRange)
     reference: Reference | None = None
     kl_weight: float = 0.0
     up_to_head: UpToHead = field(default_factory=UpToHead, repr=False, compare=False)
@@ -53,7 +53,7 @@ class PolicyGradient:
         log_ratio = log_p - self._old(micro, positions, log_p)
         if self.ratio == "sequence":
             log_ratio = _means(log_ratio, ids, len(advantages))[ids]
-        losses, clipped = clipped_losses(log_ratio, advantages[ids], self.clip)
+        losses, clipped = clipped_losses(log_ratio, advantages[ids], clip=self.clip)
         weights = target_weights(micro, self.normalize).flatten()[positions].to(log_p)
 
         def term(values: Tensor, weight: float = 0.0) -> Term:

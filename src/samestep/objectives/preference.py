@@ -40,9 +40,9 @@ PAIR_COUNTERS: dict[str, Counter] = {
 
 
 def _chosen_tokens(micro: Mapping[str, Any]) -> Tensor:
-    from samestep.engine.counts import sequence_targets
+    from samestep.engine.counts import targets_per_sequence
 
-    targets, weights = sequence_targets(micro)
+    targets, weights = targets_per_sequence(micro)
     return (targets * weights)[::2].sum()
 
 

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from samestep.engine.collectives import all_gather_object, all_reduce_sum, rank
-from samestep.engine.counts import sequence_targets
-from samestep.engine.targets import sequence_ids, spans
+from samestep.engine.counts import targets_per_sequence
+from samestep.engine.targets import sequence_ids, sequence_spans
 from samestep.engine.terms import Counter, Coupled, LossFn, Term, named_terms
 from samestep.errors import ConfigError
 from samestep.losses.router import (
-    choices_by_group,
+    batch_balance,
+    count_choices,
     load_statistic,
-    probabilities,
+    routing_probabilities,
     sequence_balance,
-    window_balance,
-    z_totals,
+    z_loss_sum,
 )
 from samestep.models.routers import Routing, overheard, router_biases
 
@@ -42,11 +42,11 @@ class Tokens:
     @classmethod
     def of(cls, micro: Mapping[str, Any]) -> "Tokens":
         """Those of a micro-batch of `samestep.data.collate.collate`."""
-        targets, weights = sequence_targets(micro)
+        targets, weights = targets_per_sequence(micro)
         weights = weights * (targets > 0)
         ids = sequence_ids(micro)
         real = torch.zeros_like(ids, dtype=torch.bool)
-        for row, span in spans(micro):
+        for row, span in sequence_spans(micro):
             real[row, span] = True
         at = (real & (weights[ids] > 0)).flatten().nonzero().squeeze(1)
         sequence = ids.flatten()[at]
@@ -77,7 +77,7 @@ class RouterBias:
         for routing in routings.values():
             empty = tokens.by_sequence.new_zeros(len(tokens.by_sequence), routing.logits.shape[1])
             chosen = routing.choices.detach()[tokens.at]
-            loads.append(choices_by_group(chosen, tokens.weight, tokens.sequence, empty))
+            loads.append(count_choices(chosen, tokens.sequence, weights=tokens.weight, zeros=empty))
         by_example = torch.stack(loads, dim=1)  # [sequences, routers, experts]
         self._loads |= dict(zip(micro["example_ids"].tolist(), by_example, strict=True))
 
@@ -136,7 +136,7 @@ class RouterLosses:
         if self.balance is not None:
             terms["router_balance"] = self._balance(list(routings.values()), tokens)
         if self.z_weight:
-            totals = [z_totals(one.logits[tokens.at], tokens.weight) for one in routings.values()]
+            totals = [z_loss_sum(one.logits[tokens.at], tokens.weight) for one in routings.values()]
             total = torch.stack(totals).sum() / number
             terms["router_z"] = Term(total, "routed token", self.z_weight)
         return terms
@@ -147,16 +147,21 @@ class RouterLosses:
         top_k = choices[0].shape[1]
         both = list(zip(shares, choices, strict=True))
         if self.balance == "window":
-            part = torch.stack([load_statistic(s, c, tokens.weight) for s, c in both])
-            return Coupled(part, lambda s: window_balance(s, top_k), weight=self.balance_weight)
+            part = torch.stack([load_statistic(s, c, weights=tokens.weight) for s, c in both])
+            return Coupled(part, lambda s: batch_balance(s, top_k), weight=self.balance_weight)
         number = len(tokens.by_sequence)
-        values = torch.stack([sequence_balance(s, c, tokens.sequence, number) for s, c in both])
+        values = torch.stack(
+            [
+                sequence_balance(s, c, sequence_ids=tokens.sequence, num_sequences=number)
+                for s, c in both
+            ]
+        )
         total = (values.mean(0) * tokens.by_sequence.to(values)).sum()
         return Term(total, "sequence", self.balance_weight)
 
 
 def _shares(routing: Routing) -> Tensor:
-    shares = probabilities(routing.logits, routing.scores, routing.choices)
+    shares = routing_probabilities(routing.logits, routing.scores, routing.choices)
     if shares is None:
         raise ConfigError(
             "router_loss: this model's routers neither take the softmax of their logits nor divide "

@@ -15,7 +15,7 @@ from samestep.engine.counts import input_tokens
 from samestep.engine.step import backward
 from samestep.engine.terms import Objective
 from samestep.errors import OutOfMemoryError
-from samestep.kernels.gemm import processor
+from samestep.kernels.gemm import processor_name
 from samestep.train.budget import (
     BUDGETS,
     DEFAULT,
@@ -132,7 +132,7 @@ def _key(model: Any, config: TrainConfig) -> str:
         "trained": [len(trained), sum(weight.numel() for weight in trained)],
         "dtype": str(model.dtype),
         "settings": [config.objective, config.padding, *mode],
-        "machine": [str(model.device), platform.node(), processor(), torch.get_num_threads()],
+        "machine": [str(model.device), platform.node(), processor_name(), torch.get_num_threads()],
         "versions": [samestep.__version__, torch.__version__],
     }
     text = json.dumps(facts, sort_keys=True, default=str)

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from samestep.engine.counts import count_units
-from samestep.engine.oom import row_numbers
-from samestep.engine.parallel import term_tensors
-from samestep.engine.terms import Counter, LossFn
+from samestep.engine.oom import describe_rows
+from samestep.engine.terms import Counter, LossFn, term_tensors
 
 SHOWN = 10
 """How many rows are named."""
@@ -43,7 +42,7 @@ def culprits(
             continue
         what = _wrong_with(model, micro, loss_fn)
         if what:
-            found.append(f"{row_numbers(micro).strip(' ()')}: {what}")
+            found.append(f"{describe_rows(micro).strip(' ()')}: {what}")
     return found[:SHOWN]
 
 

@@ -34,7 +34,7 @@ from samestep.data.readers.images import image_messages, open_image, sha256_of_i
 from samestep.data.records import Records
 from samestep.data.row_formats import tools_of
 from samestep.data.rows import Row, RowError, raise_all, weight_of
-from samestep.engine.targets import IGNORE, spans
+from samestep.engine.targets import IGNORE, sequence_spans
 from samestep.errors import ConfigError, DataError
 
 
@@ -285,7 +285,7 @@ def image_axes(processor: Any) -> dict[str, int]:
 def _laid_out(rows: Mapping[int, Tensor], micro: Mapping[str, Any]) -> Tensor:
     """Values of tokens in the layout of the micro-batch; 0 in padding, and in rows without any."""
     out = next(iter(rows.values())).new_zeros(micro["input_ids"].shape)
-    for place, (row, span) in enumerate(spans(micro)):
+    for place, (row, span) in enumerate(sequence_spans(micro)):
         if place in rows:
             out[row, span] = rows[place]
     return out

@@ -49,7 +49,7 @@ class PolicyConfig(ReferenceConfig):
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """The clipped gradient, and the KL if it has a weight."""
         from samestep.engine.terms import Objective, constant
-        from samestep.losses.policy import Clip
+        from samestep.losses.policy import ClipRange
         from samestep.objectives.policy import PolicyGradient
 
         normalize = self.normalize
@@ -57,7 +57,7 @@ class PolicyConfig(ReferenceConfig):
             PolicyGradient(
                 normalize=constant(normalize) if isinstance(normalize, float) else normalize,
                 ratio=self.ratio,
-                clip=Clip(self.clip_low, self.clip_high),
+                clip=ClipRange(self.clip_low, self.clip_high),
                 reference=self.reference(model) if self.kl_weight else None,
                 kl_weight=self.kl_weight,
             )

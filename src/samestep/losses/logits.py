@@ -1,0 +1,183 @@
+"""What the losses over logits share: precision, soft cap, chunks of rows, a linear head's backward.
+
+Whole logits [targets, vocabulary] would be the largest tensor of a training step. So they are made
+a chunk of rows at a time: by `map_chunks`, which recomputes them in the backward, or with
+`linear_logits` and `HeadGradients` inside an autograd function.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from samestep.kernels.gemm import add_matmul_, matmul
+
+CHUNK_ELEMENTS = 2**23
+"""Logits held at once by default: 32 MB in float32."""
+
+TYPICAL_VOCABULARY = 2**16
+"""The vocabulary that is assumed of a head that is not one weight matrix."""
+
+T = TypeVar("T")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of softmax and sums for inputs of a type: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor, raised to float32 if its type is of lower precision."""
+    return tensor.to(accumulation_dtype(tensor.dtype))
+
+
+def soft_cap(logits: Tensor, cap: float | None, *, inplace: bool = False) -> Tensor:
+    """The soft cap of Gemma 2 (arXiv:2408.00118): cap * tanh(logits / cap).
+
+    Args:
+        logits: Any shape.
+        cap: The bound that no logit's absolute value exceeds; None: the logits as they are.
+        inplace: Overwrite the logits.
+
+    Returns:
+        The capped logits, of the same shape.
+    """
+    if cap is None:
+        return logits
+    if inplace:
+        return logits.div_(cap).tanh_().mul_(cap)
+    return cap * torch.tanh(logits / cap)
+
+
+def soft_cap_derivative(capped: Tensor, cap: float) -> Tensor:
+    """The derivative of `soft_cap` at each logit, from the capped ones: 1 - (capped / cap)²."""
+    return 1 - (capped / cap).square_()
+
+
+def chunk_rows(chunk: int | None, vocabulary: int = TYPICAL_VOCABULARY) -> int:
+    """Rows of logits to hold at once.
+
+    Args:
+        chunk: The rows that the caller wants; None: as many as fill `CHUNK_ELEMENTS`.
+        vocabulary: Columns of the logits.
+
+    Returns:
+        At least 1.
+    """
+    return chunk or max(1, CHUNK_ELEMENTS // vocabulary)
+
+
+def map_chunks(function: Callable[..., T], *tensors: Tensor, chunk: int | None) -> list[T]:
+    """Apply a function to chunks of rows; what it computed is recomputed in the backward.
+
+    Args:
+        function: Of as many tensors as are given, each [chunk, ...].
+        *tensors: Each [rows, ...], with the same number of rows.
+        chunk: As for `chunk_rows`.
+
+    Returns:
+        The result for each chunk; with no rows, that for one empty chunk.
+    """
+    size = chunk_rows(chunk)
+    chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return [checkpoint(function, *rows, use_reentrant=False) for rows in chunks]
+
+
+def linear_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The logits of a linear head, without a graph.
+
+    Args:
+        hidden: Hidden states [rows, width].
+        weight: [vocabulary, width].
+        bias: [vocabulary], or None.
+        softcap: As for `soft_cap`.
+        dtype: The type of the result: the product is made in the inputs' type, all else in this.
+
+    Returns:
+        [rows, vocabulary], owned by the caller.
+    """
+    logits = matmul(hidden, weight.t()).to(dtype)
+    if bias is not None:
+        logits += bias
+    return soft_cap(logits, softcap, inplace=True)
+
+
+class HeadGradients:
+    """Gradients of hidden states, weight and bias of a linear head, added up over chunks of rows.
+
+    Args:
+        hidden: Hidden states [rows, width].
+        weight: [vocabulary, width].
+        bias: [vocabulary], or None.
+        needs_grad: Which of the three need a gradient.
+        dtype: The type to add up in, of `accumulation_dtype`.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        *,
+        bias: Tensor | None,
+        needs_grad: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> None:
+        self._hidden, self._weight = hidden, weight
+        self._grad_hidden = torch.zeros_like(hidden) if needs_grad[0] else None
+        # Low-precision products add up in float32 over the chunks, as inside one product.
+        self._grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_grad[1] else None
+        self._grad_bias = (
+            torch.zeros_like(bias, dtype=dtype) if bias is not None and needs_grad[2] else None
+        )
+
+    def add(self, rows: slice, grad_logits: Tensor, *, row_weights: Tensor | None = None) -> None:
+        """Add one chunk.
+
+        Args:
+            rows: The chunk's rows of ``hidden``.
+            grad_logits: d loss / d logits [chunk, vocabulary], before ``row_weights``.
+            row_weights: A factor for each row [chunk], or None for 1.
+        """
+        # A row's factor is cheaper on its hidden state than on its logits.
+        factors = None if row_weights is None else row_weights[:, None].to(self._hidden.dtype)
+        if self._grad_hidden is not None:
+            states = matmul(grad_logits, self._weight)
+            self._grad_hidden[rows] = states if factors is None else states * factors
+        if self._grad_weight is not None:
+            states = self._hidden[rows] if factors is None else self._hidden[rows] * factors
+            if self._grad_weight.dtype == states.dtype:
+                add_matmul_(self._grad_weight, grad_logits.t(), states)
+            else:
+                self._grad_weight += _matmul_in(
+                    grad_logits.t(), states, dtype=self._grad_weight.dtype
+                )
+        if self._grad_bias is not None:
+            self._grad_bias += (grad_logits if factors is None else grad_logits * factors).sum(0)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Those of hidden states, weight and bias in the inputs' types; None where not needed."""
+        dtype = self._hidden.dtype
+        return (
+            self._grad_hidden,
+            None if self._grad_weight is None else self._grad_weight.to(self._weight.dtype),
+            None if self._grad_bias is None else self._grad_bias.to(dtype),
+        )
+
+
+def _matmul_in(a: Tensor, b: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """``a @ b`` of low-precision matrices, in a wider type.
+
+    Rounded back to low precision, each chunk's product would lose its last bits before it is added.
+    """
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
