@@ -94,7 +94,7 @@ def run_plain(work: Work, rows: Path, steps: int, batch: int) -> list[float]:
     import torch
     from torch.nn.functional import cross_entropy
 
-    from samestep.data.collate import collate
+    from samestep.data.collate import collate_examples
 
     model, examples = _model(work), _examples(work, rows)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -105,7 +105,7 @@ def run_plain(work: Work, rows: Path, steps: int, batch: int) -> list[float]:
         chosen = examples[step * work.batch : (step + 1) * work.batch]
         targets = sum(int((one.labels[1:] != -100).sum()) for one in chosen)
         for start in range(0, len(chosen), batch):
-            micro = collate(chosen[start : start + batch], padding="right")
+            micro = collate_examples(chosen[start : start + batch], padding="right")
             labels = micro.pop("labels")
             del micro["example_ids"]
             logits = model(**micro).logits[:, :-1].flatten(0, 1)

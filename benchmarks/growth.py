@@ -58,7 +58,7 @@ def micro_batches(batch: int, length: int, vocabulary: int, budget: int) -> list
     The second half of each is learned.
     """
     from samestep.data.batching import pack_micro_batches
-    from samestep.data.collate import collate
+    from samestep.data.collate import collate_examples
     from samestep.data.examples import Example
 
     draw = np.random.default_rng(0)
@@ -69,7 +69,7 @@ def micro_batches(batch: int, length: int, vocabulary: int, budget: int) -> list
         ids = torch.from_numpy(draw.integers(0, vocabulary, size))
         examples.append(Example(ids, ids.where(torch.arange(size) >= size // 2, -100), 1.0, row))
     cut = pack_micro_batches(lengths, micro_tokens=budget)
-    return [collate([examples[at] for at in positions]) for positions in cut]
+    return [collate_examples([examples[at] for at in positions]) for positions in cut]
 
 
 def point(batch: int, length: int, vocabulary: int, checkpointing: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def prepared(work: Work, *, budget: int) -> tuple[Any, Any, list[list[int]], lis
     """
     from contender import _examples
     from samestep.data.batching import pack_micro_batches
-    from samestep.data.collate import collate
+    from samestep.data.collate import collate_examples
     from samestep.kernels.linear import speed_up_linear
     from samestep.models.load import load_model
     from samestep.models.probes import choose_padding, cut_last_layer
@@ -29,5 +29,7 @@ def prepared(work: Work, *, budget: int) -> tuple[Any, Any, list[list[int]], lis
     padding = choose_padding(model, "auto")
     cut_last_layer(model, padding)
     cut = pack_micro_batches(list(examples.lengths), micro_tokens=budget)
-    micros = [collate([examples[at] for at in positions], padding=padding) for positions in cut]
+    micros = [
+        collate_examples([examples[at] for at in positions], padding=padding) for positions in cut
+    ]
     return model, examples, cut, micros

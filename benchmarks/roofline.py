@@ -142,7 +142,7 @@ def parts(model: Any, micro: dict[str, Any], whole: float) -> dict[str, float]:
 def around(model: Any, examples: Any, positions: list[int]) -> dict[str, float]:
     """Seconds of what a step does beside its micro-batches: the update, and the data."""
     from samestep.data.batching import pack_micro_batches
-    from samestep.data.collate import collate
+    from samestep.data.collate import collate_examples
 
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
@@ -154,7 +154,7 @@ def around(model: Any, examples: Any, positions: list[int]) -> dict[str, float]:
 
     def data() -> None:
         pack_micro_batches(list(examples.lengths), micro_tokens=1024)
-        collate([examples[at] for at in positions])
+        collate_examples([examples[at] for at in positions])
 
     return {"optimizer and clipping, once a step": best(update, 3), "data": best(data, 3)}
 

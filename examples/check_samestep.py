@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import samestep
-from samestep.data.collate import collate as collated
+from samestep.data.collate import collate_examples as collated
 from samestep.data.examples import Example
 from samestep.kernels import packed_attention
 from samestep.models.dropout import key_dropout, replace_dropout

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import samestep
-from samestep.data.collate import Padding, collate
+from samestep.data.collate import Padding, collate_examples
 from samestep.data.examples import Example
 from samestep.data.load import load_rows
 from samestep.data.tokenize import tokenize_rows
@@ -82,7 +82,7 @@ def gradient(
     """The gradient of one effective batch, cut into micro-batches of a size."""
     model.set_attn_implementation(packed_attention.NAME if padding == "none" else "sdpa")
     micros = [
-        collate(examples[start : start + micro_batch], padding=padding)
+        collate_examples(examples[start : start + micro_batch], padding=padding)
         for start in range(0, len(examples), micro_batch)
     ]
     loss = samestep.CausalLMLoss()

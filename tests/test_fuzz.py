@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from samestep.data.batching import pack_micro_batches, plan_steps, shard_by_cost
-from samestep.data.collate import collate
+from samestep.data.collate import collate_examples
 from samestep.data.examples import Example
 from samestep.engine.counts import count_units
 from samestep.engine.targets import IGNORE, shifted_targets
@@ -104,7 +104,7 @@ def test_a_micro_batch_has_the_targets_of_its_rows(
         ids = torch.tensor([token for token, _ in row])
         mask = torch.tensor([is_target for _, is_target in row])
         examples.append(Example(ids, ids.where(mask, IGNORE), 1.0, number))
-    micro = collate(examples, padding=padding, pad_id=pad_id)
+    micro = collate_examples(examples, padding=padding, pad_id=pad_id)
     targets = shifted_targets(micro)
     wanted = [token for row in rows for token, is_target in row[1:] if is_target]
     assert targets[targets != IGNORE].tolist() == wanted

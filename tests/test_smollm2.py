@@ -8,7 +8,7 @@ from runs import packaged_model, read_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import samestep
-from samestep.data.collate import collate
+from samestep.data.collate import collate_examples
 from samestep.data.load import load_rows
 from samestep.data.tokenize import tokenize_rows
 from samestep.kernels import packed_attention
@@ -52,7 +52,7 @@ def test_the_gradient_does_not_depend_on_the_split() -> None:
 
     def gradient(micro_batch: int) -> dict[str, torch.Tensor]:
         micros = [
-            collate(examples[start : start + micro_batch])
+            collate_examples(examples[start : start + micro_batch])
             for start in range(0, len(examples), micro_batch)
         ]
         samestep.backward(model, micros, samestep.CausalLMLoss())

@@ -74,7 +74,7 @@ def _vision(family: str) -> Reduced:
     folder = Path(tempfile.mkdtemp())
     path = write_illustrated_rows(folder, NUMBER, plain=5)
     _, processor = build_vision(family)
-    records = image_records(load_rows(str(path)), processor, folder)
+    records = image_records(load_rows(str(path)), processor, folder=folder)
 
     def cut(model: Any, indices: Sequence[int], sizes: Sequence[int], layout: Any) -> list[Any]:
         side = "right" if layout == "none" else layout

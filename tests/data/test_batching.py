@@ -135,9 +135,9 @@ def test_resuming_a_long_run_draws_one_order_alone(monkeypatch: pytest.MonkeyPat
     drawn = []
     right = batching._permutation
 
-    def counted(size: int, seed: int, epoch: int) -> Any:
+    def counted(size: int, *, seed: int, epoch: int) -> Any:
         drawn.append(epoch)
-        return right(size, seed, epoch)
+        return right(size, seed=seed, epoch=epoch)
 
     monkeypatch.setattr(batching, "_permutation", counted)
     found = next(plan_steps([1] * 1000, seed=0, batch_size=10, start=10**6 + 7))

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samestep.data.collate import collate, to_device
+from samestep.data.collate import collate_examples, to_device
 from samestep.data.examples import Example
 from samestep.engine.counts import count_units, input_tokens
 from samestep.engine.targets import sequence_ids, shifted_targets
@@ -18,7 +18,7 @@ def example(length: int, masked: int, row: int = 0, weight: float = 1.0) -> Exam
 
 
 def test_a_pack_has_no_padding_and_restarts_positions() -> None:
-    batch = collate([example(3, 1, row=4), example(2, 0, row=7)])
+    batch = collate_examples([example(3, 1, row=4), example(2, 0, row=7)])
     assert batch["input_ids"].tolist() == [[40, 41, 42, 70, 71]]
     assert batch["labels"].tolist() == [[-100, 41, 42, 70, 71]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
@@ -31,7 +31,7 @@ def test_a_pack_has_no_padding_and_restarts_positions() -> None:
 
 def test_padding_on_either_side() -> None:
     both = [example(3, 1), example(1, 0)]
-    right, left = (collate(both, padding=side, pad_id=9) for side in ("right", "left"))
+    right, left = (collate_examples(both, padding=side, pad_id=9) for side in ("right", "left"))
     assert right["input_ids"].tolist() == [[0, 1, 2], [0, 9, 9]]
     assert left["input_ids"].tolist() == [[0, 1, 2], [9, 9, 0]]
     assert right["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -41,9 +41,9 @@ def test_padding_on_either_side() -> None:
 
 
 def test_the_pad_id_may_be_a_token_of_the_text() -> None:
-    one = collate([example(3, 0), example(2, 0)], padding="right", pad_id=1)
+    one = collate_examples([example(3, 0), example(2, 0)], padding="right", pad_id=1)
     assert count_units([one]) == count_units(
-        [collate([example(3, 0), example(2, 0)], padding="right")]
+        [collate_examples([example(3, 0), example(2, 0)], padding="right")]
     )
 
 
@@ -60,8 +60,8 @@ def test_every_layout_holds_the_same(shapes: list[tuple[int, int]], weighted: bo
         example(length, masked, row, 0.5 + row if weighted else 1.0)
         for row, (length, masked) in enumerate(shapes)
     ]
-    batches = [collate(examples, padding=padding) for padding in ("none", "right", "left")]
-    wanted = count_units([collate([one]) for one in examples])
+    batches = [collate_examples(examples, padding=padding) for padding in ("none", "right", "left")]
+    wanted = count_units([collate_examples([one]) for one in examples])
     tokens = []
     for batch in batches:
         assert count_units([batch]) == wanted
@@ -73,7 +73,7 @@ def test_every_layout_holds_the_same(shapes: list[tuple[int, int]], weighted: bo
 
 
 def test_only_tensors_move() -> None:
-    batch = to_device(collate([example(3, 1)]), torch.device("meta"))
+    batch = to_device(collate_examples([example(3, 1)]), torch.device("meta"))
     assert batch["input_ids"].is_meta
     assert batch["max_length_q"] == 3
     assert batch["example_ids"].device.type == "cpu"  # read by the CPU alone

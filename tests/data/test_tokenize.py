@@ -494,10 +494,20 @@ def test_cache_hit_equals_miss(tmp_path, monkeypatch):
     def fail(*args, **keywords):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr("samestep.data.tokenize.encode", fail)
+    monkeypatch.setattr("samestep.data.row_formats.tokenize_texts", fail)
     hit = tokenize_rows(values, tiny_tokenizer(), **keywords)
     assert hit.fingerprint() == miss.fingerprint()
     assert hit.dropped == miss.dropped != {}
+
+
+def test_a_cache_hit_refuses_weights_that_are_not_honoured(tmp_path):
+    talk = [TALK[1], {**TALK[2], "weight": 0.5}]
+    values, tokenizer = rows({"messages": talk}), tiny_tokenizer(chat=True)
+    kept = tokenize_rows(values, tokenizer, cache=tmp_path, weigh_tokens=True)
+    again = tokenize_rows(values, tokenizer, cache=tmp_path, weigh_tokens=True)
+    assert torch.equal(again.token_weights, kept.token_weights)
+    with pytest.raises(DataError, match="row 1: it has weights of tokens or messages"):
+        tokenize_rows(values, tokenizer, cache=tmp_path)
 
 
 def test_damaged_cache_is_written_again(tmp_path, caplog):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from samestep.data.collate import collate
+from samestep.data.collate import collate_examples
 from samestep.data.examples import Example
 from samestep.engine.counts import count_units
 from samestep.engine.targets import (
@@ -65,7 +65,9 @@ def test_positions_are_those_of_the_targets() -> None:
 def test_what_collate_knows_is_what_the_labels_say(padding: str) -> None:
     ids = torch.arange(4)
     labels = torch.tensor([I, I, 2, 3])
-    micro_batch = collate([Example(ids, labels), Example(ids[:3], labels[:3])], padding=padding)  # type: ignore[arg-type]
+    micro_batch = collate_examples(
+        [Example(ids, labels), Example(ids[:3], labels[:3])], padding=padding
+    )  # type: ignore[arg-type]
     check_collated_positions(micro_batch)
     asked = {
         k: v
@@ -78,11 +80,11 @@ def test_what_collate_knows_is_what_the_labels_say(padding: str) -> None:
 
 def test_knowledge_that_does_not_fit_the_labels_is_refused() -> None:
     ids = torch.arange(4)
-    micro_batch = collate([Example(ids, ids.clone()), Example(ids, ids.clone())])
+    micro_batch = collate_examples([Example(ids, ids.clone()), Example(ids, ids.clone())])
     micro_batch["labels"][0, 2] = I
     with pytest.raises(StepError, match="names 6 positions, which are not those"):
         count_units([micro_batch])
-    again = collate([Example(ids, ids.clone()), Example(ids, ids.clone())])
+    again = collate_examples([Example(ids, ids.clone()), Example(ids, ids.clone())])
     again["spans"] = again["spans"][:1]
     with pytest.raises(StepError, match="spans names 1 sequences"):
         check_collated_positions(again)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import samestep
-from samestep.data.collate import Padding, collate
+from samestep.data.collate import Padding, collate_examples
 from samestep.errors import ConfigError
 from samestep.kernels import packed_attention
 from samestep.models.dropout import ExampleDropout, key_dropout, replace_dropout
@@ -30,7 +30,9 @@ def gradient(
 ) -> dict[str, Any]:
     model.set_attn_implementation(packed_attention.NAME if padding == "none" else "sdpa")
     examples, loss = ragged(12), samestep.CausalLMLoss()
-    micros = [collate(examples[at : at + size], padding=padding) for at in range(0, 12, size)]
+    micros = [
+        collate_examples(examples[at : at + size], padding=padding) for at in range(0, 12, size)
+    ]
 
     def loss_fn(model: Any, micro: Any) -> Any:
         if keyed:
@@ -62,7 +64,7 @@ def test_each_step_draws_other_masks_and_each_layer_its_own() -> None:
     one, other = gradient(model, 4, "none", step=0), gradient(model, 4, "none", step=1)
     assert worst(one, other) > 1e-2
     layers = [module for module in model.modules() if isinstance(module, ExampleDropout)]
-    micro = collate(ragged(3))
+    micro = collate_examples(ragged(3))
     key_dropout(model, micro, seed=5, step=0)
     ones = torch.ones(*micro["input_ids"].shape, 16)
     masks = [layer(ones) for layer in layers]

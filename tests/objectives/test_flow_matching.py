@@ -42,7 +42,7 @@ def plain(model: Any, records: LatentRecords, normalize: str) -> Tensor:
     total, divisor = torch.zeros((), dtype=dtype), 0.0
     for at, file in enumerate(records.files):
         one = {name: value.to(dtype) for name, value in read_tensors(file.path).items()}
-        generator = keyed_generator(*KEY, at)
+        generator = keyed_generator(KEY, at)
         time = torch.rand((), generator=generator, dtype=torch.float64).to(dtype)
         x0 = one["latents"]
         noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64).to(dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import samestep
 from objectives import check_all_splits, cut, ragged_records
-from samestep.data.collate import collate
+from samestep.data.collate import collate_examples
 from samestep.data.examples import Example
 from samestep.engine.terms import Objective, Term
 from samestep.engine.two_pass import TwoPass
@@ -143,7 +143,7 @@ def test_window_is_transformers_loss_of_each_layer(family: str) -> None:
     """transformers pools the layers; of one layer its function is the same number and gradient."""
     model, records = build_experts(family), ragged_records(7)
     module = importlib.import_module(type(model).__module__)
-    micro = collate(list(records.sequences), padding="right")
+    micro = collate_examples(list(records.sequences), padding="right")
     model.set_attn_implementation("sdpa")
     out = model.model(**samestep.model_inputs(micro), output_router_logits=True, use_cache=False)
     theirs = torch.stack(
@@ -263,7 +263,10 @@ def test_sequences_without_targets_do_not_count() -> None:
         found = []
         for batch in (examples, bare):
             model.set_attn_implementation("sdpa")
-            micros = [collate(batch[:3], padding="right"), collate(batch[3:], padding="right")]
+            micros = [
+                collate_examples(batch[:3], padding="right"),
+                collate_examples(batch[3:], padding="right"),
+            ]
             loss, _ = samestep.backward(model, micros, objective(kind).loss_fn, counters=COUNTERS)
             found.append(loss)
         assert found[0] == pytest.approx(found[1], rel=1e-12)

@@ -38,7 +38,7 @@ are in float32; and the latter's decay has a gradient of differences that nearly
 
 def read(folder: Path, family: str, **options: Any) -> Records:
     rows = load_rows(str(write_illustrated_rows(folder, NUMBER, plain=4)))
-    return image_records(rows, build_processor(family), folder, **options)
+    return image_records(rows, build_processor(family), folder=folder, **options)
 
 
 def cut(
@@ -173,7 +173,7 @@ def test_it_learns_to_read(tmp_path: Path, family: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     model, processor = build_vision(family, torch.float32)
-    records = image_records(load_rows(str(path)), processor, tmp_path)
+    records = image_records(load_rows(str(path)), processor, folder=tmp_path)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     micros = cut(records, 1, "right", torch.float32)
     for _ in range(40):
@@ -192,7 +192,7 @@ def test_targets_are_the_answers_and_never_images(tmp_path: Path, family: str) -
         answer = json.loads(line)["messages"][1]["content"]
         learned = processor.tokenizer.decode(example.labels[example.labels != -100])
         assert learned == answer + "<|im_end|>"
-    everything = read(tmp_path, family, everything=True)
+    everything = read(tmp_path, family, train_on="all")
     for record in everything:
         example = record.sequences[0]
         image = example.input_ids == processor.image_token_id
@@ -254,7 +254,7 @@ def test_images_that_cannot_be_used_name_the_row(tmp_path: Path, kind: str) -> N
     path = write_illustrated_rows(tmp_path, 3)
     message = spoil(tmp_path, kind)
     with pytest.raises(DataError) as error:
-        image_records(load_rows(str(path)), build_processor("got_ocr2"), tmp_path)
+        image_records(load_rows(str(path)), build_processor("got_ocr2"), folder=tmp_path)
     assert message in str(error.value)
 
 
@@ -264,7 +264,7 @@ def test_images_may_be_listed_beside_the_messages(tmp_path: Path) -> None:
     parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which?"}]
     answer = {"role": "assistant", "content": "2"}
     row = {"messages": [{"role": "user", "content": parts}, answer], "images": ["a.png", "b.png"]}
-    records = image_records(load_rows([row]), build_processor("qwen3_vl"), tmp_path)
+    records = image_records(load_rows([row]), build_processor("qwen3_vl"), folder=tmp_path)
     files = records.meta["gallery"].rows[0].files
     assert [file.name for file in files] == ["a.png", "b.png"]
     micro = collate_image_records(records, [0], padding="right", pad_id=1)
@@ -276,5 +276,5 @@ def test_the_fingerprint_knows_the_pixels(tmp_path: Path) -> None:
     assert read(tmp_path, "got_ocr2").fingerprint() == first.fingerprint()
     draw_text("9", (24, 16)).save(tmp_path / "0-1.png")
     rows = load_rows(str(tmp_path / "rows-0.jsonl"))
-    again = image_records(rows, build_processor("got_ocr2"), tmp_path)
+    again = image_records(rows, build_processor("got_ocr2"), folder=tmp_path)
     assert again.fingerprint() != first.fingerprint()

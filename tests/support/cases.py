@@ -15,7 +15,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from samestep.data.collate import Padding, collate
+from samestep.data.collate import Padding, collate_examples
 from samestep.data.examples import Example
 from samestep.kernels import packed_attention
 
@@ -81,7 +81,7 @@ def cut(
     micros, at, turn = [], 0, 0
     while at < len(examples):
         size = sizes[turn % len(sizes)]
-        micros.append(collate(examples[at : at + size], padding=padding))
+        micros.append(collate_examples(examples[at : at + size], padding=padding))
         at, turn = at + size, turn + 1
     return micros
 

@@ -8,9 +8,9 @@ from cases import V, gradients, worst
 from torch import Tensor, nn
 
 import samestep
-from samestep.data.collate import Padding
+from samestep.data.collate import Padding, collate_records
 from samestep.data.examples import Example, Examples
-from samestep.data.records import Records, collate_records
+from samestep.data.records import Records
 from samestep.engine.counts import count_units
 from samestep.engine.terms import Objective, Term
 from samestep.kernels import packed_attention

@@ -1,8 +1,9 @@
-"""Rows to examples: loading, tokenisation and target masks."""
+"""Rows to micro-batches: loading, tokenisation, target masks, collation. See README.md."""
 
 from samestep.data.examples import Example, Examples
 from samestep.data.load import load_rows
-from samestep.data.rows import Row
+from samestep.data.row_formats import RowFormat
+from samestep.data.rows import Row, RowError
 from samestep.data.tokenize import tokenize_rows
 
-__all__ = ["Example", "Examples", "Row", "load_rows", "tokenize_rows"]
+__all__ = ["Example", "Examples", "Row", "RowError", "RowFormat", "load_rows", "tokenize_rows"]

@@ -1,22 +1,23 @@
-"""What rows say of each of their targets, put at the places of the tokens."""
+"""Values that rows give for each of their targets, put where the targets' tokens stand."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from torch import Tensor
 
 from samestep.data.examples import Examples
-from samestep.data.rows import Row, RowError, raise_all
+from samestep.data.rows import Row, RowError, iter_rows
 
-Read = Callable[[Row, int, bool], Sequence[Tensor]]
-"""Maps a row, the number of its targets, and whether it was cut to values for each target."""
+ReadTargets: TypeAlias = Callable[[Row, int, bool], Sequence[Tensor]]
+"""Maps a row, the number of its targets, and whether it was truncated to values for each target."""
 
 
 def align_to_targets(
     rows: Sequence[Row],
     examples: Examples,
-    read: Read,
-    into: Sequence[Tensor],
     *,
+    read: ReadTargets,
+    into: Sequence[Tensor],
     max_length: int | None,
 ) -> None:
     """Fill tensors [tokens, ...] with the values of targets; the rest of them stays.
@@ -24,43 +25,41 @@ def align_to_targets(
     Args:
         rows: Those of the examples, in order.
         examples: What `samestep.data.tokenize.tokenize_rows` made of them.
-        read: Gives a value for each target, for each tensor of ``into``; or raises a `RowError`.
+        read: Gives for each tensor of ``into`` a value for each target [targets, ...]; or raises
+            a `RowError`.
         into: What to fill.
-        max_length: As for `tokenize_rows`: an example of this length counts as cut.
+        max_length: As for `tokenize_rows`: an example of this length counts as truncated.
 
     Raises:
-        DataError: Every row that cannot be read.
+        DataError: Rows that cannot be read; lists every one.
     """
-    problems = []
-    for at, row in enumerate(rows):
-        part = slice(int(examples.offsets[at]), int(examples.offsets[at + 1]))
-        places = examples.is_target[part].clone()
-        places[:1] = False  # nothing comes before it that it could be predicted from
-        cut = max_length is not None and len(places) == max_length
-        try:
-            values = read(row, int(places.sum()), cut)
-        except RowError as error:
-            problems.append(f"{row.origin}: {error}")
-            continue
+
+    def read_one(at: int, row: Row) -> tuple[slice, Tensor, Sequence[Tensor]]:
+        tokens = slice(int(examples.offsets[at]), int(examples.offsets[at + 1]))
+        is_target = examples.is_target[tokens].clone()
+        is_target[:1] = False  # nothing comes before it that it could be predicted from
+        truncated = max_length is not None and len(is_target) == max_length
+        return tokens, is_target, read(row, int(is_target.sum()), truncated)
+
+    for _, (tokens, is_target, values) in iter_rows(rows, read_one):
         for tensor, value in zip(into, values, strict=True):
-            tensor[part][places] = value
-    raise_all(problems)
+            tensor[tokens][is_target] = value
 
 
-def check_number(told: str, found: int, targets: int, *, cut: bool) -> None:
-    """Refuse a row that does not say something of each of its targets.
+def check_target_count(description: str, count: int, *, targets: int, truncated: bool) -> None:
+    """Refuse a row that does not give one value for each of its targets.
 
     Args:
-        told: What it says, such as "old_log_p has 3 numbers".
-        found: How often.
+        description: What it gives, such as "old_log_p has 3 numbers".
+        count: How many values it gives.
         targets: How many targets are left.
-        cut: Whether the row was cut, so that it may say more.
+        truncated: Whether the row was truncated, so that it may give more.
 
     Raises:
-        RowError: It says too little, or too much of a row that was not cut.
+        RowError: It gives too few, or too many for a row that was not truncated.
     """
-    if found < targets or (found > targets and not cut):
+    if count < targets or (count > targets and not truncated):
         raise RowError(
-            f"{told} for {targets} targets: give one for each token of the completion, the "
+            f"{description} for {targets} targets: give one for each token of the completion, the "
             "end-of-sequence token too"
         )

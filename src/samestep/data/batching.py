@@ -1,8 +1,8 @@
-"""The plan: which examples make a step, and how a step is cut into micro-batches.
+"""Which examples make a step, and how a step is divided into ranks and micro-batches.
 
 All pure functions. What a step holds depends on (seed, epoch) and the batch size alone; how it is
-dealt out to ranks and cut depends on the lengths, the number of ranks and the budget alone, and
-cannot change the step.
+sharded over ranks and packed into micro-batches depends on the lengths, the number of ranks and the
+budget alone, and cannot change the step.
 """
 
 import heapq
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from samestep.errors import ConfigError
 
-Numbers: TypeAlias = npt.NDArray[np.int64]
+_Ints: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ def shuffled_indices(size: int, *, seed: int, epoch: int) -> list[int]:
     Returns:
         A permutation of range(size).
     """
-    permutation: list[int] = _permutation(size, seed, epoch).tolist()
+    permutation: list[int] = _permutation(size, seed=seed, epoch=epoch).tolist()
     return permutation
 
 
-def _permutation(size: int, seed: int, epoch: int) -> Numbers:
+def _permutation(size: int, *, seed: int, epoch: int) -> _Ints:
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
@@ -62,7 +62,7 @@ def epoch_batches(
     batch_size: int | None = None,
     batch_tokens: int | None = None,
 ) -> list[tuple[int, ...]]:
-    """Cut an epoch into effective batches; the last one may be shorter, none repeats an example.
+    """Divide an epoch into effective batches; the last one may be shorter, none repeats an example.
 
     Args:
         epoch_order: The examples of the epoch in order.
@@ -77,7 +77,7 @@ def epoch_batches(
         ConfigError: Not exactly one of the two is given, or it is below 1.
     """
     _exactly_one(batch_size=batch_size, batch_tokens=batch_tokens)
-    ends = _ends(np.asarray(lengths)[epoch_order], batch_size, batch_tokens)
+    ends = _ends(np.asarray(lengths)[epoch_order], batch_size=batch_size, batch_tokens=batch_tokens)
     return [tuple(epoch_order[a:b]) for a, b in itertools.pairwise([0, *ends])]
 
 
@@ -105,18 +105,20 @@ def num_steps(
     if batch_size is not None:
         return epochs * -(-len(lengths) // batch_size)
     sizes = np.asarray(lengths)
-    orders = (_permutation(len(sizes), seed, epoch) for epoch in range(epochs))
-    return sum(len(_ends(sizes[one], None, batch_tokens)) for one in orders)
+    orders = (_permutation(len(sizes), seed=seed, epoch=epoch) for epoch in range(epochs))
+    return sum(
+        len(_ends(sizes[order], batch_size=None, batch_tokens=batch_tokens)) for order in orders
+    )
 
 
 def _exactly_one(**sizes: int | None) -> None:
-    given = [value for value in sizes.values() if value is not None]
-    if len(given) != 1 or given[0] < 1:
-        found = ", ".join(f"{name}={value}" for name, value in sizes.items())
-        raise ConfigError(f"{found}: give exactly one, at least 1")
+    values = [value for value in sizes.values() if value is not None]
+    if len(values) != 1 or values[0] < 1:
+        shown = ", ".join(f"{name}={value}" for name, value in sizes.items())
+        raise ConfigError(f"{shown}: give exactly one, at least 1")
 
 
-def _ends(sizes: Numbers, batch_size: int | None, batch_tokens: int | None) -> list[int]:
+def _ends(sizes: _Ints, *, batch_size: int | None, batch_tokens: int | None) -> list[int]:
     """Where each batch ends in an epoch whose examples have these sizes."""
     if batch_size is not None:
         return [*range(batch_size, len(sizes), batch_size), len(sizes)]
@@ -157,8 +159,8 @@ def plan_steps(
     first = 0 if batch_size is None else start // -(-len(sizes) // batch_size)
     step = first if batch_size is None else first * -(-len(sizes) // batch_size)
     for epoch in itertools.count(first):
-        epoch_order = _permutation(len(sizes), seed, epoch)
-        ends = _ends(sizes[epoch_order], batch_size, batch_tokens)
+        epoch_order = _permutation(len(sizes), seed=seed, epoch=epoch)
+        ends = _ends(sizes[epoch_order], batch_size=batch_size, batch_tokens=batch_tokens)
         skipped = min(max(0, start - step), len(ends))
         step += skipped
         for a, b in itertools.pairwise([0, *ends][skipped:]):
@@ -168,7 +170,7 @@ def plan_steps(
 
 
 def shard_by_cost(lengths: Sequence[int], *, ranks: int) -> list[list[int]]:
-    """Deal a step's sequences out to ranks, so that all work about equally long.
+    """Divide a step's sequences among ranks, so that all work about equally long.
 
     A sequence costs its share of all tokens (matrix products) plus its share of all squared
     lengths (attention). The costliest goes first, each to the rank that has the least (longest
@@ -185,18 +187,18 @@ def shard_by_cost(lengths: Sequence[int], *, ranks: int) -> list[list[int]]:
     tokens = max(1, sum(lengths))
     squares = max(1, sum(length**2 for length in lengths))
     costs = [length / tokens + length**2 / squares for length in lengths]
-    return [sorted(hand) for hand in _spread(costs, ranks)]
+    return [sorted(positions) for positions in _balance(costs, ranks)]
 
 
-def _spread(costs: Sequence[float], parts: int) -> list[list[int]]:
-    """Positions by part: the costliest first, each to the part that has the least so far."""
-    hands: list[list[int]] = [[] for _ in range(parts)]
-    piles = [(0.0, part) for part in range(parts)]
+def _balance(costs: Sequence[float], bins: int) -> list[list[int]]:
+    """Positions by bin: the costliest first, each into the bin that has the least so far."""
+    contents: list[list[int]] = [[] for _ in range(bins)]
+    loads = [(0.0, index) for index in range(bins)]
     for position in sorted(range(len(costs)), key=lambda at: (-costs[at], at)):
-        load, part = heapq.heappop(piles)
-        hands[part].append(position)
-        heapq.heappush(piles, (load + costs[position], part))
-    return hands
+        load, index = heapq.heappop(loads)
+        contents[index].append(position)
+        heapq.heappush(loads, (load + costs[position], index))
+    return contents
 
 
 def pack_micro_batches(
@@ -206,7 +208,7 @@ def pack_micro_batches(
     micro_tokens: int | None = None,
     padded: bool = False,
 ) -> list[list[int]]:
-    """Cut a step's sequences into micro-batches.
+    """Divide a step's sequences into micro-batches.
 
     With ``micro_tokens`` this packs first-fit decreasing: longest first, each into the first
     micro-batch with room. At most 11/9 of the fewest possible micro-batches, plus one (Dósa 2007).
@@ -215,7 +217,7 @@ def pack_micro_batches(
 
     Args:
         lengths: The lengths of the step's sequences, in tokens.
-        micro_batch: Sequences a micro-batch, taken in the given order; or
+        micro_batch: Sequences a micro-batch, taken in order; or
         micro_tokens: Tokens a micro-batch, at most; a longer sequence is alone.
         padded: The budget includes padding to the longest sequence of the micro-batch.
 
@@ -230,31 +232,33 @@ def pack_micro_batches(
         positions = list(range(len(lengths)))
         return [positions[i : i + micro_batch] for i in range(0, len(positions), micro_batch)]
     assert micro_tokens is not None
-    cut = _first_fit(lengths, micro_tokens, padded=padded)
+    packed = _first_fit(lengths, micro_tokens, padded=padded)
     if not padded:
         # As many micro-batches, but alike: the largest, which memory is taken for, is smaller.
-        even = _spread(lengths, len(cut))
-        if all(sum(lengths[one] for one in micro) <= micro_tokens for micro in even):
-            cut = even
+        balanced = _balance(lengths, len(packed))
+        if all(sum(lengths[at] for at in positions) <= micro_tokens for positions in balanced):
+            packed = balanced
 
-    def size(micro: list[int]) -> int:
-        held = [lengths[one] for one in micro]
-        return len(held) * max(held) if padded else sum(held)
+    def size(positions: list[int]) -> int:
+        sizes = [lengths[at] for at in positions]
+        return len(sizes) * max(sizes) if padded else sum(sizes)
 
-    return sorted(cut, key=size, reverse=True)
+    return sorted(packed, key=size, reverse=True)
 
 
-def padding_share(lengths: Sequence[int], cut: Sequence[Sequence[int]]) -> float:
+def padding_share(lengths: Sequence[int], micro_batches: Sequence[Sequence[int]]) -> float:
     """The share of padding, if each micro-batch is padded to its longest sequence.
 
     Args:
         lengths: The lengths of a step's sequences, in tokens.
-        cut: As `pack_micro_batches` gives it.
+        micro_batches: Positions in ``lengths``, as `pack_micro_batches` gives them.
 
     Returns:
         From 0 to 1.
     """
-    computed = sum(len(micro) * max(lengths[one] for one in micro) for micro in cut)
+    computed = sum(
+        len(positions) * max(lengths[at] for at in positions) for positions in micro_batches
+    )
     return 1 - sum(lengths) / computed
 
 
@@ -263,7 +267,7 @@ def _first_fit(lengths: Sequence[int], budget: int, *, padded: bool) -> list[lis
     room: list[int] = []
     for position in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
         # Longest first: a padded row costs as much as the first of its micro-batch.
-        costs = [lengths[one[0]] if padded else lengths[position] for one in bins]
+        costs = [lengths[members[0]] if padded else lengths[position] for members in bins]
         fit = next((i for i, cost in enumerate(costs) if cost <= room[i]), None)
         if fit is None:
             bins.append([position])

@@ -57,7 +57,14 @@ def cache_key(
 
 
 def read_cache(path: Path) -> Examples | None:
-    """The examples of a cache file, or None if there are none; a damaged file counts as none."""
+    """Read a cache file.
+
+    Args:
+        path: A file that `write_cache` may have written.
+
+    Returns:
+        The examples; None if there is no file, or it is damaged (a warning says so).
+    """
     if not path.exists():
         return None
     try:
@@ -68,7 +75,12 @@ def read_cache(path: Path) -> Examples | None:
 
 
 def write_cache(path: Path, examples: Examples) -> None:
-    """Keep examples. Without room or permission a run goes on without a cache."""
+    """Write a cache file; without room or permission a warning says so, and the run goes on.
+
+    Args:
+        path: The file; its folder is made.
+        examples: What to keep.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         examples.save(path)

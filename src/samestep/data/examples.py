@@ -47,6 +47,20 @@ class Example:
     row: int = 0
     token_weights: Tensor | None = None
 
+    @classmethod
+    def without_targets(cls, input_ids: Tensor, *, weight: float, row: int) -> "Example":
+        """A sequence of which no next token is learned.
+
+        Args:
+            input_ids: Token ids [length], int64.
+            weight: The weight of the example in the loss.
+            row: The row of the source that it is from, from 0.
+
+        Returns:
+            The example.
+        """
+        return cls(input_ids, torch.full_like(input_ids, IGNORE), weight, row)
+
 
 class Examples(Sequence[Example]):
     """A sequence of examples in flat tensors (5 bytes a token).
@@ -114,7 +128,7 @@ class Examples(Sequence[Example]):
             rows.append(example.row)
             token_weights.append(example.token_weights)
         offsets = torch.zeros(len(ids) + 1, dtype=torch.int64)
-        offsets[1:] = torch.tensor([len(one) for one in ids], dtype=torch.int64).cumsum(0)
+        offsets[1:] = torch.tensor([len(tokens) for tokens in ids], dtype=torch.int64).cumsum(0)
         return cls(
             torch.cat([torch.empty(0, dtype=torch.int32), *ids]),
             torch.cat([torch.empty(0, dtype=torch.bool), *is_target]),
@@ -138,14 +152,14 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         at = range(len(self))[index]
-        part = slice(int(self.offsets[at]), int(self.offsets[at + 1]))
-        input_ids = self.ids[part].long()
+        tokens = slice(int(self.offsets[at]), int(self.offsets[at + 1]))
+        input_ids = self.ids[tokens].long()
         return Example(
             input_ids=input_ids,
-            labels=input_ids.where(self.is_target[part], IGNORE),
+            labels=input_ids.where(self.is_target[tokens], IGNORE),
             weight=float(self.weights[at]),
             row=int(self.rows[at]),
-            token_weights=None if self.token_weights is None else self.token_weights[part],
+            token_weights=None if self.token_weights is None else self.token_weights[tokens],
         )
 
     @cached_property
@@ -166,7 +180,7 @@ class Examples(Sequence[Example]):
         return targets
 
     def highest_id(self) -> int:
-        """The highest token id; -1 without tokens."""
+        """The highest token id of all; -1 without tokens."""
         return int(self.ids.max()) if len(self.ids) else -1
 
     def fingerprint(self) -> str:
@@ -178,7 +192,7 @@ class Examples(Sequence[Example]):
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file: whole, or not at all.
+        """Write a safetensors file completely, or not at all.
 
         Args:
             path: The file; its folder must exist.
@@ -244,12 +258,12 @@ class Examples(Sequence[Example]):
         return tensors
 
 
-def _flat_weights(given: Sequence[Tensor | None], ids: Sequence[Tensor]) -> Tensor | None:
-    if all(one is None for one in given):
+def _flat_weights(weights: Sequence[Tensor | None], ids: Sequence[Tensor]) -> Tensor | None:
+    if all(weight is None for weight in weights):
         return None
     return torch.cat(
         [
-            torch.ones(len(tokens)) if one is None else one.float()
-            for one, tokens in zip(given, ids, strict=True)
+            torch.ones(len(tokens)) if weight is None else weight.float()
+            for weight, tokens in zip(weights, ids, strict=True)
         ]
     )

@@ -6,20 +6,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samestep.data.file_formats import READERS
-from samestep.data.rows import Row, raise_all
+from samestep.data.file_formats import READERS, row_or_problem
+from samestep.data.row_converters import Converter, convert_rows, resolve_row_format
+from samestep.data.row_formats import RowFormat
+from samestep.data.rows import Row, raise_problems
 from samestep.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
 
-ACCEPTED = ", ".join(READERS)
+_EXTENSIONS = ", ".join(READERS)
 
 
 def load_rows(
     source: "str | Path | datasets.Dataset | Sequence[Mapping[str, Any]]",
     *,
     split: str = "train",
+    row_format: str | Converter | RowFormat | None = None,
 ) -> list[Row]:
     """Read all rows of a source.
 
@@ -28,13 +31,27 @@ def load_rows(
             order of their names; subfolders are not read); the name of a data set on the Hub;
             a `datasets.Dataset`; or a list of mappings.
         split: Which split of a Hub data set.
+        row_format: What converts each row to columns that are known: see
+            `samestep.data.row_converters.resolve_row_format`. None: what each row is recognised as.
 
     Returns:
         At least one row, in the order of the source.
 
     Raises:
-        DataError: The source is missing or empty, or rows cannot be read; lists every problem.
+        DataError: The source is missing or empty, or rows cannot be read or converted; lists every
+            problem.
+        ConfigError: ``row_format`` names nothing that converts rows.
     """
+    converter = None if row_format is None else resolve_row_format(row_format)
+    rows = _load(source, split)
+    if converter is not None:
+        rows = convert_rows(rows, converter)
+    return convert_rows(rows)
+
+
+def _load(
+    source: "str | Path | datasets.Dataset | Sequence[Mapping[str, Any]]", split: str
+) -> list[Row]:
     if isinstance(source, (str, Path)):
         return _from_name(source, split)
     if isinstance(source, Sequence):
@@ -93,8 +110,10 @@ def _data_files(folder: Path) -> list[Path]:
         )
     files = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in READERS]
     if not files:
-        found = f"it has {', '.join(sorted(names)[:5])}" if names else "it is empty"
-        raise DataError(f"{folder}: no data file in this folder ({found}); accepted: {ACCEPTED}")
+        content = f"it has {', '.join(sorted(names)[:5])}" if names else "it is empty"
+        raise DataError(
+            f"{folder}: no data file in this folder ({content}); accepted: {_EXTENSIONS}"
+        )
     return files
 
 
@@ -104,44 +123,36 @@ def _from_files(files: Sequence[Path]) -> list[Row]:
     for path in files:
         reader = READERS.get(path.suffix.lower())
         if reader is None:
-            problems.append(f"{path}: unknown extension {path.suffix!r}; accepted: {ACCEPTED}")
+            problems.append(f"{path}: unknown extension {path.suffix!r}; accepted: {_EXTENSIONS}")
             continue
         before = len(rows) + len(problems)
         try:
-            for origin, value, problem in reader(path):
-                if problem is not None:
-                    problems.append(f"{origin}: {problem}")
-                elif not isinstance(value, dict):
-                    problems.append(f"{origin}: {_not_an_object(value)}")
-                else:
-                    rows.append(Row(value, origin))
+            _sort_out(reader(path), rows, problems=problems)
         except OSError as error:
             problems.append(f"{path}: cannot be read ({error.strerror or error})")
         if len(rows) + len(problems) == before:
             problems.append(f"{path}: empty, it has no rows")
-    raise_all(problems)
+    raise_problems(problems)
     return rows
 
 
 def _in_memory(values: Iterable[Any], prefix: str) -> list[Row]:
-    rows = []
-    problems = []
-    for number, value in enumerate(values, 1):
-        origin = f"{prefix}row {number}"
-        if isinstance(value, Mapping):
-            rows.append(Row(dict(value), origin))
-        else:
-            problems.append(f"{origin}: {_not_an_object(value)}")
-    raise_all(problems)
+    rows: list[Row] = []
+    problems: list[str] = []
+    numbered = (row_or_problem(value, f"{prefix}row {at}") for at, value in enumerate(values, 1))
+    _sort_out(numbered, rows, problems=problems)
+    raise_problems(problems)
     if not rows:
         raise DataError(f"{prefix or 'the data set '}has no rows")
     return rows
 
 
-def _not_an_object(value: Any) -> str:
-    shown = repr(value)
-    shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
-    return f"a row must be an object with named columns, found {type(value).__name__} {shown}"
+def _sort_out(results: Iterable[Row | str], rows: list[Row], *, problems: list[str]) -> None:
+    for result in results:
+        if isinstance(result, Row):
+            rows.append(result)
+        else:
+            problems.append(result)
 
 
 def _from_hub(name: str, split: str) -> list[Row]:

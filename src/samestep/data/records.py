@@ -10,12 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from samestep.data.collate import Padding, collate
 from samestep.data.examples import Example, Examples
-from samestep.engine.targets import IGNORE, sequence_spans
-
-MODEL_INPUTS = ("token_type_ids",)
-"""Token fields that are inputs of the model."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,8 +107,15 @@ class Records(Sequence[Record]):
         rows: list[int] = self.sequences.rows[:: self.width].tolist()
         return rows
 
-    def annotated(self, fields: Mapping[str, Tensor]) -> "Records":
-        """The same records with further fields [records, ...] that follow from them."""
+    def with_fields(self, fields: Mapping[str, Tensor]) -> "Records":
+        """The same records with further fields that are computed from them.
+
+        Args:
+            fields: By name [records, ...]; the fingerprint does not count them.
+
+        Returns:
+            New records over the same storage.
+        """
         return Records(
             self.sequences,
             width=self.width,
@@ -133,40 +135,3 @@ class Records(Sequence[Record]):
             digest.update(f"{name} {values.dtype} {tuple(values.shape)} ".encode())
             digest.update(values.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
-
-
-def collate_records(
-    records: Sequence[Record], *, padding: Padding = "none", pad_id: int = 0
-) -> dict[str, Any]:
-    """One micro-batch of records.
-
-    Args:
-        records: At least one.
-        padding: As for `samestep.data.collate.collate`.
-        pad_id: As for `collate`.
-
-    Returns:
-        What `collate` gives for all sequences of the records, in order; and ``fields``, if there
-        are any: those of records stacked [records, ...], those of tokens [rows, length, ...].
-    """
-    sequences = [sequence for record in records for sequence in record.sequences]
-    micro = collate(sequences, padding=padding, pad_id=pad_id)
-    fields = {
-        name: torch.stack([record.fields[name] for record in records]) for name in records[0].fields
-    }
-    for name in records[0].token_fields:
-        parts = [part for record in records for part in record.token_fields[name]]
-        if name in MODEL_INPUTS:
-            micro[name] = _laid_out(parts, micro).clamp(min=0)
-        else:
-            fields[name] = _laid_out(parts, micro)
-    return {**micro, "fields": fields} if fields else micro
-
-
-def _laid_out(parts: Sequence[Tensor], micro: Mapping[str, Any]) -> Tensor:
-    """Values of tokens in the layout of the micro-batch; ``IGNORE`` or 0 in padding."""
-    fill = 0 if parts[0].is_floating_point() else IGNORE
-    out = parts[0].new_full((*micro["input_ids"].shape, *parts[0].shape[1:]), fill)
-    for part, (row, span) in zip(parts, sequence_spans(micro), strict=True):
-        out[row, span] = part
-    return out

@@ -1,228 +1,264 @@
-"""The forms of rows: which columns a row must have, and what they must hold."""
+"""The formats of rows: how each is recognised by its columns, and how it becomes tokens.
 
-import json
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+A format is declared once, in ``ROW_FORMATS``. It is either tokenised as it is, or converted to the
+columns of one that is. Converters from outside the package come by reference, see
+`samestep.data.row_converters`.
+"""
 
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from samestep.data.encode import Mask, Weights
-from samestep.data.rows import Row, RowError, raise_all
-from samestep.engine.targets import IGNORE
+from samestep.data.conversations import tokenize_conversations
+from samestep.data.rows import Row, RowError, describe_columns, map_rows, result_or_error
+from samestep.data.target_spans import TextWithTargets, TokenizedText, tokenize_texts
+from samestep.data.token_ids import read_token_ids
+from samestep.errors import ConfigError
 
-RowFormat = Literal[
-    "token ids", "messages", "prompt and completion", "prompt and completion turns", "text"
-]
+Columns = Mapping[str, Any]
+"""The columns of a row by name; one that is None counts as absent."""
 
-COLUMNS: dict[RowFormat, tuple[str, ...]] = {
-    "token ids": ("input_ids", "labels", "token_weights"),
-    "messages": ("messages", "tools"),
-    "prompt and completion": ("prompt", "completion"),
-    "prompt and completion turns": ("prompt", "completion", "tools"),
-    "text": ("text",),
-}
-"""The columns that each form reads."""
 
-ACCEPTED = (
-    "accepted columns: input_ids (and labels, token_weights); or messages (and tools); or prompt "
-    "and completion, both text or both lists of messages; or text. All rows must have the same. "
-    "Each form may add weight"
+class Tokenize(Protocol):
+    """Tokenises rows of a format: one result for each row, in order."""
+
+    def __call__(
+        self, rows: Sequence[Row], tokenizer: Any, *, append_eos: bool, train_on_all: bool
+    ) -> Sequence[TokenizedText | RowError]:
+        """The tokens of each row, or why it cannot be used.
+
+        Args:
+            rows: Rows of the format, some hundreds.
+            tokenizer: A tokenizer of transformers.
+            append_eos: Close what does not close itself with the end-of-sequence token.
+            train_on_all: Every token is a target.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFormat:
+    """A format of rows: what it is recognised by, and what becomes of it.
+
+    Attributes:
+        name: For messages, and for the key of the token cache.
+        columns: The columns that a row of it must have.
+        optional: Further columns that it reads; every format reads ``weight`` too.
+        note: What the columns hold where their names do not tell, for messages and docs.
+        learned: Which tokens are targets, for docs.
+        matches: Whether a row that has all of ``columns`` is of this format; None: it is. It may
+            raise a `RowError` where the row is of no format because of what a column holds.
+        tokenize: Rows to tokens; or
+        convert: The columns of one row to those of a format that is tokenised; it raises a
+            `RowError` or ValueError that says what is wrong with the row.
+        cached: Whether tokens are kept in the token cache.
+    """
+
+    name: str
+    columns: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    note: str = ""
+    learned: str = ""
+    matches: Callable[[Columns], bool] | None = None
+    tokenize: Tokenize | None = None
+    convert: Callable[[dict[str, Any]], Columns] | None = None
+    cached: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.tokenize is None) == (self.convert is None):
+            raise ConfigError(
+                f"the row format {self.name!r} needs either tokenize or convert, and not both"
+            )
+
+    def recognizes(self, values: Columns) -> bool:
+        """Whether a row with these columns is of this format.
+
+        Args:
+            values: The columns.
+
+        Returns:
+            Whether it is.
+
+        Raises:
+            RowError: It is of no format, because of what a column holds.
+        """
+        if any(values.get(name) is None for name in self.columns):
+            return False
+        return self.matches is None or self.matches(values)
+
+
+def _tokenize_ids(
+    rows: Sequence[Row], tokenizer: Any, *, append_eos: bool, train_on_all: bool
+) -> list[TokenizedText | RowError]:
+    return [result_or_error(read_token_ids, row.values, train_on_all=train_on_all) for row in rows]
+
+
+def _tokenize_messages(
+    rows: Sequence[Row], tokenizer: Any, *, append_eos: bool, train_on_all: bool
+) -> list[TokenizedText | RowError]:
+    return tokenize_conversations(rows, tokenizer, train_on_all=train_on_all)
+
+
+def _tokenize_completions(
+    rows: Sequence[Row], tokenizer: Any, *, append_eos: bool, train_on_all: bool
+) -> list[TokenizedText | RowError]:
+    def with_targets(values: Columns) -> TextWithTargets:
+        text = values["prompt"] + values["completion"]
+        completion = (len(values["prompt"]), len(text))
+        return TextWithTargets(text, None if train_on_all else (completion,))
+
+    texts = [with_targets(row.values) for row in rows]
+    return _closed(texts, tokenizer, append_eos=append_eos)
+
+
+def _tokenize_plain_texts(
+    rows: Sequence[Row], tokenizer: Any, *, append_eos: bool, train_on_all: bool
+) -> list[TokenizedText | RowError]:
+    texts = [TextWithTargets(row.values["text"], None) for row in rows]
+    return _closed(texts, tokenizer, append_eos=append_eos)
+
+
+def _closed(
+    texts: Sequence[TextWithTargets], tokenizer: Any, *, append_eos: bool
+) -> list[TokenizedText | RowError]:
+    eos_id = tokenizer.eos_token_id if append_eos else None
+    return [
+        result if isinstance(result, RowError) else result.with_eos(eos_id)
+        for result in tokenize_texts(texts, tokenizer, special_tokens=True)
+    ]
+
+
+def _completions_of(kind: type) -> Callable[[Columns], bool]:
+    def matches(values: Columns) -> bool:
+        prompt, completion = values["prompt"], values["completion"]
+        kinds = (str, list)
+        if not any(isinstance(prompt, each) and isinstance(completion, each) for each in kinds):
+            raise RowError(
+                f"prompt is {type(prompt).__name__} and completion is {type(completion).__name__}: "
+                "both must be text, or both lists of messages"
+            )
+        return isinstance(prompt, kind)
+
+    return matches
+
+
+def _has_text(values: Columns) -> bool:
+    if not isinstance(values["text"], str):
+        raise RowError(f"text must be text, found {type(values['text']).__name__}")
+    return True
+
+
+_FORMATS = (
+    RowFormat(
+        name="token ids",
+        columns=("input_ids",),
+        optional=("labels", "token_weights"),
+        learned="every token, or those whose label is not -100",
+        tokenize=_tokenize_ids,
+        cached=False,
+    ),
+    RowFormat(
+        name="messages",
+        columns=("messages",),
+        optional=("tools",),
+        learned="the assistant's turns, through the tokenizer's chat template",
+        tokenize=_tokenize_messages,
+    ),
+    RowFormat(
+        name="prompt and completion",
+        columns=("prompt", "completion"),
+        note="both text",
+        learned="the completion",
+        matches=_completions_of(str),
+        tokenize=_tokenize_completions,
+    ),
+    RowFormat(
+        name="prompt and completion turns",
+        columns=("prompt", "completion"),
+        optional=("tools",),
+        note="both lists of messages",
+        learned="the assistant's turns in the completion",
+        matches=_completions_of(list),
+        tokenize=_tokenize_messages,
+    ),
+    RowFormat(
+        name="text",
+        columns=("text",),
+        learned="every token",
+        matches=_has_text,
+        tokenize=_tokenize_plain_texts,
+    ),
 )
+
+ROW_FORMATS: dict[str, RowFormat] = {row_format.name: row_format for row_format in _FORMATS}
+"""Every format by name. A row that has the columns of several is of the first of them."""
+
+
+def recognize_format(values: Columns) -> RowFormat | None:
+    """The format of a row: the first of ``ROW_FORMATS`` whose columns it has.
+
+    Args:
+        values: The columns.
+
+    Returns:
+        The format, or None if the columns make none.
+
+    Raises:
+        RowError: The columns make none because of what they hold.
+    """
+    return next((each for each in ROW_FORMATS.values() if each.recognizes(values)), None)
 
 
 def common_format(rows: Sequence[Row]) -> RowFormat:
-    """The form that all rows have.
+    """The format that all rows have.
 
     Args:
         rows: At least one.
 
     Returns:
-        The form.
+        The format.
 
     Raises:
-        DataError: Rows have no form, or not the same; lists every one.
+        DataError: Rows have no format, or not the same; lists every one.
     """
-    common: tuple[RowFormat, str] | None = None
-    problems = []
-    for row in rows:
-        try:
-            form = format_of(row.values)
-        except RowError as error:
-            problems.append(f"{row.origin}: {error}")
-            continue
-        if common is None:
-            common = form, row.origin
-        elif form != common[0]:
-            problems.append(f"{row.origin}: has {form}, but {common[1]} has {common[0]}")
-    raise_all(problems, hint=ACCEPTED)
-    assert common is not None
-    return common[0]
+    first: tuple[RowFormat, str] | None = None
+
+    def same_format(row: Row) -> RowFormat:
+        nonlocal first
+        row_format = recognize_format(row.values)
+        if row_format is None:
+            absent = sorted(name for name, value in row.values.items() if value is None)
+            nulls = f" ({', '.join(absent)}: null)" if absent else ""
+            raise RowError(describe_columns(row.values) + nulls)
+        if first is None:
+            first = row_format, row.origin
+        if row_format is not first[0]:
+            raise RowError(f"has {row_format.name}, but {first[1]} has {first[0].name}")
+        return row_format
+
+    return map_rows(rows, same_format, hint=_accepted())[0]
 
 
-def format_of(values: Mapping[str, Any]) -> RowFormat:
-    """The form of a row; of several, the first of the order above.
+def _accepted() -> str:
+    """The columns that rows may have, for a message."""
+    described = []
+    for row_format in ROW_FORMATS.values():
+        note = f", {row_format.note}" if row_format.note else ""
+        optional = f" (and {', '.join(row_format.optional)})" if row_format.optional else ""
+        described.append(" and ".join(row_format.columns) + note + optional)
+    return (
+        f"accepted columns: {'; or '.join(described)}. All rows must have the same. Each may add "
+        "weight"
+    )
 
-    Args:
-        values: The columns; one that is None counts as absent.
 
-    Returns:
-        The form.
-
-    Raises:
-        RowError: The columns make no form.
-    """
-    present = {name: value for name, value in values.items() if value is not None}
-    if "input_ids" in present:
-        return "token ids"
-    if "messages" in present:
-        return "messages"
-    if "prompt" in present and "completion" in present:
-        prompt, completion = present["prompt"], present["completion"]
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return "prompt and completion"
-        if isinstance(prompt, list) and isinstance(completion, list):
-            return "prompt and completion turns"
-        raise RowError(
-            f"prompt is {type(prompt).__name__} and completion is {type(completion).__name__}: "
-            "both must be text, or both lists of messages"
+def document_formats() -> str:
+    """The table of formats for the docs, in Markdown."""
+    lines = ["| columns | what is learned |", "| --- | --- |"]
+    for row_format in ROW_FORMATS.values():
+        columns = ", ".join(f"`{name}`" for name in row_format.columns)
+        note = f", {row_format.note}" if row_format.note else ""
+        optional = ", ".join(f"`{name}`" for name in row_format.optional)
+        lines.append(
+            f"| {columns}{note}{f' (and {optional})' if optional else ''} | {row_format.learned} |"
         )
-    if "text" in present:
-        if isinstance(present["text"], str):
-            return "text"
-        raise RowError(f"text must be text, found {type(present['text']).__name__}")
-    absent = sorted(set(values) - set(present))
-    found = f"found the columns {', '.join(present) or 'none'}"
-    raise RowError(f"{found} ({', '.join(absent)}: null)" if absent else found)
-
-
-def tokens_of(values: Mapping[str, Any]) -> tuple[NDArray[np.int64], Mask]:
-    """The ids and the mask of a row that is tokenised already.
-
-    Args:
-        values: ``input_ids`` [length] and optionally ``labels`` [length].
-
-    Returns:
-        Ids [length] and mask [length]; without labels every token is a target.
-
-    Raises:
-        RowError: They are not integers, differ in length, or a label is not the token itself.
-    """
-    ids = _integers("input_ids", values["input_ids"])
-    wrong = np.flatnonzero((ids < 0) | (ids >= 2**31))
-    if len(wrong):
-        raise RowError(f"input_ids[{wrong[0]}] is {ids[wrong[0]]}: no token id")
-    if values.get("labels") is None:
-        return ids, np.ones(len(ids), dtype=np.bool_)
-    labels = _integers("labels", values["labels"])
-    if len(labels) != len(ids):
-        raise RowError(f"{len(ids)} input_ids but {len(labels)} labels")
-    mask: Mask = labels != IGNORE
-    wrong = np.flatnonzero(mask & (labels != ids))
-    if len(wrong):
-        at = wrong[0]
-        raise RowError(
-            f"labels[{at}] is {labels[at]} but input_ids[{at}] is {ids[at]}: a label is the token "
-            f"at its own position (not shifted) or {IGNORE}"
-        )
-    return ids, mask
-
-
-def token_weights_of(values: Mapping[str, Any], length: int) -> Weights | None:
-    """How much each token of a row that is tokenised already counts as a target.
-
-    Args:
-        values: The columns; ``token_weights`` [length] may be missing.
-        length: Of ``input_ids``.
-
-    Raises:
-        RowError: They are not as many finite numbers of at least 0.
-    """
-    if values.get("token_weights") is None:
-        return None
-    try:
-        weights = np.asarray(values["token_weights"], dtype=np.float32)
-    except (TypeError, ValueError):
-        weights = np.asarray(np.nan, dtype=np.float32)
-    if weights.shape != (length,):
-        raise RowError(f"token_weights must be a list of {length} numbers, as input_ids has")
-    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
-    if len(wrong):
-        at = wrong[0]
-        raise RowError(f"token_weights[{at}] is {weights[at]}: a finite number of at least 0")
-    return weights
-
-
-def message_weight(message: Mapping[str, Any]) -> float:
-    """How much the tokens of a message count as targets: its ``weight``, or 1.
-
-    Raises:
-        RowError: It is not a finite number of at least 0.
-    """
-    weight = message.get("weight", 1.0)
-    known = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not (known and math.isfinite(weight) and weight >= 0):
-        raise RowError(f"the weight of a message must be a number of at least 0, found {weight!r}")
-    return float(weight)
-
-
-def _integers(name: str, value: Any) -> NDArray[np.int64]:
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError):  # ragged
-        array = np.asarray(None)
-    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
-        raise RowError(f"{name} must be a list of integers")
-    if array.size and array.dtype == np.uint64:
-        raise RowError(f"{name} has integers that are no token ids")
-    return array.astype(np.int64)
-
-
-def messages_of(values: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
-    """The messages of a column, without the keys that are None (which Parquet fills in).
-
-    Args:
-        values: The columns.
-        column: The one to read.
-
-    Returns:
-        At least one message; each has a role.
-
-    Raises:
-        RowError: They are not messages.
-    """
-    messages = values[column]
-    if not isinstance(messages, list) or not messages:
-        raise RowError(f"{column} must be a list of messages, at least one")
-    for at, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise RowError(f"{column}[{at}] must be an object, found {type(message).__name__}")
-        if not isinstance(message.get("role"), str):
-            raise RowError(f"{column}[{at}] has no role; its keys: {', '.join(message) or 'none'}")
-    return [
-        {key: value for key, value in message.items() if value is not None} for message in messages
-    ]
-
-
-def tools_of(values: Mapping[str, Any]) -> list[Any] | None:
-    """The tools of a conversation, for the chat template.
-
-    Args:
-        values: The columns. ``tools`` may be a list, or a list written as JSON.
-
-    Returns:
-        The tools, or None if there are none.
-
-    Raises:
-        RowError: It is not a list.
-    """
-    tools = values.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
-            raise RowError(f"tools is text that is not JSON: {error}") from None
-    if tools is not None and not isinstance(tools, list):
-        raise RowError(f"tools must be a list, found {type(tools).__name__}")
-    return tools or None
+    return "\n".join(lines)

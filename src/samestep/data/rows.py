@@ -1,11 +1,16 @@
-"""Problems of rows: found one by one, shown together, never more than a screen of them."""
+"""Rows, and reading something of each: all problems are raised at once, each with its place."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from samestep.errors import DataError
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,55 +27,157 @@ class Row:
     origin: str
 
 
-SHOWN = 10
-"""How many problems one error lists."""
-
-
 class RowError(Exception):
     """One row cannot be used; becomes a line of a `DataError` that names the row."""
 
 
-def raise_all(problems: Sequence[str], *, hint: str = "") -> None:
-    """Raise every problem at once.
+class RowDropped(Exception):  # noqa: N818 - no error: the row is left out and counted
+    """One row has nothing to learn from; its message is the reason that it is counted under."""
+
+
+_SHOWN = 10
+"""How many problems one error lists."""
+
+
+def raise_problems(problems: Sequence[str], *, hint: str = "") -> None:
+    """Raise all problems at once, the first ten in full.
 
     Args:
-        problems: One line each; none is fine.
-        hint: A last line that tells how to mend them.
+        problems: A line each; none is fine.
+        hint: A last line that tells how to fix them.
 
     Raises:
         DataError: There is a problem.
     """
     if not problems:
         return
-    lines = list(problems[:SHOWN])
-    if len(problems) > SHOWN:
-        lines.append(f"and {len(problems) - SHOWN} more")
+    lines = list(problems[:_SHOWN])
+    if len(problems) > _SHOWN:
+        lines.append(f"and {len(problems) - _SHOWN} more")
     if hint:
         lines.append(hint)
     raise DataError("\n".join(lines))
 
 
-Read = TypeVar("Read")
+def iter_rows(
+    rows: Iterable[Row],
+    read: Callable[[int, Row], _Result],
+    *,
+    hint: str = "",
+    dropped: Counter[str] | None = None,
+) -> Iterator[tuple[int, _Result]]:
+    """Read every row, one after another, and raise the problems of all of them at the end.
 
+    Args:
+        rows: The rows.
+        read: Maps the index of a row, from 0, and the row to what is read; raises `RowError` where
+            the row cannot be used, and `RowDropped` where it is to be left out.
+        hint: A last line of the error, that tells how to fix the rows.
+        dropped: Counts the rows that are left out, by reason; needed if any can be.
 
-def map_rows(rows: Sequence[Row], read: Callable[[Row], Read], wanted: str) -> list[Read]:
-    """What is read of every row, or every problem."""
-    found: list[Read] = []
+    Yields:
+        The index of each row that is kept, and what was read.
+
+    Raises:
+        DataError: Rows cannot be used; lists them.
+    """
     problems = []
-    for row in rows:
+    for index, row in enumerate(rows):
         try:
-            weight_of(row.values)
-            one = read(row)
+            result = read(index, row)
         except RowError as error:
             problems.append(f"{row.origin}: {error}")
             continue
-        found.append(one)
-    raise_all(problems, hint=f"accepted columns: {wanted}; each row may add weight")
-    return found
+        except RowDropped as reason:
+            assert dropped is not None
+            dropped[str(reason)] += 1
+            continue
+        yield index, result
+    raise_problems(problems, hint=hint)
 
 
-def weight_of(values: Mapping[str, Any]) -> float:
-    """The weight of a row.
+def map_rows(
+    rows: Iterable[Row], read: Callable[[Row], _Result], *, hint: str = ""
+) -> list[_Result]:
+    """Read every row; none is left out.
+
+    Args:
+        rows: The rows.
+        read: Maps a row to what is read; raises `RowError` where it cannot be used.
+        hint: As for `iter_rows`.
+
+    Returns:
+        What was read of each row, in order.
+
+    Raises:
+        DataError: Rows cannot be used; lists them.
+    """
+    return [result for _, result in iter_rows(rows, lambda _, row: read(row), hint=hint)]
+
+
+def result_or_error(
+    function: Callable[_Arguments, _Result], *args: _Arguments.args, **keywords: _Arguments.kwargs
+) -> _Result | RowError:
+    """Call a function of one row.
+
+    Args:
+        function: May raise a `RowError`.
+        args: Its arguments.
+        keywords: Its keywords.
+
+    Returns:
+        What it returns, or the `RowError` that it raises.
+    """
+    try:
+        return function(*args, **keywords)
+    except RowError as error:
+        return error
+
+
+def map_valid(
+    items: Sequence[_Item | RowError],
+    function: Callable[[list[_Item]], Iterable[_Result | RowError]],
+) -> list[_Result | RowError]:
+    """Apply a function of a batch to the items that are no errors; errors keep their places.
+
+    Args:
+        items: Items, or why there is none.
+        function: Gives one result for each item, in order.
+
+    Returns:
+        One for each of ``items``.
+    """
+    results = iter(function([item for item in items if not isinstance(item, RowError)]))
+    return [item if isinstance(item, RowError) else next(results) for item in items]
+
+
+def describe_dropped(dropped: Mapping[str, int]) -> str:
+    """How many rows were left out, for a message.
+
+    Args:
+        dropped: The numbers by reason.
+
+    Returns:
+        Such as "2 rows: no target; 1 rows: an empty text".
+    """
+    return "; ".join(f"{count} rows: {reason}" for reason, count in dropped.items())
+
+
+def describe_columns(values: Mapping[str, Any]) -> str:
+    """Which columns a row has, for a message.
+
+    Args:
+        values: The columns; one that is None counts as absent.
+
+    Returns:
+        Such as "found the columns text, label".
+    """
+    present = ", ".join(name for name, value in values.items() if value is not None)
+    return f"found the columns {present or 'none'}"
+
+
+def read_weight(values: Mapping[str, Any]) -> float:
+    """The weight of a row in the loss.
 
     Args:
         values: The columns. ``weight`` may be a number, or its text, as CSV has it.
@@ -81,13 +188,38 @@ def weight_of(values: Mapping[str, Any]) -> float:
     Raises:
         RowError: It is not such a number.
     """
-    given = values.get("weight")
-    if given is None:
+    value = values.get("weight")
+    if value is None:
         return 1.0
-    try:
-        weight = math.nan if isinstance(given, bool) else float(given)
-    except (TypeError, ValueError):
-        weight = math.nan
+    weight = math.nan if isinstance(value, bool) else _to_float(value)
     if not (math.isfinite(weight) and weight > 0):
-        raise RowError(f"weight must be a finite number above 0, found {given!r}")
+        raise RowError(f"weight must be a finite number above 0, found {value!r}")
     return weight
+
+
+def read_number(values: Mapping[str, Any], column: str, *, booleans: bool = True) -> float:
+    """The number of a column.
+
+    Args:
+        values: The columns. The number may be text, as CSV has it.
+        column: The one to read.
+        booleans: Whether true and false count as 1 and 0.
+
+    Returns:
+        A finite number.
+
+    Raises:
+        RowError: It is missing, or not such a number.
+    """
+    value = values.get(column)
+    number = math.nan if isinstance(value, bool) and not booleans else _to_float(value)
+    if not math.isfinite(number):
+        raise RowError(f"{column} must be a finite number, found {value!r}")
+    return number
+
+
+def _to_float(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan

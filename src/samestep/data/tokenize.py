@@ -1,23 +1,26 @@
-"""Rows to examples: tokens, and which of them are targets."""
+"""Rows to examples: token ids, and which of them are targets."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
 from samestep.data.cache import cache_key, read_cache, write_cache
-from samestep.data.conversations import encode_conversations
-from samestep.data.encode import TextWithTargets, TokenizedText, encode
 from samestep.data.examples import Example, Examples
-from samestep.data.row_formats import COLUMNS, RowFormat, common_format, token_weights_of, tokens_of
-from samestep.data.rows import Row, RowError, raise_all, weight_of
+from samestep.data.row_converters import convert_rows
+from samestep.data.row_formats import RowFormat, common_format
+from samestep.data.rows import Row, RowDropped, RowError, describe_dropped, iter_rows, read_weight
+from samestep.data.target_spans import TokenizedText
 from samestep.engine.targets import IGNORE
 from samestep.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+TrainOn: TypeAlias = Literal["completion", "all"]
+"""Targets: completions and the assistant's turns, or every token."""
 
 _BATCH = 1_000
 """Rows a call of the tokenizer, which works on them in parallel."""
@@ -29,28 +32,29 @@ def tokenize_rows(
     *,
     max_length: int | None = None,
     append_eos: bool = True,
-    train_on: Literal["completion", "all"] = "completion",
+    train_on: TrainOn = "completion",
     cache: Path | None = None,
     weigh_tokens: bool = False,
 ) -> Examples:
     """Tokenise rows and mark their targets.
 
-    The form of the rows is told from their columns: ``input_ids`` (and ``labels``); ``messages``
-    (and ``tools``), where the assistant's turns are targets; ``prompt`` and ``completion``, both
-    text or both messages, where the completion is; ``text``, where everything is. Of several, the
-    first counts. Each may add ``weight``, a number above 0. Given ids may add ``token_weights``,
-    and a message of the assistant a ``weight``: how much their tokens count as targets, 0 for not
-    at all. The pad token plays no part.
+    The format of the rows is recognised by their columns, see
+    `samestep.data.row_formats.ROW_FORMATS`: ``input_ids`` (and ``labels``); ``messages`` (and
+    ``tools``), where the assistant's turns are targets; ``prompt`` and ``completion``, both text or
+    both messages, where the completion is; ``text``, where everything is. Of several, the first
+    counts. Each may add ``weight``, a number above 0. Token ids may add ``token_weights``, and a
+    message of the assistant a ``weight``: how much their tokens count as targets, 0 for not at all.
+    The pad token plays no part.
 
     Args:
-        rows: At least one; all of the same form.
+        rows: At least one; all of the same format.
         tokenizer: A tokenizer of transformers, with a chat template if rows are conversations.
         max_length: Keep the first so many tokens of a row; at least 2.
         append_eos: Close text, and prompt and completion, with the end-of-sequence token, as a
-            target. Chat templates and given ids close themselves.
-        train_on: "all" makes every token a target, in any form.
+            target. Chat templates and token ids close themselves.
+        train_on: "all" makes every token a target, in any format.
         cache: A folder to keep the result in, for fast tokenizers.
-        weigh_tokens: Whether what the examples are for honours weights of tokens.
+        weigh_tokens: Whether the objective honours weights of tokens and messages.
 
     Returns:
         An example for every row that has a target; ``dropped`` counts the others by reason.
@@ -63,107 +67,111 @@ def tokenize_rows(
         raise ConfigError(f"max_length={max_length}: at least 2, or no token has one before it")
     if not rows:
         raise DataError("there are no rows to tokenise")
-    form = common_format(rows)
-    everything = train_on == "all"
+    rows = convert_rows(rows)
+    row_format = common_format(rows)
     path = None
-    if cache is not None and tokenizer.is_fast and form != "token ids":
-        settings = {
-            "form": form,
+    if cache is not None and tokenizer.is_fast and row_format.cached:
+        settings = {  # hashed as they are: another name of a setting would miss all caches
+            "form": row_format.name,
             "max_length": max_length,
             "append_eos": append_eos,
             "train_on": train_on,
         }
-        columns = (*COLUMNS[form], "weight")
+        columns = (*row_format.columns, *row_format.optional, "weight")
         key = cache_key(rows, tokenizer, columns=columns, settings=settings)
         path = cache / f"{key}.safetensors"
-        if (examples := read_cache(path)) is not None:
+        examples = read_cache(path)
+        # Weights that the objective does not honour are refused below, with the rows' places.
+        if examples is not None and (weigh_tokens or examples.token_weights is None):
             return examples
     dropped: Counter[str] = Counter()
-    masked = _masked_rows(rows, tokenizer, form, append_eos=append_eos, everything=everything)
+    tokenized = _tokenize(
+        rows,
+        tokenizer,
+        row_format=row_format,
+        append_eos=append_eos,
+        train_on_all=train_on == "all",
+    )
     if not weigh_tokens:
-        masked = map(_unweighted, masked)
-    examples = Examples.from_examples(_examples(rows, masked, max_length, dropped), dropped)
+        tokenized = map(_refuse_token_weights, tokenized)
+    examples = Examples.from_examples(
+        _examples(rows, tokenized, max_length=max_length, dropped=dropped), dropped
+    )
     if not len(examples):
-        counts = "; ".join(f"{count} rows: {reason}" for reason, count in dropped.items())
-        raise DataError(f"no row has a target to learn ({counts})")
+        raise DataError(f"no row has a target to learn ({describe_dropped(dropped)})")
     if path is not None:
         write_cache(path, examples)
     return examples
 
 
-def _masked_rows(
+def _tokenize(
     rows: Sequence[Row],
     tokenizer: "PreTrainedTokenizerBase",
-    form: RowFormat,
     *,
+    row_format: RowFormat,
     append_eos: bool,
-    everything: bool,
+    train_on_all: bool,
 ) -> Iterator[TokenizedText | RowError]:
+    assert row_format.tokenize is not None
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
-        if form == "token ids":
-            yield from (_given(row, everything) for row in batch)
-        elif form in ("messages", "prompt and completion turns"):
-            yield from encode_conversations(batch, tokenizer, everything=everything)
-        else:
-            marked = [_mark_text(row, form, everything) for row in batch]
-            eos_id = tokenizer.eos_token_id if append_eos else None
-            for one in encode(marked, tokenizer, special_tokens=True):
-                yield one.with_eos(eos_id) if isinstance(one, TokenizedText) else one
+        yield from row_format.tokenize(
+            batch, tokenizer, append_eos=append_eos, train_on_all=train_on_all
+        )
 
 
-def _given(row: Row, everything: bool) -> TokenizedText | RowError:
-    try:
-        ids, mask = tokens_of(row.values)
-        weights = token_weights_of(row.values, len(ids))
-    except RowError as error:
-        return error
-    mask = mask | everything
-    return TokenizedText(ids, mask if weights is None else mask & (weights > 0), weights)
-
-
-def _unweighted(one: TokenizedText | RowError) -> TokenizedText | RowError:
-    if isinstance(one, TokenizedText) and one.weights is not None:
+def _refuse_token_weights(tokenized: TokenizedText | RowError) -> TokenizedText | RowError:
+    if isinstance(tokenized, TokenizedText) and tokenized.weights is not None:
         return RowError(
             "it has weights of tokens or messages, which this objective does not honour: only "
             "causal_lm, vision_language and distillation do"
         )
-    return one
-
-
-def _mark_text(row: Row, form: RowFormat, everything: bool) -> TextWithTargets:
-    if form == "text":
-        return TextWithTargets(row.values["text"], None)
-    prompt, completion = row.values["prompt"], row.values["completion"]
-    text = prompt + completion
-    return TextWithTargets(text, None if everything else ((len(prompt), len(text)),))
+    return tokenized
 
 
 def _examples(
     rows: Sequence[Row],
-    masked: Iterator[TokenizedText | RowError],
+    tokenized: Iterator[TokenizedText | RowError],
+    *,
     max_length: int | None,
     dropped: Counter[str],
 ) -> Iterator[Example]:
     """The examples that have a target; counts the others, and raises all problems at the end."""
-    problems = []
-    for at, (row, one) in enumerate(zip(rows, masked, strict=True)):
-        try:
-            weight = weight_of(row.values)
-            if isinstance(one, RowError):
-                raise one
-        except RowError as error:
-            problems.append(f"{row.origin}: {error}")
-            continue
-        mask = one.mask[:max_length]
-        # The first token has none before it to be predicted from.
-        if mask[1:].any():
-            ids = torch.from_numpy(one.ids[:max_length])
-            labels = ids.where(torch.from_numpy(mask), IGNORE)
-            weights = None if one.weights is None else torch.from_numpy(one.weights[:max_length])
-            yield Example(ids, labels, weight, row=at, token_weights=weights)
-        elif one.mask[1:].any():
-            dropped[f"no target left after truncation to max_length {max_length}"] += 1
-        else:
-            dropped["no target"] += 1
-    raise_all(problems)
+
+    def read(at: int, row: Row) -> Example:
+        tokens = next(tokenized)
+        weight = read_weight(row.values)
+        if isinstance(tokens, RowError):
+            raise tokens
+        if not tokens.mask[1:].any():
+            raise RowDropped("no target")
+        return example_of(tokens, weight=weight, row=at, max_length=max_length)
+
+    return (example for _, example in iter_rows(rows, read, dropped=dropped))
+
+
+def example_of(
+    tokens: TokenizedText, *, weight: float, row: int, max_length: int | None
+) -> Example:
+    """The example of a row, truncated.
+
+    Args:
+        tokens: Of the row.
+        weight: Of the row in the loss.
+        row: Its index in the source.
+        max_length: Keep the first so many tokens; None keeps all.
+
+    Returns:
+        The example.
+
+    Raises:
+        RowDropped: No target is left.
+    """
+    mask = tokens.mask[:max_length]
+    # The first token has none before it to be predicted from.
+    if not mask[1:].any():
+        raise RowDropped(f"no target left after truncation to max_length {max_length}")
+    ids = torch.from_numpy(tokens.ids[:max_length])
+    labels = ids.where(torch.from_numpy(mask), IGNORE)
+    weights = None if tokens.weights is None else torch.from_numpy(tokens.weights[:max_length])
+    return Example(ids, labels, weight, row=row, token_weights=weights)

@@ -77,7 +77,7 @@ def key_dropout(model: nn.Module, micro: Mapping[str, Any], *, seed: int, step: 
 
     Args:
         model: A model after `replace_dropout`.
-        micro: A micro-batch of `samestep.data.collate.collate`.
+        micro: A micro-batch of `samestep.data.collate.collate_examples`.
         seed: The run's seed.
         step: The step's number.
     """

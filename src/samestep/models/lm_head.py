@@ -31,7 +31,7 @@ def model_inputs(micro: Mapping[str, Any]) -> dict[str, Any]:
     """What of a micro-batch goes into the model: all but labels, weights, ids and fields.
 
     Args:
-        micro: A micro-batch of `samestep.data.collate.collate`, or another mapping.
+        micro: A micro-batch of `samestep.data.collate.collate_examples`, or another mapping.
 
     Returns:
         The tensors that the model is called with.

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from samestep.data.collate import Padding, collate, to_device
+from samestep.data.collate import Padding, collate_examples, to_device
 from samestep.data.examples import Example
 from samestep.errors import ConfigError
 from samestep.kernels import packed_attention
@@ -66,7 +66,7 @@ def choose_padding(
 def _why_not(model: Any, padding: Padding, plain: str, outputs: Outputs) -> str | None:
     vocabulary = model.get_input_embeddings().num_embeddings
     sequences = [torch.tensor(ids) % vocabulary for ids in ([3, 1, 4], [1, 5, 9, 2, 6])]
-    micro = collate([Example(ids, ids) for ids in sequences], padding=padding)
+    micro = collate_examples([Example(ids, ids) for ids in sequences], padding=padding)
     training = model.training
 
     def alone() -> list[Tensor]:
@@ -148,7 +148,7 @@ def _agrees(model: Any, padding: Padding) -> bool:
     vocabulary = model.get_input_embeddings().num_embeddings
     sequences = [torch.tensor(ids) % vocabulary for ids in ([3, 1, 4, 1], [1, 5, 9, 2, 6])]
     examples = [Example(ids, ids.where(torch.arange(len(ids)) > 2, -100)) for ids in sequences]
-    micro = to_device(collate(examples, padding=padding), model.device)
+    micro = to_device(collate_examples(examples, padding=padding), model.device)
     at, training = micro["target_positions"], model.training
 
     def logits(**more: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def sequence_logits(model: Any, micro: Mapping[str, Any]) -> Tensor:
 
     Args:
         model: A ``...ForSequenceClassification`` of transformers, plain or wrapped by PEFT.
-        micro: A micro-batch of `samestep.data.collate.collate`, or ``input_ids`` alone.
+        micro: A micro-batch of `samestep.data.collate.collate_examples`, or ``input_ids`` alone.
 
     Returns:
         Scores.

@@ -35,7 +35,7 @@ def completions(up_to_head: UpToHead, model: nn.Module, micro: Mapping[str, Any]
     Args:
         up_to_head: Runs it.
         model: A causal language model.
-        micro: A micro-batch of `samestep.data.collate.collate`.
+        micro: A micro-batch of `samestep.data.collate.collate_examples`.
 
     Returns:
         The sums.

@@ -25,7 +25,7 @@ def embeddings(model: nn.Module, micro: Mapping[str, Any], pooling: Pooling) -> 
 
     Args:
         model: A model of transformers without a head.
-        micro: A micro-batch of `samestep.data.collate.collate`, or ``input_ids`` alone.
+        micro: A micro-batch of `samestep.data.collate.collate_examples`, or ``input_ids`` alone.
         pooling: Which.
     """
     states = backbone_states(without_wrapper(model), micro)

@@ -66,7 +66,7 @@ class FlowMatching:
             hidden_states=_with_condition(model, seen, group.get("condition")),
             timestep=group["time"].to(dtype) * TIMESTEPS,
             return_dict=False,
-            **_told(model, group["told"], len(latents), dtype),
+            **_told(model, group["model_kwargs"], len(latents), dtype),
         )[0]
         wide = velocity if dtype == torch.float64 else velocity.float()
         errors = (wide - (noise - latents).to(wide)).square().flatten(1)

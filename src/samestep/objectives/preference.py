@@ -97,7 +97,7 @@ class DPO:
         return "aot" in self.losses
 
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term | Coupled]:
-        """Sums over the pairs of one micro-batch of `samestep.data.records.collate_records`."""
+        """Sums over the pairs of one micro-batch of `samestep.data.collate.collate_records`."""
         if self.coupled and micro.get("example_weights") is not None:
             raise ConfigError(
                 "aot compares sorted margins, where a pair's weight has no meaning: leave the "
@@ -186,7 +186,7 @@ class ReferenceFree:
     up_to_head: UpToHead = field(default_factory=UpToHead, repr=False, compare=False)
 
     def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
-        """Sums over the pairs of one micro-batch of `samestep.data.records.collate_records`."""
+        """Sums over the pairs of one micro-batch of `samestep.data.collate.collate_records`."""
         policy = completions(self.up_to_head, model, micro)
         weights = pair_weights(micro).to(policy.log_p)
         means = policy.log_p / policy.targets.to(policy.log_p)

@@ -41,7 +41,7 @@ class Tokens:
 
     @classmethod
     def of(cls, micro: Mapping[str, Any]) -> "Tokens":
-        """Those of a micro-batch of `samestep.data.collate.collate`."""
+        """Those of a micro-batch of `samestep.data.collate.collate_examples`."""
         targets, weights = targets_per_sequence(micro)
         weights = weights * (targets > 0)
         ids = sequence_ids(micro)

@@ -40,4 +40,4 @@ def annotated(
             found.setdefault(name, []).append(values.cpu())
     model.train(training)
     back = torch.tensor(order).argsort()
-    return records.annotated({name: torch.cat(parts)[back] for name, parts in found.items()})
+    return records.with_fields({name: torch.cat(parts)[back] for name, parts in found.items()})

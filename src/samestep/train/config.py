@@ -231,7 +231,7 @@ class TrainConfig(BaseModel):
         Returns:
             What the model and the objective read.
         """
-        from samestep.data.records import collate_records
+        from samestep.data.collate import collate_records
 
         return collate_records([data[at] for at in indices], padding=padding, pad_id=pad_id)
 

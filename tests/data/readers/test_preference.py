@@ -137,7 +137,7 @@ def test_unusable_unpaired_rows_are_refused(values: list[dict[str, Any]], messag
 
 def test_derived_fields_do_not_change_the_fingerprint() -> None:
     records = pair_records(rows({**PAIR, "margin": 1}), tiny_tokenizer())
-    more = records.annotated({"ref": torch.ones(1)})
+    more = records.with_fields({"ref": torch.ones(1)})
     assert more.fingerprint() == records.fingerprint()
     assert more.fields.keys() == {"margin", "ref"}
     other = pair_records(rows({**PAIR, "margin": 2}), tiny_tokenizer())

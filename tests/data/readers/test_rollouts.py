@@ -18,9 +18,9 @@ def rows(*values: dict[str, Any]) -> list[Row]:
 
 def test_rewards_are_compared_within_their_group() -> None:
     rewards, groups = [1.0, 0.0, 2.0, 7.0], ["a", "a", "a", "b"]
-    assert advantages_of(rewards, groups, "dr_grpo") == [0.0, -1.0, 1.0, 0.0]
-    assert advantages_of(rewards, groups, "rloo") == [0.0, -1.5, 1.5, 0.0]
-    assert advantages_of(rewards, groups, "grpo") == pytest.approx([0, -1, 1, 0], abs=2e-4)
+    assert advantages_of(rewards, groups, baseline="dr_grpo") == [0.0, -1.0, 1.0, 0.0]
+    assert advantages_of(rewards, groups, baseline="rloo") == [0.0, -1.5, 1.5, 0.0]
+    assert advantages_of(rewards, groups, baseline="grpo") == pytest.approx([0, -1, 1, 0], abs=2e-4)
 
 
 def test_a_row_alone_in_its_group_is_dropped_and_counted() -> None:

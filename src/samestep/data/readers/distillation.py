@@ -1,4 +1,4 @@
-"""Rows with what a teacher said of them before: its likeliest tokens at every target."""
+"""Rows with teacher top-k log-probabilities: the teacher's likeliest tokens at every target."""
 
 from collections.abc import Sequence
 
@@ -7,58 +7,60 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from samestep.data.alignment import align_to_targets, check_number
+from samestep.data.alignment import align_to_targets, check_target_count
 from samestep.data.examples import Examples
 from samestep.data.records import Records
 from samestep.data.rows import Row, RowError
 
-NAMES = ("top_ids", "top_logps")
-"""The columns: for each target the k tokens, and their log probabilities."""
+_COLUMNS = ("top_ids", "top_logps")
+"""For each target the ids of k tokens, and their log-probabilities (natural logarithm)."""
 
 
 def teacher_topk_records(
     rows: Sequence[Row], examples: Examples, *, max_length: int | None = None
 ) -> Records:
-    """Put a teacher's predictions at the places of the tokens that they predict.
+    """Put a teacher's top-k log-probabilities where the tokens stand that they predict.
 
     Args:
-        rows: With the columns ``NAMES``: a list for each target (each token of the completion, the
-            end-of-sequence token too), in which as many tokens for all targets of all rows.
+        rows: With ``top_ids`` and ``top_logps``: a list for each target (each token of the
+            completion, the end-of-sequence token too), of k entries, as many in all rows.
         examples: What `samestep.data.tokenize.tokenize_rows` made of the rows.
         max_length: As for `tokenize_rows`.
 
     Returns:
-        Records with the token fields ``NAMES`` [tokens, k], int32 and float32.
+        Records with the token fields ``top_ids`` and ``top_logps`` [tokens, k], int32 and float32.
 
     Raises:
         DataError: A row's lists are missing or malformed; lists every one.
     """
     kept = [rows[at] for at in examples.rows.tolist()]
-    width = _width(kept)
-    tops = torch.zeros(len(examples.ids), width, dtype=torch.int32)
-    logps = torch.zeros(len(examples.ids), width, dtype=torch.float32)
+    k = _read_k(kept)
+    ids = torch.zeros(len(examples.ids), k, dtype=torch.int32)
+    logps = torch.zeros(len(examples.ids), k, dtype=torch.float32)
 
-    def read(row: Row, targets: int, cut: bool) -> tuple[Tensor, Tensor]:
-        return _tops(row, width, targets, cut=cut)
+    def read(row: Row, targets: int, truncated: bool) -> tuple[Tensor, Tensor]:
+        return _top_k(row, k, targets=targets, truncated=truncated)
 
-    align_to_targets(kept, examples, read, [tops, logps], max_length=max_length)
-    return Records(examples, token_fields={"top_ids": tops, "top_logps": logps})
+    align_to_targets(kept, examples, read=read, into=[ids, logps], max_length=max_length)
+    return Records(examples, token_fields={"top_ids": ids, "top_logps": logps})
 
 
-def _width(rows: Sequence[Row]) -> int:
+def _read_k(rows: Sequence[Row]) -> int:
     """How many tokens the first list that is one holds."""
     for row in rows:
-        given = row.values.get("top_ids")
-        if isinstance(given, list) and given and isinstance(given[0], list) and given[0]:
-            return len(given[0])
+        lists = row.values.get("top_ids")
+        if isinstance(lists, list) and lists and isinstance(lists[0], list) and lists[0]:
+            return len(lists[0])
     return 1
 
 
-def _tops(row: Row, width: int, targets: int, *, cut: bool) -> tuple[Tensor, Tensor]:
-    ids, logps = (_table(row, name, width) for name in NAMES)
+def _top_k(row: Row, k: int, *, targets: int, truncated: bool) -> tuple[Tensor, Tensor]:
+    ids, logps = (_table(row, name, k=k) for name in _COLUMNS)
     if len(ids) != len(logps):
         raise RowError(f"top_ids has {len(ids)} lists, top_logps {len(logps)}")
-    check_number(f"top_ids has {len(ids)} lists", len(ids), targets, cut=cut)
+    check_target_count(
+        f"top_ids has {len(ids)} lists", len(ids), targets=targets, truncated=truncated
+    )
     wrong = np.flatnonzero((ids != np.round(ids)).any(1) | (ids < 0).any(1))
     wrong = wrong if len(wrong) else np.flatnonzero((np.diff(np.sort(ids, 1), axis=1) == 0).any(1))
     if len(wrong):
@@ -70,15 +72,14 @@ def _tops(row: Row, width: int, targets: int, *, cut: bool) -> tuple[Tensor, Ten
             f"top_logps[{wrong[0]}] adds up to a probability of {mass[wrong[0]]:.4g}: give log "
             "probabilities over the whole vocabulary, not logits"
         )
-    chosen = slice(0, targets)
-    return torch.from_numpy(ids[chosen]).int(), torch.from_numpy(logps[chosen]).float()
+    return torch.from_numpy(ids[:targets]).int(), torch.from_numpy(logps[:targets]).float()
 
 
-def _table(row: Row, name: str, width: int) -> NDArray[np.float64]:
+def _table(row: Row, name: str, *, k: int) -> NDArray[np.float64]:
     try:
         table = np.asarray(row.values.get(name), dtype=np.float64)
     except (TypeError, ValueError):
         table = np.asarray(np.nan)
-    if table.ndim != 2 or table.shape[1] != width or not np.isfinite(table).all():
-        raise RowError(f"{name} must be a list for each target of {width} finite numbers")
+    if table.ndim != 2 or table.shape[1] != k or not np.isfinite(table).all():
+        raise RowError(f"{name} must be a list for each target of {k} finite numbers")
     return table

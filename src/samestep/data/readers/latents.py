@@ -1,4 +1,4 @@
-"""Precomputed latents: a file an example, with what the model is told beside them.
+"""Precomputed latents: a file an example, with the model's further arguments beside them.
 
 Whatever is random about an example, its noise and its time, is a function of (seed, step, example):
 not of the micro-batch that it is in.
@@ -14,22 +14,26 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from samestep.data.collate import attention_mask, pad_rows
 from samestep.data.examples import Example, Examples
 from samestep.data.load import load_rows
 from samestep.data.records import Records
-from samestep.data.rows import RowError, raise_all, weight_of
-from samestep.errors import DataError
+from samestep.data.row_converters import Converter
+from samestep.data.row_formats import RowFormat
+from samestep.data.rows import Row, RowError, iter_rows, read_weight
+from samestep.errors import ConfigError, DataError
 
 LATENTS = "latents"
+"""The name of the latents in a file."""
 
 CONDITION = "condition"
+"""The name of further channels that stand below the noisy latents."""
 
-RAGGED = "encoder_hidden_states"
+_RAGGED = "encoder_hidden_states"
 """How names of embeddings begin that have a length of their own, and so a mask."""
 
-FORMATS = (".safetensors", ".npz")
+_EXTENSIONS = (".safetensors", ".npz")
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,11 @@ class LatentRecords(Records):
     """
 
     def __init__(self, files: Sequence[LatentFile], digests: Sequence[bytes]) -> None:
-        nothing = torch.empty(0, dtype=torch.int64)
-        rows = (Example(nothing, nothing, file.weight, at) for at, file in enumerate(files))
+        no_tokens = torch.empty(0, dtype=torch.int64)
+        rows = (
+            Example.without_targets(no_tokens, weight=file.weight, row=at)
+            for at, file in enumerate(files)
+        )
         content = torch.from_numpy(np.frombuffer(b"".join(digests), dtype=np.uint8).copy())
         super().__init__(
             Examples.from_examples(rows), fields={"sha256": content.view(len(files), -1)}
@@ -72,69 +79,71 @@ class LatentRecords(Records):
         return [int(np.prod(file.shape[1:])) for file in self.files]
 
 
-def latent_records(source: str) -> LatentRecords:
+def latent_records(
+    source: str, *, row_format: str | Converter | RowFormat | None = None
+) -> LatentRecords:
     """Look at the files of a source.
 
     Args:
         source: A folder of .safetensors and .npz files, taken in the order of their names; or rows
             with ``file``, relative to the rows, and optionally ``weight``. Each file holds
-            ``latents`` [channels, ...], and by the names of the model's arguments what it is told:
+            ``latents`` [channels, ...], and by their names further arguments of the model:
             ``encoder_hidden_states`` [length, width] (and ``encoder_hidden_states_2``), of any
             length; others of the same shape in all files; ``condition`` [channels, ...] stands
             below the noisy latents as further channels.
+        row_format: As for `samestep.data.load.load_rows`; for rows alone.
 
     Returns:
         At least one record.
 
     Raises:
         DataError: Files cannot be used; lists every one.
+        ConfigError: ``row_format`` names nothing that converts rows, or there are no rows.
     """
-    folder = Path(source).expanduser()
-    problems: list[str] = []
-    files: list[LatentFile] = []
-    names: dict[tuple[str, ...], str] = {}
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        folder, rows = path.parent, load_rows(source, row_format=row_format)
+    elif row_format is None:
+        folder, rows = path, _rows_of_files(path)
+    else:
+        raise ConfigError(f"row_format: {source} is a folder of latents, not of rows: leave it out")
+    origins: dict[tuple[str, ...], str] = {}
     digests: list[bytes] = []
-    for origin, path, weight in _listed(folder, source):
-        try:
-            if isinstance(weight, RowError):
-                raise weight
-            tensors = read_tensors(path)
-            _check(tensors)
-        except RowError as error:
-            problems.append(f"{origin}: {error}")
-            continue
-        names.setdefault(tuple(sorted(tensors)), origin)
-        files.append(LatentFile(path, tuple(tensors[LATENTS].shape), weight, origin))
+
+    def read(at: int, row: Row) -> LatentFile:
+        weight, name = read_weight(row.values), row.values.get("file")
+        if not isinstance(name, str):
+            raise RowError(f"file must name a file of latents, found {name!r}")
+        path = folder / name
+        tensors = read_tensors(path)
+        _check_tensors(tensors)
+        origins.setdefault(tuple(sorted(tensors)), row.origin)
         digests.append(hashlib.sha256(path.read_bytes()).digest())
-    if len(names) > 1:
-        has = "; ".join(f"{origin} has {', '.join(found)}" for found, origin in names.items())
-        problems.append(f"all files must hold the same tensors, but {has}")
-    raise_all(problems)
+        return LatentFile(path, tuple(tensors[LATENTS].shape), weight, row.origin)
+
+    files = [file for _, file in iter_rows(rows, read)]
+    if len(origins) > 1:
+        names = "; ".join(f"{origin} has {', '.join(names)}" for names, origin in origins.items())
+        raise DataError(f"all files must hold the same tensors, but {names}")
     return LatentRecords(files, digests)
 
 
-def _listed(folder: Path, source: str) -> list[tuple[str, Path, Any]]:
-    if folder.is_dir():
-        found = sorted(path for path in folder.iterdir() if path.suffix in FORMATS)
-        if not found:
-            raise DataError(f"{source}: no file of latents ({', '.join(FORMATS)}) in this folder")
-        return [(path.name, path, 1.0) for path in found]
-    listed = []
-    for row in load_rows(source):
-        file = row.values.get("file")
-        weight: float | RowError
-        try:
-            weight = weight_of(row.values)
-            if not isinstance(file, str):
-                raise RowError(f"file must name a file of latents, found {file!r}")
-        except RowError as error:
-            file, weight = "", error
-        listed.append((row.origin, folder.parent / file, weight))
-    return listed
+def _rows_of_files(folder: Path) -> list[Row]:
+    """A row for each file of latents in a folder."""
+    names = sorted(file.name for file in folder.iterdir() if file.suffix in _EXTENSIONS)
+    if not names:
+        raise DataError(f"{folder}: no file of latents ({', '.join(_EXTENSIONS)}) in this folder")
+    return [Row({"file": name}, name) for name in names]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, in float32 or wider.
+
+    Args:
+        path: A .safetensors or .npz file.
+
+    Returns:
+        By name.
 
     Raises:
         RowError: The file is missing or cannot be read.
@@ -157,7 +166,7 @@ def _wide(value: Tensor) -> Tensor:
     return value if value.dtype == torch.float64 else value.float()
 
 
-def _check(tensors: Mapping[str, Tensor]) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
     latents = tensors.get(LATENTS)
     if latents is None or latents.dim() < 2:
         raise RowError(f"it holds no {LATENTS} [channels, ...]; it has: {', '.join(tensors)}")
@@ -166,7 +175,7 @@ def _check(tensors: Mapping[str, Tensor]) -> None:
             raise RowError(f"{name} holds numbers that are not finite")
         if not value.numel():
             raise RowError(f"{name} is empty")
-        if name.startswith(RAGGED) and value.dim() != 2:
+        if name.startswith(_RAGGED) and value.dim() != 2:
             raise RowError(f"{name} must be [length, width], found {list(value.shape)}")
     condition = tensors.get(CONDITION)
     if condition is not None and condition.shape[1:] != latents.shape[1:]:
@@ -193,7 +202,7 @@ def collate_latents(
     Returns:
         ``example_ids`` [examples]; ``example_weights`` [examples], float64; ``groups``: for each
         shape of latents ``latents`` and ``noise`` [examples, channels, ...], ``time`` [examples],
-        ``condition``, ``weights`` [examples] and ``told``, the model's further arguments.
+        ``condition``, ``weights`` [examples] and ``model_kwargs``, the model's further arguments.
     """
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for at in indices:
@@ -203,47 +212,56 @@ def collate_latents(
         "example_ids": torch.tensor(list(indices)),
         "example_weights": torch.tensor(weights, dtype=torch.float64),
         "groups": {
-            "x".join(map(str, shape)): _group(records, members, key, time)
+            "x".join(map(str, shape)): _collate_shape(records, members, key=key, time=time)
             for shape, members in by_shape.items()
         },
     }
 
 
-def _group(
+def _collate_shape(
     records: LatentRecords,
     members: Sequence[int],
+    *,
     key: tuple[int, int],
     time: Callable[[torch.Generator], Tensor],
 ) -> dict[str, Any]:
-    rows = [read_tensors(records.files[at].path) for at in members]
+    """Examples of one shape of latents, see `collate_latents`."""
+    files = [read_tensors(records.files[at].path) for at in members]
     noise, times = [], []
-    for at, row in zip(members, rows, strict=True):
-        generator = keyed_generator(*key, at)
+    for at, tensors in zip(members, files, strict=True):
+        generator = keyed_generator(key, at)
         times.append(time(generator))
-        shape = row[LATENTS].shape
+        shape = tensors[LATENTS].shape
         noise.append(torch.randn(shape, generator=generator, dtype=torch.float64))
     group: dict[str, Any] = {
-        "latents": torch.stack([row.pop(LATENTS) for row in rows]),
+        "latents": torch.stack([tensors.pop(LATENTS) for tensors in files]),
         "noise": torch.stack(noise),
         "time": torch.stack(times),
         "weights": torch.tensor([records.files[at].weight for at in members]).double(),
-        "told": {},
     }
-    if CONDITION in rows[0]:
-        group[CONDITION] = torch.stack([row.pop(CONDITION) for row in rows])
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        if name.startswith(RAGGED):
-            group["told"][name] = pad_sequence(values, batch_first=True)
-            masks = [torch.ones(len(value)).long() for value in values]
+    if CONDITION in files[0]:
+        group[CONDITION] = torch.stack([tensors.pop(CONDITION) for tensors in files])
+    model_kwargs: dict[str, Tensor] = {}
+    for name in files[0]:
+        values = [tensors[name] for tensors in files]
+        if name.startswith(_RAGGED):
+            model_kwargs[name] = pad_rows(values, fill=0)
             mask = name.replace("hidden_states", "attention_mask")
-            group["told"][mask] = pad_sequence(masks, batch_first=True)
+            model_kwargs[mask] = attention_mask(values)
         else:
-            group["told"][name] = torch.stack(values)
-    return group
+            model_kwargs[name] = torch.stack(values)
+    return {**group, "model_kwargs": model_kwargs}
 
 
-def keyed_generator(seed: int, step: int, example: int) -> torch.Generator:
-    """A generator of random numbers that belong to an example in a step."""
-    state = np.random.SeedSequence([seed, step, example]).generate_state(1, np.uint64)[0]
+def keyed_generator(key: tuple[int, int], example: int) -> torch.Generator:
+    """A generator of random numbers that belong to an example in a step.
+
+    Args:
+        key: (seed, step).
+        example: Its index in the data set.
+
+    Returns:
+        A generator on the CPU.
+    """
+    state = np.random.SeedSequence([*key, example]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))

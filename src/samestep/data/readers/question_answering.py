@@ -1,14 +1,14 @@
 """Questions about a context, answered by a span of it."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from samestep.data.readers.classification import label_records
+from samestep.data.readers.classification import read_labels, untargeted_records
 from samestep.data.records import Records
-from samestep.data.rows import Row, RowError, map_rows
+from samestep.data.rows import Row, RowError
 from samestep.errors import ConfigError
 
 
@@ -34,31 +34,31 @@ def answer_records(
     """
     if not tokenizer.is_fast:
         raise ConfigError("question answering needs a fast tokenizer, which tells characters")
-    read = map_rows(rows, lambda row: _answer(row.values), "question, context and answers")
+    answers = read_labels(rows, _answer, columns="question, context and answers")
     encoded = tokenizer(
         [row.values["question"] for row in rows],
         [row.values["context"] for row in rows],
         truncation="only_second" if max_length is not None else False,
         max_length=max_length,
     )
-    places = [_tokens_of_answer(encoded, at, answer) for at, answer in enumerate(read)]
-    kept = [at for at, place in enumerate(places) if place is not None]
+    spans = [_tokens_of_answer(encoded, at, answer=answer) for at, answer in enumerate(answers)]
+    kept = [at for at, span in enumerate(spans) if span is not None]
     fields = {
-        name: torch.tensor([places[at][side] for at in kept])  # type: ignore[index]
+        name: torch.tensor([spans[at][side] for at in kept])  # type: ignore[index]
         for side, name in enumerate(("start", "end"))
     }
-    return label_records(
+    return untargeted_records(
         rows,
         encoded,
-        kept,
+        kept=kept,
         fields=fields,
         dropped=Counter({"the answer is cut off": len(rows) - len(kept)}),
     )
 
 
-def _answer(values: Mapping[str, Any]) -> tuple[int, int] | None:
+def _answer(row: Row) -> tuple[int, int] | None:
     """The characters of the answer; None if there is none."""
-    question, context, answers = (values.get(n) for n in ("question", "context", "answers"))
+    question, context, answers = (row.values.get(n) for n in ("question", "context", "answers"))
     if not isinstance(question, str) or not isinstance(context, str):
         raise RowError("needs question and context, both text")
     if answers is None or not answers.get("text"):
@@ -70,7 +70,7 @@ def _answer(values: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _tokens_of_answer(
-    encoded: Any, at: int, answer: tuple[int, int] | None
+    encoded: Any, at: int, *, answer: tuple[int, int] | None
 ) -> tuple[int, int] | None:
     if answer is None:
         return 0, 0

@@ -1,4 +1,4 @@
-"""Rollouts: completions that a policy wrote, with what they were worth."""
+"""Rollouts: completions that a policy wrote, with their rewards or advantages."""
 
 import json
 import math
@@ -10,14 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from samestep.data.alignment import align_to_targets, check_number
+from samestep.data.alignment import align_to_targets, check_target_count
 from samestep.data.examples import Examples
 from samestep.data.records import Records
-from samestep.data.rows import Row, RowError, raise_all
+from samestep.data.rows import Row, RowError, map_rows, read_number
 from samestep.data.tokenize import tokenize_rows
 from samestep.errors import DataError
 
-COLUMNS = (
+_COLUMNS = (
     "prompt and completion (both text or both lists of messages), or input_ids and labels; and "
     "reward, a number (with group, what compares with what: by default the prompt), or advantage; "
     "each row may add old_log_p, a number for each target, and weight"
@@ -41,7 +41,9 @@ def rollout_records(
     nor on the micro-batch that a member runs in.
 
     Args:
-        rows: At least one, with the columns of ``COLUMNS``.
+        rows: At least one, with ``prompt`` and ``completion``, or ``input_ids`` and ``labels``;
+            and ``reward`` (with ``group``: by default the prompt) or ``advantage``. Each may add
+            ``old_log_p``, the old policy's log-likelihood of each target in nats, and ``weight``.
         tokenizer: As for `samestep.data.tokenize.tokenize_rows`.
         baseline: How rewards become advantages, see `advantages_of`; "given" reads ``advantage``.
         max_length: As for `tokenize_rows`.
@@ -56,16 +58,20 @@ def rollout_records(
         DataError: Rows are malformed (lists every one), or none is left.
     """
     column = "advantage" if baseline == "given" else "reward"
-    worth = _numbers(rows, column)
+    values = map_rows(
+        rows,
+        lambda row: read_number(row.values, column),
+        hint=f"accepted columns: {_COLUMNS}",
+    )
     dropped: Counter[str] = Counter()
     kept = list(range(len(rows)))
     if baseline != "given":
-        groups = [_group(row.values) for row in rows]
+        groups = [_group_key(row.values) for row in rows]
         sizes = Counter(groups)
         kept = [at for at, group in enumerate(groups) if sizes[group] > 1]
         if len(kept) < len(rows):
             dropped["alone in its group"] = len(rows) - len(kept)
-        worth = advantages_of(worth, groups, baseline)
+        values = advantages_of(values, groups, baseline=baseline)
     if not kept:
         raise DataError("every row is alone in its group, so that no reward compares with another")
     examples = tokenize_rows(
@@ -77,20 +83,21 @@ def rollout_records(
     )
     dropped.update(examples.dropped)
     chosen = [kept[row] for row in examples.rows.tolist()]
-    given = [rows[at].values.get("old_log_p") for at in chosen]
     token_fields = {}
-    if any(one is not None for one in given):
-        token_fields["old_log_p"] = _placed([rows[at] for at in chosen], examples, max_length)
+    if any(rows[at].values.get("old_log_p") is not None for at in chosen):
+        token_fields["old_log_p"] = _old_log_p(
+            [rows[at] for at in chosen], examples, max_length=max_length
+        )
     return Records(
         examples,
-        fields={"advantage": torch.tensor([worth[at] for at in chosen], dtype=torch.float64)},
+        fields={"advantage": torch.tensor([values[at] for at in chosen], dtype=torch.float64)},
         token_fields=token_fields,
         dropped=dropped,
     )
 
 
 def advantages_of(
-    rewards: Sequence[float], groups: Sequence[str], baseline: Baseline
+    rewards: Sequence[float], groups: Sequence[str], *, baseline: Baseline
 ) -> list[float]:
     """Rewards compared with their groups.
 
@@ -106,7 +113,7 @@ def advantages_of(
     members: dict[str, list[float]] = {}
     for reward, group in zip(rewards, groups, strict=True):
         members.setdefault(group, []).append(reward)
-    found = []
+    advantages = []
     for reward, group in zip(rewards, groups, strict=True):
         values, size = members[group], len(members[group])
         mean = math.fsum(values) / size
@@ -116,46 +123,32 @@ def advantages_of(
             scale = 1 / (math.sqrt(variance) + 1e-4)
         if size > 1 and baseline == "rloo":
             scale = size / (size - 1)
-        found.append((reward - mean) * scale)
-    return found
+        advantages.append((reward - mean) * scale)
+    return advantages
 
 
-def _numbers(rows: Sequence[Row], column: str) -> list[float]:
-    problems, numbers = [], []
-    for row in rows:
-        try:
-            number = float(row.values.get(column, math.nan))
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            found = row.values.get(column)
-            problems.append(f"{row.origin}: {column} must be a finite number, found {found!r}")
-        numbers.append(number)
-    raise_all(problems, hint=f"accepted columns: {COLUMNS}")
-    return numbers
-
-
-def _group(values: Mapping[str, Any]) -> str:
+def _group_key(values: Mapping[str, Any]) -> str:
     group = values.get("group")
     return json.dumps(values.get("prompt") if group is None else group, sort_keys=True)
 
 
-def _placed(rows: Sequence[Row], examples: Examples, max_length: int | None) -> Tensor:
-    """The old log likelihoods at the places of their tokens [tokens]."""
+def _old_log_p(rows: Sequence[Row], examples: Examples, *, max_length: int | None) -> Tensor:
+    """The old log-likelihoods where their tokens stand [tokens], float64."""
 
-    def read(row: Row, targets: int, cut: bool) -> list[Tensor]:
-        old = _floats(row.values.get("old_log_p"))
-        check_number(f"old_log_p has {len(old)} numbers", len(old), targets, cut=cut)
+    def read(row: Row, targets: int, truncated: bool) -> list[Tensor]:
+        old = _finite_numbers(row.values.get("old_log_p"), "old_log_p")
+        description = f"old_log_p has {len(old)} numbers"
+        check_target_count(description, len(old), targets=targets, truncated=truncated)
         return [torch.tensor(old[:targets], dtype=torch.float64)]
 
     values = torch.zeros(len(examples.ids), dtype=torch.float64)
-    align_to_targets(rows, examples, read, [values], max_length=max_length)
+    align_to_targets(rows, examples, read=read, into=[values], max_length=max_length)
     return values
 
 
-def _floats(given: Any) -> list[float]:
-    if not isinstance(given, list) or not all(isinstance(one, int | float) for one in given):
-        raise RowError(f"old_log_p must be a list of numbers, found {given!r}")
-    if not all(math.isfinite(one) for one in given):
-        raise RowError("old_log_p has a number that is not finite")
-    return given
+def _finite_numbers(value: Any, column: str) -> list[float]:
+    if not isinstance(value, list) or not all(isinstance(each, int | float) for each in value):
+        raise RowError(f"{column} must be a list of numbers, found {value!r}")
+    if not all(math.isfinite(number) for number in value):
+        raise RowError(f"{column} has a number that is not finite")
+    return value

@@ -1,4 +1,4 @@
-"""Rows of several texts, or of text to be masked: no next token is learned from them."""
+"""Rows of one or several texts, whose tokens are no targets of a decoder that reads them."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samestep.data.collate import Padding
+from samestep.data.collate import Padding, collate_examples, collate_records, pad_rows
 from samestep.data.examples import Example, Examples
-from samestep.data.records import Records, collate_records
-from samestep.data.rows import Row, RowError, raise_all, weight_of
+from samestep.data.records import Record, Records
+from samestep.data.rows import Row, RowError, describe_columns, map_rows, read_weight
 from samestep.engine.targets import IGNORE
 from samestep.errors import ConfigError, DataError
 
@@ -19,8 +19,8 @@ from samestep.errors import ConfigError, DataError
 def text_records(
     rows: Sequence[Row],
     tokenizer: Any,
-    columns: Sequence[str],
     *,
+    columns: Sequence[str],
     max_length: int | None = None,
     of_target: Sequence[str] = (),
 ) -> Records:
@@ -40,24 +40,28 @@ def text_records(
     Raises:
         DataError: Rows are malformed; lists every one.
     """
-    problems = []
-    for row in rows:
-        if not all(isinstance(row.values.get(name), str) for name in columns):
-            found = ", ".join(name for name, value in row.values.items() if value is not None)
-            problems.append(f"{row.origin}: found the columns {found or 'none'}")
-    raise_all(problems, hint=f"accepted columns: {', '.join(columns)}, all text; and weight")
-    weights = _weights(rows)
-    encoded = [_encode(rows, tokenizer, name, max_length, name in of_target) for name in columns]
+    map_rows(
+        rows,
+        lambda row: _check_columns(row, columns),
+        hint=f"accepted columns: {', '.join(columns)}, all text; and weight",
+    )
+    weights = map_rows(rows, lambda row: read_weight(row.values))
+    encoded = [
+        _encode_column(
+            rows, tokenizer, column=name, max_length=max_length, of_target=name in of_target
+        )
+        for name in columns
+    ]
     kept = [at for at, row in enumerate(rows) if all(row.values[name] for name in columns)]
     if not kept:
         raise DataError("every row has an empty text")
     width, examples, special = len(columns), [], []
     for at in kept:
-        for side, one in enumerate(encoded):
-            ids = torch.tensor(one["input_ids"][at])
-            nothing = torch.full_like(ids, IGNORE)
-            examples.append(Example(ids, nothing, weights[at], row=at * width + side))
-            special.append(torch.tensor(one["special_tokens_mask"][at], dtype=torch.int64))
+        for side, outputs in enumerate(encoded):
+            ids = torch.tensor(outputs["input_ids"][at])
+            row = at * width + side
+            examples.append(Example.without_targets(ids, weight=weights[at], row=row))
+            special.append(torch.tensor(outputs["special_tokens_mask"][at], dtype=torch.int64))
     dropped = Counter({"an empty text": len(rows) - len(kept)})
     return Records(
         Examples.from_examples(examples),
@@ -67,34 +71,31 @@ def text_records(
     )
 
 
-def _weights(rows: Sequence[Row]) -> list[float]:
-    problems, weights = [], []
-    for row in rows:
-        try:
-            weight = weight_of(row.values)
-        except RowError as error:
-            problems.append(f"{row.origin}: {error}")
-            continue
-        weights.append(weight)
-    raise_all(problems)
-    return weights
+def _check_columns(row: Row, columns: Sequence[str]) -> None:
+    if not all(isinstance(row.values.get(name), str) for name in columns):
+        raise RowError(describe_columns(row.values))
 
 
-def _encode(
-    rows: Sequence[Row], tokenizer: Any, column: str, max_length: int | None, target: bool
+def _encode_column(
+    rows: Sequence[Row], tokenizer: Any, *, column: str, max_length: int | None, of_target: bool
 ) -> Mapping[str, list[list[int]]]:
-    texts = [row.values[column] for row in rows]
-    found: Mapping[str, list[list[int]]] = tokenizer(
-        **{"text_target" if target else "text": texts},
+    outputs: Mapping[str, list[list[int]]] = tokenizer(
+        **{"text_target" if of_target else "text": [row.values[column] for row in rows]},
         truncation=max_length is not None,
         max_length=max_length,
         return_special_tokens_mask=True,
     )
-    return found
+    return outputs
 
 
 def mask_settings(tokenizer: Any) -> dict[str, int]:
-    """What `masked_batch` needs of a tokenizer.
+    """What `collate_masked` needs of a tokenizer.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+
+    Returns:
+        The id of its mask token, and how many tokens it has: to be put into ``meta``.
 
     Raises:
         ConfigError: It has no mask token.
@@ -104,7 +105,7 @@ def mask_settings(tokenizer: Any) -> dict[str, int]:
     return {"mask_id": tokenizer.mask_token_id, "vocabulary": len(tokenizer)}
 
 
-def masked_batch(
+def collate_masked(
     data: Records,
     indices: Sequence[int],
     *,
@@ -122,36 +123,60 @@ def masked_batch(
         data: Of `text_records`, with `mask_settings` as ``meta``.
         indices: Which records; at least one.
         share: The share of tokens to be drawn; special ones never are.
-        padding: As for `samestep.data.collate.collate`.
-        pad_id: As for `collate`.
+        padding: As for `samestep.data.collate.collate_examples`.
+        pad_id: As for `collate_examples`.
         key: (seed, step).
 
     Returns:
         A micro-batch whose field ``classes`` [rows, length] holds what was masked.
     """
-    masked, classes, records = [], [], [data[at] for at in indices]
-    for record in records:
+    masked = []
+    for index in indices:
+        record = data[index]
         (sequence,) = record.sequences
-        ids, were = _masked(
+        ids, originals = _mask_tokens(
             sequence.input_ids,
             record.token_fields["special"][0].bool(),
-            share,
-            np.random.default_rng([*key, sequence.row]),
-            data.meta,
+            share=share,
+            draw=np.random.default_rng([*key, sequence.row]),
+            settings=data.meta,
         )
-        nothing = torch.full_like(ids, IGNORE)
-        masked.append(Example(ids, nothing, sequence.weight, sequence.row))
-        classes.append(were)
-    drawn = Records(Examples.from_examples(masked), token_fields={"classes": torch.cat(classes)})
-    return collate_records(list(drawn), padding=padding, pad_id=pad_id)
+        example = Example.without_targets(ids, weight=sequence.weight, row=sequence.row)
+        masked.append(Record((example,), {}, {"classes": (originals,)}))
+    return collate_records(masked, padding=padding, pad_id=pad_id)
 
 
-def _masked(
-    ids: Tensor, special: Tensor, share: float, draw: np.random.Generator, meta: Mapping[str, Any]
+def _mask_tokens(
+    ids: Tensor,
+    special: Tensor,
+    *,
+    share: float,
+    draw: np.random.Generator,
+    settings: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor]:
+    """The ids after masking [length], and those that were drawn, else IGNORE [length]."""
     drawn = torch.from_numpy(draw.random(len(ids)) < share) & ~special
     kind = torch.from_numpy(draw.random(len(ids)))
-    others = torch.from_numpy(draw.integers(meta["vocabulary"], size=len(ids)))
-    new = torch.where(drawn & (kind < 0.8), meta["mask_id"], ids)
-    new = torch.where(drawn & (kind >= 0.8) & (kind < 0.9), others, new)
-    return new, ids.where(drawn, IGNORE)
+    random_ids = torch.from_numpy(draw.integers(settings["vocabulary"], size=len(ids)))
+    masked = torch.where(drawn & (kind < 0.8), settings["mask_id"], ids)
+    masked = torch.where(drawn & (kind >= 0.8) & (kind < 0.9), random_ids, masked)
+    return masked, ids.where(drawn, IGNORE)
+
+
+def collate_seq2seq(records: Sequence[Record], *, pad_id: int = 0) -> dict[str, Any]:
+    """One micro-batch of prompts for an encoder and completions for a decoder.
+
+    Args:
+        records: Of `text_records`, two sequences each; at least one.
+        pad_id: What to fill the prompts' padding with.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` [rows, longest prompt] of prompts padded to the right,
+        without ``labels`` and ``position_ids``; the field ``targets`` [rows, longest completion]
+        holds the completions, ``IGNORE`` in padding.
+    """
+    prompts = [record.sequences[0] for record in records]
+    completions = [record.sequences[1].input_ids for record in records]
+    micro = collate_examples(prompts, padding="right", pad_id=pad_id)
+    del micro["labels"], micro["position_ids"]
+    return {**micro, "fields": {"targets": pad_rows(completions, fill=IGNORE)}}

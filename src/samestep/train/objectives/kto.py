@@ -49,14 +49,9 @@ class KTOConfig(ReferenceConfig):
         key: tuple[int, int],
     ) -> dict[str, Any]:
         """The examples themselves, and a second micro-batch of their mismatched completions."""
-        from samestep.data.collate import collate
-        from samestep.data.records import Record, collate_records
+        from samestep.data.readers.preference import collate_unpaired
 
-        records = [data[at] for at in indices]
-        own = [Record(record.sequences[:1], record.fields) for record in records]
-        others = [record.sequences[1] for record in records]
-        micro = collate_records(own, padding=padding, pad_id=pad_id)
-        return {**micro, "mismatched": collate(others, padding=padding, pad_id=pad_id)}
+        return collate_unpaired([data[at] for at in indices], padding=padding, pad_id=pad_id)
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """The coupled loss, with a reference that is live or run once."""

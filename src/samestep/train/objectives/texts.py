@@ -38,7 +38,7 @@ class EmbeddingConfig(TrainConfig):
         columns = ["anchor", "positive"]
         if like.width == 3 if like else rows[0].values.get("negative") is not None:
             columns.append("negative")
-        return text_records(rows, tokenizer, columns, max_length=self.max_length)
+        return text_records(rows, tokenizer, columns=columns, max_length=self.max_length)
 
     def outputs(self, model: Any, micro: dict[str, Any]) -> "Tensor":
         """The vector of each sequence."""
@@ -78,7 +78,9 @@ class MaskedLMConfig(TrainConfig):
         from samestep.data.readers.texts import mask_settings, text_records
 
         settings = mask_settings(tokenizer)
-        records = text_records(load_rows(source), tokenizer, ["text"], max_length=self.max_length)
+        records = text_records(
+            load_rows(source), tokenizer, columns=["text"], max_length=self.max_length
+        )
         records.meta.update(settings)
         return records
 
@@ -92,9 +94,9 @@ class MaskedLMConfig(TrainConfig):
         key: tuple[int, int],
     ) -> dict[str, Any]:
         """A micro-batch with masks that belong to the examples."""
-        from samestep.data.readers.texts import masked_batch
+        from samestep.data.readers.texts import collate_masked
 
-        return masked_batch(
+        return collate_masked(
             data, indices, share=self.mask_share, padding=padding, pad_id=pad_id, key=key
         )
 
@@ -126,7 +128,7 @@ class Seq2SeqConfig(TrainConfig):
         return text_records(
             load_rows(source),
             tokenizer,
-            columns,
+            columns=columns,
             max_length=self.max_length,
             of_target=["completion"],
         )
@@ -145,17 +147,9 @@ class Seq2SeqConfig(TrainConfig):
         key: tuple[int, int],
     ) -> dict[str, Any]:
         """Prompts padded for the encoder; completions padded as the decoder's targets."""
-        from torch.nn.utils.rnn import pad_sequence
+        from samestep.data.readers.texts import collate_seq2seq
 
-        from samestep.data.collate import collate
-        from samestep.engine.targets import IGNORE
-
-        records = [data[at] for at in indices]
-        micro = collate([one.sequences[0] for one in records], padding="right", pad_id=pad_id)
-        del micro["labels"], micro["position_ids"]
-        completions = [one.sequences[1].input_ids for one in records]
-        targets = pad_sequence(completions, batch_first=True, padding_value=IGNORE)
-        return {**micro, "fields": {"targets": targets}}
+        return collate_seq2seq([data[at] for at in indices], pad_id=pad_id)
 
     def outputs(self, model: Any, micro: dict[str, Any]) -> "Tensor":
         """The encoder's states."""

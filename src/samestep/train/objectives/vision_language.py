@@ -40,9 +40,9 @@ class VisionLanguageConfig(CausalLMConfig):
         return image_records(
             load_rows(source),
             tokenizer,
-            path if path.is_dir() else path.parent,
+            folder=path if path.is_dir() else path.parent,
             max_length=self.max_length,
-            everything=self.train_on == "all",
+            train_on=self.train_on,
         )
 
     def collate(

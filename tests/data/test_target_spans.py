@@ -1,4 +1,4 @@
-from samestep.data.encode import mask_from_offsets
+from samestep.data.target_spans import mask_from_offsets
 
 
 def marks(offsets, spans, length) -> list[int]:
