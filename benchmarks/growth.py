@@ -31,7 +31,7 @@ def model(vocabulary: int, checkpointing: Any = "none") -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from samestep.kernels.linear import speed_up_linear
-    from samestep.models.checkpointing import checkpoint_activations
+    from samestep.models.activations import checkpoint_activations
     from samestep.models.probes import choose_padding, cut_last_layer
 
     torch.manual_seed(0)

@@ -71,9 +71,9 @@ def smollm2() -> Path:
     """The packaged SmolLM2-135M-Instruct in float32."""
     from runs import packaged_model
 
-    from samestep.models.gguf import model_folder
+    from samestep.models.load import convert_gguf
 
-    return model_folder(packaged_model())
+    return convert_gguf(packaged_model())
 
 
 def shaped(name: str) -> Path:

@@ -22,7 +22,7 @@ from samestep.data.load import load_rows
 from samestep.data.tokenize import tokenize_rows
 from samestep.engine.counts import count_units
 from samestep.kernels import packed_attention
-from samestep.models.gguf import model_folder
+from samestep.models.load import convert_gguf
 from samestep.train.checked import checked
 from samestep.train.objectives.causal_lm import CausalLMConfig
 from samestep.train.trainer import train
@@ -149,7 +149,7 @@ def main() -> None:
 
     console.rule("2. one answer")
     console.print(PROMPT.strip(), style="bold")
-    console.print("before:", answer(tokenizer, model_folder(file)), markup=False)
+    console.print("before:", answer(tokenizer, convert_gguf(file)), markup=False)
     console.print("after: ", answer(tokenizer, OUT / "model"), markup=False)
 
     rows = load_rows(ROOT / "data" / "gsm_eval.jsonl")[:8]

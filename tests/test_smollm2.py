@@ -12,7 +12,7 @@ from samestep.data.collate import collate_examples
 from samestep.data.load import load_rows
 from samestep.data.tokenize import tokenize_rows
 from samestep.kernels import packed_attention
-from samestep.models.gguf import model_folder
+from samestep.models.load import convert_gguf
 from samestep.train.checked import checked
 from samestep.train.objectives.causal_lm import CausalLMConfig
 from samestep.train.trainer import train
@@ -45,7 +45,7 @@ def test_two_steps_lower_the_evaluation_loss(tmp_path: Path) -> None:
 
 def test_the_gradient_does_not_depend_on_the_split() -> None:
     packed_attention.register()
-    folder = model_folder(packaged_model())
+    folder = convert_gguf(packaged_model())
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=packed_attention.NAME)
     model.eval()
     examples = list(tokenize_rows(load_rows(ROWS)[:4], AutoTokenizer.from_pretrained(folder)))

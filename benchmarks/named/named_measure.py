@@ -59,7 +59,7 @@ def reduced(kind: str) -> Reduced:
         from samestep.objectives.routers import RouterLosses
 
         balance = "sequence" if kind == "deepseek_v3" else "window"
-        loss_fn = RouterLosses(loss_fn, balance, 0.001)  # type: ignore[arg-type]
+        loss_fn = RouterLosses(loss_fn, balance)  # type: ignore[arg-type]
         loss_fn = samestep.TwoPass(loss_fn) if balance == "window" else loss_fn
     builder = build_experts if kind in MIXTURES else build
     return Reduced(lambda dtype: builder(kind, dtype), cut, loss_fn, {})
@@ -90,17 +90,21 @@ def _video() -> Reduced:
     from diffusion import build_video, write_latents
 
     from samestep.data.readers.latents import collate_latents, latent_records
-    from samestep.objectives.flow_matching import COUNTERS, FlowMatching, Times
+    from samestep.objectives.flow_matching import (
+        FLOW_MATCHING_COUNTERS,
+        FlowMatching,
+        TimestepSampler,
+    )
 
     records = latent_records(str(write_latents(Path(tempfile.mkdtemp()) / "latents", NUMBER)))
 
     def cut(model: Any, indices: Sequence[int], sizes: Sequence[int], layout: Any) -> list[Any]:
         return [
-            collate_latents(records, part, key=(0, 0), time=Times())
+            collate_latents(records, part, key=(0, 0), time=TimestepSampler())
             for part in _parts(indices, sizes)
         ]
 
-    return Reduced(build_video, cut, FlowMatching(), COUNTERS)
+    return Reduced(build_video, cut, FlowMatching(), FLOW_MATCHING_COUNTERS)
 
 
 def _parts(indices: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:

@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from samestep.engine.terms import constant as constant
     from samestep.engine.two_pass import TwoPass as TwoPass
     from samestep.losses.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
-    from samestep.models.lm_head import model_inputs as model_inputs
-    from samestep.objectives.causal_lm import CausalLMLoss as CausalLMLoss
+    from samestep.models.outputs import model_inputs as model_inputs
+    from samestep.objectives.language import CausalLMLoss as CausalLMLoss
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Axis": "samestep.audit.axes.axis",
-    "CausalLMLoss": "samestep.objectives.causal_lm",
+    "CausalLMLoss": "samestep.objectives.language",
     "Cause": "samestep.audit.causes",
     "CheckReport": "samestep.audit.check",
     "Coupled": "samestep.engine.terms",

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import samestep
 from samestep.kernels import gemm, long_attention, packed_attention
 from samestep.kernels.long_attention import causal_attention
-from samestep.models.checkpointing import checkpoint_activations
+from samestep.models.activations import checkpoint_activations
 
 
 def states(heads: int, length: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -13,7 +13,7 @@ import samestep
 from samestep.engine.targets import shifted_targets
 from samestep.kernels import packed_attention
 from samestep.models import last_layer
-from samestep.models.checkpointing import Checkpointing, checkpoint_activations
+from samestep.models.activations import Checkpointing, checkpoint_activations
 from samestep.models.dropout import replace_dropout
 from samestep.models.lora import add_lora
 from samestep.models.probes import cut_last_layer
@@ -94,7 +94,7 @@ def test_a_position_that_is_left_out_is_noticed() -> None:
     assert cut_last_layer(model, "none")
 
     def too_deep(model: nn.Module, micro: Any) -> Any:
-        states = loss._up_to_head(model, micro, at=micro["target_positions"][1:])
+        states = loss._up_to_head(model, micro, positions=micro["target_positions"][1:])
         sums = states.cross_entropy(shifted_targets(micro), positions=micro["target_positions"])
         return samestep.Term(sums.loss)
 

@@ -6,12 +6,12 @@ from runs import gpt2_folder, llama_folder
 from safetensors.torch import load_file, save_file
 
 from samestep.errors import ConfigError
-from samestep.models.load import load_model, load_tokenizer, resolve
+from samestep.models.load import load_model, load_tokenizer, resolve_source
 
 
 def test_a_folder_loads_in_train_mode(tmp_path: Path) -> None:
     folder = str(llama_folder(tmp_path / "m"))
-    model = load_model(resolve(folder), dtype=torch.float64)
+    model = load_model(resolve_source(folder), dtype=torch.float64)
     assert model.training
     assert model.dtype == torch.float64
     assert load_tokenizer(folder).eos_token == "<|im_end|>"
@@ -42,13 +42,13 @@ def test_attention_dropout_is_off_and_the_other_kinds_stay(tmp_path: Path) -> No
 )
 def test_paths_that_do_not_exist(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        resolve(name)
+        resolve_source(name)
 
 
 def test_a_folder_without_a_config_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "readme.txt").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"no config\.json.*readme\.txt"):
-        resolve(str(tmp_path))
+        resolve_source(str(tmp_path))
 
 
 def test_missing_weights_are_refused(tmp_path: Path) -> None:
@@ -97,5 +97,5 @@ def test_a_broken_gguf_file_is_refused_and_leaves_nothing(
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ConfigError, match="cannot be read as a GGUF model"):
-        resolve(str(file))
+        resolve_source(str(file))
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]

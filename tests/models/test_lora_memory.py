@@ -9,7 +9,7 @@ from cases import build, cut, ragged
 
 import samestep
 from samestep.kernels.linear import speed_up_linear
-from samestep.models.checkpointing import checkpoint_activations
+from samestep.models.activations import checkpoint_activations
 from samestep.models.lora import add_lora
 from samestep.train.objectives.causal_lm import CausalLMConfig
 from samestep.train.optim import build_optimizer

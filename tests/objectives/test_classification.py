@@ -22,15 +22,13 @@ from objectives import SPLITS, check_all_splits, check_wrong_is_caught, ragged_r
 from samestep.data.records import Records
 from samestep.engine.terms import Objective
 from samestep.objectives.classification import (
-    EXAMPLE_COUNTERS,
-    TOKEN_COUNTERS,
     Classification,
     QuestionAnswering,
     Regression,
-    Reward,
     TokenClassification,
 )
-from samestep.objectives.preference import PAIR_COUNTERS
+from samestep.objectives.preference import Reward
+from samestep.objectives.units import EXAMPLE_COUNTERS, LABELLED_TOKEN_COUNTERS, PAIR_COUNTERS
 
 N = 9
 RIGHT = [split for split in SPLITS if split[1] == "right"] + [([1], "right"), ([3, 1], "right")]
@@ -134,7 +132,7 @@ def test_token_classification_is_the_mean_over_all_tagged_tokens(kind: Any) -> N
         logits = [model(input_ids=one.input_ids[None]).logits[0] for one in records.sequences]
         return torch.nn.functional.cross_entropy(torch.cat(logits), tags)
 
-    objective = Objective(TokenClassification(), TOKEN_COUNTERS)
+    objective = Objective(TokenClassification(), LABELLED_TOKEN_COUNTERS)
     check_all_splits(built, records, objective, truth)
     check_wrong_is_caught(built, records, objective, truth)
 
@@ -184,7 +182,7 @@ def test_reward_is_trls(margin: bool) -> None:
         )
         return loss
 
-    objective = Objective(Reward(centring=0.05), PAIR_COUNTERS)
+    objective = Objective(Reward(center_rewards=0.05), PAIR_COUNTERS)
     terms = check_all_splits(built, records, objective, truth)
     assert terms["margin"] == pytest.approx(terms["reward_chosen"] - terms["reward_rejected"])
     check_wrong_is_caught(built, records, objective, truth)

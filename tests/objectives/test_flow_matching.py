@@ -21,7 +21,7 @@ from samestep.data.readers.latents import (
 from samestep.engine.counts import count_units
 from samestep.engine.terms import Term
 from samestep.errors import DataError
-from samestep.objectives.flow_matching import COUNTERS, FlowMatching, Times
+from samestep.objectives.flow_matching import FLOW_MATCHING_COUNTERS, FlowMatching, TimestepSampler
 
 KEY = (5, 3)
 SPLITS = [[7], [1], [3, 1, 2]]
@@ -31,7 +31,7 @@ def cut(records: LatentRecords, sizes: list[int], *, order: list[int] | None = N
     left, turn, micros = list(order or range(len(records))), 0, []
     while left:
         size = sizes[turn % len(sizes)]
-        micros.append(collate_latents(records, left[:size], key=KEY, time=Times()))
+        micros.append(collate_latents(records, left[:size], key=KEY, time=TimestepSampler()))
         left, turn = left[size:], turn + 1
     return micros
 
@@ -94,7 +94,10 @@ def test_the_formula_under_every_split(
     for sizes in SPLITS:
         order = list(range(7)) if sizes != SPLITS[-1] else [6, 2, 4, 0, 5, 1, 3]
         found, _ = samestep.backward(
-            model, cut(records, sizes, order=order), FlowMatching(normalize), counters=COUNTERS
+            model,
+            cut(records, sizes, order=order),
+            FlowMatching(normalize),
+            counters=FLOW_MATCHING_COUNTERS,
         )
         assert found == pytest.approx(loss.item(), rel=1e-12)
         assert worst(trained(gradients(model), wanted), trained(wanted, wanted)) < 1e-12
@@ -104,7 +107,9 @@ def test_float32(tmp_path: Path) -> None:
     records, model = records_of(tmp_path), build_video(torch.float32)
     found = []
     for sizes in SPLITS:
-        samestep.backward(model, cut(records, sizes), FlowMatching(), counters=COUNTERS)
+        samestep.backward(
+            model, cut(records, sizes), FlowMatching(), counters=FLOW_MATCHING_COUNTERS
+        )
         found.append(torch.cat([gradient.flatten() for gradient in gradients(model).values()]))
     assert max(float((one - found[0]).norm() / found[0].norm()) for one in found[1:]) < 2e-6
 
@@ -115,10 +120,10 @@ def test_wrong_steps_are_caught(tmp_path: Path, kind: str) -> None:
     plain(model, records, "example").backward()
     wanted = gradients(model)
     assert len({file.shape for file in records.files}) == 2
-    micros, loss, counters = cut(records, [6, 1]), FlowMatching(), dict(COUNTERS)
+    micros, loss, counters = cut(records, [6, 1]), FlowMatching(), dict(FLOW_MATCHING_COUNTERS)
 
     def mean(model: Any, micro: Any) -> Term:
-        own = count_units([micro], COUNTERS)["example"]
+        own = count_units([micro], FLOW_MATCHING_COUNTERS)["example"]
         return Term(loss(model, micro)["velocity"].total / own, "part")
 
     if kind == "mean of means":
@@ -139,7 +144,7 @@ def test_noise_and_times_belong_to_seed_step_and_example(tmp_path: Path) -> None
     records = records_of(tmp_path)
 
     def drawn(indices: list[int], key: tuple[int, int]) -> dict[int, Tensor]:
-        micro, found = collate_latents(records, indices, key=key, time=Times()), {}
+        micro, found = collate_latents(records, indices, key=key, time=TimestepSampler()), {}
         for name, group in micro["groups"].items():
             members = [at for at in indices if "x".join(map(str, records.files[at].shape)) == name]
             rows = zip(group["noise"].flatten(1), group["time"], strict=True)
@@ -153,18 +158,18 @@ def test_noise_and_times_belong_to_seed_step_and_example(tmp_path: Path) -> None
 
 
 def test_policies_of_time() -> None:
-    def mean(times: Times) -> float:
+    def mean(times: TimestepSampler) -> float:
         generator = torch.Generator().manual_seed(0)
         drawn = torch.stack([times(generator) for _ in range(2000)])
         assert 0 < drawn.min() < drawn.max() < 1
         return float(drawn.mean())
 
-    assert mean(Times()) == pytest.approx(0.5, abs=0.03)
-    assert mean(Times("logit_normal")) == pytest.approx(0.5, abs=0.03)
+    assert mean(TimestepSampler()) == pytest.approx(0.5, abs=0.03)
+    assert mean(TimestepSampler("logit_normal")) == pytest.approx(0.5, abs=0.03)
     # The mean of s t / (1 + (s - 1) t) over uniform t, by its integral.
     s = 3.0
     wanted = s / (s - 1) - s * torch.log(torch.tensor(s)).item() / (s - 1) ** 2
-    assert mean(Times(shift=s)) == pytest.approx(wanted, abs=0.03)
+    assert mean(TimestepSampler(shift=s)) == pytest.approx(wanted, abs=0.03)
 
 
 def test_npz_is_the_same(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from objectives import SPLITS, log_probs, ragged_records
 from samestep.data.records import Records
 from samestep.engine.two_pass import TwoPass
 from samestep.kernels import packed_attention
-from samestep.objectives.completions import Reference
 from samestep.objectives.kto import KTO, KTO_COUNTERS
+from samestep.objectives.log_probs import Reference
 from samestep.train.objectives.kto import KTOConfig
 
 BETA, UP, DOWN = 1.0, 1.5, 0.7

@@ -12,8 +12,9 @@ from objectives import check_all_splits, check_wrong_is_caught, log_probs, ragge
 from samestep.data.records import Records
 from samestep.engine.terms import Objective
 from samestep.losses.policy import ClipRange
-from samestep.objectives.completions import Reference
-from samestep.objectives.policy import DFT, PolicyGradient
+from samestep.objectives.language import DFT
+from samestep.objectives.log_probs import Reference
+from samestep.objectives.policy import PolicyGradient
 
 N, CLIP, KL = 8, ClipRange(0.2, 0.28), 0.05
 

@@ -25,8 +25,9 @@ from samestep.data.records import Records
 from samestep.engine.terms import Objective
 from samestep.engine.two_pass import TwoPass
 from samestep.errors import ConfigError
-from samestep.objectives.completions import Reference
-from samestep.objectives.preference import DPO, PAIR_COUNTERS, ReferenceFree
+from samestep.objectives.log_probs import Reference
+from samestep.objectives.preference import DPO, ReferenceFree
+from samestep.objectives.units import PAIR_COUNTERS
 
 BETA, EPSILON = 0.3, 0.125
 LOSSES = (

@@ -18,8 +18,8 @@ from samestep.engine.terms import Objective, Term
 from samestep.engine.two_pass import TwoPass
 from samestep.errors import ConfigError
 from samestep.models.routers import router_biases, routers
-from samestep.objectives.causal_lm import CausalLMLoss
-from samestep.objectives.routers import COUNTERS, RouterBias, RouterLosses
+from samestep.objectives.language import CausalLMLoss
+from samestep.objectives.routers import ROUTER_COUNTERS, RouterBias, RouterLosses
 
 K = 2
 BOUND = {"deepseek_v3": 1e-6, "minimax_m2": 1e-7}
@@ -35,7 +35,7 @@ def objective(kind: str, loss: Any = None, **options: Any) -> Objective:
         z_weight=0.3 if kind == "z" else 0.0,
         **options,
     )
-    return Objective(TwoPass(losses) if kind == "window" else losses, COUNTERS)
+    return Objective(TwoPass(losses) if kind == "window" else losses, ROUTER_COUNTERS)
 
 
 def router_logits(model: Any, examples: Sequence[Example]) -> tuple[Tensor, list[list[Tensor]]]:
@@ -132,7 +132,10 @@ def test_float32(family: str, kind: str) -> None:
     found = []
     for sizes, padding in (([7], "right"), ([1], "none"), ([3, 2], "left")):
         samestep.backward(
-            model, cut(model, records, sizes, padding), objective(kind).loss_fn, counters=COUNTERS
+            model,
+            cut(model, records, sizes, padding),
+            objective(kind).loss_fn,
+            counters=ROUTER_COUNTERS,
         )
         found.append(gradients(model))
     assert max(worst(one, found[0]) for one in found[1:]) < 2e-6
@@ -203,7 +206,7 @@ def test_gradient_checkpointing(family: str) -> None:
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         loss = objective("window").loss_fn
-        samestep.backward(model, cut(model, records, [2], "none"), loss, counters=COUNTERS)
+        samestep.backward(model, cut(model, records, [2], "none"), loss, counters=ROUTER_COUNTERS)
         found.append(gradients(model))
     assert worst(found[1], found[0]) < BOUND.get(family, 1e-12)
 
@@ -218,7 +221,7 @@ def test_biases_move_against_the_load_of_the_whole_batch(family: str) -> None:
         loss = objective("sequence", bias=bias)
         micros = cut(model, records, sizes, padding)
         for _ in range(2):  # as if every micro-batch ran twice: it counts once
-            samestep.backward(model, micros, loss.loss_fn, counters=COUNTERS)
+            samestep.backward(model, micros, loss.loss_fn, counters=ROUTER_COUNTERS)
         bias.after_step(model, True)
         found = list(router_biases(model).values())
         if wanted is None:
@@ -239,7 +242,7 @@ def test_biases_balance_the_load() -> None:
     bias, spread = RouterBias(0.02), []
     loss = objective("sequence", bias=bias).loss_fn
     for _ in range(15):
-        samestep.backward(model, cut(model, records, [3], "none"), loss, counters=COUNTERS)
+        samestep.backward(model, cut(model, records, [3], "none"), loss, counters=ROUTER_COUNTERS)
         load = sum(bias._loads.values())
         spread.append(float((load.max(1).values / load.mean(1)).mean()))
         bias.after_step(model, True)
@@ -249,7 +252,7 @@ def test_biases_balance_the_load() -> None:
 def test_a_step_that_was_not_taken_moves_no_bias() -> None:
     model, records, bias = build_experts("deepseek_v3"), ragged_records(4), RouterBias(0.1)
     loss = objective("sequence", bias=bias).loss_fn
-    samestep.backward(model, cut(model, records, [4], "none"), loss, counters=COUNTERS)
+    samestep.backward(model, cut(model, records, [4], "none"), loss, counters=ROUTER_COUNTERS)
     bias.after_step(model, False)
     assert not any(one.any() for one in router_biases(model).values())
 
@@ -267,7 +270,9 @@ def test_sequences_without_targets_do_not_count() -> None:
                 collate_examples(batch[:3], padding="right"),
                 collate_examples(batch[3:], padding="right"),
             ]
-            loss, _ = samestep.backward(model, micros, objective(kind).loss_fn, counters=COUNTERS)
+            loss, _ = samestep.backward(
+                model, micros, objective(kind).loss_fn, counters=ROUTER_COUNTERS
+            )
             found.append(loss)
         assert found[0] == pytest.approx(found[1], rel=1e-12)
 

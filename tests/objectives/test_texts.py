@@ -21,9 +21,9 @@ from objectives import SPLITS, check_all_splits, cut, ragged_records
 from samestep.data.records import Records
 from samestep.engine.terms import Objective
 from samestep.engine.two_pass import TwoPass
-from samestep.objectives.classification import EXAMPLE_COUNTERS, TOKEN_COUNTERS
 from samestep.objectives.embedding import Embedding
-from samestep.objectives.masked_lm import DECODER_COUNTERS, MaskedLM, Seq2Seq
+from samestep.objectives.language import SEQ2SEQ_COUNTERS, MaskedLM, Seq2Seq
+from samestep.objectives.units import EXAMPLE_COUNTERS, LABELLED_TOKEN_COUNTERS
 from samestep.train.objectives.texts import MaskedLMConfig, Seq2SeqConfig
 
 N = 8
@@ -125,7 +125,7 @@ def test_masked_tokens_are_transformers_and_belong_to_the_examples(seed: int) ->
     for sizes in ([N], [1] * N, [3, 1, 4]):
         cuts = torch.arange(N).flip(0).split(sizes)
         micros = [batch(part.tolist(), "left") for part in cuts]
-        loss, _ = samestep.backward(model, micros, MaskedLM(), counters=TOKEN_COUNTERS)
+        loss, _ = samestep.backward(model, micros, MaskedLM(), counters=LABELLED_TOKEN_COUNTERS)
         assert loss == pytest.approx(wanted_loss.item(), rel=1e-12)
         assert worst(gradients(model), wanted) < 1e-12
 
@@ -175,7 +175,7 @@ def test_translation_is_transformers(smoothing: float) -> None:
             micros.append(batch(range(at, min(at + size, N))))
             at += size
         loss, terms = samestep.backward(
-            model, micros, Seq2Seq(smoothing), counters=DECODER_COUNTERS
+            model, micros, Seq2Seq(smoothing), counters=SEQ2SEQ_COUNTERS
         )
         assert loss == pytest.approx(wanted_loss.item(), rel=1e-12)
         assert worst(gradients(model), wanted) < 1e-12

@@ -1,1 +1,1 @@
-"""Models: loading them, and making their forward independent of the split."""
+"""Models: loading them, and running their forward so that it does not depend on the split."""

@@ -1,4 +1,4 @@
-"""Running a language model up to its head, so that the head sees the targets alone."""
+"""Running a language model up to its head, so that logits are computed for the targets alone."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from samestep.engine.targets import shifted_targets, target_positions
 from samestep.errors import ConfigError
 from samestep.losses.cross_entropy import logits_cross_entropy, module_cross_entropy
 from samestep.losses.likelihood import (
@@ -18,38 +19,28 @@ from samestep.losses.likelihood import (
 from samestep.losses.linear_cross_entropy import CrossEntropySums, linear_cross_entropy
 from samestep.losses.logits import soft_cap
 from samestep.models.last_layer import position_kwargs
+from samestep.models.outputs import model_inputs
 from samestep.utils.agreement import LOW_PRECISION, compare_in_one_precision
-
-NOT_FOR_THE_MODEL = (
-    "labels", "example_ids", "example_weights", "token_weights", "fields", "mismatched", "spans",
-    "target_positions",
-)  # fmt: skip
-"""What a micro-batch holds beside the model's inputs."""
-
-
-def model_inputs(micro: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a micro-batch goes into the model: all but labels, weights, ids and fields.
-
-    Args:
-        micro: A micro-batch of `samestep.data.collate.collate_examples`, or another mapping.
-
-    Returns:
-        The tensors that the model is called with.
-    """
-    return {key: micro[key] for key in micro if key not in NOT_FOR_THE_MODEL}
 
 
 @dataclass(frozen=True)
 class LogitRule:
-    """How a model makes logits of its head's output: scale, then soft cap."""
+    """How a model turns its head's output into logits: scale, then soft cap.
+
+    Attributes:
+        scale: Factor of the head's output.
+        softcap: c of c * tanh(logits / c), or None.
+    """
 
     scale: float = 1.0
     softcap: float | None = None
 
 
 @dataclass(frozen=True)
-class States:
+class HiddenStates:
     """What a language model computed for one micro-batch, short of the logits.
+
+    Where the model was run with ``positions``, ``states`` mean nothing elsewhere.
 
     Attributes:
         head: The output embedding.
@@ -57,8 +48,6 @@ class States:
             a model that does more than a head, a scale and a soft cap to make them.
         rule: What turns the head's output into logits; None if ``states`` are logits.
         outputs: What the model returned.
-
-    Where the model was run with ``at``, ``states`` mean nothing elsewhere.
     """
 
     head: nn.Module
@@ -67,7 +56,15 @@ class States:
     outputs: Any
 
     def cross_entropy(self, targets: Tensor, **options: Any) -> CrossEntropySums:
-        """Sums of cross entropy over targets [rows, length]; options of `linear_cross_entropy`."""
+        """Sums of cross entropy over the targets.
+
+        Args:
+            targets: [rows, length], int64; ``IGNORE`` where there is none.
+            **options: Those of `samestep.linear_cross_entropy`.
+
+        Returns:
+            The sums; the loss has a graph.
+        """
         if self.rule is None:
             return logits_cross_entropy(self.states, targets, **options)
         hidden, options["softcap"] = _scaled(self.states, self.rule), self.rule.softcap
@@ -77,13 +74,28 @@ class States:
         return module_cross_entropy(self.head, hidden, targets, **options)
 
     def logits(self, states: Tensor) -> Tensor:
-        """The logits [rows, vocabulary] of some rows of ``states``."""
+        """The logits of some positions.
+
+        Args:
+            states: Rows of ``self.states`` [positions, width].
+
+        Returns:
+            [positions, vocabulary], with a graph.
+        """
         if self.rule is None:
             return states
         return soft_cap(self.head(_scaled(states, self.rule)), self.rule.softcap)
 
     def likelihoods(self, targets: Tensor, positions: Tensor) -> Likelihoods:
-        """The likelihood of each target of targets [rows, length], in reading order."""
+        """The likelihood of each target by itself.
+
+        Args:
+            targets: [rows, length], int64; ``IGNORE`` where there is none.
+            positions: Of the targets in the flattened rows [targets], int64.
+
+        Returns:
+            Vectors [targets], in reading order.
+        """
         if self.rule is None:
             return logits_likelihoods(self.states, targets, positions=positions)
         hidden, softcap = _scaled(self.states, self.rule), self.rule.softcap
@@ -102,9 +114,9 @@ def _scaled(states: Tensor, rule: LogitRule) -> Tensor:
 class UpToHead:
     """Runs language models of transformers with their head on one position only.
 
-    That one position shows on a model's first micro-batch whether it does more than its head to
-    make logits (a scale as in Granite, a soft cap as in Gemma 2); a model that does something else
-    is run with whole logits instead.
+    On a model's first micro-batch that one position shows what the model does to its head's output
+    to make logits: nothing, a scale (as Granite), or a soft cap (as Gemma 2). A model that does
+    something else is run with all of its logits instead.
     """
 
     def __init__(self) -> None:
@@ -113,19 +125,19 @@ class UpToHead:
     def __call__(
         self,
         model: nn.Module,
-        micro: Mapping[str, Any],
+        micro_batch: Mapping[str, Any],
         *,
-        at: Tensor | None = None,
-        **extra: Any,
-    ) -> States:
+        positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> HiddenStates:
         """Run a model.
 
         Args:
             model: A causal language model of transformers, plain or wrapped by PEFT.
-            micro: ``input_ids`` [rows, length], and what else the model takes.
-            at: Where in the flattened rows the states are looked at, [positions] int64; elsewhere
-                they may be anything (see `samestep.models.last_layer`). None: everywhere.
-            **extra: Further arguments of the model.
+            micro_batch: ``input_ids`` [rows, length], and what else the model takes.
+            positions: Where in the flattened rows the states are needed [positions], int64;
+                elsewhere they may be anything (see `samestep.models.last_layer`). None: everywhere.
+            **kwargs: Further arguments of the model.
 
         Returns:
             Its states.
@@ -133,10 +145,10 @@ class UpToHead:
         Raises:
             ConfigError: The model calls its output embedding more than once.
         """
-        inputs = model_inputs(micro) | extra
-        inputs.setdefault("use_cache", False)  # keys and values kept for nothing
+        inputs = model_inputs(micro_batch) | kwargs
+        inputs.setdefault("use_cache", False)  # nothing is generated
         head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-        inputs |= position_kwargs(head, at)
+        inputs |= position_kwargs(head, positions)
         if head not in self._rules or self._rules[head] is not None:
             found = _split_at_head(model, head, inputs)
             hidden, outputs = found.states, found.outputs
@@ -144,9 +156,26 @@ class UpToHead:
                 self._rules[head] = _logit_rule(model, found.product, outputs.logits)
             rule = self._rules[head]
             if rule is not None:
-                return States(head, hidden, rule, outputs)
+                return HiddenStates(head, hidden, rule, outputs)
         outputs = model(**inputs)
-        return States(head, outputs.logits, None, outputs)
+        return HiddenStates(head, outputs.logits, None, outputs)
+
+    def target_likelihoods(self, model: nn.Module, micro_batch: Mapping[str, Any]) -> Likelihoods:
+        """Run a model and take the likelihood of each target by itself.
+
+        Args:
+            model: As for a call.
+            micro_batch: As for a call, with ``labels`` [rows, length].
+
+        Returns:
+            Vectors [targets], in reading order.
+
+        Raises:
+            ConfigError: As for a call.
+        """
+        positions = target_positions(micro_batch)
+        states = self(model, micro_batch, positions=positions)
+        return states.likelihoods(shifted_targets(micro_batch), positions)
 
 
 @dataclass(frozen=True)

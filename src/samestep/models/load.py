@@ -1,56 +1,121 @@
-"""Models and tokenizers from a Hub name, a folder or a GGUF file."""
+"""Loading models and tokenizers from a Hub name, a folder, or a GGUF file (converted once)."""
 
 import logging
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    ProcessorMixin,
+)
 
 from samestep.errors import ConfigError
-from samestep.models.gguf import model_folder
+from samestep.utils.files import cache_folder, sha256_of, sync
 
-log = logging.getLogger("samestep")
+_log = logging.getLogger("samestep")
 
-LOOSE_NOISE = (
-    *("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"),
+_UNKEYED_NOISE = (
+    "attention_dropout",
+    "attn_pdrop",
+    "attention_probs_dropout_prob",
     "router_jitter_noise",
 )
-"""What configs call randomness that cannot be tied to examples."""
+"""Settings of configs for randomness that cannot be tied to examples."""
 
-NEW_HEADS = (
+_NEW_HEAD_CLASSES = (
     "AutoModel",
     "AutoModelForQuestionAnswering",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
 )
-"""Classes whose head may be missing in the weights: it then starts from random values."""
+"""Classes whose head may be missing from the weights: it then starts from random values."""
 
 
-def resolve(model: str) -> str:
+def resolve_source(model: str) -> str:
     """The folder or Hub name that transformers loads; a .gguf file is converted first.
+
+    Args:
+        model: A Hub name, a folder with config.json, or a .gguf file.
+
+    Returns:
+        A folder or a Hub name.
 
     Raises:
         ConfigError: A path that does not exist, or a GGUF file that cannot be read.
     """
     if model.endswith(".gguf"):
-        return str(model_folder(Path(model)))
+        return str(convert_gguf(Path(model)))
     looks_like_a_path = model.startswith((".", "/", "~")) or model.count("/") > 1
     if looks_like_a_path and not Path(model).expanduser().is_dir():
         raise ConfigError(f"model: there is no folder {model}")
     folder = Path(model).expanduser()
     if folder.is_dir() and not (folder / "config.json").exists():
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise ConfigError(f"model: {model} has no config.json (it holds: {found})")
+        content = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise ConfigError(f"model: {model} has no config.json (it holds: {content})")
     return str(folder) if folder.is_dir() else model
+
+
+def convert_gguf(file: Path) -> Path:
+    """The folder of safetensors, config and tokenizer that a .gguf file was converted to.
+
+    The first call dequantises to float32, which takes a while; later ones find the result in the
+    cache, by the content of the file.
+
+    Args:
+        file: A .gguf file of an architecture that transformers reads.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: The file is missing or cannot be read as a model.
+    """
+    if not file.is_file():
+        raise ConfigError(f"model: there is no file {file}")
+    folder = cache_folder() / "gguf" / sha256_of(file)[:32]
+    if folder.is_dir():
+        return folder
+    _log.info("converting %s to safetensors (once)", file.name)
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        _write_safetensors(file, unfinished)
+        for path in (*unfinished.iterdir(), unfinished):
+            sync(path)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _write_safetensors(file: Path, folder: Path) -> None:
+    try:
+        source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise ConfigError(f"model: {file} cannot be read as a GGUF model: {error}") from error
+    # What is saved is plain float32; with these two set it would still claim to be quantised.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer beside a model, or by itself.
 
     Args:
-        source: What `resolve` gave.
+        source: What `resolve_source` returned.
         trust_remote_code: Run Python code that comes with it.
 
     Returns:
@@ -59,8 +124,6 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ConfigError: There is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer
-
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -74,7 +137,7 @@ def load_processor(source: str, *, trust_remote_code: bool = False) -> Any:
     """The processor of texts and images beside a model.
 
     Args:
-        source: What `resolve` gave.
+        source: What `resolve_source` returned.
         trust_remote_code: Run Python code that comes with it.
 
     Returns:
@@ -83,8 +146,6 @@ def load_processor(source: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ConfigError: There is none, it cannot be read, or it takes no images.
     """
-    from transformers import AutoProcessor, ProcessorMixin
-
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -114,9 +175,9 @@ def load_model(
     other kinds of dropout stay.
 
     Args:
-        source: What `resolve` gave.
+        source: What `resolve_source` returned.
         auto_class: The class of transformers that builds it. Weights of a language model may
-            serve any: what is not in them, a new head, then starts from random values.
+            serve any class: a new head, which is not in them, starts from random values.
         init: "pretrained" weights (safetensors alone: pickles are not read) or "random" ones.
         dtype: Of the weights.
         seed: Of random weights.
@@ -129,16 +190,14 @@ def load_model(
     Raises:
         ConfigError: The config or the weights are missing, incomplete or of an unknown kind.
     """
-    import transformers
-
     auto = getattr(transformers, auto_class)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **options, **(settings or {}))
-        for part in _parts(config):
-            for name in LOOSE_NOISE:
-                if part.to_dict().get(name):
-                    setattr(part, name, 0.0)
+        config = AutoConfig.from_pretrained(source, **options, **(settings or {}))
+        for nested in _nested_configs(config):
+            for name in _UNKEYED_NOISE:
+                if nested.to_dict().get(name):
+                    setattr(nested, name, 0.0)
         torch.manual_seed(seed)
         if init == "random":
             model = auto.from_config(config, dtype=dtype, **options)
@@ -151,43 +210,43 @@ def load_model(
                 output_loading_info=True,
                 **options,
             )
-            _check_complete(source, model, loading["missing_keys"], auto_class in NEW_HEADS)
+            new_head = auto_class in _NEW_HEAD_CLASSES
+            _check_complete(source, model, missing=loading["missing_keys"], new_head=new_head)
         if dtype == torch.float64:
-            model.set_experts_implementation("eager")  # PyTorch's grouped products lack float64
+            # The grouped products that transformers prefers for experts have no float64.
+            model.set_experts_implementation("eager")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"model: {source} could not be loaded: {_first_line(error)}. It takes a folder with "
             "config.json and *.safetensors, a Hub name, or a .gguf file"
             + (" (config.json is enough with init random)" if init == "pretrained" else "")
         ) from error
-    if dtype == torch.float64:
-        # The grouped products that transformers prefers for experts have no float64.
-        model.set_experts_implementation("eager")
     return model.train()
 
 
-def _parts(config: Any) -> Iterator[Any]:
+def _nested_configs(config: Any) -> Iterator[Any]:
     """A config and those inside it, such as that of the text model."""
     yield config
     for name in config.sub_configs:
-        part = getattr(config, name)
-        if part is not None:
-            yield from _parts(part)
+        nested = getattr(config, name)
+        if nested is not None:
+            yield from _nested_configs(nested)
 
 
-def _check_complete(source: str, model: Any, keys: Iterable[str], new_head: bool) -> None:
-    """No weight may be missing; but the head, where a new one is what is wanted."""
-    missing = sorted(keys)
+def _check_complete(source: str, model: Any, *, missing: Iterable[str], new_head: bool) -> None:
+    """Refuse missing weights, but for those of a head that is to be new."""
+    body = f"{model.base_model_prefix}."
+    absent = sorted(missing)
     if new_head:
-        body = f"{model.base_model_prefix}."
-        head = [key for key in missing if not key.startswith(body) or ".pooler." in key]
-        missing = [key for key in missing if key not in head]
+        head = [key for key in absent if not key.startswith(body) or ".pooler." in key]
+        absent = [key for key in absent if key not in head]
         if head:
-            log.info("the head starts from random values: %s", ", ".join(head))
-    if missing:
+            _log.info("the head starts from random values: %s", ", ".join(head))
+    if absent:
+        names = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
         raise ConfigError(
-            f"model: {source} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}"
-            f"{', …' if len(missing) > 3 else ''}): they would start from random values"
+            f"model: {source} lacks {len(absent)} of the model's weights ({names}): they would "
+            "start from random values"
         )
 
 
@@ -195,15 +254,62 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
-def check_tokens(model: Any, data: Mapping[str, Any]) -> None:
+def load_diffusion(
+    source: str, *, init: Literal["pretrained", "random"], dtype: torch.dtype, seed: int
+) -> Any:
+    """A model of diffusers, which predicts from noisy latents.
+
+    Args:
+        source: A folder with config.json (and the weights), or a Hub name.
+        init: "pretrained" weights or "random" ones.
+        dtype: Of the weights.
+        seed: Of random weights.
+
+    Returns:
+        The model that ``_class_name`` of its config names, in train mode on the CPU.
+
+    Raises:
+        ConfigError: diffusers is not installed, the model cannot be loaded, or it has dropout,
+            whose masks are not tied to the examples here.
+    """
+    try:
+        import diffusers
+    except ImportError:
+        raise ConfigError(
+            "this objective needs diffusers: pip install 'samestep[diffusion]'"
+        ) from None
+    try:
+        config = diffusers.AutoModel.load_config(source)
+        model_class = getattr(diffusers, config["_class_name"])
+        torch.manual_seed(seed)
+        if init == "random":
+            model = model_class.from_config(config).to(dtype)
+        else:
+            model = model_class.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"model: {source} could not be loaded as a model of diffusers: "
+            f"{str(error).strip().splitlines()[0]}. It takes the folder of the transformer itself, "
+            "with config.json and *.safetensors"
+        ) from error
+    dropouts = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
+    if dropouts:
+        raise ConfigError(
+            f"model: {Path(source).name} has dropout ({dropouts[0]}, ...), whose masks would "
+            "depend on the split: set it to 0 in config.json"
+        )
+    return model.train()
+
+
+def check_token_range(model: Any, data: Mapping[str, Any]) -> None:
     """Refuse tokens or positions that a model has no embedding for.
 
     Args:
         model: A model of transformers.
-        data: `samestep.data.records.Records` by the setting that names them.
+        data: `samestep.data.records.Records` by the name of their setting.
 
     Raises:
-        ConfigError: Every one that does not fit.
+        ConfigError: Some data do not fit; the message lists all of them.
     """
     config = model.config.get_text_config()
     positions = config.to_dict().get("max_position_embeddings")

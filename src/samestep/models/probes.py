@@ -12,7 +12,7 @@ from samestep.errors import ConfigError
 from samestep.kernels import packed_attention
 from samestep.models import last_layer
 from samestep.models.dropout import ExampleDropout
-from samestep.models.lm_head import model_inputs
+from samestep.models.outputs import model_inputs
 from samestep.models.routers import routers
 from samestep.utils.agreement import compare_ways
 

@@ -1,8 +1,8 @@
-"""The routers of a mixture of experts: what they decided in a forward, and their biases.
+"""The routers of a mixture of experts: recording what they decide in a forward, and their biases.
 
 transformers' routers (``...TopKRouter``) return logits, scores and choices, for every token in
-reading order. They are overheard by hooks: that works whatever a model returns, under gradient
-checkpointing too, where the second run of a layer must not be heard again.
+reading order. Forward hooks record them: that works whatever a model returns, and under gradient
+checkpointing too, where the second run of a layer must not be recorded.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-BIAS = "e_score_correction_bias"
-"""What transformers calls the bias that is added to scores to choose experts, and only then."""
+_BIAS = "e_score_correction_bias"
+"""transformers' name of the bias that is added to scores to choose experts, and only then."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,24 @@ class Routing:
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:
-    """The routers of a model by name, in the order of its layers."""
-    found = model.named_modules()
+    """The routers of a model by name, in the order of its layers.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Empty if it is no mixture of experts of transformers.
+    """
     return {
-        n: module for n, module in found if type(module).__name__.lower().endswith("topkrouter")
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__.lower().endswith("topkrouter")
     }
 
 
 @contextmanager
-def overheard(model: nn.Module) -> Iterator[dict[str, Routing]]:
-    """What the routers decide in the forwards of this block; of several forwards, in the last.
+def record_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
+    """Record what the routers decide in the forwards of this block; of several, in the last.
 
     Args:
         model: A model with `routers`.
@@ -49,28 +57,36 @@ def overheard(model: nn.Module) -> Iterator[dict[str, Routing]]:
     Yields:
         Filled while the model runs, by the router's name.
     """
-    found: dict[str, Routing] = {}
+    recorded: dict[str, Routing] = {}
 
-    def listener(name: str) -> Callable[[nn.Module, Any, tuple[Tensor, Tensor, Tensor]], None]:
-        def keep(_: nn.Module, __: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            found[name] = Routing(*output)
+    def recorder(name: str) -> Callable[[nn.Module, Any, tuple[Tensor, Tensor, Tensor]], None]:
+        def hook(_: nn.Module, __: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            recorded[name] = Routing(*output)
 
-        return keep
+        return hook
 
-    hooks = [m.register_forward_hook(listener(name)) for name, m in routers(model).items()]
+    hooks = [m.register_forward_hook(recorder(name)) for name, m in routers(model).items()]
     try:
-        yield found
+        yield recorded
     finally:
         for hook in hooks:
             hook.remove()
 
 
 def router_biases(model: nn.Module) -> dict[str, Tensor]:
-    """The bias [experts] of each router that has one as a buffer, by the router's name."""
+    """The biases that choose experts, where a router has one as a buffer.
+
+    Args:
+        model: A model with `routers`.
+
+    Returns:
+        Each bias [experts], by the router's name; a router without one is left out.
+    """
     buffers = dict(model.named_buffers())
-    found = {}
+    biases = {}
     for name in routers(model):
+        # The bias belongs to the router or to the module that holds the router.
         for owner in (name, name.rpartition(".")[0]):
-            if f"{owner}.{BIAS}" in buffers:
-                found[name] = buffers[f"{owner}.{BIAS}"]
-    return found
+            if f"{owner}.{_BIAS}" in buffers:
+                biases[name] = buffers[f"{owner}.{_BIAS}"]
+    return biases

@@ -1,8 +1,8 @@
 """KTO: completions that are good or bad by themselves, held by the KL over the whole batch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,19 +10,24 @@ from torch import Tensor, nn
 from samestep.engine.terms import Counter, Coupled, Term
 from samestep.losses.preference import unpaired_loss
 from samestep.models.lm_head import UpToHead
-from samestep.objectives.classification import example_weights
-from samestep.objectives.completions import Reference, completions
+from samestep.objectives.log_probs import Reference, sequence_log_probs
+from samestep.objectives.units import example_weights
 from samestep.utils.modules import eval_mode
 
 KTO_COUNTERS: dict[str, Counter] = {
-    "desirable": lambda micro: float(example_weights(micro)[micro["fields"]["label"]].sum()),
-    "undesirable": lambda micro: float(example_weights(micro)[~micro["fields"]["label"]].sum()),
+    "desirable": lambda micro_batch: float(
+        example_weights(micro_batch)[micro_batch["fields"]["label"]].sum()
+    ),
+    "undesirable": lambda micro_batch: float(
+        example_weights(micro_batch)[~micro_batch["fields"]["label"]].sum()
+    ),
 }
+"""Of `KTO`: examples by their label. An example of weight w counts w times."""
 
 
 @dataclass(frozen=True)
 class KTO:
-    """Kahneman-Tversky optimisation, arXiv:2402.01306 eq. 8.
+    """Kahneman-Tversky optimisation, arXiv:2402.01306 eq. 8; coupled.
 
     The reference point z = max(0, mean of log p - log p_reference over mismatched prompts and
     completions) is one number for the whole effective batch, without a gradient; so the loss is
@@ -38,51 +43,70 @@ class KTO:
             "ref_mismatched_logps".
         beta: Strength of the reference.
         desirable_weight: Of desirable examples.
-        undesirable_weight: Of the others.
+        undesirable_weight: Of undesirable examples.
     """
 
     reference: Reference | None
     beta: float = 0.1
+    _: KW_ONLY
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
     up_to_head: UpToHead = field(default_factory=UpToHead, repr=False, compare=False)
+    counters: ClassVar[Mapping[str, Counter]] = KTO_COUNTERS
 
-    def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term | Coupled]:
-        """The part of one micro-batch."""
-        log_p = completions(self.up_to_head, model, micro).log_p
+    def __call__(
+        self, model: nn.Module, micro_batch: Mapping[str, Any]
+    ) -> dict[str, Term | Coupled]:
+        """This micro-batch's part of the statistic, and its sums."""
+        log_p = sequence_log_probs(model, micro_batch, up_to_head=self.up_to_head).log_p
         with torch.no_grad(), eval_mode(model):
-            elsewhere = completions(self.up_to_head, model, micro["mismatched"]).log_p
-        references = self.reference_log_p(model, micro)
-        ratio = log_p - references["ref_logps"].to(log_p)
-        apart = elsewhere - references["ref_mismatched_logps"].to(log_p)
-        label = micro["fields"]["label"]
-        weights = example_weights(micro).to(log_p)
-        part = torch.stack([ratio, apart, label.to(log_p), weights], dim=1)
-        rewards = self.beta * weights * ratio.detach()
+            mismatched = sequence_log_probs(
+                model, micro_batch["mismatched"], up_to_head=self.up_to_head
+            )
+        references = self.reference_log_p(model, micro_batch)
+        ratios = log_p - references["ref_logps"].to(log_p)
+        mismatched_ratios = mismatched.log_p - references["ref_mismatched_logps"].to(log_p)
+        label = micro_batch["fields"]["label"]
+        weights = example_weights(micro_batch).to(log_p)
+        part = torch.stack([ratios, mismatched_ratios, label.to(log_p), weights], dim=1)
+        rewards = self.beta * weights * ratios.detach()
         return {
             "kto": Coupled(part, self._loss, "rows"),
-            "kl": Coupled(part.detach(), reference_point, "rows", weight=0.0),
+            "kl": Coupled(part.detach(), _reference_point, "rows", weight=0.0),
             "reward_desirable": Term((rewards * label).sum(), "desirable", weight=0.0),
             "reward_undesirable": Term((rewards * ~label).sum(), "undesirable", weight=0.0),
         }
 
-    def reference_log_p(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The reference's log likelihood of both kinds of sequences [sequences]."""
+    def reference_log_p(
+        self, model: nn.Module, micro_batch: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """The reference's log-probabilities of the examples and of the mismatched sequences.
+
+        Args:
+            model: The model that trains.
+            micro_batch: As for a call.
+
+        Returns:
+            "ref_logps" and "ref_mismatched_logps" [sequences], without a graph.
+        """
         if self.reference is None:
-            return micro["fields"]  # type: ignore[no-any-return]
+            return micro_batch["fields"]  # type: ignore[no-any-return]
+        micro_batches = {
+            "ref_logps": micro_batch,
+            "ref_mismatched_logps": micro_batch["mismatched"],
+        }
         return {
-            "ref_logps": self.reference.log_p(self.up_to_head, model, micro),
-            "ref_mismatched_logps": self.reference.log_p(
-                self.up_to_head, model, micro["mismatched"]
-            ),
+            name: self.reference.log_p(model, sequences, up_to_head=self.up_to_head)
+            for name, sequences in micro_batches.items()
         }
 
-    def _loss(self, examples: Tensor) -> Tensor:
-        ratio, _, label, weights = examples.unbind(dim=1)
+    def _loss(self, statistic: Tensor) -> Tensor:
+        """The mean loss of all examples [examples, 4]."""
+        ratios, _, label, weights = statistic.unbind(dim=1)
         losses = unpaired_loss(
-            ratio,
+            ratios,
             label.bool(),
-            reference_point=reference_point(examples.detach()),
+            reference_point=_reference_point(statistic.detach()),
             beta=self.beta,
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,
@@ -90,7 +114,7 @@ class KTO:
         return (weights * losses).sum() / weights.sum()
 
 
-def reference_point(examples: Tensor) -> Tensor:
-    """Z of examples [examples, 4]: the mean of their second column by their fourth, at least 0."""
-    _, apart, _, weights = examples.unbind(dim=1)
-    return ((weights * apart).sum() / weights.sum()).clamp(min=0)
+def _reference_point(statistic: Tensor) -> Tensor:
+    """Z of all examples [examples, 4]: their mean mismatched log ratio, at least 0; 0-d."""
+    _, mismatched_ratios, _, weights = statistic.unbind(dim=1)
+    return ((weights * mismatched_ratios).sum() / weights.sum()).clamp(min=0)

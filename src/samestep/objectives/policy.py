@@ -1,29 +1,29 @@
-"""Policy gradients on given rollouts, and cross entropy weighted by the model's own belief."""
+"""Policy gradients on given rollouts: GRPO, Dr. GRPO, RLOO, GSPO."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from samestep.engine.counts import target_weights
-from samestep.engine.targets import sequence_ids, shifted_targets, target_positions
-from samestep.engine.terms import Term, Unit
-from samestep.losses.policy import ClipRange, clipped_losses, dft_losses, kl_estimates
+from samestep.engine.targets import sequence_ids, target_positions
+from samestep.engine.terms import Counter, Term, Unit
+from samestep.losses.policy import ClipRange, clipped_losses, kl_estimates
 from samestep.models.lm_head import UpToHead
-from samestep.objectives.completions import Reference
+from samestep.objectives.log_probs import Reference
+from samestep.objectives.units import field_at_targets, weights_at_targets
 
 
 @dataclass(frozen=True)
 class PolicyGradient:
     """A clipped policy gradient; fields: ``advantage`` [sequences].
 
-    Optionally the field ``old_log_p`` [rows, length], the old policy's log likelihood at the place
-    of each token; without it the old policy is the new one, so that the ratio is 1 and only its
-    gradient counts. Terms in the unit ``normalize``: "policy", "kl" (if there is a reference), and
-    the metrics "clipped" (share of targets at the bound), "ratio", "score" (advantage x log
-    likelihood: it rises as the policy learns) and "entropy".
+    Optionally the field ``old_log_p`` [rows, length], the log-probabilities of the policy that
+    sampled, at the place of each token; without it that policy is the trained one, so that the
+    ratio is 1 and only its gradient counts. Terms in the unit ``normalize``: "policy", "kl" (if
+    there is a reference), and the metrics "clipped" (share of targets at the bound), "ratio",
+    "score" (advantage x log-probability: it rises as the policy learns) and "entropy".
 
     Attributes:
         normalize: Every token weighs the same, every sequence does (GRPO), or a constant divides
@@ -33,74 +33,66 @@ class PolicyGradient:
         clip: Bounds of the ratio.
         reference: Where the KL is taken to; None: nowhere.
         kl_weight: Weight of the KL.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1))
+        >>> micro_batch = {
+        ...     "input_ids": torch.tensor([[1, 2, 3], [1, 4, 5]]),
+        ...     "labels": torch.tensor([[-100, 2, 3], [-100, 4, 5]]),
+        ...     "fields": {"advantage": torch.tensor([1.0, -1.0])},
+        ... }
+        >>> terms = PolicyGradient("sequence")(model, micro_batch)
+        >>> list(terms), terms["ratio"].total.item()
+        (['policy', 'clipped', 'ratio', 'score', 'entropy'], 2.0)
     """
 
     normalize: Unit = "token"
     ratio: Literal["token", "sequence"] = "token"
+    _: KW_ONLY
     clip: ClipRange = field(default_factory=ClipRange)
     reference: Reference | None = None
     kl_weight: float = 0.0
     up_to_head: UpToHead = field(default_factory=UpToHead, repr=False, compare=False)
+    counters: ClassVar[Mapping[str, Counter]] = {}
 
-    def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
+    def __call__(self, model: nn.Module, micro_batch: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the targets of one micro-batch."""
-        positions = target_positions(micro)
-        states = self.up_to_head(model, micro, at=positions)
-        found = states.likelihoods(shifted_targets(micro), positions)
-        log_p = -found.nll
-        ids = sequence_ids(micro).flatten()[positions]
-        advantages = micro["fields"]["advantage"].to(log_p)
-        log_ratio = log_p - self._old(micro, positions, log_p)
+        likelihoods = self.up_to_head.target_likelihoods(model, micro_batch)
+        log_p = -likelihoods.nll
+        ids = sequence_ids(micro_batch).flatten()[target_positions(micro_batch)]
+        advantages = micro_batch["fields"]["advantage"].to(log_p)
+        log_ratio = log_p - self._old_log_p(micro_batch, log_p)
         if self.ratio == "sequence":
-            log_ratio = _means(log_ratio, ids, len(advantages))[ids]
+            log_ratio = _sequence_means(log_ratio, ids, sequences=len(advantages))[ids]
         losses, clipped = clipped_losses(log_ratio, advantages[ids], clip=self.clip)
-        weights = target_weights(micro, self.normalize).flatten()[positions].to(log_p)
+        weights = weights_at_targets(micro_batch, self.normalize).to(log_p)
 
         def term(values: Tensor, weight: float = 0.0) -> Term:
             return Term(weights @ values, self.normalize, weight)
 
         terms = {"policy": term(losses, 1.0)}
         if self.reference is not None:
-            reference = self.reference.targets_log_p(self.up_to_head, model, micro)
+            reference = self.reference.targets_log_p(model, micro_batch, up_to_head=self.up_to_head)
             terms["kl"] = term(kl_estimates(log_p, reference), self.kl_weight)
-        metrics = {"clipped": clipped, "ratio": log_ratio.detach().exp()}
-        metrics |= {"score": advantages[ids] * log_p.detach(), "entropy": found.entropy}
+        metrics = {
+            "clipped": clipped,
+            "ratio": log_ratio.detach().exp(),
+            "score": advantages[ids] * log_p.detach(),
+            "entropy": likelihoods.entropy,
+        }
         return terms | {name: term(values) for name, values in metrics.items()}
 
-    def _old(self, micro: Mapping[str, Any], positions: Tensor, log_p: Tensor) -> Tensor:
-        old = micro["fields"].get("old_log_p")
-        if old is None:
+    def _old_log_p(self, micro_batch: Mapping[str, Any], log_p: Tensor) -> Tensor:
+        """The log-probability of each target under the policy that sampled [targets]."""
+        if "old_log_p" not in micro_batch["fields"]:
             return log_p.detach()
-        # A target is predicted one position before its own.
-        of_targets: Tensor = old.flatten()[positions + 1]
-        return of_targets.to(log_p)
+        return field_at_targets(micro_batch, "old_log_p").to(log_p)
 
 
-def _means(values: Tensor, ids: Tensor, number: int) -> Tensor:
-    zeros = values.new_zeros(number)
+def _sequence_means(values: Tensor, ids: Tensor, *, sequences: int) -> Tensor:
+    """The mean of the values [targets] of each sequence [sequences]; 0 without a target."""
+    zeros = values.new_zeros(sequences)
     counts = zeros.index_add(0, ids, torch.ones_like(values)).clamp(min=1)
     return zeros.index_add(0, ids, values) / counts
-
-
-@dataclass(frozen=True)
-class DFT:
-    """Dynamic fine-tuning; terms in the unit ``normalize``: "dft", metrics "nll", "accuracy".
-
-    Attributes:
-        normalize: As for `samestep.CausalLMLoss`.
-    """
-
-    normalize: Unit = "token"
-    up_to_head: UpToHead = field(default_factory=UpToHead, repr=False, compare=False)
-
-    def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
-        """Sums over the targets of one micro-batch."""
-        positions = target_positions(micro)
-        states = self.up_to_head(model, micro, at=positions)
-        found = states.likelihoods(shifted_targets(micro), positions)
-        weights = target_weights(micro, self.normalize).flatten()[positions].to(found.nll)
-        return {
-            "dft": Term(weights @ dft_losses(found.nll), self.normalize),
-            "nll": Term(weights @ found.nll.detach(), self.normalize, weight=0.0),
-            "accuracy": Term(weights @ found.correct, self.normalize, weight=0.0),
-        }

@@ -1,8 +1,8 @@
-"""Preference objectives over pairs: DPO and its family, SimPO, CPO, ORPO."""
+"""Preferences over pairs: DPO and its family, SimPO, CPO, ORPO, and reward models."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,54 +14,16 @@ from samestep.losses.preference import (
     odds_ratio_loss,
     pair_loss,
     reference_free_loss,
+    reward_loss,
     sorted_loss,
 )
 from samestep.models.lm_head import UpToHead
-from samestep.objectives.completions import Completions, Reference, completions
+from samestep.models.outputs import sequence_logits
+from samestep.objectives.log_probs import Reference, SequenceLogProbs, sequence_log_probs
+from samestep.objectives.units import PAIR_COUNTERS, pair_weights
 
-LENGTH_NORMALISED = ("ipo",)
+_LENGTH_NORMALIZED = ("ipo",)
 """Losses whose ratios are means over tokens by definition."""
-
-
-def pair_weights(micro: Mapping[str, Any]) -> Tensor:
-    """The weight of each pair [pairs], float64."""
-    weights: Tensor | None = micro.get("example_weights")
-    if weights is None:
-        pairs = len(micro["example_ids"]) // 2
-        return torch.ones(pairs, dtype=torch.float64, device=micro["input_ids"].device)
-    return weights[::2]
-
-
-PAIR_COUNTERS: dict[str, Counter] = {
-    "pair": lambda micro: float(pair_weights(micro).sum()),
-    "chosen token": lambda micro: float(_chosen_tokens(micro)),
-}
-"""Counters of the units of this module. A pair of weight w counts w times."""
-
-
-def _chosen_tokens(micro: Mapping[str, Any]) -> Tensor:
-    from samestep.engine.counts import targets_per_sequence
-
-    targets, weights = targets_per_sequence(micro)
-    return (targets * weights)[::2].sum()
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Both sides of a micro-batch's pairs."""
-
-    chosen: Tensor
-    rejected: Tensor
-
-    @classmethod
-    def of(cls, sequences: Tensor) -> "Pairs":
-        """Split [2 x pairs], chosen and rejected in turn."""
-        return cls(sequences[::2], sequences[1::2])
-
-    @property
-    def margin(self) -> Tensor:
-        """Chosen minus rejected [pairs]."""
-        return self.chosen - self.rejected
 
 
 @dataclass(frozen=True)
@@ -79,81 +41,124 @@ class DPO:
             "ref_rejected_logps" of the micro-batch.
         beta: Strength of the reference.
         label_smoothing: Share of labels that are taken to be wrong.
-        length_normalize: Divide log likelihoods by the number of targets ("ipo" always does).
+        length_normalize: Divide log-probabilities by the number of targets ("ipo" always does).
         tau: Temperature of "discopop".
+
+    Examples:
+        >>> import copy
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1))
+        >>> micro_batch = {  # one pair: the chosen completion, then the rejected one
+        ...     "input_ids": torch.tensor([[1, 2, 3], [1, 4, 5]]),
+        ...     "labels": torch.tensor([[-100, 2, 3], [-100, 4, 5]]),
+        ...     "example_ids": torch.tensor([0, 1]),
+        ... }
+        >>> loss = DPO({"sigmoid": 1.0}, Reference(copy.deepcopy(model)), beta=0.1)
+        >>> terms = loss(model, micro_batch)
+        >>> round(terms["sigmoid"].total.item(), 4)  # log 2, until the model has moved
+        0.6931
+        >>> {unit: counter(micro_batch) for unit, counter in DPO.counters.items()}
+        {'pair': 1.0, 'chosen token': 2.0}
     """
 
     losses: Mapping[str, float]
     reference: Reference | None
+    _: KW_ONLY
     beta: float = 0.1
     label_smoothing: float = 0.0
     length_normalize: bool = False
     tau: float = 0.05
     up_to_head: UpToHead = field(default_factory=UpToHead, repr=False, compare=False)
+    counters: ClassVar[Mapping[str, Counter]] = PAIR_COUNTERS
 
     @property
     def coupled(self) -> bool:
         """Whether it needs `samestep.TwoPass`."""
         return "aot" in self.losses
 
-    def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term | Coupled]:
-        """Sums over the pairs of one micro-batch of `samestep.data.collate.collate_records`."""
-        if self.coupled and micro.get("example_weights") is not None:
+    def __call__(
+        self, model: nn.Module, micro_batch: Mapping[str, Any]
+    ) -> dict[str, Term | Coupled]:
+        """Sums over the pairs of one micro-batch of `samestep.data.collate.collate_records`.
+
+        Raises:
+            ConfigError: "aot" is among the losses, and the examples have weights.
+        """
+        if self.coupled and micro_batch.get("example_weights") is not None:
             raise ConfigError(
                 "aot compares sorted margins, where a pair's weight has no meaning: leave the "
                 "weights of the rows out, or choose another loss"
             )
-        policy = completions(self.up_to_head, model, micro)
-        reference = self.reference_log_p(model, micro).to(policy.log_p)
-        weights = pair_weights(micro).to(policy.log_p)
-        terms: dict[str, Term | Coupled] = {}
-        for kind, weight in self.losses.items():
-            terms[kind] = self._term(kind, weight, policy, reference, weights)
-        ratios = Pairs.of((policy.log_p - reference).detach())
-        right = (ratios.margin > 0).to(weights)
-        metrics = {
-            "margin": self.beta * ratios.margin,
-            "accuracy": right,
-            "reward_chosen": self.beta * ratios.chosen,
-            "reward_rejected": self.beta * ratios.rejected,
+        policy = sequence_log_probs(model, micro_batch, up_to_head=self.up_to_head)
+        reference = self.reference_log_p(model, micro_batch).to(policy.log_p)
+        weights = pair_weights(micro_batch).to(policy.log_p)
+        terms: dict[str, Term | Coupled] = {
+            kind: self._term(kind, weight, policy=policy, reference=reference, weights=weights)
+            for kind, weight in self.losses.items()
         }
-        for name, values in metrics.items():
-            terms[name] = Term((weights * values).sum(), "pair", weight=0.0)
-        chosen_correct = (weights * Pairs.of(policy.correct).chosen).sum()
-        terms["token_accuracy"] = Term(chosen_correct, "chosen token", weight=0.0)
-        return terms
+        ratios = (policy.log_p - reference).detach()
+        margins = _margins(ratios)
+        metrics = {
+            "margin": self.beta * margins,
+            "accuracy": (margins > 0).to(weights),
+            "reward_chosen": self.beta * _chosen(ratios),
+            "reward_rejected": self.beta * _rejected(ratios),
+        }
+        correct = (weights * _chosen(policy.correct)).sum()
+        return {
+            **terms,
+            **_pair_metrics(metrics, weights),
+            "token_accuracy": Term(correct, "chosen token", weight=0.0),
+        }
 
-    def reference_log_p(self, model: nn.Module, micro: Mapping[str, Any]) -> Tensor:
-        """The reference's log likelihood of each sequence [2 x pairs]."""
+    def reference_log_p(self, model: nn.Module, micro_batch: Mapping[str, Any]) -> Tensor:
+        """The reference's log-probability of each sequence.
+
+        Args:
+            model: The model that trains.
+            micro_batch: As for a call.
+
+        Returns:
+            [2 x pairs], chosen and rejected in turn, without a graph.
+        """
         if self.reference is not None:
-            return self.reference.log_p(self.up_to_head, model, micro)
-        fields = micro["fields"]
+            return self.reference.log_p(model, micro_batch, up_to_head=self.up_to_head)
+        fields = micro_batch["fields"]
         both = [fields["ref_chosen_logps"], fields["ref_rejected_logps"]]
         return torch.stack(both, dim=1).flatten()
 
     def _term(
-        self, kind: str, weight: float, policy: Completions, reference: Tensor, weights: Tensor
+        self,
+        kind: str,
+        weight: float,
+        *,
+        policy: SequenceLogProbs,
+        reference: Tensor,
+        weights: Tensor,
     ) -> Term | Coupled:
+        """One of the losses; ``weights`` [pairs] are the pairs', ``weight`` the term's."""
         if kind == "sft":
-            total = -(weights * Pairs.of(policy.log_p).chosen).sum()
+            total = -(weights * _chosen(policy.log_p)).sum()
             return Term(total, "chosen token", weight)
         ones = torch.ones_like(policy.targets)
-        normalize = self.length_normalize or kind in LENGTH_NORMALISED
+        normalize = self.length_normalize or kind in _LENGTH_NORMALIZED
         length = (policy.targets if normalize else ones).to(policy.log_p)
         if kind == "aot":
-            margins = [Pairs.of(p / length).margin for p in (policy.log_p, reference)]
-            return Coupled(torch.stack(margins, dim=1), self._sorted, "rows", weight)
-        ratios = Pairs.of((policy.log_p - reference) / length)
+            margins = [_margins(log_p / length) for log_p in (policy.log_p, reference)]
+            return Coupled(torch.stack(margins, dim=1), self._sorted_loss, "rows", weight)
+        ratios = (policy.log_p - reference) / length
         losses = pair_loss(
             kind,  # type: ignore[arg-type]
-            LogRatios(ratios.chosen, ratios.rejected),
+            LogRatios(_chosen(ratios), _rejected(ratios)),
             beta=self.beta,
             label_smoothing=self.label_smoothing,
             tau=self.tau,
         )
         return Term((weights * losses).sum(), "pair", weight)
 
-    def _sorted(self, margins: Tensor) -> Tensor:
+    def _sorted_loss(self, margins: Tensor) -> Tensor:
+        """The mean "aot" loss of margins [pairs, 2], the policy's and the reference's."""
         losses = sorted_loss(
             margins[:, 0], margins[:, 1], beta=self.beta, label_smoothing=self.label_smoothing
         )
@@ -165,8 +170,8 @@ class ReferenceFree:
     """SimPO, CPO and ORPO: preference without a reference, with a likelihood term beside it.
 
     Terms: "preference" in the unit "pair", "nll" of the chosen completions in the unit "chosen
-    token", and the metrics "margin" (of log likelihoods, of means for SimPO and ORPO), "accuracy",
-    "token_accuracy".
+    token", and the metrics "margin" (of log-probabilities, of means for SimPO and ORPO),
+    "accuracy", "token_accuracy". The sources are those of `samestep.losses.preference`.
 
     Attributes:
         kind: "simpo" (means over tokens), "cpo" (sums) or "orpo" (odds of means).
@@ -179,36 +184,97 @@ class ReferenceFree:
 
     kind: Literal["simpo", "cpo", "orpo"]
     beta: float
+    _: KW_ONLY
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     gamma: float = 0.0
     nll_weight: float = 0.0
     label_smoothing: float = 0.0
     up_to_head: UpToHead = field(default_factory=UpToHead, repr=False, compare=False)
+    counters: ClassVar[Mapping[str, Counter]] = PAIR_COUNTERS
 
-    def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
+    def __call__(self, model: nn.Module, micro_batch: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the pairs of one micro-batch of `samestep.data.collate.collate_records`."""
-        policy = completions(self.up_to_head, model, micro)
-        weights = pair_weights(micro).to(policy.log_p)
+        policy = sequence_log_probs(model, micro_batch, up_to_head=self.up_to_head)
+        weights = pair_weights(micro_batch).to(policy.log_p)
         means = policy.log_p / policy.targets.to(policy.log_p)
-        pairs = Pairs.of(policy.log_p if self.kind == "cpo" else means)
+        scores = policy.log_p if self.kind == "cpo" else means
+        margins = _margins(scores)
         if self.kind == "orpo":
-            losses, weight = odds_ratio_loss(pairs.chosen, pairs.rejected), self.beta
+            losses, weight = odds_ratio_loss(_chosen(scores), _rejected(scores)), self.beta
         else:
             weight = 1.0
             losses = reference_free_loss(
                 self.loss,
-                pairs.margin,
+                margins,
                 beta=self.beta,
                 gamma=self.gamma,
                 label_smoothing=self.label_smoothing,
             )
-        nll = -(weights * Pairs.of(policy.log_p).chosen).sum()
-        margin = pairs.margin.detach()
-        correct = Pairs.of(policy.correct).chosen
+        nll = -(weights * _chosen(policy.log_p)).sum()
+        correct = (weights * _chosen(policy.correct)).sum()
+        metrics = {"margin": margins, "accuracy": margins > 0}
         return {
             "preference": Term((weights * losses).sum(), "pair", weight),
             "nll": Term(nll, "chosen token", self.nll_weight),
-            "margin": Term((weights * margin).sum(), "pair", weight=0.0),
-            "accuracy": Term((weights * (margin > 0)).sum(), "pair", weight=0.0),
-            "token_accuracy": Term((weights * correct).sum(), "chosen token", weight=0.0),
+            **_pair_metrics(metrics, weights),
+            "token_accuracy": Term(correct, "chosen token", weight=0.0),
         }
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Reward modelling over pairs (Bradley-Terry); fields: optionally ``margin`` [pairs].
+
+    Terms in the unit "pair": "bradley_terry", "centring" ((reward_w + reward_l)²), and the metrics
+    "accuracy", "margin", "reward_chosen", "reward_rejected".
+
+    Attributes:
+        center_rewards: Weight of "centring" (arXiv:2312.09244); 0 leaves it out.
+    """
+
+    center_rewards: float = 0.0
+    counters: ClassVar[Mapping[str, Counter]] = PAIR_COUNTERS
+
+    def __call__(self, model: nn.Module, micro_batch: Mapping[str, Any]) -> dict[str, Term]:
+        """Sums over the pairs of one micro-batch of `samestep.data.collate.collate_records`."""
+        rewards = sequence_logits(model, micro_batch).squeeze(1)
+        rewards = rewards if rewards.dtype == torch.float64 else rewards.float()
+        chosen, rejected = _chosen(rewards), _rejected(rewards)
+        weights = pair_weights(micro_batch).to(rewards)
+        margin = micro_batch.get("fields", {}).get("margin")
+        margin = None if margin is None else margin.to(rewards)
+        losses = reward_loss(chosen, rejected, margin=margin)
+        terms = {"bradley_terry": Term((weights * losses).sum(), "pair")}
+        if self.center_rewards:
+            total = (weights * (chosen + rejected).square()).sum()
+            terms["centring"] = Term(total, "pair", self.center_rewards)
+        metrics = {
+            "accuracy": (chosen > rejected).to(rewards),
+            "margin": chosen - rejected,
+            "reward_chosen": chosen,
+            "reward_rejected": rejected,
+        }
+        return terms | _pair_metrics(metrics, weights)
+
+
+def _chosen(values: Tensor) -> Tensor:
+    """Those of the chosen sequences: [2 x pairs] to [pairs]."""
+    return values[::2]
+
+
+def _rejected(values: Tensor) -> Tensor:
+    """Those of the rejected sequences: [2 x pairs] to [pairs]."""
+    return values[1::2]
+
+
+def _margins(values: Tensor) -> Tensor:
+    """Chosen minus rejected: [2 x pairs] to [pairs]."""
+    return _chosen(values) - _rejected(values)
+
+
+def _pair_metrics(metrics: Mapping[str, Tensor], weights: Tensor) -> dict[str, Term]:
+    """Metrics [pairs] as weighted sums, without a graph."""
+    return {
+        name: Term((weights * values.detach()).sum(), "pair", weight=0.0)
+        for name, values in metrics.items()
+    }

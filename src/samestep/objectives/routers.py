@@ -1,7 +1,7 @@
 """Losses on the routers of a mixture of experts, beside any loss that runs the model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,41 +20,43 @@ from samestep.losses.router import (
     sequence_balance,
     z_loss_sum,
 )
-from samestep.models.routers import Routing, overheard, router_biases
+from samestep.models.routers import Routing, record_routing, router_biases
 
 
 @dataclass(frozen=True)
-class Tokens:
+class _RoutedTokens:
     """The tokens of a micro-batch that count, those of sequences with a target; never padding.
 
     Attributes:
-        at: Their positions in the flattened rows [tokens].
+        positions: In the flattened rows [tokens].
         sequence: The sequence of each [tokens].
         weight: The weight of each, its example's [tokens], float64.
-        by_sequence: The weight of each sequence [sequences], float64; 0 without a target.
+        sequence_weights: The weight of each sequence [sequences], float64; 0 without a target.
     """
 
-    at: Tensor
+    positions: Tensor
     sequence: Tensor
     weight: Tensor
-    by_sequence: Tensor
+    sequence_weights: Tensor
 
     @classmethod
-    def of(cls, micro: Mapping[str, Any]) -> "Tokens":
+    def of(cls, micro_batch: Mapping[str, Any]) -> "_RoutedTokens":
         """Those of a micro-batch of `samestep.data.collate.collate_examples`."""
-        targets, weights = targets_per_sequence(micro)
+        targets, weights = targets_per_sequence(micro_batch)
         weights = weights * (targets > 0)
-        ids = sequence_ids(micro)
-        real = torch.zeros_like(ids, dtype=torch.bool)
-        for row, span in sequence_spans(micro):
-            real[row, span] = True
-        at = (real & (weights[ids] > 0)).flatten().nonzero().squeeze(1)
-        sequence = ids.flatten()[at]
-        return cls(at, sequence, weights[sequence], weights)
+        ids = sequence_ids(micro_batch)
+        is_token = torch.zeros_like(ids, dtype=torch.bool)
+        for row, span in sequence_spans(micro_batch):
+            is_token[row, span] = True
+        positions = (is_token & (weights[ids] > 0)).flatten().nonzero().squeeze(1)
+        sequence = ids.flatten()[positions]
+        return cls(positions, sequence, weights[sequence], weights)
 
 
-COUNTERS: dict[str, Counter] = {"routed token": lambda micro: float(Tokens.of(micro).weight.sum())}
-"""Counters of the units of this module."""
+ROUTER_COUNTERS: dict[str, Counter] = {
+    "routed token": lambda micro_batch: float(_RoutedTokens.of(micro_batch).weight.sum())
+}
+"""Of `RouterLosses` with a z-loss. A token of an example of weight w counts w times."""
 
 
 class RouterBias:
@@ -71,26 +73,38 @@ class RouterBias:
         self.rate = rate
         self._loads: dict[int, Tensor] = {}
 
-    def observe(self, micro: Mapping[str, Any], routings: Mapping[str, Routing]) -> None:
-        """Take note of a micro-batch's choices; one that runs again does not count again."""
-        tokens, loads = Tokens.of(micro), []
+    def observe(self, micro_batch: Mapping[str, Any], routings: Mapping[str, Routing]) -> None:
+        """Add a micro-batch's choices to the loads; one that runs again does not count again.
+
+        Args:
+            micro_batch: A micro-batch of `samestep.data.collate.collate_examples`.
+            routings: What the routers decided, by name.
+        """
+        tokens, loads = _RoutedTokens.of(micro_batch), []
         for routing in routings.values():
-            empty = tokens.by_sequence.new_zeros(len(tokens.by_sequence), routing.logits.shape[1])
-            chosen = routing.choices.detach()[tokens.at]
-            loads.append(count_choices(chosen, tokens.sequence, weights=tokens.weight, zeros=empty))
+            sequences, experts = len(tokens.sequence_weights), routing.logits.shape[1]
+            empty = tokens.sequence_weights.new_zeros(sequences, experts)
+            choices = routing.choices.detach()[tokens.positions]
+            loads.append(
+                count_choices(choices, tokens.sequence, weights=tokens.weight, zeros=empty)
+            )
         by_example = torch.stack(loads, dim=1)  # [sequences, routers, experts]
-        self._loads |= dict(zip(micro["example_ids"].tolist(), by_example, strict=True))
+        self._loads |= dict(zip(micro_batch["example_ids"].tolist(), by_example, strict=True))
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, taken: bool) -> None:
-        """Move the biases, on every rank the same way; only forget, if the step was not taken."""
+        """Move the biases, on every rank the same way, and start counting anew.
+
+        Args:
+            model: The model; its biases are changed in place.
+            taken: Whether the weights moved; if not, the biases stay too.
+        """
         biases = list(router_biases(model).values())
         own = torch.zeros(len(biases), len(biases[0]), dtype=torch.float64, device=biases[0].device)
         # A rank without work may have run an example of another one, for FSDP2's sake.
-        seen = {
-            example for ids in all_gather_object(sorted(self._loads))[: rank()] for example in ids
-        }
-        for example in sorted(self._loads.keys() - seen):
+        by_rank = all_gather_object(sorted(self._loads))
+        counted = {example for examples in by_rank[: rank()] for example in examples}
+        for example in sorted(self._loads.keys() - counted):
             own += self._loads[example]
         self._loads = {}
         for bias, load in zip(biases, all_reduce_sum(own), strict=True):
@@ -104,7 +118,8 @@ class RouterLosses:
 
     Adds the terms "router_balance" and "router_z" (unit: routed token), each the mean over the
     routers. By "window" the balance is that of the whole effective batch, so it couples the batch
-    and needs `samestep.TwoPass`; by "sequence" it is a sum over sequences.
+    and needs `samestep.TwoPass`; by "sequence" it is a sum over sequences. The sources are those of
+    `samestep.losses.router`.
 
     Attributes:
         loss_fn: Runs the model.
@@ -113,54 +128,75 @@ class RouterLosses:
         balance_weight: Weight of the term.
         z_weight: Weight of the z-loss; 0 leaves it out.
         bias: Moves biases after the step, or None.
+
+    Examples:
+        >>> from samestep import CausalLMLoss, TwoPass
+        >>> losses = RouterLosses(CausalLMLoss(), "window", balance_weight=0.01, z_weight=0.001)
+        >>> loss, counters = TwoPass(losses), losses.counters
+        >>> list(counters)
+        ['routed token']
     """
 
     loss_fn: LossFn
     balance: Literal["window", "sequence"] | None = None
+    _: KW_ONLY
     balance_weight: float = 0.001
     z_weight: float = 0.0
     bias: RouterBias | None = None
 
-    def __call__(self, model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term | Coupled]:
+    @property
+    def counters(self) -> Mapping[str, Counter]:
+        """Those of ``loss_fn``, and "routed token" for the z-loss."""
+        counters: Mapping[str, Counter] = getattr(self.loss_fn, "counters", {})
+        return {**counters, **ROUTER_COUNTERS} if self.z_weight else counters
+
+    def __call__(
+        self, model: nn.Module, micro_batch: Mapping[str, Any]
+    ) -> dict[str, Term | Coupled]:
         """The loss's terms and those of the routers.
 
         Raises:
             ConfigError: A router does not see every token of the micro-batch once.
         """
-        with overheard(model) as routings:
-            terms = dict(named_terms(self.loss_fn(model, micro)))
-        _check(routings, micro["input_ids"].numel())
+        with record_routing(model) as routings:
+            terms = dict(named_terms(self.loss_fn(model, micro_batch)))
+        _check_every_token_routed(routings, tokens=micro_batch["input_ids"].numel())
         if self.bias is not None and torch.is_grad_enabled():
-            self.bias.observe(micro, routings)
-        tokens, number = Tokens.of(micro), len(routings)
+            self.bias.observe(micro_batch, routings)
+        tokens = _RoutedTokens.of(micro_batch)
         if self.balance is not None:
             terms["router_balance"] = self._balance(list(routings.values()), tokens)
         if self.z_weight:
-            totals = [z_loss_sum(one.logits[tokens.at], tokens.weight) for one in routings.values()]
-            total = torch.stack(totals).sum() / number
+            totals = [
+                z_loss_sum(routing.logits[tokens.positions], tokens.weight)
+                for routing in routings.values()
+            ]
+            total = torch.stack(totals).sum() / len(routings)
             terms["router_z"] = Term(total, "routed token", self.z_weight)
         return terms
 
-    def _balance(self, routings: list[Routing], tokens: Tokens) -> Term | Coupled:
-        shares = [_shares(one)[tokens.at] for one in routings]
-        choices = [one.choices[tokens.at] for one in routings]
-        top_k = choices[0].shape[1]
-        both = list(zip(shares, choices, strict=True))
+    def _balance(self, routings: list[Routing], tokens: _RoutedTokens) -> Term | Coupled:
+        by_router = [
+            (_expert_probabilities(routing)[tokens.positions], routing.choices[tokens.positions])
+            for routing in routings
+        ]
         if self.balance == "window":
-            part = torch.stack([load_statistic(s, c, weights=tokens.weight) for s, c in both])
+            top_k = routings[0].choices.shape[1]
+            part = torch.stack([load_statistic(p, c, weights=tokens.weight) for p, c in by_router])
             return Coupled(part, lambda s: batch_balance(s, top_k), weight=self.balance_weight)
-        number = len(tokens.by_sequence)
+        sequences = len(tokens.sequence_weights)
         values = torch.stack(
             [
-                sequence_balance(s, c, sequence_ids=tokens.sequence, num_sequences=number)
-                for s, c in both
+                sequence_balance(p, c, sequence_ids=tokens.sequence, num_sequences=sequences)
+                for p, c in by_router
             ]
         )
-        total = (values.mean(0) * tokens.by_sequence.to(values)).sum()
+        total = (values.mean(0) * tokens.sequence_weights.to(values)).sum()
         return Term(total, "sequence", self.balance_weight)
 
 
-def _shares(routing: Routing) -> Tensor:
+def _expert_probabilities(routing: Routing) -> Tensor:
+    """Each token's probability of each expert [tokens, experts], with a graph."""
     shares = routing_probabilities(routing.logits, routing.scores, routing.choices)
     if shares is None:
         raise ConfigError(
@@ -170,12 +206,13 @@ def _shares(routing: Routing) -> Tensor:
     return shares
 
 
-def _check(routings: Mapping[str, Routing], tokens: int) -> None:
+def _check_every_token_routed(routings: Mapping[str, Routing], *, tokens: int) -> None:
     """Every router must have seen the micro-batch's tokens, all of them, in order."""
-    wrong = {n: len(one.logits) for n, one in routings.items() if len(one.logits) != tokens}
+    seen = {name: len(routing.logits) for name, routing in routings.items()}
+    wrong = {name: number for name, number in seen.items() if number != tokens}
     if not routings or wrong:
-        name, seen = next(iter(wrong.items()), ("of a model without routers", 0))
+        name, number = next(iter(wrong.items()), ("of a model without routers", 0))
         raise ConfigError(
-            f"router losses: the router {name} saw {seen} tokens of a micro-batch of {tokens}: "
+            f"router losses: the router {name} saw {number} tokens of a micro-batch of {tokens}: "
             "they serve models whose routers all see every token"
         )

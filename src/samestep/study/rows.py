@@ -11,7 +11,7 @@ from samestep.data.examples import Example, Examples
 from samestep.data.load import load_rows
 from samestep.data.tokenize import tokenize_rows
 from samestep.engine.targets import IGNORE
-from samestep.models.load import load_tokenizer, resolve
+from samestep.models.load import load_tokenizer, resolve_source
 from samestep.study.arms import expand_grid
 from samestep.study.results import Lengths
 from samestep.study.spec import StudySpec
@@ -25,7 +25,7 @@ def prepare_rows(spec: StudySpec, model: str, *, folder: Path) -> list[Lengths]:
 
     Args:
         spec: The study.
-        model: What `samestep.models.load.resolve` made of the spec's model.
+        model: What `samestep.models.load.resolve_source` made of the spec's model.
         folder: Where the files go; see `rows_file`.
 
     Returns:
@@ -35,7 +35,7 @@ def prepare_rows(spec: StudySpec, model: str, *, folder: Path) -> list[Lengths]:
         ConfigError: There is no tokenizer.
         DataError: The rows cannot be used.
     """
-    tokenizer = load_tokenizer(resolve(spec.tokenizer or model))
+    tokenizer = load_tokenizer(resolve_source(spec.tokenizer or model))
     sources: dict[RowSet, tuple[str, int | None]] = {
         "train": (spec.data, spec.rows),
         "eval": (spec.eval_data, spec.eval_rows),

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from samestep.models.load import resolve
+from samestep.models.load import resolve_source
 from samestep.study.arms import Arm, arm_label, expand_grid, group_title, reference_arms
 from samestep.study.results import ArmResult, Results, Run, load_run
 from samestep.study.rows import prepare_rows
@@ -39,7 +39,7 @@ def run_study(spec: StudySpec, out: Path, *, jobs: int, on_progress: Progress) -
     """
     (out / "rows").mkdir(parents=True, exist_ok=True)
     (out / "runs").mkdir(exist_ok=True)
-    model = resolve(spec.model)
+    model = resolve_source(spec.model)
     lengths = prepare_rows(spec, model, folder=out / "rows")
     arms = expand_grid(spec)
     tasks = plan_tasks(spec, model, out=out)

@@ -34,7 +34,7 @@ def plan_tasks(spec: StudySpec, model: str, *, out: Path) -> list[Task]:
 
     Args:
         spec: The study.
-        model: What `samestep.models.load.resolve` made of the spec's model.
+        model: What `samestep.models.load.resolve_source` made of the spec's model.
         out: The study's folder, its rows prepared.
 
     Returns:

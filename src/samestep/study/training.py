@@ -92,7 +92,7 @@ def train_settings(
         spec: The study.
         arm: The arm.
         seed: The seed.
-        model: What `samestep.models.load.resolve` made of the spec's model.
+        model: What `samestep.models.load.resolve_source` made of the spec's model.
         rows: The prepared training rows and evaluation rows.
         out: The study's folder.
 

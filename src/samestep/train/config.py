@@ -153,7 +153,7 @@ class TrainConfig(BaseModel):
         """What reads the rows and is saved beside the model: a tokenizer.
 
         Args:
-            source: What `samestep.models.load.resolve` gave.
+            source: What `samestep.models.load.resolve_source` gave.
 
         Raises:
             ConfigError: There is none, or it cannot be read.
@@ -186,7 +186,7 @@ class TrainConfig(BaseModel):
         """The model to train, on the CPU, in train mode.
 
         Args:
-            source: What `samestep.models.load.resolve` gave.
+            source: What `samestep.models.load.resolve_source` gave.
             data: The training records, then those to evaluate on if there are any.
 
         Returns:
@@ -245,9 +245,9 @@ class TrainConfig(BaseModel):
         Raises:
             ConfigError: A token or a position has no embedding.
         """
-        from samestep.models.load import check_tokens
+        from samestep.models.load import check_token_range
 
-        check_tokens(model, dict(zip(("data", "eval_data"), data, strict=False)))
+        check_token_range(model, dict(zip(("data", "eval_data"), data, strict=False)))
 
     def layout(self, model: Any) -> "Padding":
         """The layout of micro-batches; the model's attention is set to serve it.
@@ -264,7 +264,7 @@ class TrainConfig(BaseModel):
 
     def checkpoint_activations(self, model: Any) -> None:
         """Choose what the model keeps for its backward; under auto everything, to begin with."""
-        from samestep.models.checkpointing import checkpoint_activations
+        from samestep.models.activations import checkpoint_activations
 
         mode = self.gradient_checkpointing
         checkpoint_activations(model, "none" if mode == "auto" else mode)
@@ -278,7 +278,7 @@ class TrainConfig(BaseModel):
         Returns:
             Whether it was changed.
         """
-        from samestep.models.checkpointing import checkpoint_activations
+        from samestep.models.activations import checkpoint_activations
 
         # What is offloaded cannot be computed again, too: see `samestep.train.checked`.
         fixed = self.gradient_checkpointing != "auto" or self.activation_offload

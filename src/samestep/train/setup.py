@@ -17,7 +17,7 @@ from samestep.engine.two_pass import TwoPass
 from samestep.errors import ConfigError
 from samestep.kernels.linear import speed_up_linear
 from samestep.models.dropout import replace_dropout
-from samestep.models.load import resolve
+from samestep.models.load import resolve_source
 from samestep.models.lora import add_lora
 from samestep.models.probes import cut_last_layer
 from samestep.train.annotate import annotated
@@ -148,10 +148,10 @@ def plans_of(records: Records, config: TrainConfig, *, start: int = 0) -> Iterat
 
 def _load_data(config: TrainConfig) -> tuple[Any, list[Records]]:
     """The tokenizer, and the records to train on, then those to evaluate on if there are any."""
-    source = resolve(config.model)
+    source = resolve_source(config.model)
     if config.trust_remote_code:
         log.warning("trust_remote_code: Python code that comes with the model will run")
-    tokenizer = config.load_tokenizer(resolve(config.tokenizer or source))
+    tokenizer = config.load_tokenizer(resolve_source(config.tokenizer or source))
     data = [_read(config.data, tokenizer, config)]
     if config.eval_data:
         data.append(_read(config.eval_data, tokenizer, config, data[0]))
@@ -160,7 +160,7 @@ def _load_data(config: TrainConfig) -> tuple[Any, list[Records]]:
 
 def _load_model(config: TrainConfig, data: list[Records]) -> Any:
     """The model, with adapters if asked for, and its dropout tied to the examples."""
-    model = config.load(resolve(config.model), data)
+    model = config.load(resolve_source(config.model), data)
     config.check_fit(model, data)
     if config.lora_rank is not None:
         assert config.lora_alpha is not None

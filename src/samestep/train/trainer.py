@@ -24,8 +24,8 @@ from samestep.engine.step import StepReport, step
 from samestep.engine.terms import LossFn, LossResult
 from samestep.engine.two_pass import TwoPass
 from samestep.errors import ConfigError, Interrupted, NotFiniteError, StopAskedError
+from samestep.models.activations import ActivationOffload
 from samestep.models.dropout import key_dropout
-from samestep.models.offload import Offload
 from samestep.train import checkpoint
 from samestep.train.batches import MicroBatches
 from samestep.train.checkpoint import Progress
@@ -246,7 +246,11 @@ class Loop:
             self.watch.moves(f"{what}, micro-batch {next(numbers) + 1}")
             if step_number is not None:
                 key_dropout(model, micro, seed=self.config.seed, step=step_number)
-            with Offload(model) if self.config.activation_offload else contextlib.nullcontext():
+            with (
+                ActivationOffload(model)
+                if self.config.activation_offload
+                else contextlib.nullcontext()
+            ):
                 return loss_fn(model, micro)
 
         return TwoPass(looked_after) if isinstance(loss_fn, TwoPass) else looked_after

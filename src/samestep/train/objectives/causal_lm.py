@@ -66,8 +66,7 @@ class CausalLMConfig(TrainConfig):
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """Cross entropy, normalised as asked, and what was asked of the routers."""
         from samestep.engine.terms import Objective, constant
-        from samestep.objectives.causal_lm import CausalLMLoss
-        from samestep.objectives.policy import DFT
+        from samestep.objectives.language import DFT, CausalLMLoss
 
         value = self.normalize
         normalize = constant(value) if isinstance(value, float) else value
@@ -84,7 +83,7 @@ class CausalLMConfig(TrainConfig):
         from samestep.engine.terms import Objective
         from samestep.engine.two_pass import TwoPass
         from samestep.models.routers import router_biases, routers
-        from samestep.objectives.routers import COUNTERS, RouterBias, RouterLosses
+        from samestep.objectives.routers import ROUTER_COUNTERS, RouterBias, RouterLosses
 
         if not routers(model):
             raise ConfigError(f"router settings: {type(model).__name__} has no routers")
@@ -95,11 +94,15 @@ class CausalLMConfig(TrainConfig):
             )
         bias = RouterBias(self.router_bias_rate) if self.router_bias_rate else None
         both = RouterLosses(
-            loss, self.router_loss, self.router_loss_weight, self.router_z_loss, bias
+            loss,
+            self.router_loss,
+            balance_weight=self.router_loss_weight,
+            z_weight=self.router_z_loss,
+            bias=bias,
         )
         return Objective(
             TwoPass(both) if self.router_loss == "window" else both,
-            COUNTERS if self.router_z_loss else {},
+            ROUTER_COUNTERS if self.router_z_loss else {},
             after_step=None if bias is None else bias.after_step,
         )
 

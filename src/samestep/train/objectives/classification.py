@@ -23,7 +23,7 @@ class SequenceConfig(TrainConfig):
 
     def outputs(self, model: Any, micro: dict[str, Any]) -> "Tensor":
         """The scores of each sequence."""
-        from samestep.objectives.classification import sequence_logits
+        from samestep.models.outputs import sequence_logits
 
         return sequence_logits(model, micro)
 
@@ -63,7 +63,8 @@ class ClassificationConfig(SequenceConfig):
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """Cross entropy by example."""
         from samestep.engine.terms import Objective
-        from samestep.objectives.classification import EXAMPLE_COUNTERS, Classification
+        from samestep.objectives.classification import Classification
+        from samestep.objectives.units import EXAMPLE_COUNTERS
 
         return Objective(Classification(self.label_smoothing), EXAMPLE_COUNTERS)
 
@@ -88,7 +89,8 @@ class RegressionConfig(SequenceConfig):
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """Squared error by example."""
         from samestep.engine.terms import Objective
-        from samestep.objectives.classification import EXAMPLE_COUNTERS, Regression
+        from samestep.objectives.classification import Regression
+        from samestep.objectives.units import EXAMPLE_COUNTERS
 
         return Objective(Regression(), EXAMPLE_COUNTERS)
 
@@ -108,8 +110,8 @@ class RewardConfig(SequenceConfig, PairConfig):
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """Bradley-Terry by pair, with the rows' margins if they have them."""
         from samestep.engine.terms import Objective
-        from samestep.objectives.classification import Reward
-        from samestep.objectives.preference import PAIR_COUNTERS
+        from samestep.objectives.preference import Reward
+        from samestep.objectives.units import PAIR_COUNTERS
 
         return Objective(Reward(self.centring), PAIR_COUNTERS)
 
@@ -139,9 +141,10 @@ class TokenClassificationConfig(TrainConfig):
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """Cross entropy by tagged token."""
         from samestep.engine.terms import Objective
-        from samestep.objectives.classification import TOKEN_COUNTERS, TokenClassification
+        from samestep.objectives.classification import TokenClassification
+        from samestep.objectives.units import LABELLED_TOKEN_COUNTERS
 
-        return Objective(TokenClassification(), TOKEN_COUNTERS)
+        return Objective(TokenClassification(), LABELLED_TOKEN_COUNTERS)
 
 
 class QuestionAnsweringConfig(TrainConfig):
@@ -161,13 +164,14 @@ class QuestionAnsweringConfig(TrainConfig):
 
     def outputs(self, model: Any, micro: dict[str, Any]) -> "Tensor":
         """The scores of each token."""
-        from samestep.objectives.classification import end_logits
+        from samestep.models.outputs import span_logits
 
-        return end_logits(model, micro)
+        return span_logits(model, micro)
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """Cross entropy of both ends by example."""
         from samestep.engine.terms import Objective
-        from samestep.objectives.classification import EXAMPLE_COUNTERS, QuestionAnswering
+        from samestep.objectives.classification import QuestionAnswering
+        from samestep.objectives.units import EXAMPLE_COUNTERS
 
         return Objective(QuestionAnswering(), EXAMPLE_COUNTERS)

@@ -32,7 +32,7 @@ class CustomConfig(TrainConfig):
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """What the file defines."""
         from samestep.engine.terms import Objective
-        from samestep.objectives.preference import PAIR_COUNTERS
+        from samestep.objectives.units import PAIR_COUNTERS
 
         found = load_from_file(self.objective)
         if isinstance(found, Objective):

@@ -65,12 +65,14 @@ class DistillationConfig(TrainConfig):
 
     def _from_teacher(self, model: Any) -> "Objective":
         from samestep.engine.terms import Objective
-        from samestep.models.load import load_model, resolve
+        from samestep.models.load import load_model, resolve_source
         from samestep.objectives.distillation import Distillation
 
         assert self.teacher is not None
         trust = self.trust_remote_code
-        teacher = load_model(resolve(self.teacher), dtype=model.dtype, trust_remote_code=trust)
+        teacher = load_model(
+            resolve_source(self.teacher), dtype=model.dtype, trust_remote_code=trust
+        )
         own, found = (m.get_input_embeddings().num_embeddings for m in (model, teacher))
         if own != found:
             raise ConfigError(

@@ -48,7 +48,7 @@ class FlowMatchingConfig(TrainConfig):
         """A model of diffusers."""
         import torch
 
-        from samestep.models.diffusion import load_diffusion
+        from samestep.models.load import load_diffusion
 
         return load_diffusion(
             source, init=self.init, dtype=getattr(torch, self.dtype), seed=self.seed
@@ -95,18 +95,18 @@ class FlowMatchingConfig(TrainConfig):
     ) -> dict[str, Any]:
         """Latents by shape, with noise and times that belong to (seed, step, example)."""
         from samestep.data.readers.latents import LatentRecords, collate_latents
-        from samestep.objectives.flow_matching import Times
+        from samestep.objectives.flow_matching import TimestepSampler
 
         assert isinstance(data, LatentRecords)
-        times = Times(self.time_policy, self.time_shift)
+        times = TimestepSampler(self.time_policy, self.time_shift)
         return collate_latents(data, indices, key=key, time=times)
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """The error of the velocity."""
         from samestep.engine.terms import Objective
-        from samestep.objectives.flow_matching import COUNTERS, FlowMatching
+        from samestep.objectives.flow_matching import FLOW_MATCHING_COUNTERS, FlowMatching
 
-        return Objective(FlowMatching(self.normalize), COUNTERS)
+        return Objective(FlowMatching(self.normalize), FLOW_MATCHING_COUNTERS)
 
     def problems(self) -> list[str]:
         """What does not apply to latents."""

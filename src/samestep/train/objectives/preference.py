@@ -11,7 +11,7 @@ from samestep.train.config import TrainConfig
 if TYPE_CHECKING:
     from samestep.data.records import Records
     from samestep.engine.terms import Objective
-    from samestep.objectives.completions import Reference
+    from samestep.objectives.log_probs import Reference
 
 DPOLoss = Literal[
     "sigmoid",
@@ -71,12 +71,12 @@ class ReferenceConfig(TrainConfig):
         import copy
 
         from samestep.engine.parallel import is_sharded
-        from samestep.models.load import load_model, resolve
-        from samestep.objectives.completions import Reference
+        from samestep.models.load import load_model, resolve_source
+        from samestep.objectives.log_probs import Reference
 
         if self.reference_model is not None:
             trust = self.trust_remote_code
-            source = resolve(self.reference_model)
+            source = resolve_source(self.reference_model)
             other = load_model(source, dtype=model.dtype, trust_remote_code=trust)
             own, found = (m.get_input_embeddings().num_embeddings for m in (model, other))
             if own != found:
@@ -123,7 +123,8 @@ class DPOConfig(ReferenceConfig, PairConfig):
 
         from samestep.engine.terms import Objective
         from samestep.engine.two_pass import TwoPass
-        from samestep.objectives.preference import DPO, PAIR_COUNTERS
+        from samestep.objectives.preference import DPO
+        from samestep.objectives.units import PAIR_COUNTERS
 
         given = ["ref_chosen_logps" in records.fields for records in data]
         if any(given) and not all(given):
@@ -178,7 +179,8 @@ class SimPOConfig(PairConfig):
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """The loss, without a reference."""
         from samestep.engine.terms import Objective
-        from samestep.objectives.preference import PAIR_COUNTERS, ReferenceFree
+        from samestep.objectives.preference import ReferenceFree
+        from samestep.objectives.units import PAIR_COUNTERS
 
         loss = ReferenceFree("simpo", beta=self.beta, gamma=self.gamma, nll_weight=self.nll_weight)
         return Objective(loss, PAIR_COUNTERS)
@@ -201,7 +203,8 @@ class CPOConfig(PairConfig):
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """The loss, without a reference."""
         from samestep.engine.terms import Objective
-        from samestep.objectives.preference import PAIR_COUNTERS, ReferenceFree
+        from samestep.objectives.preference import ReferenceFree
+        from samestep.objectives.units import PAIR_COUNTERS
 
         loss = ReferenceFree(
             "cpo",
@@ -224,6 +227,7 @@ class ORPOConfig(PairConfig):
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """The loss, without a reference."""
         from samestep.engine.terms import Objective
-        from samestep.objectives.preference import PAIR_COUNTERS, ReferenceFree
+        from samestep.objectives.preference import ReferenceFree
+        from samestep.objectives.units import PAIR_COUNTERS
 
         return Objective(ReferenceFree("orpo", beta=self.beta, nll_weight=1.0), PAIR_COUNTERS)

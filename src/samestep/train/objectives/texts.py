@@ -42,16 +42,16 @@ class EmbeddingConfig(TrainConfig):
 
     def outputs(self, model: Any, micro: dict[str, Any]) -> "Tensor":
         """The vector of each sequence."""
-        from samestep.objectives.embedding import embeddings
+        from samestep.models.outputs import sequence_embeddings
 
-        return embeddings(model, micro, self.pooling)
+        return sequence_embeddings(model, micro, pooling=self.pooling)
 
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """The coupled loss."""
         from samestep.engine.terms import Objective
         from samestep.engine.two_pass import TwoPass
-        from samestep.objectives.classification import EXAMPLE_COUNTERS
         from samestep.objectives.embedding import Embedding
+        from samestep.objectives.units import EXAMPLE_COUNTERS
 
         loss = Embedding(
             width=data[0].width,
@@ -103,10 +103,10 @@ class MaskedLMConfig(TrainConfig):
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """Cross entropy by masked token."""
         from samestep.engine.terms import Objective
-        from samestep.objectives.classification import TOKEN_COUNTERS
-        from samestep.objectives.masked_lm import MaskedLM
+        from samestep.objectives.language import MaskedLM
+        from samestep.objectives.units import LABELLED_TOKEN_COUNTERS
 
-        return Objective(MaskedLM(), TOKEN_COUNTERS)
+        return Objective(MaskedLM(), LABELLED_TOKEN_COUNTERS)
 
 
 class Seq2SeqConfig(TrainConfig):
@@ -166,6 +166,6 @@ class Seq2SeqConfig(TrainConfig):
     def build(self, model: Any, data: Sequence["Records"]) -> "Objective":
         """Cross entropy by token of the decoder."""
         from samestep.engine.terms import Objective
-        from samestep.objectives.masked_lm import DECODER_COUNTERS, Seq2Seq
+        from samestep.objectives.language import SEQ2SEQ_COUNTERS, Seq2Seq
 
-        return Objective(Seq2Seq(self.label_smoothing), DECODER_COUNTERS)
+        return Objective(Seq2Seq(self.label_smoothing), SEQ2SEQ_COUNTERS)

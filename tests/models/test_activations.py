@@ -1,4 +1,4 @@
-"""What is kept for the backward changes memory, never a gradient."""
+"""What is kept, recomputed or offloaded for the backward changes memory, never a gradient."""
 
 from typing import Any
 
@@ -6,15 +6,15 @@ import pytest
 import torch
 from alive import Made
 from cases import build, cut, gradients, plain_objective, ragged, worst
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import samestep
 from samestep.errors import ConfigError
 from samestep.kernels import gemm
 from samestep.kernels.linear import speed_up_linear
-from samestep.models import checkpointing
-from samestep.models.checkpointing import checkpoint_activations
+from samestep.models import activations
+from samestep.models.activations import ActivationOffload, checkpoint_activations
 from samestep.models.lora import add_lora
 
 MODES: Any = ["none", "selective", "full"]
@@ -49,8 +49,8 @@ def held(mode: Any) -> tuple[int, dict[str, Tensor]]:
 def test_each_mode_keeps_less_than_the_one_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gemm, "MIN_MULTIPLICATIONS", 1)
-    monkeypatch.setattr(checkpointing, "NARROW", 16)  # the model is that small
+    monkeypatch.setattr(gemm, "SMALLEST", 1)
+    monkeypatch.setattr(activations, "_MIN_SAVED_INNER_SIZE", 16)  # the model is that small
     (everything, wanted), (selective, one), (full, other) = (held(mode) for mode in MODES)
     assert full < 0.6 * selective < 0.6 * 0.7 * everything
     assert worst(one, wanted) < 1e-6
@@ -59,7 +59,7 @@ def test_each_mode_keeps_less_than_the_one_before(
 
 def test_an_adapters_results_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def held_with_adapters(narrow: int) -> int:
-        monkeypatch.setattr(checkpointing, "NARROW", narrow)
+        monkeypatch.setattr(activations, "_MIN_SAVED_INNER_SIZE", narrow)
         model = add_lora(
             build("llama", torch.float32),
             4,
@@ -81,7 +81,7 @@ def test_an_adapters_results_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_differs_the_second_time_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were results kept that the backward cannot use, gradients would show it."""
-    monkeypatch.setattr(checkpointing, "ATTENTION", frozenset({torch.ops.aten.mul.Tensor}))
+    monkeypatch.setattr(activations, "_ATTENTION_KERNELS", frozenset({torch.ops.aten.mul.Tensor}))
     monkeypatch.setattr(
         torch.utils.checkpoint, "_detach_helper", lambda kept: kept.detach() * 1.001
     )
@@ -99,3 +99,30 @@ def test_a_model_that_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     checkpoint_activations(build("llama"), "none")
     with pytest.raises(ConfigError, match="does not support it: use none"):
         checkpoint_activations(build("llama"), "full")
+
+
+def test_offloading_keeps_the_gradient(monkeypatch: Any) -> None:
+    monkeypatch.setattr(activations, "_MIN_OFFLOAD_BYTES", 0)
+    model, loss = build("llama"), samestep.CausalLMLoss()
+    micros = cut(model, ragged(12), [5], "none")
+    samestep.backward(model, micros, loss)
+    wanted = gradients(model)
+
+    def offloaded(model: Any, micro: Any) -> Any:
+        with ActivationOffload(model):
+            return loss(model, micro)
+
+    samestep.backward(model, micros, offloaded)
+    assert all(torch.equal(found, wanted[name]) for name, found in gradients(model).items())
+
+
+def test_large_activations_move_and_weights_do_not() -> None:
+    model = nn.Linear(300, 300)
+    pack, unpack = ActivationOffload(model).pack_hook, ActivationOffload(model).unpack_hook
+    states, few = torch.ones(300, 300), torch.ones(3)
+    for kept in (model.weight, model.weight.t(), few):
+        assert pack(kept)[0] is kept
+    copy, moved = pack(states)
+    assert moved
+    assert copy.data_ptr() != states.data_ptr()
+    assert torch.equal(unpack((copy, moved)), states)

@@ -1,0 +1,120 @@
+"""Log-probabilities of whole sequences, under a policy and under its frozen reference."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samestep.engine.counts import targets_per_sequence
+from samestep.engine.targets import sequence_ids, target_positions
+from samestep.models.lm_head import UpToHead
+from samestep.utils.modules import eval_mode
+
+
+@dataclass(frozen=True)
+class SequenceLogProbs:
+    """Sums over the targets of each sequence [sequences].
+
+    Attributes:
+        log_p: Log-probability, with a graph.
+        correct: Targets that are the most likely token.
+        targets: How many there are; float64.
+    """
+
+    log_p: Tensor
+    correct: Tensor
+    targets: Tensor
+
+
+def sequence_log_probs(
+    model: nn.Module, micro_batch: Mapping[str, Any], *, up_to_head: UpToHead
+) -> SequenceLogProbs:
+    """Run a model and add up the log-probabilities of each sequence's targets.
+
+    Args:
+        model: A causal language model of transformers, plain or wrapped by PEFT.
+        micro_batch: A micro-batch of `samestep.data.collate.collate_examples`.
+        up_to_head: Runs it.
+
+    Returns:
+        The sums.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1))
+        >>> ids = torch.tensor([[1, 2, 3], [1, 4, 5]])
+        >>> labels = torch.tensor([[-100, 2, 3], [-100, -100, 5]])
+        >>> micro_batch = {"input_ids": ids, "labels": labels}
+        >>> log_probs = sequence_log_probs(model, micro_batch, up_to_head=UpToHead())
+        >>> log_probs.log_p.shape, log_probs.targets.tolist()
+        (torch.Size([2]), [2.0, 1.0])
+    """
+    likelihoods = up_to_head.target_likelihoods(model, micro_batch)
+    targets, _ = targets_per_sequence(micro_batch)
+    ids = sequence_ids(micro_batch).flatten()[target_positions(micro_batch)]
+    zeros = likelihoods.nll.new_zeros(len(targets))
+    return SequenceLogProbs(
+        log_p=zeros.index_add(0, ids, -likelihoods.nll),
+        correct=zeros.index_add(0, ids, likelihoods.correct),
+        targets=targets,
+    )
+
+
+class Reference:
+    """The frozen model that log ratios are taken to, and a policy is held near to.
+
+    Args:
+        model: A frozen model of its own; None: the trained model with its adapters off.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._model = model
+        if model is not None:
+            model.eval().requires_grad_(False)
+
+    def log_p(
+        self, policy: nn.Module, micro_batch: Mapping[str, Any], *, up_to_head: UpToHead
+    ) -> Tensor:
+        """The log-probability of each sequence's targets under the reference.
+
+        Args:
+            policy: The model that trains.
+            micro_batch: As for `sequence_log_probs`.
+            up_to_head: Runs either.
+
+        Returns:
+            [sequences], without a graph.
+        """
+        with self._in_place_of(policy) as model:
+            return sequence_log_probs(model, micro_batch, up_to_head=up_to_head).log_p
+
+    def targets_log_p(
+        self, policy: nn.Module, micro_batch: Mapping[str, Any], *, up_to_head: UpToHead
+    ) -> Tensor:
+        """The log-probability of each target under the reference.
+
+        Args:
+            policy: The model that trains.
+            micro_batch: As for `sequence_log_probs`.
+            up_to_head: Runs either.
+
+        Returns:
+            [targets], without a graph, in reading order.
+        """
+        with self._in_place_of(policy) as model:
+            return -up_to_head.target_likelihoods(model, micro_batch).nll
+
+    @contextmanager
+    def _in_place_of(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The model that is the reference, without gradients and dropout."""
+        with torch.no_grad():
+            if self._model is not None:
+                yield self._model
+            else:
+                adapters: Any = policy
+                with eval_mode(policy), adapters.disable_adapter():
+                    yield policy
