@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test lint unit slow demo bench profile corpus audit study studies study-smollm2 format clean models chaos
+.PHONY: help setup test lint unit slow demo bench profile corpus audit study studies study-smollm2 format clean models chaos docs dist
 
 help:
 	@echo "make demo    fine-tune a real 135 M-parameter model and prove the step (5 minutes)"
@@ -21,6 +21,8 @@ help:
 	@echo "make corpus  audit the corpus of seeded bugs and sound loops (2 minutes)"
 	@echo "make audit   audit the trainers of transformers and TRL (half an hour; it resumes)"
 	@echo "make chaos   break runs on purpose and count what is lost (3 minutes)"
+	@echo "make docs    bring the generated parts of the docs up to date, build the site (a minute)"
+	@echo "make dist    build wheel and sdist, and try the wheel in an empty environment"
 	@echo "make format  put the code in its standard form"
 
 setup: $(READY)
@@ -79,6 +81,13 @@ chaos: $(READY)
 
 models: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/named/named_run.py
+
+docs: $(READY)
+	$(BIN)/python tools/source_stats.py --write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+dist: $(READY)
+	$(BIN)/python tools/release.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix

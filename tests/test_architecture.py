@@ -1,10 +1,11 @@
-"""Which module may import which, read from the source."""
+"""Which module may import which, and how long a file may be, read from the source."""
 
-import ast
-from graphlib import CycleError, TopologicalSorter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+
+from source_graph import circles, import_graph, imports, modules
 
 SOURCE = Path(__file__).parent.parent / "src"
 PACKAGES: dict[str, set[str]] = {
@@ -24,38 +25,17 @@ PACKAGES: dict[str, set[str]] = {
     "cli": {"audit", "errors", "study", "train", "utils"},
     "__main__": {"cli"},
 }
-"""What each package, or module at the root, may import of samestep beside itself."""
+"""What each package, or module at the root, may import of samestep beside itself, lowest first."""
 
+SETTINGS = "samestep.train.settings"
+"""The settings of a run: a module, or a package, or several modules of that beginning."""
 
-def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name."""
-    found = {}
-    for path in SOURCE.rglob("*.py"):
-        parts = path.relative_to(SOURCE).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+HEAVY = frozenset(
+    {"accelerate", "datasets", "diffusers", "peft", "safetensors", "torch", "transformers"}
+)
+"""Packages that are or that load PyTorch: `--help` and a wrong flag must not wait for them."""
 
-
-def imports(path: Path, known: set[str], *, everywhere: bool = True) -> set[str]:
-    """The modules of samestep that a file imports; those at its top alone, if so asked."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = ast.walk(tree) if everywhere else iter(tree.body)
-    found: set[str] = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            whole = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in known else node.module for name in whole}
-    return found & known
-
-
-def graph(*, everywhere: bool = True) -> dict[str, set[str]]:
-    known = modules()
-    return {
-        name: imports(path, set(known), everywhere=everywhere) - {name}
-        for name, path in known.items()
-    }
+LONGEST_FILE = 400
 
 
 def part(module: str) -> str:
@@ -63,32 +43,150 @@ def part(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
-def test_there_are_no_cycles() -> None:
-    try:
-        tuple(TopologicalSorter(graph(everywhere=False)).static_order())
-    except CycleError as error:
-        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+def forbidden(name: str, source: Path) -> list[str]:
+    """The imports of a package, or a module at the root, that `PACKAGES` does not allow."""
+    return [
+        f"{module} imports {target}"
+        for module, imported in import_graph(source).items()
+        for target in sorted(imported)
+        if part(module) == name and part(target) not in {*PACKAGES[name], name, "samestep"}
+    ]
 
 
-@pytest.mark.parametrize(("name", "allowed"), sorted(PACKAGES.items()))
-def test_layers(name: str, allowed: set[str]) -> None:
-    for module, imported in graph().items():
-        if part(module) == name:
-            parts = {part(other) for other in imported} - {name, "samestep"}
-            assert parts <= allowed, f"{module} imports {sorted(parts - allowed)}"
+def way_to_heavy(module: str, source: Path) -> list[str]:
+    """A chain of imports from a module to a heavy package; empty if there is none.
+
+    Of the module itself imports inside functions count too; of what it imports only those that run
+    when it is imported. The packages that a module lies in are imported with it.
+    """
+    known = modules(source)
+    ways: dict[str, list[str]] = {module: [module]}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop(0)
+        if name.partition(".")[0] in HEAVY:
+            return ways[name]
+        if name not in known:
+            continue
+        found = imports(known[name], known)
+        reached = {
+            each.module
+            for each in found
+            if not each.for_types and (name == module or not each.in_function)
+        }
+        for target in sorted(reached | _with_parents(reached | {name}) & known.keys()):
+            if target not in ways:
+                ways[target] = [*ways[name], target]
+                waiting.append(target)
+    return []
+
+
+def _with_parents(names: Iterable[str]) -> set[str]:
+    parts = [name.split(".") for name in names]
+    return {".".join(each[:length]) for each in parts for length in range(1, len(each) + 1)}
+
+
+def too_long(source: Path) -> list[str]:
+    lines = {path: len(path.read_text("utf-8").splitlines()) for path in modules(source).values()}
+    return [f"{path}: {number}" for path, number in lines.items() if number > LONGEST_FILE]
+
+
+def test_there_are_no_circles() -> None:
+    assert circles(import_graph(SOURCE)) == []
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_layers(name: str) -> None:
+    assert forbidden(name, SOURCE) == []
+
+
+def test_nothing_imports_upward() -> None:
+    below: set[str] = set()
+    for name, allowed in PACKAGES.items():
+        assert allowed <= below, f"{name} stands below {sorted(allowed - below)}"
+        below.add(name)
 
 
 def test_every_package_has_its_place() -> None:
-    assert {part(module) for module in modules()} - {"samestep"} == set(PACKAGES)
+    assert {part(module) for module in modules(SOURCE)} - {"samestep"} == set(PACKAGES)
+
+
+def test_the_audit_knows_nothing_of_the_trainer() -> None:
+    assert not PACKAGES["audit"] & {"train", "study", "objectives", "losses", "data", "models"}
 
 
 def test_nothing_imports_the_command_line() -> None:
-    users = [name for name, imported in graph().items() if "samestep.cli" in imported]
+    users = [name for name, found in import_graph(SOURCE).items() if "samestep.cli" in found]
     assert users == ["samestep.__main__"]
 
 
+def test_settings_do_not_reach_pytorch() -> None:
+    settings = [name for name in modules(SOURCE) if name.startswith(SETTINGS)]
+    if not settings:
+        pytest.xfail("settings do not have modules of their own yet")
+    ways = {name: way_to_heavy(name, SOURCE) for name in settings}
+    assert not any(ways.values()), "\n".join(" -> ".join(way) for way in ways.values() if way)
+
+
+def test_no_file_is_too_long() -> None:
+    assert too_long(SOURCE) == []
+
+
+def package(folder: Path, files: dict[str, str]) -> Path:
+    """A package samestep of these files in a folder."""
+    for name, text in files.items():
+        path = folder / "samestep" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "__init__.py").touch()
+        path.write_text(text, encoding="utf-8")
+    (folder / "samestep" / "__init__.py").touch()
+    return folder
+
+
+def test_the_test_sees_a_late_import(tmp_path: Path) -> None:
+    late = "def late():\n    from samestep.b import b\n"
+    source = package(tmp_path, {"a.py": late, "b.py": "import samestep.a\n"})
+    assert import_graph(source)["samestep.a"] == {"samestep.b"}
+    assert import_graph(source, at_import_only=True)["samestep.a"] == set()
+    assert circles(import_graph(source)) == [["samestep.a", "samestep.b"]]
+
+
 def test_the_test_sees_a_forbidden_import(tmp_path: Path) -> None:
-    bad = tmp_path / "bad.py"
-    bad.write_text("def late():\n    from samestep.train import trainer\n", encoding="utf-8")
-    assert imports(bad, set(modules())) == {"samestep.train.trainer"}
-    assert imports(bad, set(modules()), everywhere=False) == set()
+    late = "def late():\n    from samestep.train import trainer\n"
+    source = package(tmp_path, {"audit/axes/ranks.py": late, "train/trainer.py": ""})
+    assert forbidden("audit", source) == [
+        "samestep.audit.axes.ranks imports samestep.train.trainer"
+    ]
+    assert forbidden("train", source) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "way"),
+    [
+        ("import torch\n", ["torch"]),
+        ("def late():\n    from torch import nn\n", ["torch"]),
+        ("from samestep import model\n", ["samestep.model", "samestep.deep", "torch.nn"]),
+        ("from samestep.kit.light import f\n", ["samestep.kit", "samestep.deep", "torch.nn"]),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n", None),
+        ("import samestep.careful\n", None),
+    ],
+)
+def test_the_test_sees_settings_that_load_pytorch(
+    tmp_path: Path, settings: str, way: list[str] | None
+) -> None:
+    files = {
+        "train/settings/base.py": settings,
+        "model.py": "from samestep.deep import layer\n",
+        "deep.py": "try:\n    from torch.nn import Linear\nexcept ImportError:\n    pass\n",
+        "careful.py": "def late():\n    import torch\n",
+        "kit/light.py": "",
+    }
+    source = package(tmp_path, files)
+    (source / "samestep/kit/__init__.py").write_text("import samestep.deep\n", encoding="utf-8")
+    name = f"{SETTINGS}.base"
+    assert way_to_heavy(name, source) == ([] if way is None else [name, *way])
+
+
+def test_the_test_sees_a_file_that_is_too_long(tmp_path: Path) -> None:
+    source = package(tmp_path, {"a.py": "\n" * LONGEST_FILE, "b.py": "\n" * (LONGEST_FILE + 1)})
+    assert too_long(source) == [f"{source / 'samestep/b.py'}: 401"]

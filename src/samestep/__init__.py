@@ -1,5 +1,7 @@
 """samestep: the optimizer step is a function of the effective batch alone.
 
+What this module exports is public: documented, with an example each, and kept stable. All other
+modules are internal, except for what the pages "Adding a ..." of the documentation name.
 Importing this package is cheap: PyTorch is loaded when the first name that needs it is used.
 """
 
@@ -11,6 +13,8 @@ from samestep.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    NotFiniteError,
+    OutOfMemoryError,
     SamestepError,
     StepError,
 )
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
     from samestep.models.outputs import model_inputs as model_inputs
     from samestep.objectives.language import CausalLMLoss as CausalLMLoss
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Axis": "samestep.audit.axes.axis",
@@ -80,7 +84,9 @@ __all__ = [
     "EvalReport",
     "Idle",
     "Measurement",
+    "NotFiniteError",
     "Objective",
+    "OutOfMemoryError",
     "SamestepError",
     "StepError",
     "StepReport",

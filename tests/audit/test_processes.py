@@ -9,7 +9,7 @@ import torch
 from torch import distributed
 
 from samestep.audit.adapters.processes import run_on_ranks, single_process_group
-from samestep.errors import CheckError, HungError
+from samestep.errors import CheckError, DeadlockError
 
 
 def gone(pid: int) -> bool:
@@ -41,7 +41,7 @@ def test_a_hang_is_ended(tmp_path: Path) -> None:
             distributed.all_reduce(torch.zeros(()))
         time.sleep(60)
 
-    with pytest.raises(HungError, match="2 ranks did not finish within 2 s"):
+    with pytest.raises(DeadlockError, match="2 ranks did not finish within 2 s"):
         run_on_ranks(work, 2, seconds=2)
     assert all(gone(pid) for pid in pids(tmp_path))
 

@@ -173,7 +173,7 @@ class Subject(Protocol):
             What each rank saw.
 
         Raises:
-            HungError: The ranks wait for each other for ever.
+            DeadlockError: The ranks wait for each other for ever.
             CheckError: A rank failed; shows its error.
         """
 

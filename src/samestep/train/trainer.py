@@ -23,7 +23,7 @@ from samestep.engine.parallel import is_sharded
 from samestep.engine.step import StepReport, step
 from samestep.engine.terms import LossFn, LossResult
 from samestep.engine.two_pass import TwoPass
-from samestep.errors import ConfigError, Interrupted, NotFiniteError, StopAskedError
+from samestep.errors import ConfigError, Interrupted, NotFiniteError, StopRequestedError
 from samestep.models.activations import ActivationOffload
 from samestep.models.dropout import key_dropout
 from samestep.train import checkpoint
@@ -141,8 +141,8 @@ class Loop:
                 if last or _due(self.config.save_every, self.progress.step):
                     self._save()
                 if not last and any(all_gather_object(self.stop_asked())):
-                    raise StopAskedError
-        except StopAskedError:
+                    raise StopRequestedError
+        except StopRequestedError:
             number = max(all_gather_object(self.stop_asked()))
             self._save()
             raise Interrupted(number) from None
@@ -242,7 +242,7 @@ class Loop:
 
         def looked_after(model: Any, micro: Any) -> LossResult:
             if may_stop and self.stop_asked():
-                raise StopAskedError("asked to stop")
+                raise StopRequestedError("asked to stop")
             self.watch.moves(f"{what}, micro-batch {next(numbers) + 1}")
             if step_number is not None:
                 key_dropout(model, micro, seed=self.config.seed, step=step_number)

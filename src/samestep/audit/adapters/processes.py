@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 from torch.distributed import FileStore, HashStore  # type: ignore[attr-defined]
 
-from samestep.errors import CheckError, HungError
+from samestep.errors import CheckError, DeadlockError
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ def run_on_ranks(work: Callable[[int], T], world: int, *, seconds: float) -> lis
         The results by rank.
 
     Raises:
-        HungError: They did not finish in time.
+        DeadlockError: They did not finish in time.
         CheckError: One failed or died (shows its error), or this platform cannot fork.
     """
     if "fork" not in multiprocessing.get_all_start_methods():
@@ -93,7 +93,7 @@ def _wait(children: Sequence[Any], folder: Path, *, seconds: float) -> None:
         if not wait(
             [child.sentinel for child in running], timeout=max(0.0, end - time.monotonic())
         ):
-            raise HungError(f"{len(children)} ranks did not finish within {seconds:.0f} s")
+            raise DeadlockError(f"{len(children)} ranks did not finish within {seconds:.0f} s")
         if any(child.exitcode for child in children):
             for child in children:
                 child.join(timeout=0.5)

@@ -17,7 +17,7 @@ from samestep.audit.gradients import (
     scale,
 )
 from samestep.audit.subject import Gradient, Observation, Split
-from samestep.errors import HungError
+from samestep.errors import DeadlockError
 
 WORLD = 2
 
@@ -81,7 +81,7 @@ def _measure(
     reason = f"{WORLD} ranks with {sizes} examples against 1 with all: {what}"
     try:
         observations = experiments.run_on_ranks(shares, **masked)
-    except HungError as error:
+    except DeadlockError as error:
         if not masked_examples:
             raise
         hung = Diagnosis("ranks-not-synchronised", 0.0, str(error))
