@@ -27,12 +27,12 @@ RATE = 2e-5
 
 def run_samestep(work: Work, rows: Path, steps: int, setting: str) -> list[float]:
     """`samestep train` with its defaults, or with a budget in tokens."""
-    from samestep.train.checked import checked
-    from samestep.train.objectives.causal_lm import CausalLMConfig
+    from samestep.train.settings.base import finalize
+    from samestep.train.settings.language import CausalLMSettings
     from samestep.train.trainer import train
 
     out = Path(tempfile.mkdtemp()) / "out"
-    config = CausalLMConfig(
+    config = CausalLMSettings(
         model=str(work.model()),
         data=str(rows),
         out=str(out),
@@ -42,7 +42,7 @@ def run_samestep(work: Work, rows: Path, steps: int, setting: str) -> list[float
         lora_rank=work.lora_rank,
         micro_tokens=int(setting) if setting else "auto",
     )
-    train(checked(config))
+    train(finalize(config))
     lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["seconds"] for line in lines]
 

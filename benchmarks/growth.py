@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import bars
-from samestep.train.heap import keep_large_blocks
+from samestep.kernels.malloc import keep_large_blocks
 
 WIDTH, LAYERS = 256, 4
 BUDGET = 256

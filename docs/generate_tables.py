@@ -13,6 +13,7 @@ from pathlib import Path
 
 from samestep.audit.axes.table import AXES
 from samestep.audit.causes import CAUSES
+from samestep.train.optim import OPTIMIZERS, SCHEDULES
 
 DOCS = Path(__file__).parent
 _PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -39,7 +40,30 @@ def causes() -> str:
     return markdown_table(("cause", "what it is"), rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"axes": axes, "causes": causes}
+def optimizers() -> str:
+    """The optimizers of `samestep train`."""
+    rows = [
+        (f"`{name}`", f"{row.about} (`{row.factory}`)", str(row.state_per_weight))
+        for name, row in OPTIMIZERS.items()
+    ]
+    return markdown_table(("`optimizer`", "what it is", "state, in elements a weight"), rows)
+
+
+def schedules() -> str:
+    """The learning-rate schedules of `samestep train`."""
+    rows = []
+    for name, function in SCHEDULES.items():
+        about = (function.__doc__ or "").split("\n", maxsplit=1)[0].rstrip(".")
+        rows.append((f"`{name}`", f"{about[0].lower()}{about[1:]}"))
+    return markdown_table(("`schedule`", "after warm-up the rate"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "axes": axes,
+    "causes": causes,
+    "optimizers": optimizers,
+    "schedules": schedules,
+}
 """By the name that stands in a page."""
 
 

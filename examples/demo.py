@@ -23,8 +23,8 @@ from samestep.data.tokenize import tokenize_rows
 from samestep.engine.counts import count_units
 from samestep.kernels import packed_attention
 from samestep.models.load import convert_gguf
-from samestep.train.checked import checked
-from samestep.train.objectives.causal_lm import CausalLMConfig
+from samestep.train.settings.base import finalize
+from samestep.train.settings.language import CausalLMSettings
 from samestep.train.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def fine_tune(model: Path) -> None:
     few.parent.mkdir(parents=True, exist_ok=True)
     rows = (ROOT / "data" / "gsm_eval.jsonl").read_text(encoding="utf-8").splitlines()[:24]
     few.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    config = CausalLMConfig(
+    config = CausalLMSettings(
         model=str(model),
         data=str(ROOT / "data" / "gsm_train.jsonl"),
         eval_data=str(few),
@@ -62,7 +62,7 @@ def fine_tune(model: Path) -> None:
         overwrite=True,
     )
     console.rule("1. fine-tune")
-    summary = train(checked(config))
+    summary = train(finalize(config))
     console.print(
         f"evaluation loss {summary['evaluation_before']:.4f} -> {summary['evaluation_after']:.4f}"
     )

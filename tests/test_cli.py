@@ -89,11 +89,11 @@ def test_help_and_version_need_no_heavy_import(folder: Path) -> None:
 
 
 def test_train_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
-    from samestep.train.objectives.causal_lm import CausalLMConfig
+    from samestep.train.settings.language import CausalLMSettings
 
     with pytest.raises(SystemExit) as exit_:
         main(["train", "--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    for name in CausalLMConfig.model_fields:
+    for name in CausalLMSettings.model_fields:
         assert "--" + name.replace("_", "-") in text

@@ -13,7 +13,7 @@ from runs import bert_folder, llama_folder, read_lines, t5_folder
 from transformers import GotOcr2Processor
 from vision import got_folder
 
-from samestep.train.arguments import read_config
+from samestep.train.command import read_settings
 from samestep.train.trainer import train
 
 PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
@@ -47,12 +47,12 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[s
         "steps": 1,
     }
     Path("run.yaml").write_text(yaml.safe_dump({**config, **tiny}), encoding="utf-8")
-    train(read_config(["run.yaml"]))
+    train(read_settings(["run.yaml"]))
     assert read_lines(Path("out/log.jsonl"))[0]["loss"] != 0
 
 
 def test_every_objective_has_a_configuration() -> None:
-    from samestep.train.objectives import HOME
+    from samestep.train.settings.objectives import OBJECTIVES
 
-    assert set(HOME) <= {config["objective"] for config in CONFIGS}
-    assert set(HOME) <= set(ROWS)
+    assert set(OBJECTIVES) <= {config["objective"] for config in CONFIGS}
+    assert set(OBJECTIVES) <= set(ROWS)

@@ -13,8 +13,8 @@ from samestep.data.examples import Example
 from samestep.engine.counts import count_units
 from samestep.engine.targets import IGNORE, shifted_targets
 from samestep.errors import ConfigError
-from samestep.train.checked import checked
-from samestep.train.objectives.causal_lm import CausalLMConfig
+from samestep.train.settings.base import finalize
+from samestep.train.settings.language import CausalLMSettings
 
 LENGTHS = st.lists(st.integers(1, 40) | st.integers(1, 4000), min_size=1, max_size=40)
 LIMITS = st.none() | st.integers(-1, 60) | st.integers(1, 9000)
@@ -122,7 +122,7 @@ ANYTHING = (
     | st.text(max_size=5)
     | st.lists(st.text(max_size=3), max_size=2)
 )
-FIELDS = st.sampled_from([*CausalLMConfig.model_fields, "batch_sise", "lerning_rate", ""])
+FIELDS = st.sampled_from([*CausalLMSettings.model_fields, "batch_sise", "lerning_rate", ""])
 
 
 @settings(max_examples=3000)
@@ -130,7 +130,7 @@ FIELDS = st.sampled_from([*CausalLMConfig.model_fields, "batch_sise", "lerning_r
 def test_settings_are_taken_or_refused_by_name(values: dict[str, Any]) -> None:
     needed = {"model": "m", "data": "d", "out": "o"}
     try:
-        config = checked(CausalLMConfig(**{**needed, **values}))
+        config = finalize(CausalLMSettings(**{**needed, **values}))
     except ConfigError as error:
         assert any(name in str(error) for name in values)
         return

@@ -10,7 +10,7 @@ from named_models import NAMED
 from named_page import command, page
 from named_sizes import Size, full_size
 
-from samestep.train.arguments import read_config
+from samestep.train.command import read_settings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = json.loads((ROOT / "benchmarks/results/models.json").read_text(encoding="utf-8"))
@@ -52,7 +52,7 @@ def test_sizes_and_commands(named, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """The sizes are those of the class, and the command's flags exist."""
     assert full_size(named) == Size(**RESULTS["rows"][named.name]["full"])
     flags = command(named, full_size(named)).split("samestep train ")[1].split()
-    assert read_config(flags).objective == named.objective
+    assert read_settings(flags).objective == named.objective
 
 
 def test_published_sizes() -> None:

@@ -9,7 +9,7 @@ from runs import llama_folder, run_config, write_rows
 from transformers import dynamic_module_utils
 
 from samestep.errors import ConfigError
-from samestep.train.arguments import read_config
+from samestep.train.command import read_settings
 from samestep.train.trainer import train
 
 SOURCE = Path(__file__).parent.parent / "src" / "samestep"
@@ -54,7 +54,7 @@ def test_yaml_makes_no_objects(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(f"model: !!python/object/apply:pathlib.Path.touch [{mark}]\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="not YAML"):
-        read_config([str(path)])
+        read_settings([str(path)])
     assert not mark.exists()
 
 

@@ -13,8 +13,8 @@ from samestep.data.load import load_rows
 from samestep.data.tokenize import tokenize_rows
 from samestep.kernels import packed_attention
 from samestep.models.load import convert_gguf
-from samestep.train.checked import checked
-from samestep.train.objectives.causal_lm import CausalLMConfig
+from samestep.train.settings.base import finalize
+from samestep.train.settings.language import CausalLMSettings
 from samestep.train.trainer import train
 
 ROWS = Path(__file__).parent.parent / "data" / "gsm_train.jsonl"
@@ -27,7 +27,7 @@ def test_two_steps_lower_the_evaluation_loss(tmp_path: Path) -> None:
     few = tmp_path / "eval.jsonl"
     rows = EVALUATION.read_text(encoding="utf-8").splitlines(keepends=True)[:8]
     few.write_text("".join(rows), encoding="utf-8")
-    config = CausalLMConfig(
+    config = CausalLMSettings(
         model=str(packaged_model()),
         data=str(ROWS),
         eval_data=str(few),
@@ -37,7 +37,7 @@ def test_two_steps_lower_the_evaluation_loss(tmp_path: Path) -> None:
         lr=1e-4,
         micro_tokens=512,
     )
-    summary = train(checked(config))
+    summary = train(finalize(config))
     assert summary["evaluation_after"] < summary["evaluation_before"] < 3
     assert [line["counts"]["sequence"] for line in read_lines(tmp_path / "out/log.jsonl")] == [4, 4]
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")

@@ -27,9 +27,9 @@ from samestep.engine.terms import LossFn
 from samestep.engine.two_pass import GatheredTerms
 from samestep.kernels import packed_attention
 from samestep.models.probes import cut_last_layer
-from samestep.train.config import TrainConfig
-from samestep.train.keyed import keyed
-from samestep.train.setup import plans_of, set_up
+from samestep.train.forward import with_keyed_dropout
+from samestep.train.settings.base import TrainSettings
+from samestep.train.setup import set_up, step_plans
 
 META = torch.device("meta")
 
@@ -100,12 +100,12 @@ experts how many tokens go to each."""
 def test_objectives(tmp_path: Path, case: str) -> None:
     # Adapters: with dropout, and the model without them as the reference.
     adapters = {"lora_rank": 2, "lora_dropout": 0.1}
-    config: TrainConfig = configured(tmp_path, case, eval_data=None, **adapters)
+    config: TrainSettings = configured(tmp_path, case, eval_data=None, **adapters)
     run = set_up(config)
-    plan = next(plans_of(run.train, config))
+    plan = next(step_plans(run.train, config))
     micro_batches = list(run.micro_batches.of_this_rank(plan.examples, 0))
     teachers = [own for own in vars(run.objective.loss_fn).values() if isinstance(own, nn.Module)]
-    loss = keyed(run.objective.loss_fn, seed=0, step=0)
+    loss = with_keyed_dropout(run.objective.loss_fn, seed=0, step=0)
     run_there(run.model, micro_batches, loss, counters=run.objective.counters, frozen=teachers)
 
 

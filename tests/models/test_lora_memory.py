@@ -11,8 +11,8 @@ import samestep
 from samestep.kernels.linear import speed_up_linear
 from samestep.models.activations import checkpoint_activations
 from samestep.models.lora import add_lora
-from samestep.train.objectives.causal_lm import CausalLMConfig
 from samestep.train.optim import build_optimizer
+from samestep.train.settings.language import CausalLMSettings
 
 HEAD = (97, 32)
 
@@ -46,7 +46,7 @@ def test_frozen_weights_get_no_gradient(mode: Any) -> None:
 def test_the_optimizer_holds_the_adapters_alone() -> None:
     model = build("llama", torch.float32)
     model = add_lora(model, 2, alpha=4, dropout=0, targets=("all-linear",), seed=0)
-    optimizer = build_optimizer(model, CausalLMConfig(model="m", data="d", out="o"))
+    optimizer = build_optimizer(model, CausalLMSettings(model="m", data="d", out="o"))
     micros = cut(model, ragged(8), [8], "none")
     samestep.step(model, optimizer, micros, samestep.CausalLMLoss())
     state = sum(

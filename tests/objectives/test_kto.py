@@ -15,10 +15,11 @@ from samestep.engine.two_pass import TwoPass
 from samestep.kernels import packed_attention
 from samestep.objectives.kto import KTO, KTO_COUNTERS
 from samestep.objectives.log_probs import Reference
-from samestep.train.objectives.kto import KTOConfig
+from samestep.train.recipes.preference import KTORecipe
+from samestep.train.settings.preference import KTOSettings
 
 BETA, UP, DOWN = 1.0, 1.5, 0.7
-CONFIG = KTOConfig(model="m", data="d", out="o")
+RECIPE = KTORecipe(KTOSettings(model="m", data="d", out="o"))
 
 
 def cut(model: Any, records: Records, sizes: list[int], padding: Any) -> list[dict[str, Any]]:
@@ -28,7 +29,7 @@ def cut(model: Any, records: Records, sizes: list[int], padding: Any) -> list[di
     while at < len(records):
         end = min(at + sizes[turn % len(sizes)], len(records))
         indices = range(at, end)
-        micros.append(CONFIG.collate(records, indices, padding=padding, pad_id=0, key=(0, 0)))
+        micros.append(RECIPE.collate(records, indices, padding=padding, pad_id=0, key=(0, 0)))
         at, turn = end, turn + 1
     return micros
 

@@ -24,7 +24,8 @@ from samestep.engine.two_pass import TwoPass
 from samestep.objectives.embedding import Embedding
 from samestep.objectives.language import SEQ2SEQ_COUNTERS, MaskedLM, Seq2Seq
 from samestep.objectives.units import EXAMPLE_COUNTERS, LABELLED_TOKEN_COUNTERS
-from samestep.train.objectives.texts import MaskedLMConfig, Seq2SeqConfig
+from samestep.train.recipes.language import MaskedLMRecipe, Seq2SeqRecipe
+from samestep.train.settings.language import MaskedLMSettings, Seq2SeqSettings
 
 N = 8
 NEEDED = {"model": "m", "data": "d", "out": "o"}
@@ -111,10 +112,10 @@ def masked_records() -> Records:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_masked_tokens_are_transformers_and_belong_to_the_examples(seed: int) -> None:
     model, records = bert(), masked_records()
-    config = MaskedLMConfig(**NEEDED, mask_share=0.3)
+    recipe = MaskedLMRecipe(MaskedLMSettings(**NEEDED, mask_share=0.3))
 
     def batch(indices: list[int], padding: Any) -> dict[str, Any]:
-        return config.collate(records, indices, padding=padding, pad_id=0, key=(seed, 5))
+        return recipe.collate(records, indices, padding=padding, pad_id=0, key=(seed, 5))
 
     model.set_attn_implementation("sdpa")
     whole = batch(list(range(N)), "right")
@@ -131,9 +132,9 @@ def test_masked_tokens_are_transformers_and_belong_to_the_examples(seed: int) ->
 
 
 def test_masks_change_from_step_to_step_and_never_hide_special_tokens() -> None:
-    config, records = MaskedLMConfig(**NEEDED, mask_share=0.5), masked_records()
+    recipe, records = MaskedLMRecipe(MaskedLMSettings(**NEEDED, mask_share=0.5)), masked_records()
     micros = [
-        config.collate(records, range(N), padding="right", pad_id=0, key=(0, step))
+        recipe.collate(records, range(N), padding="right", pad_id=0, key=(0, step))
         for step in (0, 0, 1)
     ]
     classes = [micro["fields"]["classes"] for micro in micros]
@@ -153,10 +154,10 @@ def test_translation_is_transformers(smoothing: float) -> None:
     config = T5Config(**shape, dropout_rate=0.0, decoder_start_token_id=0)
     model = T5ForConditionalGeneration(config).double().train()
     records = ragged_records(N, width=2)
-    settings = Seq2SeqConfig(**NEEDED)
+    recipe = Seq2SeqRecipe(Seq2SeqSettings(**NEEDED))
 
     def batch(indices: Any) -> dict[str, Any]:
-        return settings.collate(records, indices, padding="right", pad_id=0, key=(0, 0))
+        return recipe.collate(records, indices, padding="right", pad_id=0, key=(0, 0))
 
     whole = batch(range(N))
     targets = whole["fields"]["targets"]

@@ -29,7 +29,7 @@ CASES: dict[str, tuple[dict[str, Any], str, bool]] = {
     "distillation": ({"divergence": "jensen_shannon", "lr": 1e-3}, "divergence", False),
     "distillation kl": ({"temperature": 2.0}, "divergence", False),
     "distillation taught": ({}, "divergence", False),
-    "reward": ({"centring": 0.01}, "accuracy", True),
+    "reward": ({"center_rewards": 0.01}, "accuracy", True),
     "classification": ({"lr": 3e-2}, "accuracy", True),
     "classification bert": ({"lr": 3e-3}, "cross_entropy", False),
     "regression": ({}, "squared_error", False),

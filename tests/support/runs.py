@@ -19,9 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from samestep.train.checked import checked
-from samestep.train.config import TrainConfig
-from samestep.train.objectives import config_class
+from samestep.train.settings.base import TrainSettings, finalize
+from samestep.train.settings.objectives import settings_class
 
 
 def llama_folder(folder: Path, *, seed: int = 0, scale: float = 1) -> Path:
@@ -119,7 +118,7 @@ def write_rows(path: Path, number: int, *, seed: int = 0) -> Path:
     return path
 
 
-def run_config(folder: Path, **changes: Any) -> TrainConfig:
+def run_config(folder: Path, **changes: Any) -> TrainSettings:
     """A run of 6 steps of 8 of 20 rows (so that each epoch ends in a short batch)."""
     model = folder / "tiny"
     if not model.exists() and "model" not in changes:
@@ -137,7 +136,7 @@ def run_config(folder: Path, **changes: Any) -> TrainConfig:
         **changes,
     }
     settings.setdefault("objective", "causal_lm")
-    return checked(config_class(settings["objective"])(**settings))
+    return finalize(settings_class(settings["objective"])(**settings))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from samestep.errors import CheckpointError, ConfigError, NotFiniteError, SequenceTooLargeError
 from samestep.train import trainer
 from samestep.train.log import JsonLines
-from samestep.train.recorder import Recorder
+from samestep.train.reporter import RunReporter
 from samestep.train.run_folder import RunFolder
 from samestep.train.trainer import train
 
@@ -107,16 +107,16 @@ def test_any_other_error_is_not_taken_for_memory(
 
 LIMITED = """
 import resource, sys
-from samestep.train.arguments import read_config
+from samestep.train.command import read_settings
 from samestep.train.trainer import train
 
 megabytes, warm, *arguments = sys.argv[1:]
 # What a first run leaves behind (code, caches, arenas) must not count against the limit.
-train(read_config([*arguments, "--micro-batch", "1", "--out", warm]))
+train(read_settings([*arguments, "--micro-batch", "1", "--out", warm]))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 limit = used + int(megabytes) * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-print(train(read_config([*arguments, "--micro-tokens", "1000000"]))["steps"])
+print(train(read_settings([*arguments, "--micro-tokens", "1000000"]))["steps"])
 """
 
 
@@ -200,17 +200,17 @@ def test_a_log_on_a_full_disk_ends_the_run_and_it_resumes(
     """/dev/full gives the system's own "No space left on device"."""
     settings: dict[str, Any] = {"save_every": 2, "steps": 6}
     train(run_config(tmp_path, out=str(tmp_path / "whole"), **settings))
-    real, log = Recorder.step, tmp_path / "out" / "log.jsonl"
+    real, log = RunReporter.step, tmp_path / "out" / "log.jsonl"
 
-    def fills_up(self: Recorder, *arguments: Any, step: int, **options: Any) -> None:
+    def fills_up(self: RunReporter, *arguments: Any, step: int, **options: Any) -> None:
         if step == 4:
-            assert self._journal is not None
-            self._journal._log.close()
-            self._journal._log = JsonLines(Path("/dev/full"))
+            assert self._log is not None
+            self._log._log.close()
+            self._log._log = JsonLines(Path("/dev/full"))
         real(self, *arguments, step=step, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "step", fills_up)
+        patch.setattr(RunReporter, "step", fills_up)
         with pytest.raises(CheckpointError, match=r"cannot be written.*No space left.*--resume"):
             train(run_config(tmp_path, **settings))
     assert [line["step"] for line in read_lines(log)] == [1, 2, 3]
@@ -238,7 +238,7 @@ def test_a_slow_disk_only_takes_longer(tmp_path: Path, monkeypatch: pytest.Monke
 
 FULL_DISK = """
 import resource, signal, sys
-from samestep.train.arguments import read_config
+from samestep.train.command import read_settings
 from samestep.train.trainer import train
 from samestep.errors import CheckpointError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -246,7 +246,7 @@ small, *arguments = sys.argv[1:]
 if small != "0":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(small), int(small)))
 try:
-    train(read_config(arguments))
+    train(read_settings(arguments))
 except CheckpointError as error:
     sys.exit(str(error))
 """

@@ -10,7 +10,7 @@ from runs import llama_folder, read_lines
 from safetensors.torch import load_file
 
 from samestep.errors import ConfigError
-from samestep.train.arguments import read_config
+from samestep.train.command import read_settings
 from samestep.train.trainer import train
 
 
@@ -32,7 +32,7 @@ def arguments(folder: Path, **settings: Any) -> list[str]:
 def test_a_run_learns_and_leaves_a_model_that_loads(tmp_path: Path) -> None:
     held_out = write_latents(tmp_path / "eval", 6, seed=1)
     train(
-        read_config(arguments(tmp_path, eval_data=held_out, epochs=6, time_policy="logit_normal"))
+        read_settings(arguments(tmp_path, eval_data=held_out, epochs=6, time_policy="logit_normal"))
     )
     before, after = read_lines(tmp_path / "out" / "eval.jsonl")
     assert after["loss"] < 0.9 * before["loss"]
@@ -45,7 +45,7 @@ def test_memory_knobs_do_not_change_the_weights(tmp_path: Path, dtype: str, boun
     for at, knobs in enumerate([{}, {"micro_batch": 1}, {"micro_tokens": 24}]):
         plain = {"dtype": dtype, "optimizer": "sgd", "lr": 0.1, "epochs": 1}
         given = arguments(tmp_path, out=tmp_path / str(at), **plain, **knobs)
-        train(read_config(given + ["--gradient-checkpointing", "full"] * (at == 2)))
+        train(read_settings(given + ["--gradient-checkpointing", "full"] * (at == 2)))
         weights = tmp_path / str(at) / "model" / "diffusion_pytorch_model.safetensors"
         found.append(load_file(weights))
     for other in found[1:]:
@@ -57,9 +57,9 @@ def test_memory_knobs_do_not_change_the_weights(tmp_path: Path, dtype: str, boun
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="could not be loaded as a model of diffusers"):
-        train(read_config(arguments(tmp_path, model=llama_folder(tmp_path / "llama"))))
+        train(read_settings(arguments(tmp_path, model=llama_folder(tmp_path / "llama"))))
     with pytest.raises(ConfigError, match="lora_rank: adapters are not served"):
-        read_config(arguments(tmp_path, lora_rank=2))
+        read_settings(arguments(tmp_path, lora_rank=2))
     wide = write_latents(tmp_path / "wide", 2)
     for path in wide.iterdir():
         from safetensors.torch import save_file
@@ -67,4 +67,4 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         tensors = load_file(path)
         save_file({**tensors, "latents": tensors["latents"].repeat(2, 1, 1, 1)}, path)
     with pytest.raises(ConfigError, match="has 6 channels, but the model takes 7 and answers 3"):
-        train(read_config(arguments(tmp_path, data=wide)))
+        train(read_settings(arguments(tmp_path, data=wide)))

@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from samestep.errors import ConfigError
 from samestep.losses.preference import PairLoss
-from samestep.train.checked import checked
-from samestep.train.objectives import config_class
-from samestep.train.objectives.preference import DPOLoss
+from samestep.train.settings.base import finalize
+from samestep.train.settings.objectives import settings_class
+from samestep.train.settings.preference import DPOLoss
 from samestep.train.trainer import train
 
 
@@ -177,7 +177,7 @@ def test_routers_of_a_dense_model_are_refused(tmp_path: Path) -> None:
 )
 def test_settings_that_do_not_fit(objective: str, settings: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        checked(config_class(objective)(model="m", data="d", out="o", **settings))
+        finalize(settings_class(objective)(model="m", data="d", out="o", **settings))
 
 
 def test_the_settings_name_every_loss_of_pairs() -> None:

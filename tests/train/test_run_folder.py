@@ -3,14 +3,14 @@ from pathlib import Path
 import pytest
 
 from samestep.errors import ConfigError
-from samestep.train.checked import checked
-from samestep.train.objectives.causal_lm import CausalLMConfig
 from samestep.train.run_folder import RunFolder
+from samestep.train.settings.base import finalize
+from samestep.train.settings.language import CausalLMSettings
 
 
-def config(folder: Path, **changes: object) -> CausalLMConfig:
+def config(folder: Path, **changes: object) -> CausalLMSettings:
     needed = {"model": "m", "data": "d", "out": str(folder)}
-    return checked(CausalLMConfig.model_validate({**needed, **changes}))
+    return finalize(CausalLMSettings.model_validate({**needed, **changes}))
 
 
 def test_a_new_folder_is_made_with_the_settings(tmp_path: Path) -> None:

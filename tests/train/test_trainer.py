@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from samestep.errors import ConfigError, Interrupted, StepError
 from samestep.train import trainer
-from samestep.train.config import TrainConfig
+from samestep.train.settings.base import TrainSettings
 from samestep.train.trainer import train
 
 
@@ -258,7 +258,7 @@ def test_a_wrong_setting_writes_nothing(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     llama_folder(tmp_path / "tiny")
-    config: TrainConfig = run_config(tmp_path, **{"model": str(tmp_path / "tiny"), **changes})
+    config: TrainSettings = run_config(tmp_path, **{"model": str(tmp_path / "tiny"), **changes})
     with pytest.raises(Exception, match=message):
         train(config)
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GotOcr2Proc
 from vision import got_folder, write_illustrated_rows
 
 from samestep.errors import ConfigError
-from samestep.train.arguments import read_config
+from samestep.train.command import read_settings
 from samestep.train.trainer import train
 
 
@@ -38,7 +38,7 @@ def arguments(folder: Path, **settings: Any) -> list[str]:
 
 
 def test_a_run_learns_and_leaves_a_model_that_loads(tmp_path: Path) -> None:
-    train(read_config(arguments(tmp_path)))
+    train(read_settings(arguments(tmp_path)))
     before, after = read_lines(tmp_path / "out" / "eval.jsonl")
     assert after["terms"]["nll"] < before["terms"]["nll"]
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "model")
@@ -50,7 +50,7 @@ def test_memory_knobs_do_not_change_the_weights(tmp_path: Path, dtype: str, boun
     found = []
     for at, knobs in enumerate([{}, {"micro_batch": 1}, {"micro_batch": 4, "padding": "left"}]):
         plain = {"dtype": dtype, "optimizer": "sgd", "lr": 0.1, "epochs": 1}
-        train(read_config(arguments(tmp_path, out=tmp_path / str(at), **plain, **knobs)))
+        train(read_settings(arguments(tmp_path, out=tmp_path / str(at), **plain, **knobs)))
         found.append(load_file(tmp_path / str(at) / "model" / "model.safetensors"))
     for other in found[1:]:
         worst = max(
@@ -66,12 +66,12 @@ def test_a_model_without_a_processor_is_refused(tmp_path: Path) -> None:
     for file in (tmp_path / "model").glob("*processor*.json"):
         file.unlink()
     with pytest.raises(ConfigError, match="tokenizer: "):
-        train(read_config(given))
+        train(read_settings(given))
 
 
 def test_help_shows_what_applies(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        read_config(["--objective", "vision_language", "--help"])
+        read_settings(["--objective", "vision_language", "--help"])
     shown = capsys.readouterr().out
     assert "{right,left}" in shown
     assert json.dumps(shown).count("--beta") == 0

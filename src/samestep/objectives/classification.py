@@ -9,6 +9,7 @@ from torch import nn
 
 from samestep.engine.targets import sequence_spans
 from samestep.engine.terms import Counter, Term
+from samestep.losses.logits import at_least_float32
 from samestep.losses.per_example import class_losses, is_correct, squared_errors
 from samestep.models.outputs import model_inputs, sequence_logits, span_logits
 from samestep.objectives.units import (
@@ -114,8 +115,7 @@ class QuestionAnswering:
 
     def __call__(self, model: nn.Module, micro_batch: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the sequences of one micro-batch."""
-        logits = span_logits(model, micro_batch)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = at_least_float32(span_logits(model, micro_batch))
         fields = micro_batch["fields"]
         answers = torch.stack([fields["start"], fields["end"]], dim=1)
         losses, exact = [], []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from samestep.engine.terms import Counter, Term
+from samestep.losses.logits import at_least_float32
 
 _NUM_TIMESTEPS = 1000
 """What models of diffusers call time 1."""
@@ -88,10 +89,10 @@ class FlowMatching:
             hidden_states=_concat_channels(model, noisy, condition=group.get("condition")),
             timestep=group["time"].to(dtype) * _NUM_TIMESTEPS,
             return_dict=False,
-            **_model_kwargs(model, group["told"], examples=len(latents), dtype=dtype),
+            **_model_kwargs(model, group["model_kwargs"], examples=len(latents), dtype=dtype),
         )[0]
-        wide = velocity if dtype == torch.float64 else velocity.float()
-        errors = (wide - (noise - latents).to(wide)).square().flatten(1)
+        velocity = at_least_float32(velocity)
+        errors = (velocity - (noise - latents).to(velocity)).square().flatten(1)
         by_example = errors.mean(1) if self.normalize == "example" else errors.sum(1)
         total: Tensor = (by_example * group["weights"].to(by_example)).sum()
         return total

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from samestep.engine.terms import Counter, Coupled, Term
 from samestep.errors import ConfigError
+from samestep.losses.logits import at_least_float32
 from samestep.losses.preference import (
     LogRatios,
     odds_ratio_loss,
@@ -237,8 +238,7 @@ class Reward:
 
     def __call__(self, model: nn.Module, micro_batch: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the pairs of one micro-batch of `samestep.data.collate.collate_records`."""
-        rewards = sequence_logits(model, micro_batch).squeeze(1)
-        rewards = rewards if rewards.dtype == torch.float64 else rewards.float()
+        rewards = at_least_float32(sequence_logits(model, micro_batch).squeeze(1))
         chosen, rejected = _chosen(rewards), _rejected(rewards)
         weights = pair_weights(micro_batch).to(rewards)
         margin = micro_batch.get("fields", {}).get("margin")

@@ -28,13 +28,12 @@ from samestep.study.noise_scale import estimate_signal_and_variance, record_micr
 from samestep.study.normalisation import COUNTERS, apply_normalisation
 from samestep.study.results import Evaluations, Gradients, NoiseSums, Run, Steps
 from samestep.study.spec import StudySpec
-from samestep.train.batches import MicroBatches
-from samestep.train.checked import checked
-from samestep.train.config import TrainConfig
-from samestep.train.keyed import keyed
-from samestep.train.objectives.causal_lm import CausalLMConfig
+from samestep.train.forward import with_keyed_dropout
+from samestep.train.micro_batches import MicroBatches
 from samestep.train.optim import learning_rate, set_learning_rate
-from samestep.train.setup import plans_of, set_up
+from samestep.train.settings.base import TrainSettings, finalize
+from samestep.train.settings.language import CausalLMSettings
+from samestep.train.setup import set_up, step_plans
 from samestep.utils.memory import peak_memory_since_reset, reset_peak_memory
 
 _DIVERGED = 2.0
@@ -66,7 +65,7 @@ class Task:
 
     arm: Arm
     seed: int
-    settings: TrainConfig
+    settings: TrainSettings
     gradient_steps: tuple[int, ...]
     eval_every: int
     key: str
@@ -85,7 +84,7 @@ class Task:
 
 def train_settings(
     spec: StudySpec, arm: Arm, *, seed: int, model: str, rows: tuple[Path, Path], out: Path
-) -> TrainConfig:
+) -> TrainSettings:
     """The settings of the trainer for one arm with one seed.
 
     Args:
@@ -103,8 +102,8 @@ def train_settings(
         ConfigError: They contradict each other.
     """
     data, eval_data = map(str, rows)
-    return checked(
-        CausalLMConfig(
+    return finalize(
+        CausalLMSettings(
             model=model,
             tokenizer=spec.tokenizer,
             data=data,
@@ -120,7 +119,7 @@ def train_settings(
     )
 
 
-def settings_content(settings: TrainConfig) -> dict[str, Any]:
+def settings_content(settings: TrainSettings) -> dict[str, Any]:
     """The settings that a run depends on, as plain values, without those that name places.
 
     Args:
@@ -186,7 +185,7 @@ class _ArmTraining:
     def _train(self) -> str | None:
         """Train to the end, or to where the run diverges; returns why and when it did."""
         reset_peak_memory(self.device)
-        plans = plans_of(self.setup.train, self.task.settings)
+        plans = step_plans(self.setup.train, self.task.settings)
         for plan in itertools.islice(plans, self.setup.steps):
             if plan.step % self.task.eval_every == 0:
                 self._evaluate(plan.step)
@@ -206,9 +205,9 @@ class _ArmTraining:
 
     def _step(self, plan: StepPlan) -> None:
         settings = self.task.settings
-        lr = learning_rate(plan.step, total=self.setup.steps, config=settings)
+        lr = learning_rate(plan.step, total=self.setup.steps, settings=settings)
         set_learning_rate(self.setup.optimizer, lr)
-        micro_batches = list(self.setup.micro_batches.of(plan.examples, plan.step))
+        micro_batches = list(self.setup.micro_batches.batches(plan.examples, plan.step))
         loss_fn = self._with_keyed_dropout(self.loss_fn, plan)
         measures_noise = self.task.arm.normalisation == "exact" and len(micro_batches) > 1
         with record_micro_batch_norms(self.model) if measures_noise else nullcontext() as norms:
@@ -243,7 +242,7 @@ class _ArmTraining:
         examples = self.setup.evaluation
         assert examples is not None
         # Cut by tokens in every arm: the metric must not depend on the split that it measures.
-        micro_batches = self._micro_batches(examples, None).of(range(len(examples)), 0)
+        micro_batches = self._micro_batches(examples, None).batches(range(len(examples)), 0)
         report = evaluate(self.model, micro_batches, self.exact_loss_fn)
         reset_peak_memory(self.device)
         self.evaluations.step.append(updates)
@@ -251,12 +250,12 @@ class _ArmTraining:
 
     def _compare_gradients(self, plan: StepPlan) -> None:
         """The arm's gradient beside that of the undivided batch, at the same weights."""
-        micro_batches = list(self.setup.micro_batches.of(plan.examples, plan.step))
+        micro_batches = list(self.setup.micro_batches.batches(plan.examples, plan.step))
         loss_fn = self._with_keyed_dropout(self.loss_fn, plan)
         backward(self.model, micro_batches, loss_fn, counters=COUNTERS)
         gradient = [_gradient(weight).clone() for weight in self.model.parameters()]
         cut = self._micro_batches(self.setup.train, len(plan.examples))
-        undivided = list(cut.of(plan.examples, plan.step))
+        undivided = list(cut.batches(plan.examples, plan.step))
         backward(self.model, undivided, self._with_keyed_dropout(self.exact_loss_fn, plan))
         reference = [_gradient(weight) for weight in self.model.parameters()]
         difference, cosine, ratio = compare_gradients(gradient, reference)
@@ -272,9 +271,9 @@ class _ArmTraining:
         """Cuts records into micro-batches of another size, or by tokens, in the arm's layout."""
         return MicroBatches(
             records,
-            self.task.settings.model_copy(update={"micro_batch": size}),
-            padding=self._padding(),
-            pad_id=self.setup.tokenizer.pad_token_id or 0,
+            self.setup.collate,
+            micro_batch=size,
+            padded=self._padding() != "none",
             device=self.device,
         )
 
@@ -282,11 +281,11 @@ class _ArmTraining:
         """The padding in use; "auto" was settled for this model when it was set up."""
         if self.task.settings.padding != "auto":
             return self.task.settings.padding
-        first = next(iter(self.setup.micro_batches.of([0], 0)))
+        first = next(iter(self.setup.micro_batches.batches([0], 0)))
         return "right" if "attention_mask" in first else "none"
 
     def _with_keyed_dropout(self, loss_fn: LossFn, plan: StepPlan) -> LossFn:
-        return keyed(loss_fn, seed=self.task.seed, step=plan.step)
+        return with_keyed_dropout(loss_fn, seed=self.task.seed, step=plan.step)
 
 
 def _gradient(weight: nn.Parameter) -> Tensor:

@@ -15,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,38 +34,19 @@ from torch.optim import Optimizer
 
 from samestep.engine.collectives import gather_results, on_rank_0, rank, world_size
 from samestep.errors import CheckpointError
-from samestep.train.data_print import DataPrint
+from samestep.train.progress import DataFingerprint, Progress
 from samestep.utils.files import sha256_of, sync
 
 log = logging.getLogger("samestep")
 
-FORMAT = 2
+_FORMAT = 2
 
 FILE_BYTES = 2**27
 """What a file of a checkpoint holds at most; a larger tensor has its own."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: Steps done.
-        tokens: Input tokens seen.
-        seconds: Time spent in steps.
-        skipped: Steps without an update.
-        data: What tells the training data apart from others.
-    """
-
-    step: int
-    tokens: int
-    seconds: float
-    skipped: int
-    data: DataPrint
-
-
 def save(
-    folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, *, keep: int
+    folder: Path, model: nn.Module, *, optimizer: Optimizer, progress: Progress, keep: int
 ) -> Path:
     """Write a checkpoint, each rank its part, then delete all but the newest ``keep``.
 
@@ -84,12 +65,12 @@ def save(
     """
     target = folder / f"step-{progress.step:08d}"
     aside = folder / f".{target.name}.tmp"
-    tensors, others = _flatten(optimizer.state_dict())
+    tensors, values = _flatten(optimizer.state_dict())
     tensors |= {f"model.{name}": tensor for name, tensor in _trained(model).items()}
     state: dict[str, Any] = {
-        "format": FORMAT,
+        "format": _FORMAT,
         "progress": asdict(progress),
-        "optimizer": others,
+        "optimizer": values,
         "files": {},
     }
 
@@ -113,7 +94,7 @@ def save(
         writer = HuggingFaceStorageWriter(
             str(aside), fqn_to_index_mapping=_files(tensors), save_distributed=True
         )
-        with _alone_is_fine():
+        with _no_warning_of_one_process():
             state_dict_saver.save(tensors, storage_writer=writer, no_dist=world_size() == 1)
         for sums in gather_results(lambda: _checksums(aside)):
             state["files"] |= sums
@@ -143,7 +124,7 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return files
 
 
-def newest_whole(folder: Path) -> Path | None:
+def newest_intact(folder: Path) -> Path | None:
     """The newest checkpoint whose files are as they were written; says which ones are not.
 
     Args:
@@ -155,9 +136,9 @@ def newest_whole(folder: Path) -> Path | None:
     Raises:
         CheckpointError: There are checkpoints, and every one is damaged.
     """
-    found = gather_results(lambda: [path.name for path in _all(folder)])[0]
+    names = gather_results(lambda: [path.name for path in _all(folder)])[0]
     problems = []
-    for checkpoint in (folder / name for name in reversed(found)):
+    for checkpoint in (folder / name for name in reversed(names)):
         damage = [part for part in gather_results(partial(_damage, checkpoint)) if part]
         if not damage:
             return checkpoint
@@ -168,11 +149,11 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
+def load(checkpoint: Path, model: nn.Module, *, optimizer: Optimizer) -> Progress:
     """Put a checkpoint's weights and optimizer state in place, on any number of ranks.
 
     Args:
-        checkpoint: A whole one, as `newest_whole` finds it.
+        checkpoint: An intact one, as `newest_intact` gives it.
         model: Built as when it was saved; replicated or sharded.
         optimizer: Built as when it was saved.
 
@@ -195,13 +176,13 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
             raise CheckpointError(f"{checkpoint} was saved from another model than this one")
         moments = _places(kept, optimizer)
-        with _alone_is_fine():
+        with _no_warning_of_one_process():
             state_dict_loader.load(
                 {**tensors, **moments}, storage_reader=reader, no_dist=world_size() == 1
             )
         optimizer.load_state_dict(_unflatten(moments, state["optimizer"]))
         progress = state["progress"]
-        return Progress(**{**progress, "data": DataPrint(**progress["data"])})
+        return Progress(**{**progress, "data": DataFingerprint(**progress["data"])})
     except (
         *(OSError, SafetensorError, CheckpointException),
         *(ValueError, KeyError, TypeError, IndexError),
@@ -210,8 +191,8 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
 
 
 @contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    """DCP warns of a single process even when it is told that there is only one."""
+def _no_warning_of_one_process() -> Iterator[None]:
+    """DCP warns of a single process even where ``no_dist`` says that there is only one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
         yield
@@ -242,8 +223,8 @@ def _damage(checkpoint: Path) -> str:
     """What is wrong with the files that this rank looks at; empty if nothing is."""
     try:
         state = _read_state(checkpoint)
-        if state["format"] != FORMAT:
-            return f"format {state['format']}, not {FORMAT}"
+        if state["format"] != _FORMAT:
+            return f"format {state['format']}, not {_FORMAT}"
         for name, digest in sorted(state["files"].items())[rank() :: world_size()]:
             if sha256_of(checkpoint / name) != digest:
                 return f"{name} does not match its checksum"
@@ -274,14 +255,14 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state as tensors "optimizer.index.name", and the rest as JSON."""
     tensors: dict[str, Tensor] = {}
-    others: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
     for index, values in state["state"].items():
         for name, value in values.items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{index}.{name}"] = value
             else:
-                others[f"optimizer.{index}.{name}"] = value
-    return tensors, {"param_groups": state["param_groups"], "values": others}
+                plain[f"optimizer.{index}.{name}"] = value
+    return tensors, {"param_groups": state["param_groups"], "values": plain}
 
 
 def _places(kept: dict[str, TensorStorageMetadata], optimizer: Optimizer) -> dict[str, Tensor]:
@@ -298,9 +279,9 @@ def _places(kept: dict[str, TensorStorageMetadata], optimizer: Optimizer) -> dic
     return places
 
 
-def _unflatten(tensors: dict[str, Tensor], others: dict[str, Any]) -> dict[str, Any]:
+def _unflatten(tensors: dict[str, Tensor], kept: dict[str, Any]) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {}
-    for key, value in (tensors | others["values"]).items():
+    for key, value in (tensors | kept["values"]).items():
         _, index, name = key.split(".", 2)
         state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": others["param_groups"]}
+    return {"state": state, "param_groups": kept["param_groups"]}

@@ -1,9 +1,18 @@
-"""`samestep train` as a command: arguments in, a result line out."""
+"""`samestep train` as a command: settings from YAML and flags, a run, a line with its result."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from samestep.train.arguments import read_config
-from samestep.train.group import launch, process_group, to_launch
+import tyro
+
+from samestep.errors import ConfigError
+from samestep.train.launch import launch, process_group, ranks_to_launch
+from samestep.train.settings.base import RENAMED_FIELDS, TrainSettings, finalize
+from samestep.train.settings.objectives import settings_class
+from samestep.utils.validation import read_yaml
+
+_REQUIRED = ("model", "data", "out")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -18,8 +27,8 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         SamestepError: As `samestep.train.trainer.train`.
     """
-    config = read_config(arguments)
-    ranks = to_launch(config.ranks)
+    settings = read_settings(arguments)
+    ranks = ranks_to_launch(settings.ranks)
     if ranks is not None:
         return launch(ranks, ["train", *arguments])
     # After the arguments are known to be good: this import loads PyTorch.
@@ -31,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     with process_group():
-        summary = train(config)
+        summary = train(settings)
         if rank() > 0:
             return 0
     print(f"{summary['steps']} steps, {summary['tokens']:,} tokens, {summary['seconds']:.1f} s")
@@ -41,3 +50,59 @@ def run(arguments: Sequence[str]) -> int:
         print(f"evaluation loss {change}{after:.4f}")
     print(f"model in {summary['model']}")
     return 0
+
+
+def read_settings(arguments: Sequence[str]) -> TrainSettings:
+    """The settings that a command line names: flags over YAML over defaults.
+
+    Args:
+        arguments: ``[run.yaml] [--flag value ...]``.
+
+    Returns:
+        The settings, finalized.
+
+    Raises:
+        ConfigError: Everything that is wrong with the file or with the combination.
+        SystemExit: The flags cannot be parsed (2), or help was shown (0).
+    """
+    arguments = list(arguments)
+    fields: dict[str, Any] = {}
+    path = None
+    if arguments and not arguments[0].startswith("-"):
+        path = Path(arguments.pop(0))
+        fields = read_yaml(path)
+    _refuse_renamed_flags(arguments)
+    objective = _flag(arguments, "--objective") or str(fields.get("objective", "causal_lm"))
+    kind = settings_class(objective)
+    values = _validated(path, kind=kind, fields=fields) if path else {}
+    missing = {name: tyro.MISSING for name in _REQUIRED if name not in values}
+    start = kind.model_construct(**{**values, "objective": objective}, **missing)
+    settings = tyro.cli(kind, args=arguments, default=start, prog="samestep train [RUN.YAML]")
+    return finalize(settings)
+
+
+def _flag(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of a flag that decides which other flags there are; None without it."""
+    for at, argument in enumerate(arguments):
+        if argument == flag and arguments[at + 1 :]:
+            return arguments[at + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _refuse_renamed_flags(arguments: Sequence[str]) -> None:
+    names = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
+    for old, new in RENAMED_FIELDS.items():
+        if names & {old, old.replace("_", "-")}:
+            raise ConfigError(f"--{old.replace('_', '-')} is called --{new.replace('_', '-')} now")
+
+
+def _validated(path: Path, *, kind: type[TrainSettings], fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a file, each checked; those that are required may come by flags."""
+    placeholders = {name: "" for name in _REQUIRED if name not in fields}
+    try:
+        validated = kind(**placeholders, **fields)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return {name: getattr(validated, name) for name in fields}

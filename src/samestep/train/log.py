@@ -1,4 +1,4 @@
-"""Where a run's numbers go: always JSONL, and the trackers that were asked for."""
+"""Where the numbers of a run go: always JSONL, and the trackers that the settings name."""
 
 import errno
 import json
@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from samestep.engine.evaluate import EvalReport
 from samestep.engine.step import StepReport
 from samestep.errors import ConfigError
-from samestep.train.config import TrainConfig
 from samestep.train.run_folder import RunFolder
+from samestep.train.settings.base import TrainSettings
 from samestep.utils.files import write_atomically
 
 
@@ -55,12 +55,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Journal:
+class RunLog:
     """Everything that a run writes down while it goes.
 
     Args:
         folder: The run's folder, open for writing.
-        config: The settings; ``track`` names the trackers.
+        settings: ``track`` names the trackers.
         done: Steps that a resumed run has behind it; later lines of the logs are dropped.
 
     Attributes:
@@ -70,9 +70,9 @@ class Journal:
         ConfigError: The package of a tracker is not installed.
     """
 
-    def __init__(self, folder: RunFolder, config: TrainConfig, *, done: int) -> None:
+    def __init__(self, folder: RunFolder, settings: TrainSettings, *, done: int) -> None:
         self._trackers = open_trackers(
-            config.track, folder=folder.tracking, run=folder.root.name, config=config.saved()
+            settings.track, folder=folder.tracking, run=folder.root.name, config=settings.saved()
         )
         for path in (folder.log, folder.evaluations):
             keep_steps(path, done)
@@ -137,13 +137,8 @@ def open_trackers(
     Raises:
         ConfigError: The package of a writer is not installed.
     """
-    makers: dict[str, type[_TensorBoard | _Wandb | _Trackio]] = {
-        "tensorboard": _TensorBoard,
-        "wandb": _Wandb,
-        "trackio": _Trackio,
-    }
     try:
-        return [makers[name](folder, run, config) for name in names]
+        return [_TRACKERS[name](folder, run=run, config=config) for name in names]
     except ImportError as error:
         raise ConfigError(
             f"track: a package is missing ({error}): pip install 'samestep[track]'"
@@ -151,7 +146,7 @@ def open_trackers(
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, run: str, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, *, run: str, config: dict[str, Any]) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._writer = SummaryWriter(str(folder / "tensorboard"))
@@ -166,7 +161,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, folder: Path, run: str, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, *, run: str, config: dict[str, Any]) -> None:
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -180,7 +175,7 @@ class _Wandb:
 
 
 class _Trackio:
-    def __init__(self, folder: Path, run: str, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, *, run: str, config: dict[str, Any]) -> None:
         import trackio
 
         self._trackio = trackio
@@ -191,3 +186,10 @@ class _Trackio:
 
     def close(self) -> None:
         self._trackio.finish()
+
+
+_TRACKERS: dict[str, type[_TensorBoard | _Wandb | _Trackio]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+    "trackio": _Trackio,
+}

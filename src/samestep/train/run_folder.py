@@ -1,4 +1,4 @@
-"""The folder of a run: what stands where, and who may write there."""
+"""The folder of a run: what stands where, who may write there, and the trained model in it."""
 
 import shutil
 from pathlib import Path
@@ -6,9 +6,12 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from samestep.errors import ConfigError
-from samestep.train.config import SAME_STEP, TrainConfig
+from samestep.engine.collectives import on_rank_0
+from samestep.engine.parallel import is_sharded
+from samestep.errors import CheckpointError, ConfigError
+from samestep.train.settings.base import RENAMED_FIELDS, RESUME_MAY_CHANGE, TrainSettings
 from samestep.utils.files import write_atomically
 
 
@@ -41,7 +44,7 @@ class RunFolder:
         """Whether a run has written here."""
         return any(path.exists() for path in self._contents())
 
-    def check(self, config: TrainConfig) -> None:
+    def check(self, settings: TrainSettings) -> None:
         """Refuse a folder that this run must not write to; writes nothing.
 
         Raises:
@@ -52,22 +55,23 @@ class RunFolder:
         if self.root.exists():
             self._hold()
             self.close()
-        if not self.holds_a_run() or config.overwrite:
+        if not self.holds_a_run() or settings.overwrite:
             return
-        if not config.resume:
+        if not settings.resume:
             raise ConfigError(
                 f"out: {self.root} already holds a run. Continue it with --resume, replace it "
                 "with --overwrite, or choose another folder"
             )
         if self.config.exists():
-            self._check_same(config)
+            self._check_same(settings)
 
-    def _check_same(self, config: TrainConfig) -> None:
-        before: dict[str, Any] = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
-        now = config.saved()
+    def _check_same(self, settings: TrainSettings) -> None:
+        saved: dict[str, Any] = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
+        before = {RENAMED_FIELDS.get(name, name): value for name, value in saved.items()}
+        now = settings.saved()
         changed = [
             f"  - {name}: was {before.get(name)!r}, is {now.get(name)!r}"
-            for name in sorted({*before, *now} - SAME_STEP)
+            for name in sorted({*before, *now} - RESUME_MAY_CHANGE)
             if before.get(name) != now.get(name)
         ]
         if changed:
@@ -75,11 +79,11 @@ class RunFolder:
                 f"resume: the run in {self.root} had other settings:\n"
                 + "\n".join(changed)
                 + "\nGive the same ones (only "
-                + ", ".join(sorted(SAME_STEP))
+                + ", ".join(sorted(RESUME_MAY_CHANGE))
                 + " may change), or start anew with --overwrite"
             )
 
-    def open(self, config: TrainConfig) -> None:
+    def open(self, settings: TrainSettings) -> None:
         """Hold the folder, clear it if asked, and save the settings.
 
         Raises:
@@ -88,7 +92,7 @@ class RunFolder:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._hold()
-            self._start(config)
+            self._start(settings)
         except OSError as error:
             raise ConfigError(f"out: {self.root} cannot be written ({error})") from error
 
@@ -104,14 +108,14 @@ class RunFolder:
                 f"out: another run is writing to {self.root}: wait for it, or choose another folder"
             ) from None
 
-    def _start(self, config: TrainConfig) -> None:
-        if config.overwrite:
+    def _start(self, settings: TrainSettings) -> None:
+        if settings.overwrite:
             for path in self._contents():
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
-        text = yaml.safe_dump(config.saved(), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(settings.saved(), sort_keys=False, allow_unicode=True)
         write_atomically(self.config, text)
 
     def _contents(self) -> tuple[Path, ...]:
@@ -124,3 +128,42 @@ class RunFolder:
             self.model,
             self.tracking,
         )
+
+
+def save_model(model: Any, tokenizer: Any, *, folder: Path, merge: bool) -> None:
+    """Save a model so that ``from_pretrained`` loads it, whole or not at all; rank 0 writes.
+
+    Args:
+        model: A transformers model (saved with its weights), or a PEFT model (its adapter alone).
+        tokenizer: Saved beside it; None: there is none.
+        folder: Replaced if it is there.
+        merge: Fold the adapters of a PEFT model into its weights and save those. The model then
+            has no adapters any more.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
+    weights = None
+    if is_sharded(model):
+        unsharded = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=unsharded)
+    elif merge:
+        model = model.merge_and_unload()
+    on_rank_0(lambda: _write_model(model, tokenizer, folder=folder, weights=weights))
+
+
+def _write_model(model: Any, tokenizer: Any, *, folder: Path, weights: Any) -> None:
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        model.save_pretrained(aside, state_dict=weights)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder} could not be written: {error}. The last checkpoint is intact: make room "
+            "and run again with --resume"
+        ) from error

@@ -4,11 +4,10 @@ import contextlib
 import itertools
 import json
 import logging
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,36 +20,33 @@ from samestep.engine.collectives import all_gather_object, gather_results, on_ra
 from samestep.engine.evaluate import EvalReport, evaluate
 from samestep.engine.parallel import is_sharded
 from samestep.engine.step import StepReport, step
-from samestep.engine.terms import LossFn, LossResult
-from samestep.engine.two_pass import TwoPass
+from samestep.engine.terms import LossFn
 from samestep.errors import ConfigError, Interrupted, NotFiniteError, StopRequestedError
 from samestep.models.activations import ActivationOffload
 from samestep.models.dropout import key_dropout
 from samestep.train import checkpoint
-from samestep.train.batches import MicroBatches
-from samestep.train.checkpoint import Progress
-from samestep.train.config import TrainConfig
-from samestep.train.culprits import culprits
-from samestep.train.data_print import DataPrint
-from samestep.train.export import save_model
-from samestep.train.group import process_group
-from samestep.train.interrupt import interruptible
+from samestep.train.forward import find_nonfinite_rows, with_context
+from samestep.train.launch import process_group
+from samestep.train.micro_batches import MicroBatches
+from samestep.train.oom_retry import Report, retry_on_oom
 from samestep.train.optim import learning_rate, set_learning_rate
-from samestep.train.recorder import Recorder
-from samestep.train.replan import Report, within_memory
-from samestep.train.run_folder import RunFolder
-from samestep.train.setup import Run, plans_of, set_up
-from samestep.train.watch import Watch, watched
+from samestep.train.progress import DataFingerprint, Progress
+from samestep.train.reporter import RunReporter
+from samestep.train.run_folder import RunFolder, save_model
+from samestep.train.settings.base import TrainSettings
+from samestep.train.setup import TrainingSetup, set_up, step_plans
+from samestep.train.watchdog import Watchdog, interruptible, watch_ranks
 from samestep.utils.files import write_atomically
+from samestep.utils.memory import process_peak
 
 log = logging.getLogger("samestep")
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Train a model as configured, into ``config.out``; on several ranks under torchrun.
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """Train a model into ``settings.out``; on several ranks under torchrun.
 
     Args:
-        config: The settings, as `samestep.train.arguments.read_config` or `checked` gives them.
+        settings: As `samestep.train.command.read_settings` or `finalize` gives them.
 
     Returns:
         What ``summary.json`` holds.
@@ -65,21 +61,29 @@ def train(config: TrainConfig) -> dict[str, Any]:
         Interrupted: Stopped by SIGINT or SIGTERM; the run is saved and can be resumed.
     """
     with process_group():
-        folder = RunFolder(Path(config.out))
-        on_rank_0(lambda: folder.check(config))
-        run = set_up(config)
-        on_rank_0(lambda: folder.open(config))
+        folder = RunFolder(Path(settings.out))
+        on_rank_0(lambda: folder.check(settings))
+        setup = set_up(settings)
+        on_rank_0(lambda: folder.open(settings))
         try:
-            progress = _first_progress(run, config, folder)
+            progress = _first_progress(setup, settings, folder=folder)
             with (
-                Recorder(folder, config, total=run.steps, done=progress.step) as recorder,
-                interruptible(recorder.say) as stop_asked,
-                watched(config.rank_timeout) as watch,
+                RunReporter(folder, settings, total=setup.steps, done=progress.step) as reporter,
+                interruptible(reporter.say) as stop_signal,
+                watch_ranks(settings.rank_timeout) as watchdog,
             ):
-                loop = Loop(config, folder, run, recorder, stop_asked, watch, progress)
-                loop.run_to_the_end()
-            save_model(run.model, run.tokenizer, folder.model, merge=config.merge)
-            summary = _summary(run, folder, loop)
+                trainer = Trainer(
+                    settings=settings,
+                    folder=folder,
+                    setup=setup,
+                    reporter=reporter,
+                    stop_signal=stop_signal,
+                    watchdog=watchdog,
+                    progress=progress,
+                )
+                trainer.run()
+            save_model(setup.model, setup.tokenizer, folder=folder.model, merge=settings.merge)
+            summary = _summary(trainer)
             text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
             on_rank_0(lambda: write_atomically(folder.summary, text))
         finally:
@@ -87,180 +91,192 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return summary
 
 
-def _first_progress(run: Run, config: TrainConfig, folder: RunFolder) -> Progress:
-    """Where the run starts: at its last whole checkpoint if it is resumed, else at step 0."""
-    data = DataPrint.of(run.train)
-    found = checkpoint.newest_whole(folder.checkpoints) if config.resume else None
-    if found is None:
-        if config.resume:
+def _first_progress(
+    setup: TrainingSetup, settings: TrainSettings, *, folder: RunFolder
+) -> Progress:
+    """Where the run starts: at its last intact checkpoint if it is resumed, else at step 0."""
+    data = DataFingerprint.of(setup.train)
+    path = checkpoint.newest_intact(folder.checkpoints) if settings.resume else None
+    if path is None:
+        if settings.resume:
             log.warning("resume: there is no checkpoint in %s: starting at step 0", folder.root)
         return Progress(step=0, tokens=0, seconds=0.0, skipped=0, data=data)
-    progress = checkpoint.load(found, run.model, run.optimizer)
+    progress = checkpoint.load(path, setup.model, optimizer=setup.optimizer)
     difference = progress.data.difference(data)
     if difference:
         raise ConfigError(
-            f"resume: the training rows are not those of {found}: {config.data} or the tokenizer "
+            f"resume: the training rows are not those of {path}: {settings.data} or the tokenizer "
             f"has changed since ({difference}). Restore it, or start anew with --overwrite"
         )
-    log.info("resuming after step %d, from %s", progress.step, found)
+    log.info("resuming after step %d, from %s", progress.step, path)
     return progress
 
 
-@dataclass
-class Loop:
+@dataclass(kw_only=True)
+class Trainer:
     """A run under way, on one rank.
 
     Attributes:
-        config: The settings.
+        settings: The settings.
         folder: Where the run writes.
-        run: The model, the data, the optimizer.
-        recorder: Logs and shows.
-        stop_asked: The number of the signal that asked to stop, or 0.
-        watch: Told where this rank is.
+        setup: The model, the data, the optimizer.
+        reporter: Logs and shows.
+        stop_signal: Gives the number of the signal that asked to stop, or 0.
+        watchdog: Gets a heartbeat before each micro-batch.
         progress: How far the run is.
         evaluations: Those of this call, in order.
     """
 
-    config: TrainConfig
+    settings: TrainSettings
     folder: RunFolder
-    run: Run
-    recorder: Recorder
-    stop_asked: Callable[[], int]
-    watch: Watch
+    setup: TrainingSetup
+    reporter: RunReporter
+    stop_signal: Callable[[], int]
+    watchdog: Watchdog
     progress: Progress
     evaluations: list[EvalReport] = field(default_factory=list)
 
-    def run_to_the_end(self) -> None:
-        """Train to the last step, or until a signal; then save and raise `Interrupted`."""
+    def run(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            Interrupted: A signal came; the run is saved.
+        """
         try:
             self._evaluate_if_due()
             for plan in self._plans():
-                self._one_step(plan)
-                last = self.progress.step == self.run.steps
+                self._step(plan)
+                last = self.progress.step == self.setup.steps
                 self._evaluate_if_due()
-                if last or _due(self.config.save_every, self.progress.step):
+                if last or _is_due(self.settings.save_every, self.progress.step):
                     self._save()
-                if not last and any(all_gather_object(self.stop_asked())):
+                if not last and any(all_gather_object(self.stop_signal())):
                     raise StopRequestedError
         except StopRequestedError:
-            number = max(all_gather_object(self.stop_asked()))
+            number = max(all_gather_object(self.stop_signal()))
             self._save()
             raise Interrupted(number) from None
 
     def _plans(self) -> Iterator[StepPlan]:
-        plans = plans_of(self.run.train, self.config, start=self.progress.step)
-        return itertools.takewhile(lambda plan: plan.step < self.run.steps, plans)
+        plans = step_plans(self.setup.train, self.settings, start=self.progress.step)
+        return itertools.takewhile(lambda plan: plan.step < self.setup.steps, plans)
 
-    def _one_step(self, plan: StepPlan) -> None:
-        lr = learning_rate(plan.step, total=self.run.steps, config=self.config)
-        set_learning_rate(self.run.optimizer, lr)
+    def _step(self, plan: StepPlan) -> None:
+        lr = learning_rate(plan.step, total=self.setup.steps, settings=self.settings)
+        set_learning_rate(self.setup.optimizer, lr)
         started = time.perf_counter()
         try:
-            report = self._step(plan)
+            report = self._optimizer_step(plan)
         except NotFiniteError as error:
-            problem = f"{error}{self._culprits(plan)}"
-            if self.config.not_finite == "stop":
+            problem = f"{error}{self._nonfinite_rows(plan)}"
+            if self.settings.not_finite == "stop":
                 raise NotFiniteError(problem) from None
             report = _skipped(problem, seconds=time.perf_counter() - started)
-        after = self.run.objective.after_step
+        after = self.setup.objective.after_step
         if after is not None:
-            after(self.run.model, report.skipped is None)
-        self.progress = _after(self.progress, report)
+            after(self.setup.model, report.skipped is None)
+        self.progress = self.progress.after(report)
         done = self.progress.step
-        on_rank_0(lambda: self.recorder.step(report, step=done, epoch=plan.progress, lr=lr))
+        on_rank_0(lambda: self.reporter.step(report, step=done, epoch=plan.progress, lr=lr))
 
-    def _step(self, plan: StepPlan) -> StepReport:
-        objective, micro_batches = self.run.objective, self.run.micro_batches
+    def _optimizer_step(self, plan: StepPlan) -> StepReport:
+        setup = self.setup
 
         def attempt() -> StepReport:
             return step(
-                self.run.model,
-                self.run.optimizer,
-                micro_batches.of_this_rank(plan.examples, plan.step),
-                self._looked_after(objective.loss_fn, step_number=plan.step),
-                max_grad_norm=self.config.max_grad_norm,
-                counters=objective.counters,
+                setup.model,
+                setup.optimizer,
+                setup.micro_batches.of_this_rank(plan.examples, plan.step),
+                self._watched(setup.objective.loss_fn, step_number=plan.step),
+                max_grad_norm=self.settings.max_grad_norm,
+                counters=setup.objective.counters,
             )
 
-        return self._within_memory(micro_batches, plan.examples, attempt)
+        return self._retry_on_oom(attempt, setup.micro_batches, indices=plan.examples)
 
-    def _culprits(self, plan: StepPlan) -> str:
-        """The rows at fault, found by running each by itself; not under FSDP2, rank by rank."""
-        if is_sharded(self.run.model):
+    def _nonfinite_rows(self, plan: StepPlan) -> str:
+        """The rows at fault, each run by itself, on every rank; nothing under FSDP2."""
+        if is_sharded(self.setup.model):
             return ""
-        objective, batches = self.run.objective, self.run.micro_batches
-        found = gather_results(
-            lambda: culprits(
-                self.run.model,
-                lambda index: next(batches.of([index], plan.step)),
-                batches.hand(plan.examples),
-                self._looked_after(objective.loss_fn, step_number=plan.step),
+        objective, micro_batches = self.setup.objective, self.setup.micro_batches
+        by_rank = gather_results(
+            lambda: find_nonfinite_rows(
+                self.setup.model,
+                lambda index: next(micro_batches.batches([index], plan.step)),
+                indices=micro_batches.rank_indices(plan.examples),
+                loss_fn=self._watched(objective.loss_fn, step_number=plan.step),
                 counters=objective.counters,
             )
         )
-        rows = [line for of_rank in found for line in of_rank]
+        rows = [line for lines in by_rank for line in lines]
         return f". At fault: {'; '.join(rows)}" if rows else ""
 
     def _evaluate_if_due(self) -> None:
         """Evaluate before the first step, every ``eval_every`` and at the end; each time once."""
-        done, batches = self.progress.step, self.run.eval_micro_batches
-        due = done in (0, self.run.steps) or _due(self.config.eval_every, done)
-        if batches is None or not due or done in self.recorder.evaluated:
+        done, micro_batches = self.progress.step, self.setup.eval_micro_batches
+        due = done in (0, self.setup.steps) or _is_due(self.settings.eval_every, done)
+        if micro_batches is None or not due or done in self.reporter.evaluated:
             return
-        assert self.run.evaluation is not None
-        everything, objective = range(len(self.run.evaluation)), self.run.objective
-        report = self._within_memory(
-            batches,
-            everything,
+        assert self.setup.evaluation is not None
+        everything, objective = range(len(self.setup.evaluation)), self.setup.objective
+        report = self._retry_on_oom(
             lambda: evaluate(
-                self.run.model,
-                batches.of_this_rank(everything, 0),
-                self._looked_after(objective.loss_fn),
+                self.setup.model,
+                micro_batches.of_this_rank(everything, 0),
+                self._watched(objective.loss_fn),
                 counters=objective.counters,
             ),
+            micro_batches,
+            indices=everything,
         )
         self.evaluations.append(report)
-        on_rank_0(lambda: self.recorder.evaluation(report, step=done))
-        self.recorder.evaluated.add(done)
+        on_rank_0(lambda: self.reporter.evaluation(report, step=done))
+        self.reporter.evaluated.add(done)
 
     def _save(self) -> None:
-        self.watch.moves("saving", hurried=False)
+        self.watchdog.heartbeat("saving", timed=False)
         checkpoint.save(
             self.folder.checkpoints,
-            self.run.model,
-            self.run.optimizer,
-            self.progress,
-            keep=self.config.keep,
+            self.setup.model,
+            optimizer=self.setup.optimizer,
+            progress=self.progress,
+            keep=self.settings.keep,
         )
 
-    def _looked_after(self, loss_fn: LossFn, *, step_number: int | None = None) -> LossFn:
-        """The loss, after a look at whether to stop; dropout keyed to the step if it has one."""
+    def _watched(self, loss_fn: LossFn, *, step_number: int | None = None) -> LossFn:
+        """The loss, each call after a look at signals, a heartbeat, and the keys of dropout."""
         # Under FSDP2 a rank must not leave a step alone: there a signal waits for the step's end.
-        may_stop = not is_sharded(self.run.model)
-        numbers = itertools.count()
-        what = "evaluation" if step_number is None else f"step {step_number + 1}"
+        may_stop = not is_sharded(self.setup.model)
+        numbers = itertools.count(1)
+        name = "evaluation" if step_number is None else f"step {step_number + 1}"
 
-        def looked_after(model: Any, micro: Any) -> LossResult:
-            if may_stop and self.stop_asked():
+        @contextmanager
+        def around_forward(model: Any, micro: Any) -> Iterator[None]:
+            if may_stop and self.stop_signal():
                 raise StopRequestedError("asked to stop")
-            self.watch.moves(f"{what}, micro-batch {next(numbers) + 1}")
+            self.watchdog.heartbeat(f"{name}, micro-batch {next(numbers)}")
             if step_number is not None:
-                key_dropout(model, micro, seed=self.config.seed, step=step_number)
+                key_dropout(model, micro, seed=self.settings.seed, step=step_number)
             with (
                 ActivationOffload(model)
-                if self.config.activation_offload
+                if self.settings.activation_offload
                 else contextlib.nullcontext()
             ):
-                return loss_fn(model, micro)
+                yield
 
-        return TwoPass(looked_after) if isinstance(loss_fn, TwoPass) else looked_after
+        return with_context(loss_fn, around_forward)
 
-    def _within_memory(
-        self, micro_batches: MicroBatches, indices: Sequence[int], work: Callable[[], Report]
+    def _retry_on_oom(
+        self, work: Callable[[], Report], micro_batches: MicroBatches, *, indices: Sequence[int]
     ) -> Report:
-        model = self.run.model
-        keep_less = partial(self.config.recompute, model)
-        return within_memory(model, micro_batches, indices, work, recompute=keep_less)
+        model = self.setup.model
+        return retry_on_oom(
+            model,
+            work,
+            micro_batches=micro_batches,
+            indices=indices,
+            recompute_activations=partial(self.setup.recipe.recompute_activations, model),
+        )
 
 
 def _skipped(reason: str, *, seconds: float) -> StepReport:
@@ -277,40 +293,28 @@ def _skipped(reason: str, *, seconds: float) -> StepReport:
     )
 
 
-def _after(progress: Progress, report: StepReport) -> Progress:
-    return replace(
-        progress,
-        step=progress.step + 1,
-        tokens=progress.tokens + report.tokens,
-        seconds=progress.seconds + report.seconds,
-        skipped=progress.skipped + (report.skipped is not None),
-    )
-
-
-def _due(every: int | None, step: int) -> bool:
+def _is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def _summary(run: Run, folder: RunFolder, loop: Loop) -> dict[str, Any]:
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
-    own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    peaks = gather_results(lambda: own_peak)
-    progress, evaluations = loop.progress, loop.evaluations
+def _summary(trainer: Trainer) -> dict[str, Any]:
+    peaks = gather_results(process_peak)
+    setup, progress, evaluations = trainer.setup, trainer.progress, trainer.evaluations
     return {
         "steps": progress.step,
         "skipped": progress.skipped,
-        "examples": len(run.train),
-        "dropped": run.train.dropped,
+        "examples": len(setup.train),
+        "dropped": setup.train.dropped,
         "tokens": progress.tokens,
         "seconds": progress.seconds,
         "evaluation_before": evaluations[0].loss if len(evaluations) > 1 else None,
         "evaluation_after": evaluations[-1].loss if evaluations else None,
         "trainable_parameters": sum(
-            weight.numel() for weight in run.model.parameters() if weight.requires_grad
+            weight.numel() for weight in setup.model.parameters() if weight.requires_grad
         ),
         "ranks": len(peaks),
         "peak_resident_bytes": max(peaks),
-        "model": str(folder.model),
+        "model": str(trainer.folder.model),
         "samestep": samestep.__version__,
         "torch": torch.__version__,
     }

@@ -1,46 +1,141 @@
-"""Peak memory of a stretch of work, without what came before."""
+"""Memory that this process takes, at its peak and at most.
+
+Three peaks are of use: of a block of code, sampled while it runs (`peak_memory`); of a stretch
+between two calls, from the system's own counter, which must be set back (`reset_peak_memory`,
+`peak_memory_since_reset`); and of the whole process (`process_peak`).
+"""
 
 import ctypes
+import os
 import re
+import resource
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+_INTERVAL = 0.002
+"""Seconds between two looks at the resident memory."""
+
+_STATM = Path("/proc/self/statm")
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass
+class Peak:
+    """The most bytes that were taken; None where the system does not say."""
+
+    bytes: float | None = None
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Sample the memory of a block.
+
+    Args:
+        device: Where the block computes: on the CPU the resident memory of the process is
+            sampled, on CUDA it is what PyTorch allocated.
+
+    Yields:
+        The peak, set when the block ends.
+    """
+    peak = Peak()
+    if device.type == "cuda":
+        reset_peak_memory(device)
+        yield peak
+        peak.bytes = peak_memory_since_reset(device)
+        return
+    if device.type != "cpu" or not _STATM.is_file():
+        yield peak
+        return
+    ended = threading.Event()
+
+    def sample() -> None:
+        while True:
+            peak.bytes = max(peak.bytes or 0.0, _resident())
+            if ended.wait(_INTERVAL):
+                return
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        sampler.join()
 
 
 def reset_peak_memory(device: torch.device) -> None:
     """Begin a stretch: free memory goes back to the system, the peak starts from what is left.
 
     Args:
-        device: Where the work computes; for a CPU it is the memory of this process that counts.
+        device: As for `peak_memory`.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
         try:
-            # proc(5): resets the peak resident set size
-            _CLEAR_REFS.write_text("5", encoding="ascii")
+            _CLEAR_REFS.write_text("5", encoding="ascii")  # proc(5): resets the peak resident size
         except OSError:
             return
 
 
 def peak_memory_since_reset(device: torch.device) -> int | None:
-    """The peak since `reset_peak_memory`.
+    """The peak since `reset_peak_memory`: resident bytes of this process, or those of a GPU.
 
     Args:
-        device: Where the work computes.
+        device: As for `peak_memory`.
 
     Returns:
-        Bytes allocated on a CUDA device, or resident bytes of this process; None where the system
-        does not say.
+        Bytes; None where the system does not say.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if not _STATUS.exists():
         return None
-    match = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"))
-    return int(match[1]) * 1024 if match else None
+    found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"))
+    return int(found[1]) * 1024 if found else None
+
+
+def process_peak() -> int:
+    """The most resident bytes of this process since it started."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def available_memory(device: torch.device) -> float | None:
+    """Bytes that the process could take in all: what it has and what is free.
+
+    Args:
+        device: As for `peak_memory`.
+
+    Returns:
+        Bytes; None where the system does not say.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return float(free + torch.cuda.memory_reserved(device))
+    if device.type != "cpu" or not _MEMINFO.is_file() or not _STATM.is_file():
+        return None
+    lines = _MEMINFO.read_text(encoding="ascii").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    free_bytes = [int(fields["MemAvailable"].split()[0]) * 1024]
+    limit, taken = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    if limit.is_file() and taken.is_file():
+        most = limit.read_text(encoding="ascii").strip()
+        if most != "max":
+            free_bytes.append(int(most) - int(taken.read_text(encoding="ascii")))
+    return _resident() + max(0, min(free_bytes))
+
+
+def _resident() -> float:
+    pages = int(_STATM.read_text(encoding="ascii").split()[1])
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))

@@ -1,11 +1,38 @@
-"""Pydantic's validation errors as lines that a user can act on."""
+"""Settings from YAML, and pydantic's validation errors as lines that a user can act on."""
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
+
+from samestep.errors import ConfigError
+from samestep.utils.plugins import nearest
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file, hyphens made underscores; their values are not checked.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Values by field.
+
+    Raises:
+        ConfigError: It cannot be read, or holds no fields.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold 'field: value' lines, not {type(content).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
 def describe_validation_errors(
@@ -13,6 +40,7 @@ def describe_validation_errors(
     known_fields: Iterable[str],
     *,
     nested_fields: Mapping[str, Iterable[str]] | None = None,
+    renamed: Mapping[str, str] | None = None,
 ) -> list[str]:
     """One line a wrong field: where it is, what is wrong, the value, the nearest valid name.
 
@@ -20,6 +48,7 @@ def describe_validation_errors(
         error: What pydantic raised.
         known_fields: Names of the fields of the settings that were checked.
         nested_fields: For each field that holds settings of its own, the names of those.
+        renamed: Former names of fields, and what they are called now.
 
     Returns:
         The lines, without a bullet, in pydantic's order.
@@ -33,7 +62,9 @@ def describe_validation_errors(
     for location, problems in by_location.items():
         names = nested.get(str(location[0]), valid_names) if location[1:] else valid_names
         path = ".".join(map(str, location)) or "the settings"
-        lines.append(f"{path}: {_describe(problems, location, valid_names=names)}")
+        name = str(location[-1]) if location else ""
+        text = _describe(name, problems, valid_names=names, renamed=renamed or {})
+        lines.append(f"{path}: {text}")
     return lines
 
 
@@ -47,27 +78,25 @@ def _without_union_members(location: Sequence[str | int]) -> tuple[str | int, ..
 
 
 def _describe(
-    problems: Sequence[Any], location: Sequence[str | int], *, valid_names: Iterable[str]
+    name: str,
+    problems: Sequence[Any],
+    *,
+    valid_names: Iterable[str],
+    renamed: Mapping[str, str],
 ) -> str:
     """What is wrong in one place; several problems are those of the members of a union."""
     first = problems[0]
     kind, value = first["type"], first["input"]
-    name = str(location[-1]) if location else ""
+    if kind == "extra_forbidden" and name in renamed:
+        return f"no such field; it is called {renamed[name]!r} now"
     if kind == "extra_forbidden":
-        return f"no such field{_nearest(name, valid_names)}"
+        return f"no such field{nearest(name, valid_names, cutoff=0.4)}"
     if kind == "missing":
         return f"is missing (in the file, or as --{name.replace('_', '-')})"
-    messages = [problem["msg"].removeprefix("Value error, ") for problem in problems]
+    messages: list[str] = [problem["msg"].removeprefix("Value error, ") for problem in problems]
     if kind == "value_error" and isinstance(value, Mapping):  # of several fields together
         return ", or ".join(messages)
     text = ", or ".join(f"{message[0].lower()}{message[1:]}" for message in messages)
-    expected = " ".join(
-        problem["ctx"]["expected"] for problem in problems if problem["type"] == "literal_error"
-    )
+    expected = " ".join(problem.get("ctx", {}).get("expected", "") for problem in problems)
     choices = re.findall(r"'([^']+)'", expected)
-    return f"{text}; found {value!r}{_nearest(value, choices)}"
-
-
-def _nearest(name: Any, valid_names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(valid_names), n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f"{text}; found {value!r}{nearest(str(value), choices, cutoff=0.4)}"

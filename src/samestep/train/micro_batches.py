@@ -1,0 +1,136 @@
+"""From a step's records to this rank's micro-batches."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from samestep.data.batching import pack_micro_batches, padding_share, shard_by_cost
+from samestep.data.collate import to_device
+from samestep.data.records import Records
+from samestep.engine.collectives import rank, world_size
+from samestep.engine.parallel import Idle
+
+DEFAULT_MICRO_TOKENS = 1024
+"""Tokens a micro-batch where nothing was measured."""
+
+Collator: TypeAlias = Callable[[Records, Sequence[int], int], dict[str, Any]]
+"""(data set, indices of its records, number of the step) to a micro-batch on the CPU; what is
+random about a record depends on its row and the step."""
+
+
+class MicroBatches:
+    """Cuts records of a data set into micro-batches, under a budget that can be lowered.
+
+    Args:
+        records: The data set.
+        collate: Makes a micro-batch of some of them.
+        micro_batch: Records a micro-batch; None: as many as ``micro_tokens`` allows.
+        micro_tokens: Tokens a micro-batch, those of padding included.
+        padded: Whether the collator pads its sequences to one length.
+        device: Where the tensors go.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        collate: Collator,
+        *,
+        micro_batch: int | None = None,
+        micro_tokens: int = DEFAULT_MICRO_TOKENS,
+        padded: bool,
+        device: torch.device,
+    ) -> None:
+        self._records = records
+        self._collate = collate
+        self._padded = padded
+        self._device = device
+        self._by_number = micro_batch is not None
+        self._budget = micro_tokens if micro_batch is None else micro_batch
+
+    def of_this_rank(self, indices: Sequence[int], step: int) -> Iterator[dict[str, Any] | Idle]:
+        """This rank's part of the records: over all ranks each is there exactly once.
+
+        Args:
+            indices: Of records.
+            step: Its number: what is random about a record depends on it.
+
+        Yields:
+            Micro-batches; one that is `Idle` on a rank that gets no record.
+        """
+        own = self.rank_indices(indices)
+        yield from self.batches(own, step)
+        if not own:
+            shortest = min(indices, key=lambda index: self._records.lengths[index])
+            yield Idle(self._make([shortest], step))
+
+    def rank_indices(self, indices: Sequence[int]) -> list[int]:
+        """The records that this rank gets.
+
+        Args:
+            indices: Of the records of all ranks.
+
+        Returns:
+            Those of this rank.
+        """
+        costs = self._lengths(indices)
+        return [indices[position] for position in shard_by_cost(costs, ranks=world_size())[rank()]]
+
+    def describe(self, indices: Sequence[int]) -> str:
+        """How well records fill the micro-batches that they are cut into, for the log.
+
+        Args:
+            indices: Of the records.
+
+        Returns:
+            A line such as "3 micro-batches, 91% of their 448 tokens filled".
+        """
+        lengths, parts = self._lengths(indices), self._cut(indices)
+        text = f"{len(parts)} micro-batches"
+        if not self._by_number:
+            share = sum(lengths) / (len(parts) * self._budget)
+            text += f", {min(1.0, share):.0%} of their {self._budget:,} tokens filled"
+        if self._padded:
+            text += f"; {padding_share(lengths, parts):.0%} of what is computed is padding"
+        return text
+
+    def batches(self, indices: Sequence[int], step: int) -> Iterator[dict[str, Any]]:
+        """The micro-batches of the records, all of them on this rank.
+
+        Args:
+            indices: Of the records.
+            step: As for `of_this_rank`.
+
+        Yields:
+            Micro-batches on the device.
+        """
+        for positions in self._cut(indices):
+            yield self._make([indices[position] for position in positions], step)
+
+    def halve(self, indices: Sequence[int]) -> str:
+        """Halve the budget from here on, so that these records are cut finer.
+
+        Args:
+            indices: Of the records.
+
+        Returns:
+            The new budget, in words.
+        """
+        lengths = self._lengths(indices)
+        most = len(lengths) if self._by_number else sum(lengths)
+        self._budget = max(1, min(self._budget, most) // 2)
+        return f"{self._budget} {'records' if self._by_number else 'tokens'}"
+
+    def _lengths(self, indices: Sequence[int]) -> list[int]:
+        return [self._records.lengths[index] for index in indices]
+
+    def _cut(self, indices: Sequence[int]) -> list[list[int]]:
+        return pack_micro_batches(
+            self._lengths(indices),
+            micro_batch=self._budget if self._by_number else None,
+            micro_tokens=None if self._by_number else self._budget,
+            padded=self._padded,
+        )
+
+    def _make(self, indices: Sequence[int], step: int) -> dict[str, Any]:
+        return to_device(self._collate(self._records, indices, step), self._device)

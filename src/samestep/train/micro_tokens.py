@@ -1,0 +1,293 @@
+"""``micro_tokens: auto``: the budget of a micro-batch, from what two micro-batches cost.
+
+A micro-batch of n tokens costs a fixed time (gradients of all weights are written and added up once
+a micro-batch) and a time a token; and memory a token on top of what is there anyway. Both lines
+follow from two measurements on the first step's own data. Larger micro-batches spread the fixed
+time further, with ever less to gain.
+"""
+
+import hashlib
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+import samestep
+from samestep.engine.counts import input_tokens
+from samestep.engine.step import backward
+from samestep.engine.terms import Objective
+from samestep.errors import OutOfMemoryError
+from samestep.kernels.gemm import processor_name
+from samestep.train.forward import with_keyed_dropout
+from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS
+from samestep.train.optim import state_per_weight
+from samestep.train.recipes.base import Recipe
+from samestep.train.settings.base import TrainSettings
+from samestep.utils.files import cache_folder, write_atomically
+from samestep.utils.memory import available_memory, peak_memory
+
+log = logging.getLogger("samestep")
+
+_MEASURED_BUDGETS = (256, 1024)
+"""Budgets of the two measurements."""
+
+BUDGETS = (256, 448, 896, 1792)
+"""What can be chosen: each about twice the one before, so that noise in a measurement seldom
+changes the choice, and no more than keeps every known processor busy, so that it never costs much
+memory."""
+
+LEAST_FOR_SPEED = 448
+"""Less is chosen only for want of memory: where other programs disturb the clock, the fixed costs
+of small micro-batches are easily missed, and those are remembered for good."""
+
+_FIXED_SHARE = 0.12
+"""The choice is the smallest budget that spends at most this share of the time on fixed costs:
+twice the budget would save half of it, for twice the activations."""
+
+_MEMORY_SHARE = 0.8
+"""Share of what the process could have that is taken if no limit is given."""
+
+CutFirstStep: TypeAlias = Callable[[int], Sequence[dict[str, Any]]]
+"""Maps a budget to the micro-batches of the first step under it."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measured micro-batch.
+
+    Attributes:
+        tokens: Its tokens.
+        seconds: Its time; on a CPU, that of all cores together.
+        peak: The most memory taken, in bytes; None: unknown.
+    """
+
+    tokens: int
+    seconds: float
+    peak: float | None
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What micro-batches cost on one machine.
+
+    Attributes:
+        seconds: Of a micro-batch, however small.
+        seconds_per_token: On top.
+        bytes: Memory of the process while a micro-batch runs, however small; None: unknown.
+        bytes_per_token: On top.
+    """
+
+    seconds: float
+    seconds_per_token: float
+    bytes: float | None
+    bytes_per_token: float
+
+
+def fit_costs(small: Sample, large: Sample) -> Costs:
+    """The lines through two measurements; the larger one has more tokens."""
+    tokens = large.tokens - small.tokens
+    slope = max(large.seconds - small.seconds, 1e-9) / tokens
+    fixed = max(0.0, small.seconds - slope * small.tokens)
+    if small.peak is None or large.peak is None:
+        return Costs(fixed, slope, None, 0.0)
+    growth = max(0.0, large.peak - small.peak) / tokens
+    return Costs(fixed, slope, small.peak - growth * small.tokens, growth)
+
+
+def choose_budget(
+    costs: Costs, *, longest: int = 0, limit: float | None = None, reserved: float = 0.0
+) -> int:
+    """The budget that is nearly the fastest, if memory allows.
+
+    Args:
+        costs: What micro-batches cost.
+        longest: Tokens of the longest record, which cannot be cut.
+        limit: Bytes that the process may take; None: unknown.
+        reserved: Bytes that will be taken beside what was measured (the optimizer's state).
+
+    Returns:
+        The smallest of `BUDGETS` from `LEAST_FOR_SPEED` on whose fixed costs are at most
+        `_FIXED_SHARE` of its time, or the largest below it that fits; the smallest of all if none
+        does. At least the longest record, up to the largest of them: less would take as much
+        memory in the end.
+    """
+    least = min(longest, BUDGETS[-1])
+    if least > LEAST_FOR_SPEED and _fits(costs, least, limit=limit, reserved=reserved):
+        return max(least, choose_budget(costs, limit=limit, reserved=reserved))
+    fitting = [budget for budget in BUDGETS if _fits(costs, budget, limit=limit, reserved=reserved)]
+    for budget in (budget for budget in fitting if budget >= LEAST_FOR_SPEED):
+        seconds = costs.seconds + costs.seconds_per_token * budget
+        if costs.seconds <= _FIXED_SHARE * seconds:
+            return budget
+    return fitting[-1] if fitting else BUDGETS[0]
+
+
+def estimate_peak(costs: Costs, budget: int, *, reserved: float) -> float | None:
+    """The memory that the process will take at its peak, in bytes; None if it is unknown."""
+    if costs.bytes is None:
+        return None
+    return costs.bytes + reserved + costs.bytes_per_token * budget
+
+
+def _fits(costs: Costs, budget: int, *, limit: float | None, reserved: float) -> bool:
+    peak = estimate_peak(costs, budget, reserved=reserved)
+    return peak is None or limit is None or peak <= limit
+
+
+def measure_costs(
+    tokens: Callable[[int], Sequence[int]], run: Callable[[int, int], Sample]
+) -> Costs | None:
+    """Measure two micro-batches.
+
+    Args:
+        tokens: The tokens of each micro-batch that the first step is cut into under a budget.
+        run: Runs one of them, (budget, its place), forward and backward.
+
+    Returns:
+        The costs; None if the step is too small to hold micro-batches of two sizes.
+    """
+    few, many = (tokens(budget) for budget in _MEASURED_BUDGETS)
+    smallest, largest = min(few), max(many)
+    if largest < 2 * smallest:
+        return None
+    small = (_MEASURED_BUDGETS[0], few.index(smallest))
+    large = (_MEASURED_BUDGETS[1], many.index(largest))
+    run(*small)  # the first one also compiles kernels and fills caches
+    # In turn, so that a disturbance hits both.
+    pairs = [(run(*small), run(*large)) for _ in range(2)]
+    return fit_costs(*(_quickest(samples) for samples in zip(*pairs, strict=True)))
+
+
+def _quickest(samples: Sequence[Sample]) -> Sample:
+    """The least disturbed time, and the memory of the first run."""
+    seconds = min(sample.seconds for sample in samples)
+    return Sample(samples[0].tokens, seconds, samples[0].peak)
+
+
+def cached_costs(path: Path, measure: Callable[[], Costs | None]) -> Costs | None:
+    """The costs that a file holds; measured and written if there is none.
+
+    Args:
+        path: The file; its name stands for the model, the settings and the machine.
+        measure: Gives the costs.
+
+    Returns:
+        The costs; None if they cannot be measured, which is not written.
+    """
+    try:
+        return Costs(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # not there, or damaged: measure again
+        costs = measure()
+    if costs is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(asdict(costs)) + "\n")
+    return costs
+
+
+def choose_micro_tokens(
+    model: Any, objective: Objective, *, recipe: Recipe, cut: CutFirstStep, longest: int
+) -> int:
+    """The tokens of a micro-batch for this model on this machine.
+
+    Costs are measured once, on the first step's data, and remembered in the cache folder: by model,
+    settings that matter, machine and versions. No weight is changed. Where the setting
+    ``gradient_checkpointing`` is auto and the longest record would not fit, the model's layers are
+    checkpointed (selectively), and measured as they are then.
+
+    Args:
+        model: On its device, in train mode, as it will be trained.
+        objective: What is optimised.
+        recipe: Its settings say ``memory_limit`` in GB; None: 80 % of what the process could have.
+        cut: The first step's micro-batches under a budget.
+        longest: Tokens of the longest record, which cannot be cut.
+
+    Returns:
+        The budget.
+    """
+    settings = recipe.settings
+    path = cache_folder() / "costs" / f"{_key(model, settings)}.json"
+    try:
+        costs = cached_costs(path, lambda: _measure(model, objective, seed=settings.seed, cut=cut))
+    except OutOfMemoryError as error:
+        if recipe.recompute_activations(model):
+            return choose_micro_tokens(model, objective, recipe=recipe, cut=cut, longest=longest)
+        log.warning("micro_tokens: %s; starting from %d tokens a micro-batch", error, BUDGETS[0])
+        return BUDGETS[0]  # the run itself cuts finer still, or says which sequence is too large
+    if costs is None:
+        return DEFAULT_MICRO_TOKENS  # such a step is one or two micro-batches anyway
+    limit = _memory_limit(model.device, settings.memory_limit)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    weight_bytes = sum(weight.numel() * weight.element_size() for weight in trained)
+    reserved = state_per_weight(settings.optimizer) * weight_bytes
+    needed = estimate_peak(costs, longest, reserved=reserved)
+    too_much = needed is not None and limit is not None and needed > limit
+    if too_much and recipe.recompute_activations(model):
+        log.info(
+            "gradient_checkpointing: selective, since the longest row (%d tokens) would not fit "
+            "into memory otherwise",
+            longest,
+        )
+        return choose_micro_tokens(model, objective, recipe=recipe, cut=cut, longest=longest)
+    budget = choose_budget(costs, longest=longest, limit=limit, reserved=reserved)
+    peak = estimate_peak(costs, budget, reserved=reserved)
+    memory = "" if peak is None else f"; about {peak / 1e9:.1f} GB at the peak"
+    log.info("micro_tokens: %d tokens a micro-batch%s", budget, memory)
+    if peak is not None and limit is not None and peak > limit:
+        log.warning("micro_tokens: even that is above the limit of %.1f GB", limit / 1e9)
+    return budget
+
+
+def _memory_limit(device: torch.device, gigabytes: float | None) -> float | None:
+    """Bytes that the process may take; None if that is unknown."""
+    if gigabytes is not None:
+        return gigabytes * 1e9
+    available = available_memory(device)
+    return None if available is None else _MEMORY_SHARE * available
+
+
+def _measure(model: Any, objective: Objective, *, seed: int, cut: CutFirstStep) -> Costs | None:
+    loss_fn = with_keyed_dropout(objective.loss_fn, seed=seed, step=0)
+    on_cpu = model.device.type == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter  # blind to other processes
+
+    def run(budget: int, place: int) -> Sample:
+        micro = cut(budget)[place]
+        with peak_memory(model.device) as peak:
+            started = clock()
+            backward(model, [micro], loss_fn, counters=objective.counters)
+            if not on_cpu:
+                torch.accelerator.synchronize()
+            seconds = clock() - started
+        return Sample(input_tokens(micro), seconds, peak.bytes)
+
+    log.info("micro_tokens: measuring what a micro-batch costs (once for this model and machine)")
+    try:
+        return measure_costs(lambda budget: [input_tokens(micro) for micro in cut(budget)], run)
+    finally:
+        model.zero_grad()
+        if objective.after_step is not None:
+            objective.after_step(model, False)  # what it saw here was no step
+
+
+def _key(model: Any, settings: TrainSettings) -> str:
+    """What the costs depend on, as a file name."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    mode = settings.gradient_checkpointing, model.is_gradient_checkpointing
+    model_config = model.config.to_dict()
+    model_config.pop("_name_or_path", None)
+    facts = {
+        "model": model_config,
+        "trained": [len(trained), sum(weight.numel() for weight in trained)],
+        "dtype": str(model.dtype),
+        "settings": [settings.objective, settings.padding, *mode],
+        "machine": [str(model.device), platform.node(), processor_name(), torch.get_num_threads()],
+        "versions": [samestep.__version__, torch.__version__],
+    }
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,96 @@
+"""How far a run is, and on which data: what a checkpoint keeps beside weights and moments."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from samestep.data.records import Records
+from samestep.engine.step import StepReport
+
+_BLOCKS = 64
+"""Parts of the data that have a digest of their own."""
+
+
+@dataclass(frozen=True)
+class DataFingerprint:
+    """Identifies training data; kept in each checkpoint.
+
+    Attributes:
+        fingerprint: Of all of them.
+        records: How many there are.
+        tokens: How many they have together.
+        blocks: Digests of up to 64 neighbouring parts of equal numbers of records.
+    """
+
+    fingerprint: str
+    records: int
+    tokens: int
+    blocks: Sequence[str]
+
+    @classmethod
+    def of(cls, records: Records) -> "DataFingerprint":
+        """The fingerprint of records."""
+        size = -(-len(records) // _BLOCKS)
+        starts = range(0, len(records), size)
+        return cls(
+            fingerprint=records.fingerprint(),
+            records=len(records),
+            tokens=sum(records.lengths),
+            blocks=[_digest(records, start=start, stop=start + size) for start in starts],
+        )
+
+    def difference(self, now: "DataFingerprint") -> str:
+        """How other data differs from this, for a message; empty if it does not."""
+        if now.fingerprint == self.fingerprint:
+            return ""
+        text = (
+            f"then {self.records:,} records of {self.tokens:,} tokens, "
+            f"now {now.records:,} of {now.tokens:,}"
+        )
+        if now.records == self.records:
+            size = -(-now.records // _BLOCKS)
+            pairs = enumerate(zip(self.blocks, now.blocks, strict=True))
+            first = next((at for at, (then, later) in pairs if then != later), None)
+            if first is not None:
+                last = min(now.records, (first + 1) * size) - 1
+                text += f"; the first difference is among records {first * size} to {last}"
+        return text
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: Steps done.
+        tokens: Input tokens seen.
+        seconds: Time spent in steps.
+        skipped: Steps without an update.
+        data: Identifies the training data.
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    skipped: int
+    data: DataFingerprint
+
+    def after(self, report: StepReport) -> "Progress":
+        """The progress after one more step."""
+        return replace(
+            self,
+            step=self.step + 1,
+            tokens=self.tokens + report.tokens,
+            seconds=self.seconds + report.seconds,
+            skipped=self.skipped + (report.skipped is not None),
+        )
+
+
+def _digest(records: Records, *, start: int, stop: int) -> str:
+    offsets, width = records.sequences.offsets, records.width
+    first, last = int(start) * width, min(int(stop) * width, len(records.sequences))
+    part = slice(int(offsets[first]), int(offsets[last]))
+    digest = hashlib.sha256(records.sequences.ids[part].numpy().tobytes())
+    digest.update(records.sequences.is_target[part].numpy().tobytes())
+    digest.update(records.sequences.weights[first:last].numpy().tobytes())
+    return digest.hexdigest()[:16]

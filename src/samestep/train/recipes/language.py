@@ -1,0 +1,238 @@
+"""Next-token cross entropy of texts and of images with texts; masked tokens; encoder-decoders."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from samestep.data.collate import Padding, collate_examples
+from samestep.data.load import load_rows
+from samestep.data.readers.texts import collate_masked, mask_settings, text_records
+from samestep.data.readers.vision import collate_image_records, image_records
+from samestep.data.records import Records
+from samestep.data.tokenize import tokenize_rows
+from samestep.engine.targets import IGNORE
+from samestep.engine.terms import LossFn, Objective, constant
+from samestep.engine.two_pass import TwoPass
+from samestep.errors import ConfigError
+from samestep.models.load import load_processor
+from samestep.models.routers import router_biases, routers
+from samestep.objectives.language import DFT, SEQ2SEQ_COUNTERS, CausalLMLoss, MaskedLM, Seq2Seq
+from samestep.objectives.routers import RouterBias, RouterLosses
+from samestep.objectives.units import LABELLED_TOKEN_COUNTERS
+from samestep.train.recipes.base import Recipe
+from samestep.train.settings.base import TrainSettings
+from samestep.train.settings.language import (
+    CausalLMSettings,
+    MaskedLMSettings,
+    Seq2SeqSettings,
+    VisionLanguageSettings,
+)
+from samestep.utils.files import cache_folder
+
+
+def read_language(
+    settings: TrainSettings,
+    source: str,
+    tokenizer: Any,
+    *,
+    train_on: Literal["completion", "all"] = "completion",
+) -> Records:
+    """Rows of text, prompt and completion, messages, or token ids.
+
+    Args:
+        settings: ``max_length``, ``append_eos``.
+        source: A value of ``data`` or ``eval_data``.
+        tokenizer: The model's tokenizer.
+        train_on: Targets: completions and assistant turns, or every token.
+
+    Returns:
+        The records.
+
+    Raises:
+        DataError: The rows cannot be used.
+    """
+    return Records(
+        tokenize_rows(
+            load_rows(source),
+            tokenizer,
+            max_length=settings.max_length,
+            append_eos=settings.append_eos,
+            train_on=train_on,
+            cache=cache_folder() / "tokens",
+            weigh_tokens=True,
+        )
+    )
+
+
+class CausalLMRecipe(Recipe):
+    """Cross entropy of next tokens."""
+
+    settings: CausalLMSettings
+
+    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+        """Rows of text, prompt and completion, messages, or token ids."""
+        return read_language(self.settings, source, tokenizer, train_on=self.settings.train_on)
+
+    def build(self, model: Any, data: Sequence[Records]) -> Objective:
+        """Cross entropy, normalised as the settings say, and what they say of the routers."""
+        settings = self.settings
+        value = settings.normalize
+        normalize = constant(value) if isinstance(value, float) else value
+        loss: LossFn = CausalLMLoss(
+            normalize=normalize, label_smoothing=settings.label_smoothing, z_loss=settings.z_loss
+        )
+        if settings.loss == "dft":
+            loss = DFT(normalize)
+        if settings.router_loss or settings.router_z_loss or settings.router_bias_rate:
+            return self._with_routers(loss, model)
+        return Objective(loss)
+
+    def _with_routers(self, loss: LossFn, model: Any) -> Objective:
+        settings = self.settings
+        if not routers(model):
+            raise ConfigError(f"router settings: {type(model).__name__} has no routers")
+        if settings.router_bias_rate and len(router_biases(model)) < len(routers(model)):
+            raise ConfigError(
+                f"router_bias_rate: the routers of {type(model).__name__} have no bias to move; "
+                "use router_loss"
+            )
+        bias = RouterBias(settings.router_bias_rate) if settings.router_bias_rate else None
+        both = RouterLosses(
+            loss,
+            settings.router_loss,
+            balance_weight=settings.router_loss_weight,
+            z_weight=settings.router_z_loss,
+            bias=bias,
+        )
+        return Objective(
+            TwoPass(both) if settings.router_loss == "window" else both,
+            both.counters,
+            after_step=None if bias is None else bias.after_step,
+        )
+
+
+class VisionLanguageRecipe(CausalLMRecipe):
+    """Cross entropy of next tokens in conversations with images."""
+
+    settings: VisionLanguageSettings
+    auto_class: ClassVar[str] = "AutoModelForImageTextToText"
+
+    def load_tokenizer(self, source: str) -> Any:
+        """The model's processor."""
+        return load_processor(source, trust_remote_code=self.settings.trust_remote_code)
+
+    def pad_id(self, tokenizer: Any) -> int:
+        """The pad token of the processor's tokenizer."""
+        return tokenizer.tokenizer.pad_token_id or 0
+
+    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+        """Rows of messages with images, whose files lie beside the rows."""
+        path = Path(source).expanduser()
+        return image_records(
+            load_rows(source),
+            tokenizer,
+            folder=path if path.is_dir() else path.parent,
+            max_length=self.settings.max_length,
+            train_on=self.settings.train_on,
+        )
+
+    def collate(
+        self,
+        data: Records,
+        indices: Sequence[int],
+        *,
+        padding: Padding,
+        pad_id: int,
+        key: tuple[int, int],
+    ) -> dict[str, Any]:
+        """Tokens side by side, and the images of all of them."""
+        dtype = getattr(torch, self.settings.dtype)
+        return collate_image_records(data, indices, padding=padding, pad_id=pad_id, dtype=dtype)
+
+
+class MaskedLMRecipe(Recipe):
+    """Cross entropy of masked tokens."""
+
+    settings: MaskedLMSettings
+    auto_class: ClassVar[str] = "AutoModelForMaskedLM"
+    peft_task: ClassVar[str] = "FEATURE_EXTRACTION"
+
+    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+        """Rows of text."""
+        meta = mask_settings(tokenizer)
+        records = text_records(
+            load_rows(source), tokenizer, columns=["text"], max_length=self.settings.max_length
+        )
+        records.meta.update(meta)
+        return records
+
+    def collate(
+        self,
+        data: Records,
+        indices: Sequence[int],
+        *,
+        padding: Padding,
+        pad_id: int,
+        key: tuple[int, int],
+    ) -> dict[str, Any]:
+        """A micro-batch with masks that belong to the examples."""
+        share = self.settings.mask_share
+        return collate_masked(data, indices, share=share, padding=padding, pad_id=pad_id, key=key)
+
+    def build(self, model: Any, data: Sequence[Records]) -> Objective:
+        """Cross entropy by masked token."""
+        return Objective(MaskedLM(), LABELLED_TOKEN_COUNTERS)
+
+
+class Seq2SeqRecipe(Recipe):
+    """Cross entropy of what a decoder writes about what an encoder has read."""
+
+    settings: Seq2SeqSettings
+    auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
+    peft_task: ClassVar[str] = "SEQ_2_SEQ_LM"
+
+    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+        """Rows of prompt (read by the encoder) and completion (written by the decoder)."""
+        return text_records(
+            load_rows(source),
+            tokenizer,
+            columns=["prompt", "completion"],
+            max_length=self.settings.max_length,
+            of_target=["completion"],
+        )
+
+    def load_model(self, source: str, data: Sequence[Records]) -> Any:
+        """The model without dropout: its masks could not be tied to the examples."""
+        return self.load_with(source, dropout_rate=0.0, dropout=0.0, activation_dropout=0.0)
+
+    def collate(
+        self,
+        data: Records,
+        indices: Sequence[int],
+        *,
+        padding: Padding,
+        pad_id: int,
+        key: tuple[int, int],
+    ) -> dict[str, Any]:
+        """Prompts padded for the encoder; completions padded as the decoder's targets."""
+        records = [data[at] for at in indices]
+        prompts = [record.sequences[0] for record in records]
+        micro = collate_examples(prompts, padding="right", pad_id=pad_id)
+        del micro["labels"], micro["position_ids"]
+        completions = [record.sequences[1].input_ids for record in records]
+        targets = pad_sequence(completions, batch_first=True, padding_value=IGNORE)
+        return {**micro, "fields": {"targets": targets}}
+
+    def outputs(self, model: Any, micro: dict[str, Any]) -> Tensor:
+        """The encoder's states."""
+        inputs = {name: micro[name] for name in ("input_ids", "attention_mask") if name in micro}
+        states: Tensor = model.get_encoder()(**inputs).last_hidden_state
+        return states
+
+    def build(self, model: Any, data: Sequence[Records]) -> Objective:
+        """Cross entropy by token of the decoder."""
+        return Objective(Seq2Seq(self.settings.label_smoothing), SEQ2SEQ_COUNTERS)

@@ -1,0 +1,237 @@
+"""Preferences: DPO and its family, SimPO, CPO, ORPO, KTO, reward models."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from samestep.data.collate import Padding, collate_examples, collate_records
+from samestep.data.load import load_rows
+from samestep.data.readers.preference import pair_records, unpaired_records
+from samestep.data.records import Record, Records
+from samestep.engine.parallel import is_sharded
+from samestep.engine.terms import Objective
+from samestep.engine.two_pass import TwoPass
+from samestep.errors import ConfigError
+from samestep.models.outputs import sequence_logits
+from samestep.objectives.kto import KTO, KTO_COUNTERS
+from samestep.objectives.log_probs import Reference
+from samestep.objectives.preference import DPO, ReferenceFree, Reward
+from samestep.objectives.units import PAIR_COUNTERS
+from samestep.train.recipes.base import Recipe, load_frozen
+from samestep.train.settings.base import TrainSettings
+from samestep.train.settings.preference import (
+    CPOSettings,
+    DPOSettings,
+    KTOSettings,
+    ORPOSettings,
+    ReferenceSettings,
+    RewardSettings,
+    SimPOSettings,
+)
+from samestep.utils.files import cache_folder
+
+
+def read_pairs(settings: TrainSettings, source: str, tokenizer: Any) -> Records:
+    """Rows of prompt, chosen and rejected.
+
+    Args:
+        settings: ``max_length``, ``append_eos``.
+        source: A value of ``data`` or ``eval_data``.
+        tokenizer: The model's tokenizer.
+
+    Returns:
+        The records, of two sequences each.
+
+    Raises:
+        DataError: The rows cannot be used.
+    """
+    return pair_records(
+        load_rows(source),
+        tokenizer,
+        max_length=settings.max_length,
+        append_eos=settings.append_eos,
+        cache=cache_folder() / "tokens",
+    )
+
+
+def load_reference(settings: ReferenceSettings, model: Any) -> Reference:
+    """The frozen reference: a model of its own, or the trained one with its adapters off.
+
+    Args:
+        settings: ``reference_model``, ``lora_rank``, ``trust_remote_code``.
+        model: The model that trains, before its first step.
+
+    Returns:
+        The reference.
+
+    Raises:
+        ConfigError: It has another vocabulary, or there is no room for a copy.
+    """
+    if settings.reference_model is not None:
+        trust, source = settings.trust_remote_code, settings.reference_model
+        frozen = load_frozen(source, model, field="reference_model", trust_remote_code=trust)
+        return Reference(frozen)
+    if settings.lora_rank is not None:
+        return Reference(None)
+    if is_sharded(model):
+        raise ConfigError(
+            "parallel: fsdp2 cannot keep a second copy of the model as the reference. Train "
+            "adapters (lora_rank), whose reference is the model without them, or give rows "
+            "with ref_chosen_logps and ref_rejected_logps"
+        )
+    return Reference(copy.deepcopy(model))
+
+
+class PairRecipe(Recipe):
+    """What reads rows of a prompt with a chosen and a rejected completion."""
+
+    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+        """Rows of prompt, chosen and rejected."""
+        return read_pairs(self.settings, source, tokenizer)
+
+
+class DPORecipe(PairRecipe):
+    """Losses of pairs against a reference."""
+
+    settings: DPOSettings
+
+    def build(self, model: Any, data: Sequence[Records]) -> Objective:
+        """The mixture of losses, with a reference that is live, run once, or read from the rows."""
+        settings = self.settings
+        in_rows = ["ref_chosen_logps" in records.fields for records in data]
+        if any(in_rows) and not all(in_rows):
+            raise ConfigError("data and eval_data: only one of them has ref_chosen_logps")
+        live = None if any(in_rows) else load_reference(settings, model)
+        weights = settings.loss_weights or (1.0,) * len(settings.loss)
+        dpo = DPO(
+            losses=dict(zip(settings.loss, weights, strict=True)),
+            reference=live,
+            beta=settings.beta,
+            label_smoothing=settings.label_smoothing,
+            length_normalize=settings.length_normalize,
+            tau=settings.discopop_tau,
+        )
+
+        def annotate(model: Any, micro: Mapping[str, Any]) -> dict[str, Tensor]:
+            both = dpo.reference_log_p(model, micro)
+            return {"ref_chosen_logps": both[::2], "ref_rejected_logps": both[1::2]}
+
+        precompute = settings.precompute_reference and live is not None
+        loss = replace(dpo, reference=None) if precompute else dpo
+        return Objective(
+            TwoPass(loss) if loss.coupled else loss,
+            PAIR_COUNTERS,
+            annotate if precompute else None,
+        )
+
+
+class SimPORecipe(PairRecipe):
+    """Preference by mean log likelihood."""
+
+    settings: SimPOSettings
+
+    def build(self, model: Any, data: Sequence[Records]) -> Objective:
+        """The loss, without a reference."""
+        settings = self.settings
+        loss = ReferenceFree(
+            "simpo", beta=settings.beta, gamma=settings.gamma, nll_weight=settings.nll_weight
+        )
+        return Objective(loss, PAIR_COUNTERS)
+
+
+class CPORecipe(PairRecipe):
+    """Contrastive preference."""
+
+    settings: CPOSettings
+
+    def build(self, model: Any, data: Sequence[Records]) -> Objective:
+        """The loss, without a reference."""
+        settings = self.settings
+        loss = ReferenceFree(
+            "cpo",
+            beta=settings.beta,
+            loss=settings.loss,
+            nll_weight=settings.nll_weight,
+            label_smoothing=settings.label_smoothing,
+        )
+        return Objective(loss, PAIR_COUNTERS)
+
+
+class ORPORecipe(PairRecipe):
+    """Odds ratio beside cross entropy."""
+
+    settings: ORPOSettings
+
+    def build(self, model: Any, data: Sequence[Records]) -> Objective:
+        """The loss, without a reference."""
+        loss = ReferenceFree("orpo", beta=self.settings.beta, nll_weight=1.0)
+        return Objective(loss, PAIR_COUNTERS)
+
+
+class KTORecipe(Recipe):
+    """Completions that are good or bad by themselves."""
+
+    settings: KTOSettings
+
+    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+        """Rows of prompt, completion and label."""
+        return unpaired_records(
+            load_rows(source),
+            tokenizer,
+            max_length=self.settings.max_length,
+            append_eos=self.settings.append_eos,
+            cache=cache_folder() / "tokens",
+        )
+
+    def collate(
+        self,
+        data: Records,
+        indices: Sequence[int],
+        *,
+        padding: Padding,
+        pad_id: int,
+        key: tuple[int, int],
+    ) -> dict[str, Any]:
+        """The examples themselves, and a second micro-batch of their mismatched completions."""
+        records = [data[at] for at in indices]
+        own = [Record(record.sequences[:1], record.fields) for record in records]
+        mismatched = [record.sequences[1] for record in records]
+        micro = collate_records(own, padding=padding, pad_id=pad_id)
+        return {**micro, "mismatched": collate_examples(mismatched, padding=padding, pad_id=pad_id)}
+
+    def build(self, model: Any, data: Sequence[Records]) -> Objective:
+        """The coupled loss, with a reference that is live or run once."""
+        settings = self.settings
+        kto = KTO(
+            load_reference(settings, model),
+            beta=settings.beta,
+            desirable_weight=settings.desirable_weight,
+            undesirable_weight=settings.undesirable_weight,
+        )
+        if not settings.precompute_reference:
+            return Objective(TwoPass(kto), KTO_COUNTERS)
+        loss = TwoPass(replace(kto, reference=None))
+        return Objective(loss, KTO_COUNTERS, annotate=kto.reference_log_p)
+
+
+class RewardRecipe(PairRecipe):
+    """A model that scores completions."""
+
+    settings: RewardSettings
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    peft_task: ClassVar[str] = "SEQ_CLS"
+
+    def load_model(self, source: str, data: Sequence[Records]) -> Any:
+        """A model with one score."""
+        return self.load_with(source, num_labels=1)
+
+    def outputs(self, model: Any, micro: dict[str, Any]) -> Tensor:
+        """The score of each sequence."""
+        return sequence_logits(model, micro)
+
+    def build(self, model: Any, data: Sequence[Records]) -> Objective:
+        """Bradley-Terry by pair, with the rows' margins if they have them."""
+        return Objective(Reward(self.settings.center_rewards), PAIR_COUNTERS)

@@ -1,0 +1,178 @@
+"""What a run shows and writes down while it goes: rank 0 alone does it.
+
+A bar on a terminal, plain lines elsewhere; and the run's logs.
+"""
+
+from datetime import timedelta
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from samestep.engine.collectives import gather_results, rank
+from samestep.engine.evaluate import EvalReport
+from samestep.engine.step import StepReport
+from samestep.errors import CheckpointError
+from samestep.train.log import RunLog
+from samestep.train.run_folder import RunFolder
+from samestep.train.settings.base import TrainSettings
+from samestep.utils.text import printable
+
+
+class RunConsole:
+    """Shows a run on stderr, so that stdout stays free for results.
+
+    Args:
+        total: Steps of the whole run.
+        done: Steps already done before this call.
+        silent: Show nothing.
+    """
+
+    def __init__(self, *, total: int, done: int, silent: bool = False) -> None:
+        self._console = Console(stderr=True, highlight=False, markup=False, quiet=silent)
+        self._total, self._done = total, done
+        self._seconds, self._steps, self._tokens = 0.0, 0, 0
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[state]}", markup=False),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=total, completed=done, state="starting")
+
+    def __enter__(self) -> "RunConsole":
+        """Start the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop the bar."""
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(printable(text), soft_wrap=True)
+
+    def step(self, report: StepReport, *, lr: float) -> None:
+        """Show a step that was done."""
+        self._done += 1
+        self._steps += 1
+        self._seconds += report.seconds
+        self._tokens += report.tokens
+        left = (self._total - self._done) * self._seconds / self._steps
+        state = (
+            f"loss {report.loss:.4f}  grad norm {report.grad_norm:.3g}  lr {lr:.2e}  "
+            f"{self._tokens / self._seconds:,.0f} tokens/s  "
+            f"{report.micro_batches} micro-batches  eta {timedelta(seconds=round(left))}"
+        )
+        if report.skipped:
+            state = f"skipped ({report.skipped})  " + state
+        self._bar.update(self._task, completed=self._done, state=state)
+        if self._bar.disable:
+            self.say(f"step {self._done}/{self._total}  {state}")
+
+    def evaluation(self, report: EvalReport, *, step: int) -> None:
+        """Show an evaluation."""
+        metrics = "  ".join(f"{name} {value:.4f}" for name, value in report.terms.items())
+        targets = report.counts.get("token", 0)
+        self.say(
+            f"evaluation after step {step}: loss {report.loss:.4f}  {metrics}  "
+            f"({targets:,.0f} targets, {report.seconds:.1f} s)"
+        )
+
+
+class RunReporter:
+    """The log and the console of a run, on rank 0; silent on the others.
+
+    Args:
+        folder: The run's folder, open for writing.
+        settings: The settings.
+        total: Steps of the whole run.
+        done: Steps already done.
+
+    Attributes:
+        evaluated: The steps after which an evaluation is written down already.
+
+    Raises:
+        ConfigError: The package of a tracker is not installed.
+        CheckpointError: The logs cannot be written.
+    """
+
+    def __init__(
+        self, folder: RunFolder, settings: TrainSettings, *, total: int, done: int
+    ) -> None:
+        self._console = RunConsole(total=total, done=done, silent=rank() > 0)
+        self._folder = folder
+        self._log: RunLog | None = None
+
+        def start() -> list[int]:
+            if rank() > 0:
+                return []
+            try:
+                self._log = RunLog(folder, settings, done=done)
+            except OSError as error:
+                raise self._unwritable(error) from error
+            return sorted(self._log.evaluated)
+
+        self.evaluated = set(gather_results(start)[0])
+
+    def __enter__(self) -> "RunReporter":
+        """Start the bar."""
+        self._console.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop the bar, and close the files."""
+        self._console.__exit__(kind, error, trace)
+        if self._log is not None:
+            self._log.close()
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        self._console.say(text)
+
+    def step(self, report: StepReport, *, step: int, epoch: float, lr: float) -> None:
+        """Write a step down, and show it.
+
+        Raises:
+            CheckpointError: The log cannot be written.
+        """
+        if self._log is None:
+            return
+        try:
+            self._log.step(report, step=step, epoch=epoch, lr=lr)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._console.step(report, lr=lr)
+
+    def evaluation(self, report: EvalReport, *, step: int) -> None:
+        """Write an evaluation down, and show it.
+
+        Raises:
+            CheckpointError: The log cannot be written.
+        """
+        if self._log is None:
+            return
+        try:
+            self._log.evaluation(report, step=step)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._console.evaluation(report, step=step)
+
+    def _unwritable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"the logs in {self._folder.root} cannot be written ({error}): the run stops here. "
+            "Fix that, and continue from the last checkpoint with --resume"
+        )

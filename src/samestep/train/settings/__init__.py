@@ -1,0 +1,1 @@
+"""Settings of `samestep train`: fields and their contradictions, without PyTorch."""

@@ -1,0 +1,158 @@
+"""The table of objectives, and the settings of those that belong to no family.
+
+An objective is a row here or in its family's table: the class of its settings, and its recipe.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from samestep.errors import ConfigError
+from samestep.train.settings.base import ObjectiveRow, TrainSettings
+from samestep.train.settings.classification import CLASSIFICATION
+from samestep.train.settings.language import LANGUAGE, Normalize, constant_problems
+from samestep.train.settings.preference import PREFERENCE, ReferenceSettings
+from samestep.utils.plugins import is_reference, load_object, nearest
+
+
+class PolicySettings(ReferenceSettings):
+    """Learn from rollouts and their rewards by a clipped policy gradient."""
+
+    objective: Literal["policy"] = "policy"
+    """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
+    baseline: Literal["grpo", "dr_grpo", "rloo", "given"] = "grpo"
+    """What a reward is compared with; given: rows bring their advantage."""
+    normalize: Normalize = "sequence"
+    """Every token weighs the same (DAPO), every sequence does (GRPO), or divide by this constant
+    (Dr. GRPO)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Compare with the old policy token by token, or by sequence (GSPO)."""
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """How far below 1 the ratio may go."""
+    clip_high: float = Field(default=0.2, gt=0)
+    """How far above 1 (DAPO: 0.28)."""
+    kl_weight: float = Field(default=0.0, ge=0)
+    """Weight of the KL to the reference; 0: there is none."""
+
+    def problems(self) -> list[str]:
+        """A constant that cannot divide, or a reference that cannot be kept."""
+        problems = constant_problems(self.normalize)
+        if self.precompute_reference:
+            problems.append("precompute_reference: the KL of rollouts needs a live reference")
+        return problems
+
+
+class DistillationSettings(TrainSettings):
+    """Learn the distributions of a teacher (arXiv:1503.02531)."""
+
+    objective: Literal["distillation"] = "distillation"
+    """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
+    teacher: str | None = None
+    """Hub name or folder of a model of the same vocabulary; none: rows hold top_ids, top_logps."""
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    """Of the teacher from the student, of the student from the teacher, or between."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of both distributions."""
+    nll_weight: float = Field(default=0.0, ge=0, le=1)
+    """Weight of cross entropy; the divergence has the rest of 1."""
+    train_on: Literal["completion", "all"] = "completion"
+    """Targets: completions and assistant turns, or every token."""
+    normalize: Literal["token", "sequence"] = "token"
+    """Every token weighs the same, or every sequence does."""
+
+    def problems(self) -> list[str]:
+        """A temperature that a teacher's likeliest tokens alone cannot have."""
+        if self.teacher is None and self.temperature != 1:
+            return ["temperature: it needs whole logits: name a teacher, or leave it at 1"]
+        return []
+
+
+class EmbeddingSettings(TrainSettings):
+    """Sentence embeddings by contrast: the whole effective batch are the negatives."""
+
+    objective: Literal["embedding"] = "embedding"
+    """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
+    pooling: Literal["mean", "last", "first"] = "mean"
+    """A sequence's vector: the mean of its tokens' states, its last token's or its first's."""
+    temperature: float = Field(default=0.05, gt=0)
+    """Cosines are divided by this."""
+    symmetric: bool = False
+    """Positives look for their anchors too."""
+
+
+class FlowMatchingSettings(TrainSettings):
+    """Train a diffusion transformer of diffusers by flow matching (arXiv:2210.02747)."""
+
+    objective: Literal["flow_matching"] = "flow_matching"
+    """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
+    normalize: Literal["example", "element"] = "example"
+    """Every example weighs the same, or every number of its latents does."""
+    padding: Literal["right"] = "right"
+    """Embeddings of text are padded to the right, and masked."""
+    time_policy: Literal["uniform", "logit_normal"] = "uniform"
+    """How the time of each example is drawn in each step."""
+    time_shift: float = Field(default=1.0, gt=0)
+    """Above 1: more of the noisy times."""
+
+    def problems(self) -> list[str]:
+        """What does not apply to latents."""
+        problems = []
+        if self.lora_rank is not None:
+            problems.append("lora_rank: adapters are not served for models of diffusers")
+        if self.tokenizer is not None or self.max_length is not None:
+            problems.append("tokenizer and max_length are for text: leave them out")
+        if self.gradient_checkpointing == "selective":
+            problems.append("gradient_checkpointing: models of diffusers have none and full alone")
+        return problems
+
+
+class CustomSettings(TrainSettings):
+    """Train on an objective from a file: a function (model, micro-batch) to terms."""
+
+    objective: str
+    """file.py:name or module:name of a function, `samestep.TwoPass` or `samestep.Objective`."""
+    rows: Literal["completions", "pairs"] = "completions"
+    """Which rows it takes: those of causal_lm, or those of dpo."""
+
+
+OBJECTIVES = {
+    **LANGUAGE,
+    **PREFERENCE,
+    **CLASSIFICATION,
+    "policy": ObjectiveRow(PolicySettings, "samestep.train.recipes.policy:PolicyRecipe"),
+    "distillation": ObjectiveRow(
+        DistillationSettings, "samestep.train.recipes.distillation:DistillationRecipe"
+    ),
+    "embedding": ObjectiveRow(
+        EmbeddingSettings, "samestep.train.recipes.embedding:EmbeddingRecipe"
+    ),
+    "flow_matching": ObjectiveRow(
+        FlowMatchingSettings, "samestep.train.recipes.flow_matching:FlowMatchingRecipe"
+    ),
+}
+"""What ``objective`` may name."""
+
+
+def settings_class(objective: str) -> type[TrainSettings]:
+    """The settings of an objective.
+
+    Args:
+        objective: A name, or ``file.py:name`` or ``package.module:name`` of one's own: a recipe
+            with settings of its own, or a function.
+
+    Returns:
+        The class that holds them; for an objective of the table this does not load PyTorch.
+
+    Raises:
+        ConfigError: There is no such objective.
+    """
+    if is_reference(objective):
+        own = getattr(load_object(objective, what="objective"), "settings_class", CustomSettings)
+        assert issubclass(own, TrainSettings)
+        return own
+    if objective not in OBJECTIVES:
+        raise ConfigError(
+            f"objective: there is no {objective!r}{nearest(objective, OBJECTIVES)} (known: "
+            f"{', '.join(OBJECTIVES)}, or file.py:name or package.module:name of one of your own)"
+        )
+    return OBJECTIVES[objective].settings

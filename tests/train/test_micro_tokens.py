@@ -1,0 +1,85 @@
+"""The budget from two measurements: arithmetic, memory, and the file that remembers."""
+
+from pathlib import Path
+
+import pytest
+
+from samestep.train.micro_tokens import (
+    BUDGETS,
+    LEAST_FOR_SPEED,
+    Costs,
+    Sample,
+    cached_costs,
+    choose_budget,
+    fit_costs,
+    measure_costs,
+)
+
+COSTS = Costs(seconds=0.2, seconds_per_token=0.004, bytes=3e9, bytes_per_token=1e6)
+
+
+def test_the_lines_go_through_both_measurements() -> None:
+    small, large = Sample(200, 1.0, 3.2e9), Sample(1000, 4.2, 4.0e9)
+    costs = fit_costs(small, large)
+    assert costs.seconds == pytest.approx(0.2)
+    assert costs.seconds_per_token == pytest.approx(0.004)
+    assert costs.bytes == pytest.approx(3e9)
+    assert costs.bytes_per_token == pytest.approx(1e6)
+
+
+def test_noise_that_makes_no_sense_gives_costs_that_do() -> None:
+    costs = fit_costs(Sample(200, 2.0, 5e9), Sample(1000, 1.9, 4e9))
+    assert costs.seconds_per_token > 0
+    assert costs.bytes_per_token == 0
+    assert fit_costs(Sample(200, 0.1, None), Sample(1000, 0.9, None)).bytes is None
+
+
+def test_the_smallest_budget_with_little_fixed_cost_is_taken() -> None:
+    # 0.2 s is 12 % of 1.67 s, which 367 tokens take; 0.4 s of what 733 take.
+    assert choose_budget(COSTS) == 448
+    assert choose_budget(Costs(0.4, 0.004, None, 0.0)) == 896
+    assert (
+        choose_budget(Costs(0.0, 0.004, None, 0.0)) == LEAST_FOR_SPEED
+    )  # never less for its time alone
+    assert choose_budget(Costs(1e9, 0.004, None, 0.0)) == BUDGETS[-1]
+
+
+def test_a_budget_below_the_longest_row_would_save_no_memory() -> None:
+    assert choose_budget(COSTS, longest=300) == 448
+    assert choose_budget(COSTS, longest=700) == 700
+    assert choose_budget(Costs(0.4, 0.004, None, 0.0), longest=700) == 896
+    assert choose_budget(COSTS, longest=9000) == BUDGETS[-1]
+    assert choose_budget(COSTS, longest=700, limit=3.6e9) == 448
+
+
+def test_memory_bounds_the_budget() -> None:
+    costly = Costs(seconds=0.4, seconds_per_token=0.004, bytes=3e9, bytes_per_token=1e6)
+    assert choose_budget(costly, limit=4.1e9) == 896
+    assert choose_budget(costly, limit=3.6e9) == 448
+    assert choose_budget(costly, limit=4.1e9, reserved=0.5e9) == 448
+    assert choose_budget(costly, limit=1e9) == BUDGETS[0]
+
+
+def test_two_sizes_are_measured_and_the_first_run_does_not_count() -> None:
+    seconds = iter([9.0, 1.0, 3.0, 0.9, 3.1])
+    cut = {256: [250, 200], 1024: [700, 1000]}
+    runs = []
+
+    def run(budget: int, place: int) -> Sample:
+        runs.append(cut[budget][place])
+        return Sample(cut[budget][place], next(seconds), None)
+
+    costs = measure_costs(lambda budget: cut[budget], run)
+    assert runs == [200, 200, 1000, 200, 1000]
+    assert costs is not None
+    assert costs.seconds_per_token == pytest.approx(2.1 / 800)
+    assert measure_costs(lambda _: [250, 300], run) is None
+
+
+def test_costs_are_remembered_and_a_damaged_file_is_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "costs" / "one.json"
+    assert cached_costs(path, lambda: COSTS) == COSTS
+    assert cached_costs(path, lambda: pytest.fail("measured twice")) == COSTS
+    path.write_text("{}", encoding="utf-8")
+    assert cached_costs(path, lambda: None) is None
+    assert cached_costs(path, lambda: COSTS) == COSTS
