@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import bars
-from samestep.kernels.malloc import keep_large_blocks
+from samestep.utils.memory import keep_large_blocks
 
 WIDTH, LAYERS = 256, 4
 BUDGET = 256
@@ -30,7 +30,7 @@ def model(vocabulary: int, checkpointing: Any = "none") -> Any:
     """A small Llama as `samestep train` would set it up."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from samestep.kernels.linear import speed_up_linear
+    from samestep.kernels.gemm import speed_up_linear
     from samestep.models.activations import checkpoint_activations
     from samestep.models.probes import choose_padding, cut_last_layer
 

@@ -19,7 +19,7 @@ def prepared(work: Work, *, budget: int) -> tuple[Any, Any, list[list[int]], lis
     from contender import _examples
     from samestep.data.batching import pack_micro_batches
     from samestep.data.collate import collate_examples
-    from samestep.kernels.linear import speed_up_linear
+    from samestep.kernels.gemm import speed_up_linear
     from samestep.models.load import load_model
     from samestep.models.probes import choose_padding, cut_last_layer
 

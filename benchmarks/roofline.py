@@ -20,7 +20,7 @@ import torch
 import bars
 from prepared import prepared
 from samestep.kernels.gemm import matmul
-from samestep.models.last_layer import row_wise_modules as parts_of
+from samestep.models.lm_head import row_wise_modules as parts_of
 from works import WORKS
 
 

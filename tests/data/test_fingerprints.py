@@ -18,11 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from samestep.data.examples import Example, Examples
 from samestep.data.load import load_rows
 from samestep.data.readers.classification import class_records, tag_records, value_records
-from samestep.data.readers.distillation import teacher_topk_records
 from samestep.data.readers.latents import latent_records
 from samestep.data.readers.preference import pair_records, unpaired_records
 from samestep.data.readers.question_answering import answer_records
-from samestep.data.readers.rollouts import rollout_records
+from samestep.data.readers.rollouts import rollout_records, teacher_topk_records
 from samestep.data.readers.texts import mask_settings, text_records
 from samestep.data.readers.vision import ImageDataset
 from samestep.data.records import Records

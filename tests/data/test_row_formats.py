@@ -166,7 +166,7 @@ def test_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             "{0}/formats.py:plian",
-            "row_format: .*formats.py defines no 'plian'; did you mean 'plain'",
+            "row_format: .*formats.py (defines|has) no 'plian'; did you mean 'plain'",
         ),
         ("{0}/format.py:plain", "row_format: there is no file"),
         ("no_such_module:plain", "row_format: there is no module 'no_such_module'"),

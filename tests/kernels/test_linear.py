@@ -9,8 +9,8 @@ from cases import build, cut, gradients, plain_objective, ragged, worst
 from torch import Tensor, nn
 
 import samestep
-from samestep.kernels import gemm, linear
-from samestep.kernels.linear import speed_up_linear
+from samestep.kernels import gemm
+from samestep.kernels.gemm import speed_up_linear
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +45,12 @@ def test_gradients_are_as_close_to_float64_as_plain_ones(
 
 
 def test_a_wrong_product_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = linear.matmul
+    right = gemm.matmul
 
     def wrong(a: Tensor, b: Tensor, **options: Any) -> Tensor:
         return right(a.bfloat16().float(), b, **options)
 
-    monkeypatch.setattr(linear, "matmul", wrong)
+    monkeypatch.setattr(gemm, "matmul", wrong)
     model = build("llama", torch.float32)
     speed_up_linear(model)
     assert worst(step_gradients(model), truth("llama")) > 1e-4
@@ -58,13 +58,13 @@ def test_a_wrong_product_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_frozen_weights_keep_no_states_and_get_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
-    right = linear.matmul
+    right = gemm.matmul
 
     def counted(a: Tensor, b: Tensor, **options: Any) -> Tensor:
         calls.append((*a.shape, b.shape[1]))
         return right(a, b, **options)
 
-    monkeypatch.setattr(linear, "matmul", counted)
+    monkeypatch.setattr(gemm, "matmul", counted)
     layer = nn.Linear(5, 7).requires_grad_(False)
     speed_up_linear(layer)
     states = torch.randn(2, 3, 5, requires_grad=True)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from samestep.kernels.malloc import keep_large_blocks
+from samestep.utils.memory import keep_large_blocks
 
 MAPPED = """
 import ctypes, torch

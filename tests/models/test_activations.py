@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import samestep
 from samestep.errors import ConfigError
 from samestep.kernels import gemm
-from samestep.kernels.linear import speed_up_linear
+from samestep.kernels.gemm import speed_up_linear
 from samestep.models import activations
 from samestep.models.activations import ActivationOffload, checkpoint_activations
 from samestep.models.lora import add_lora

@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForC
 import samestep
 from samestep.engine.targets import shifted_targets
 from samestep.kernels import packed_attention
-from samestep.models import last_layer
+from samestep.models import lm_head
 from samestep.models.activations import Checkpointing, checkpoint_activations
 from samestep.models.dropout import replace_dropout
 from samestep.models.lora import add_lora
@@ -145,4 +145,4 @@ def test_models_that_are_left_as_they_are(kind: str) -> None:
         del layers[-1].self_attn
     assert not cut_last_layer(model, "right")
     assert not any(module._forward_pre_hooks for module in model.modules())
-    assert not last_layer.position_kwargs(model.get_output_embeddings(), torch.tensor([0]))
+    assert not lm_head.position_kwargs(model.get_output_embeddings(), torch.tensor([0]))

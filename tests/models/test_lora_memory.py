@@ -8,7 +8,7 @@ from alive import Made
 from cases import build, cut, ragged
 
 import samestep
-from samestep.kernels.linear import speed_up_linear
+from samestep.kernels.gemm import speed_up_linear
 from samestep.models.activations import checkpoint_activations
 from samestep.models.lora import add_lora
 from samestep.train.optim import build_optimizer

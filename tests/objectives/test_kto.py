@@ -16,7 +16,7 @@ from samestep.kernels import packed_attention
 from samestep.objectives.kto import KTO, KTO_COUNTERS
 from samestep.objectives.log_probs import Reference
 from samestep.train.recipes.preference import KTORecipe
-from samestep.train.settings.preference import KTOSettings
+from samestep.train.settings.language import KTOSettings
 
 BETA, UP, DOWN = 1.0, 1.5, 0.7
 RECIPE = KTORecipe(KTOSettings(model="m", data="d", out="o"))

@@ -11,7 +11,7 @@ import samestep
 from objectives import check_all_splits, check_wrong_is_caught, log_probs, ragged_records
 from samestep.data.records import Records
 from samestep.engine.terms import Objective
-from samestep.losses.policy import ClipRange
+from samestep.losses.preference import ClipRange
 from samestep.objectives.language import DFT
 from samestep.objectives.log_probs import Reference
 from samestep.objectives.policy import PolicyGradient

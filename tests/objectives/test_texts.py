@@ -21,7 +21,7 @@ from objectives import SPLITS, check_all_splits, cut, ragged_records
 from samestep.data.records import Records
 from samestep.engine.terms import Objective
 from samestep.engine.two_pass import TwoPass
-from samestep.objectives.embedding import Embedding
+from samestep.objectives.classification import Embedding
 from samestep.objectives.language import SEQ2SEQ_COUNTERS, MaskedLM, Seq2Seq
 from samestep.objectives.units import EXAMPLE_COUNTERS, LABELLED_TOKEN_COUNTERS
 from samestep.train.recipes.language import MaskedLMRecipe, Seq2SeqRecipe

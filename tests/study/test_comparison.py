@@ -2,9 +2,8 @@ import pytest
 from study_results import make_arm, make_results
 
 from samestep.study.comparison import compare_arms, summarise
-from samestep.study.noise_scale import batch_size_advice
 from samestep.study.results import ArmResult, NoiseSums
-from samestep.study.statistics import mean_interval, ratio_interval
+from samestep.study.statistics import batch_size_advice, mean_interval, ratio_interval
 
 REFERENCE = make_arm("32 x 1", {0: 3.0, 1: 3.1, 2: 2.9}, reference=True, split="32 x 1")
 

@@ -7,12 +7,12 @@ from torch import nn
 
 import samestep
 from samestep.engine.counts import count_units
-from samestep.study.noise_scale import (
+from samestep.study.results import NoiseSums
+from samestep.study.statistics import (
     estimate_signal_and_variance,
     gradient_noise_scale,
     record_micro_batch_norms,
 )
-from samestep.study.results import NoiseSums
 
 DIMENSIONS, TARGETS = 40, [3, 50, 7, 120, 1, 19]
 

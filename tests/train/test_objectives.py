@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from samestep.errors import ConfigError
 from samestep.losses.preference import PairLoss
 from samestep.train.settings.base import finalize
+from samestep.train.settings.language import DPOLoss
 from samestep.train.settings.objectives import settings_class
-from samestep.train.settings.preference import DPOLoss
 from samestep.train.trainer import train
 
 

@@ -14,7 +14,7 @@ from samestep import Coupled, StepError, TwoPass
 from samestep.errors import ConfigError
 from samestep.kernels import packed_attention
 from samestep.losses.router import routing_probabilities
-from samestep.models import last_layer
+from samestep.models import lm_head
 from samestep.models.lm_head import UpToHead
 from samestep.models.probes import choose_padding, cut_last_layer
 from samestep.utils.agreement import compare_in_one_precision, compare_ways, perturb, rounding_noise
@@ -117,7 +117,7 @@ def test_the_cut_last_layer(dtype: torch.dtype) -> None:
     model = made("llama", dtype)
     model.model.layers[-1].mlp = Slightly(model.model.layers[-1].mlp)
     assert not cut_last_layer(model, "right")
-    assert not last_layer.position_kwargs(model.get_output_embeddings(), torch.tensor([0]))
+    assert not lm_head.position_kwargs(model.get_output_embeddings(), torch.tensor([0]))
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

@@ -9,8 +9,15 @@ from functools import cached_property
 import torch
 
 from samestep.audit.causes import CAUSES, Cause
-from samestep.audit.gradients import global_norm, relative_difference, scale, subtract
-from samestep.audit.noise import FloatDtypeRecorder, noise_estimate, perturbations
+from samestep.audit.gradients import (
+    FloatDtypeRecorder,
+    global_norm,
+    noise_estimate,
+    perturbations,
+    relative_difference,
+    scale,
+    subtract,
+)
 from samestep.audit.subject import (
     DEFAULT_SETTINGS,
     Denominator,

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from samestep.data.conversations import tokenize_conversations
 from samestep.data.rows import Row, RowError, describe_columns, map_rows, result_or_error
 from samestep.data.target_spans import TextWithTargets, TokenizedText, tokenize_texts
-from samestep.data.token_ids import read_token_ids
+from samestep.data.token_fields import read_token_ids
 from samestep.errors import ConfigError
 
 Columns = Mapping[str, Any]

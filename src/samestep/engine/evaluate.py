@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,6 @@ from samestep.engine.parallel import (
 from samestep.engine.terms import Counter, Counts, LossFn, MicroBatch, Unit
 from samestep.engine.two_pass import GatheredTerms, PartShapes
 from samestep.errors import DataError
-from samestep.utils.modules import eval_mode
 
 
 @dataclass(frozen=True)
@@ -161,3 +161,15 @@ def _scheduled(
         if last is None:
             raise DataError("under fully_shard every rank needs a micro-batch to evaluate")
         yield last, False
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, so without dropout; each module back in its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -10,7 +10,7 @@ from samestep.data.collate import Padding, collate_examples, to_device
 from samestep.data.examples import Example
 from samestep.errors import ConfigError
 from samestep.kernels import packed_attention
-from samestep.models import last_layer
+from samestep.models import lm_head
 from samestep.models.dropout import ExampleDropout
 from samestep.models.outputs import model_inputs
 from samestep.models.routers import routers
@@ -124,11 +124,11 @@ def cut_last_layer(model: Any, padding: Padding) -> bool:
         the layer, which is drawn for whole sequences.
     """
     layer = _last_layer(model)
-    if layer is None or not last_layer.row_wise_modules(layer) or routers(model):
+    if layer is None or not lm_head.row_wise_modules(layer) or routers(model):
         return False
     if any(isinstance(m, ExampleDropout | nn.Dropout) and m.p > 0 for m in layer.modules()):
         return False
-    undo = last_layer.install_hooks(layer, model.get_output_embeddings())
+    undo = lm_head.install_hooks(layer, model.get_output_embeddings())
     if not _agrees(model, padding):
         undo()
         return False
@@ -140,7 +140,7 @@ def _last_layer(model: Any) -> nn.Module | None:
     layers = dict(model.get_decoder().named_children()).get("layers")
     if not isinstance(layers, nn.ModuleList):
         return None
-    return layers[-1] if last_layer.ATTENTION in dict(layers[-1].named_children()) else None
+    return layers[-1] if lm_head.ATTENTION in dict(layers[-1].named_children()) else None
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def _agrees(model: Any, padding: Padding) -> bool:
         return logits()
 
     def narrow() -> Tensor:
-        return logits(**{last_layer.ARGUMENT: at})
+        return logits(**{lm_head.ARGUMENT: at})
 
     model.eval()
     try:

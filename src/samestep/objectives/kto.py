@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from samestep.engine.evaluate import eval_mode
 from samestep.engine.terms import Counter, Coupled, Term
 from samestep.losses.preference import unpaired_loss
 from samestep.models.lm_head import UpToHead
 from samestep.objectives.log_probs import Reference, sequence_log_probs
 from samestep.objectives.units import example_weights
-from samestep.utils.modules import eval_mode
 
 KTO_COUNTERS: dict[str, Counter] = {
     "desirable": lambda micro_batch: float(

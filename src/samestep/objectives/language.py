@@ -10,7 +10,7 @@ from samestep.engine.counts import target_weights
 from samestep.engine.targets import IGNORE, shifted_targets, target_positions
 from samestep.engine.terms import Constant, Counter, Term, Unit
 from samestep.errors import ConfigError
-from samestep.losses.policy import dft_losses
+from samestep.losses.preference import dft_losses
 from samestep.models.lm_head import UpToHead
 from samestep.objectives.units import (
     LABELLED_TOKEN_COUNTERS,
@@ -111,7 +111,7 @@ class DFT:
     """Dynamic fine-tuning: each target's cross entropy times its own probability, detached.
 
     Terms in the unit ``normalize``: "dft", and the metrics "nll" and "accuracy". The source is
-    that of `samestep.losses.policy.dft_losses`.
+    that of `samestep.losses.preference.dft_losses`.
 
     Attributes:
         normalize: As for `samestep.CausalLMLoss`.

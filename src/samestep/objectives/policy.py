@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from samestep.engine.targets import sequence_ids, target_positions
 from samestep.engine.terms import Counter, Term, Unit
-from samestep.losses.policy import ClipRange, clipped_losses, kl_estimates
+from samestep.losses.preference import ClipRange, clipped_losses, kl_estimates
 from samestep.models.lm_head import UpToHead
 from samestep.objectives.log_probs import Reference
 from samestep.objectives.units import field_at_targets, weights_at_targets

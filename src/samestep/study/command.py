@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from samestep.errors import ConfigError
 from samestep.study.results import load_results, save_results
 from samestep.study.spec import StudySpec, parse_spec
-from samestep.utils.validation import read_yaml
+from samestep.utils.messages import read_yaml
 
 _EXIT_INTERRUPTED = 130
 

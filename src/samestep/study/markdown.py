@@ -11,9 +11,9 @@ from samestep.study.comparison import (
     format_range,
     summarise,
 )
-from samestep.study.noise_scale import batch_size_advice
 from samestep.study.normalisation import EXPLANATIONS
 from samestep.study.results import ArmResult, Results
+from samestep.study.statistics import batch_size_advice
 
 ARM_HEADERS = (
     "arm",

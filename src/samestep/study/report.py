@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from samestep.errors import ConfigError
 from samestep.study import markdown
 from samestep.study.comparison import compare_arms, summarise
-from samestep.study.noise_scale import batch_size_advice
 from samestep.study.results import Results
+from samestep.study.statistics import batch_size_advice
 from samestep.utils.files import write_atomically
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from samestep.errors import ConfigError
-from samestep.utils.validation import describe_validation_errors
+from samestep.utils.messages import describe_validation_errors
 
 Normalisation = Literal["exact", "mean-of-means", "sum"]
 """What an arm divides its loss by. Only "exact" is right; the others exist to be measured."""

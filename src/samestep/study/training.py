@@ -24,10 +24,10 @@ from samestep.engine.step import StepReport, backward, step
 from samestep.engine.terms import LossFn
 from samestep.errors import StepError
 from samestep.study.arms import Arm
-from samestep.study.noise_scale import estimate_signal_and_variance, record_micro_batch_norms
 from samestep.study.normalisation import COUNTERS, apply_normalisation
 from samestep.study.results import Evaluations, Gradients, NoiseSums, Run, Steps
 from samestep.study.spec import StudySpec
+from samestep.study.statistics import estimate_signal_and_variance, record_micro_batch_norms
 from samestep.train.forward import with_keyed_dropout
 from samestep.train.micro_batches import MicroBatches
 from samestep.train.optim import learning_rate, set_learning_rate

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from samestep.data.records import Records
 from samestep.engine.counts import count_units
+from samestep.engine.evaluate import eval_mode
 from samestep.engine.oom import describe_rows
 from samestep.engine.terms import Counter, LossFn, LossResult, term_tensors
 from samestep.engine.two_pass import TwoPass
 from samestep.models.dropout import key_dropout
 from samestep.train.micro_batches import MicroBatches
-from samestep.utils.modules import eval_mode
 
 _ROWS_NAMED = 10
 """How many rows that are not finite are named."""

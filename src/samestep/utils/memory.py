@@ -1,4 +1,4 @@
-"""Memory that this process takes, at its peak and at most.
+"""Memory that this process takes, at its peak and at most, and how the C library hands it out.
 
 Three peaks are of use: of a block of code, sampled while it runs (`peak_memory`); of a stretch
 between two calls, from the system's own counter, which must be set back (`reset_peak_memory`,
@@ -7,6 +7,7 @@ between two calls, from the system's own counter, which must be set back (`reset
 
 import ctypes
 import os
+import platform
 import re
 import resource
 import sys
@@ -22,9 +23,13 @@ _INTERVAL = 0.002
 """Seconds between two looks at the resident memory."""
 
 _STATM = Path("/proc/self/statm")
+
 _STATUS = Path("/proc/self/status")
+
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+
 _MEMINFO = Path("/proc/meminfo")
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -139,3 +144,28 @@ def available_memory(device: torch.device) -> float | None:
 def _resident() -> float:
     pages = int(_STATM.read_text(encoding="ascii").split()[1])
     return float(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+_LARGE = 2**28
+"""Bytes up to which a tensor comes from the heap."""
+
+_KEPT = 2**31 - 1
+"""Bytes at the heap's end that are kept when they fall free: all that the parameter can say."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+
+
+def keep_large_blocks() -> bool:
+    """Let what one micro-batch frees serve the next, also tensors of more than 32 MB.
+
+    glibc asks the system for each of them anew, which clears every page, and gives it back at once:
+    for a head's gradients that is a few percent of a step, and memory beside what the heap holds
+    free at that time. What the process keeps in the end is what it needed at its peak.
+
+    Returns:
+        Whether the C library took it; False where it is not glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGE) and mallopt(_M_TRIM_THRESHOLD, _KEPT))

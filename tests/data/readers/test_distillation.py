@@ -7,7 +7,7 @@ from tiny import tiny_tokenizer
 
 from samestep.data.collate import collate_records
 from samestep.data.load import load_rows
-from samestep.data.readers.distillation import teacher_topk_records
+from samestep.data.readers.rollouts import teacher_topk_records
 from samestep.data.records import Records
 from samestep.data.tokenize import tokenize_rows
 from samestep.errors import DataError

@@ -15,7 +15,7 @@ from samestep.audit.diagnose.reported import (
     relative_change,
 )
 from samestep.audit.experiments import TOLERANCE_FACTOR, Experiments, sizes_of, uneven_split
-from samestep.audit.noise import noise_estimate
+from samestep.audit.gradients import noise_estimate
 from samestep.errors import CheckError
 
 Numbers = Mapping[str, float]

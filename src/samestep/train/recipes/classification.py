@@ -1,4 +1,4 @@
-"""Classifiers, regressors, taggers, and spans that answer questions."""
+"""Classifiers, regressors, taggers, spans that answer questions, and sentence embeddings."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -8,11 +8,14 @@ from torch import Tensor
 from samestep.data.load import load_rows
 from samestep.data.readers.classification import class_records, tag_records, value_records
 from samestep.data.readers.question_answering import answer_records
+from samestep.data.readers.texts import text_records
 from samestep.data.records import Records
 from samestep.engine.terms import Objective
-from samestep.models.outputs import sequence_logits, span_logits
+from samestep.engine.two_pass import TwoPass
+from samestep.models.outputs import sequence_embeddings, sequence_logits, span_logits
 from samestep.objectives.classification import (
     Classification,
+    Embedding,
     QuestionAnswering,
     Regression,
     TokenClassification,
@@ -25,6 +28,7 @@ from samestep.train.settings.classification import (
     RegressionSettings,
     TokenClassificationSettings,
 )
+from samestep.train.settings.objectives import EmbeddingSettings
 
 
 class ClassificationRecipe(Recipe):
@@ -136,3 +140,33 @@ def _class_names(names: Sequence[str]) -> dict[str, Any]:
         "id2label": dict(enumerate(names)),
         "label2id": {name: number for number, name in enumerate(names)},
     }
+
+
+class EmbeddingRecipe(Recipe):
+    """Anchors that look for their positives among those of the whole effective batch."""
+
+    settings: EmbeddingSettings
+    auto_class: ClassVar[str] = "AutoModel"
+    peft_task: ClassVar[str] = "FEATURE_EXTRACTION"
+
+    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+        """Rows of anchor and positive, and negative if the first row has one."""
+        rows = load_rows(source)
+        columns = ["anchor", "positive"]
+        if training.width == 3 if training else rows[0].values.get("negative") is not None:
+            columns.append("negative")
+        return text_records(rows, tokenizer, columns=columns, max_length=self.settings.max_length)
+
+    def outputs(self, model: Any, micro: dict[str, Any]) -> Tensor:
+        """The vector of each sequence."""
+        return sequence_embeddings(model, micro, pooling=self.settings.pooling)
+
+    def build(self, model: Any, data: Sequence[Records]) -> Objective:
+        """The coupled loss."""
+        loss = Embedding(
+            width=data[0].width,
+            pooling=self.settings.pooling,
+            scale=1 / self.settings.temperature,
+            symmetric=self.settings.symmetric,
+        )
+        return Objective(TwoPass(loss), EXAMPLE_COUNTERS)

@@ -1,4 +1,4 @@
-"""Next-token cross entropy of texts and of images with texts; masked tokens; encoder-decoders."""
+"""Language models: next tokens, images with texts, masked tokens, encoder-decoders, a teacher."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from samestep.data.collate import Padding, collate_examples
 from samestep.data.load import load_rows
+from samestep.data.readers.rollouts import teacher_topk_records
 from samestep.data.readers.texts import collate_masked, mask_settings, text_records
 from samestep.data.readers.vision import collate_image_records, image_records
 from samestep.data.records import Records
@@ -20,10 +21,11 @@ from samestep.engine.two_pass import TwoPass
 from samestep.errors import ConfigError
 from samestep.models.load import load_processor
 from samestep.models.routers import router_biases, routers
+from samestep.objectives.distillation import Distillation, TopKDistillation
 from samestep.objectives.language import DFT, SEQ2SEQ_COUNTERS, CausalLMLoss, MaskedLM, Seq2Seq
 from samestep.objectives.routers import RouterBias, RouterLosses
 from samestep.objectives.units import LABELLED_TOKEN_COUNTERS
-from samestep.train.recipes.base import Recipe
+from samestep.train.recipes.base import Recipe, load_frozen
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.language import (
     CausalLMSettings,
@@ -31,6 +33,7 @@ from samestep.train.settings.language import (
     Seq2SeqSettings,
     VisionLanguageSettings,
 )
+from samestep.train.settings.objectives import DistillationSettings
 from samestep.utils.files import cache_folder
 
 
@@ -236,3 +239,52 @@ class Seq2SeqRecipe(Recipe):
     def build(self, model: Any, data: Sequence[Records]) -> Objective:
         """Cross entropy by token of the decoder."""
         return Objective(Seq2Seq(self.settings.label_smoothing), SEQ2SEQ_COUNTERS)
+
+
+class DistillationRecipe(Recipe):
+    """The divergence from a teacher, a model or its likeliest tokens kept in the rows."""
+
+    settings: DistillationSettings
+
+    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+        """Rows as of causal_lm; without a teacher with its top-k log-probabilities."""
+        settings = self.settings
+        records = read_language(settings, source, tokenizer, train_on=settings.train_on)
+        if settings.teacher is not None:
+            return records
+        rows = load_rows(source)
+        return teacher_topk_records(rows, records.sequences, max_length=settings.max_length)
+
+    def build(self, model: Any, data: Sequence[Records]) -> Objective:
+        """The divergence from the teacher."""
+        if self.settings.teacher is None:
+            return self._from_rows(model, data)
+        return self._from_teacher(model, self.settings.teacher)
+
+    def _from_rows(self, model: Any, data: Sequence[Records]) -> Objective:
+        settings = self.settings
+        own = model.get_input_embeddings().num_embeddings
+        highest = max(int(records.token_fields["top_ids"].max()) for records in data)
+        if highest >= own:
+            raise ConfigError(
+                f"top_ids: the teacher names token {highest}, but the model has {own} embeddings: "
+                "they must share a vocabulary"
+            )
+        return Objective(
+            TopKDistillation(
+                settings.divergence, nll_weight=settings.nll_weight, normalize=settings.normalize
+            )
+        )
+
+    def _from_teacher(self, model: Any, source: str) -> Objective:
+        settings = self.settings
+        trust = settings.trust_remote_code
+        return Objective(
+            Distillation(
+                load_frozen(source, model, field="teacher", trust_remote_code=trust),
+                kind=settings.divergence,
+                temperature=settings.temperature,
+                nll_weight=settings.nll_weight,
+                normalize=settings.normalize,
+            )
+        )

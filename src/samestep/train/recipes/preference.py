@@ -1,4 +1,4 @@
-"""Preferences: DPO and its family, SimPO, CPO, ORPO, KTO, reward models."""
+"""Preferences and rewards: DPO and its family, SimPO, CPO, ORPO, KTO, reward models, policies."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -10,19 +10,22 @@ from torch import Tensor
 from samestep.data.collate import Padding, collate_examples, collate_records
 from samestep.data.load import load_rows
 from samestep.data.readers.preference import pair_records, unpaired_records
+from samestep.data.readers.rollouts import rollout_records
 from samestep.data.records import Record, Records
 from samestep.engine.parallel import is_sharded
-from samestep.engine.terms import Objective
+from samestep.engine.terms import Objective, constant
 from samestep.engine.two_pass import TwoPass
 from samestep.errors import ConfigError
+from samestep.losses.preference import ClipRange
 from samestep.models.outputs import sequence_logits
 from samestep.objectives.kto import KTO, KTO_COUNTERS
 from samestep.objectives.log_probs import Reference
+from samestep.objectives.policy import PolicyGradient
 from samestep.objectives.preference import DPO, ReferenceFree, Reward
 from samestep.objectives.units import PAIR_COUNTERS
 from samestep.train.recipes.base import Recipe, load_frozen
 from samestep.train.settings.base import TrainSettings
-from samestep.train.settings.preference import (
+from samestep.train.settings.language import (
     CPOSettings,
     DPOSettings,
     KTOSettings,
@@ -31,6 +34,7 @@ from samestep.train.settings.preference import (
     RewardSettings,
     SimPOSettings,
 )
+from samestep.train.settings.objectives import PolicySettings
 from samestep.utils.files import cache_folder
 
 
@@ -235,3 +239,34 @@ class RewardRecipe(PairRecipe):
     def build(self, model: Any, data: Sequence[Records]) -> Objective:
         """Bradley-Terry by pair, with the rows' margins if they have them."""
         return Objective(Reward(self.settings.center_rewards), PAIR_COUNTERS)
+
+
+class PolicyRecipe(Recipe):
+    """A clipped policy gradient."""
+
+    settings: PolicySettings
+
+    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+        """Rows of prompt, completion and reward."""
+        return rollout_records(
+            load_rows(source),
+            tokenizer,
+            baseline=self.settings.baseline,
+            max_length=self.settings.max_length,
+            append_eos=self.settings.append_eos,
+            cache=cache_folder() / "tokens",
+        )
+
+    def build(self, model: Any, data: Sequence[Records]) -> Objective:
+        """The clipped gradient, and the KL if it has a weight."""
+        settings = self.settings
+        normalize = settings.normalize
+        return Objective(
+            PolicyGradient(
+                normalize=constant(normalize) if isinstance(normalize, float) else normalize,
+                ratio=settings.ratio,
+                clip=ClipRange(settings.clip_low, settings.clip_high),
+                reference=load_reference(settings, model) if settings.kl_weight else None,
+                kl_weight=settings.kl_weight,
+            )
+        )

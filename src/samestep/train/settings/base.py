@@ -10,8 +10,8 @@ from pydantic_core import PydanticCustomError
 
 from samestep.errors import ConfigError
 from samestep.train.optim import OPTIMIZERS, SCHEDULES
+from samestep.utils.messages import describe_validation_errors
 from samestep.utils.plugins import is_reference
-from samestep.utils.validation import describe_validation_errors
 
 RENAMED_FIELDS = {"centring": "center_rewards"}
 """Former names of fields, and what they are called now."""

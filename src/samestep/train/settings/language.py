@@ -1,4 +1,4 @@
-"""Settings of language models: next tokens, images and text, masked tokens, encoder and decoder."""
+"""Settings of language models and of preferences over what they write."""
 
 from typing import Literal
 
@@ -92,5 +92,131 @@ LANGUAGE = {
     ),
     "masked_lm": ObjectiveRow(MaskedLMSettings, "samestep.train.recipes.language:MaskedLMRecipe"),
     "seq2seq": ObjectiveRow(Seq2SeqSettings, "samestep.train.recipes.language:Seq2SeqRecipe"),
+}
+"""The objectives of this family."""
+
+DPOLoss = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "aot",
+    "sft",
+]
+"""`samestep.losses.preference.PairLoss`, and those that are no loss of a pair by itself."""
+
+
+class ReferenceSettings(TrainSettings):
+    """Settings of objectives that compare with a frozen reference."""
+
+    reference_model: str | None = None
+    """Hub name or folder of the reference; by default the model as it is before training."""
+    precompute_reference: bool = False
+    """Run the reference once over all data before the first step, instead of in every step."""
+
+
+class DPOSettings(ReferenceSettings):
+    """Direct preference optimisation on pairs of completions (arXiv:2305.18290) and its family."""
+
+    objective: Literal["dpo"] = "dpo"
+    """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
+    loss: tuple[DPOLoss, ...] = ("sigmoid",)
+    """One loss or several, mixed."""
+    loss_weights: tuple[float, ...] = ()
+    """A weight for each of them; by default 1."""
+    beta: float = Field(default=0.1, gt=0)
+    """How strongly the reference holds the policy."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of the labels that are taken to be wrong."""
+    length_normalize: bool = False
+    """Compare means over tokens instead of sums (ipo always does)."""
+    discopop_tau: float = Field(default=0.05, gt=0)
+    """Temperature of discopop."""
+
+    def problems(self) -> list[str]:
+        """Losses that do not exist or do not fit."""
+        problems = []
+        if not self.loss or len(set(self.loss)) < len(self.loss):
+            problems.append(f"loss: name each loss once, at least one; found {self.loss}")
+        if self.loss_weights and len(self.loss_weights) != len(self.loss):
+            problems.append(f"loss_weights: {len(self.loss_weights)} for {len(self.loss)} losses")
+        if "exo_pair" in self.loss and self.label_smoothing == 0:
+            problems.append("label_smoothing: exo_pair needs one above 0, such as 0.001")
+        return problems
+
+
+class SimPOSettings(TrainSettings):
+    """SimPO: preference by mean log likelihood, without a reference (arXiv:2405.14734)."""
+
+    objective: Literal["simpo"] = "simpo"
+    """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
+    beta: float = Field(default=2.0, gt=0)
+    """Scale of the margin between mean log likelihoods."""
+    gamma: float = Field(default=1.0, ge=0)
+    """Target margin, in the units of beta times the margin."""
+    nll_weight: float = Field(default=0.0, ge=0)
+    """Weight of the chosen completions' cross entropy beside it."""
+
+
+class CPOSettings(TrainSettings):
+    """CPO: contrastive preference with cross entropy beside it (arXiv:2401.08417)."""
+
+    objective: Literal["cpo"] = "cpo"
+    """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """Of the margin between log likelihoods."""
+    beta: float = Field(default=0.1, gt=0)
+    """Scale of the margin."""
+    nll_weight: float = Field(default=1.0, ge=0)
+    """Weight of the chosen completions' cross entropy."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of the labels that are taken to be wrong, for sigmoid."""
+
+
+class ORPOSettings(TrainSettings):
+    """ORPO: cross entropy of the chosen with an odds ratio beside it (arXiv:2403.07691)."""
+
+    objective: Literal["orpo"] = "orpo"
+    """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
+    beta: float = Field(default=0.1, gt=0)
+    """Weight of the odds ratio (the paper's lambda)."""
+
+
+class KTOSettings(ReferenceSettings):
+    """KTO: learn from completions that are good or bad by themselves (arXiv:2402.01306)."""
+
+    objective: Literal["kto"] = "kto"
+    """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
+    beta: float = Field(default=0.1, gt=0)
+    """How strongly the reference holds the policy."""
+    desirable_weight: float = Field(default=1.0, gt=0)
+    """Weight of desirable completions."""
+    undesirable_weight: float = Field(default=1.0, gt=0)
+    """Weight of undesirable completions."""
+
+
+class RewardSettings(TrainSettings):
+    """Reward model: score the chosen completion above the rejected one (Bradley-Terry)."""
+
+    objective: Literal["reward"] = "reward"
+    """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
+    center_rewards: float = Field(default=0.0, ge=0)
+    """Weight of (reward_chosen + reward_rejected)², which holds rewards around 0."""
+
+
+PREFERENCE = {
+    "dpo": ObjectiveRow(DPOSettings, "samestep.train.recipes.preference:DPORecipe"),
+    "simpo": ObjectiveRow(SimPOSettings, "samestep.train.recipes.preference:SimPORecipe"),
+    "cpo": ObjectiveRow(CPOSettings, "samestep.train.recipes.preference:CPORecipe"),
+    "orpo": ObjectiveRow(ORPOSettings, "samestep.train.recipes.preference:ORPORecipe"),
+    "kto": ObjectiveRow(KTOSettings, "samestep.train.recipes.preference:KTORecipe"),
+    "reward": ObjectiveRow(RewardSettings, "samestep.train.recipes.preference:RewardRecipe"),
 }
 """The objectives of this family."""

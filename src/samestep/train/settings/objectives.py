@@ -10,8 +10,13 @@ from pydantic import Field
 from samestep.errors import ConfigError
 from samestep.train.settings.base import ObjectiveRow, TrainSettings
 from samestep.train.settings.classification import CLASSIFICATION
-from samestep.train.settings.language import LANGUAGE, Normalize, constant_problems
-from samestep.train.settings.preference import PREFERENCE, ReferenceSettings
+from samestep.train.settings.language import (
+    LANGUAGE,
+    PREFERENCE,
+    Normalize,
+    ReferenceSettings,
+    constant_problems,
+)
 from samestep.utils.plugins import is_reference, load_object, nearest
 
 
@@ -119,12 +124,12 @@ OBJECTIVES = {
     **LANGUAGE,
     **PREFERENCE,
     **CLASSIFICATION,
-    "policy": ObjectiveRow(PolicySettings, "samestep.train.recipes.policy:PolicyRecipe"),
+    "policy": ObjectiveRow(PolicySettings, "samestep.train.recipes.preference:PolicyRecipe"),
     "distillation": ObjectiveRow(
-        DistillationSettings, "samestep.train.recipes.distillation:DistillationRecipe"
+        DistillationSettings, "samestep.train.recipes.language:DistillationRecipe"
     ),
     "embedding": ObjectiveRow(
-        EmbeddingSettings, "samestep.train.recipes.embedding:EmbeddingRecipe"
+        EmbeddingSettings, "samestep.train.recipes.classification:EmbeddingRecipe"
     ),
     "flow_matching": ObjectiveRow(
         FlowMatchingSettings, "samestep.train.recipes.flow_matching:FlowMatchingRecipe"
