@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from runs import llama_folder, read_lines
 from tiny import tiny_tokenizer
 
 from samestep.data.load import load_rows
 from samestep.data.tokenize import tokenize_rows
 from samestep.engine.targets import IGNORE
+from samestep.train.command import read_settings
+from samestep.train.trainer import train
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-row-format.md"
 
@@ -51,3 +55,12 @@ def test_it_is_the_same_as_the_rows_of_messages(folder: Path) -> None:
         tokenize_rows(by_hand, tokenizer).fingerprint()
         == tokenize_rows(converted, tokenizer).fingerprint()
     )
+
+
+def test_the_settings_of_the_page(folder: Path) -> None:
+    (settings,) = blocks("yaml")
+    content = {**yaml.safe_load(settings), "model": str(llama_folder(folder / "tiny"))}
+    Path("run.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    train(read_settings(["run.yaml"]))
+    (line,) = read_lines(Path("runs/exchange/log.jsonl"))
+    assert line["counts"]["example"] == 3  # the second row weighs twice

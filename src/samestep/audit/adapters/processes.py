@@ -8,6 +8,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -146,6 +147,14 @@ def _rank(
         os._exit(code)
 
 
+_recent_groups: deque[Any] = deque(maxlen=2)
+"""Kept so that each group is freed a run later, when its threads are idle.
+
+A group joins its threads when it is freed, with Python's lock held; a thread that is just about to free
+a tensor of the last collective waits for that lock, and both would wait for ever.
+"""
+
+
 @contextmanager
 def single_process_group() -> Iterator[None]:
     """A process group of this process alone, unless there is one already."""
@@ -153,6 +162,7 @@ def single_process_group() -> Iterator[None]:
         yield
         return
     distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    _recent_groups.append(distributed.group.WORLD)
     try:
         yield
     finally:

@@ -41,7 +41,7 @@ class ClassificationRecipe(Recipe):
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of text (and text_pair) or messages, with a label."""
         return class_records(
-            load_rows(source),
+            load_rows(source, row_format=self.settings.row_format),
             tokenizer,
             max_length=self.settings.max_length,
             classes=_classes(self.settings.classes, training),
@@ -69,7 +69,11 @@ class RegressionRecipe(Recipe):
 
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of text (and text_pair) or messages, with a number as label."""
-        return value_records(load_rows(source), tokenizer, max_length=self.settings.max_length)
+        return value_records(
+            load_rows(source, row_format=self.settings.row_format),
+            tokenizer,
+            max_length=self.settings.max_length,
+        )
 
     def load_model(self, source: str, data: Sequence[Records]) -> Any:
         """A model with one score."""
@@ -94,7 +98,7 @@ class TokenClassificationRecipe(Recipe):
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of tokens (words) and tags."""
         return tag_records(
-            load_rows(source),
+            load_rows(source, row_format=self.settings.row_format),
             tokenizer,
             max_length=self.settings.max_length,
             classes=_classes(self.settings.classes, training),
@@ -118,7 +122,11 @@ class QuestionAnsweringRecipe(Recipe):
 
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of question, context and answers, as of SQuAD."""
-        return answer_records(load_rows(source), tokenizer, max_length=self.settings.max_length)
+        return answer_records(
+            load_rows(source, row_format=self.settings.row_format),
+            tokenizer,
+            max_length=self.settings.max_length,
+        )
 
     def outputs(self, model: Any, micro: dict[str, Any]) -> Tensor:
         """The scores of each token."""
@@ -151,7 +159,7 @@ class EmbeddingRecipe(Recipe):
 
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of anchor and positive, and negative if the first row has one."""
-        rows = load_rows(source)
+        rows = load_rows(source, row_format=self.settings.row_format)
         columns = ["anchor", "positive"]
         if training.width == 3 if training else rows[0].values.get("negative") is not None:
             columns.append("negative")

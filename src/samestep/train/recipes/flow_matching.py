@@ -39,7 +39,7 @@ class FlowMatchingRecipe(Recipe):
 
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Files of latents."""
-        return latent_records(source)
+        return latent_records(source, row_format=self.settings.row_format)
 
     def load_model(self, source: str, data: Sequence[Records]) -> Any:
         """A model of diffusers."""

@@ -6,16 +6,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from samestep.data.collate import Padding, collate_examples
+from samestep.data.collate import Padding
 from samestep.data.load import load_rows
 from samestep.data.readers.rollouts import teacher_topk_records
-from samestep.data.readers.texts import collate_masked, mask_settings, text_records
+from samestep.data.readers.texts import collate_masked, collate_seq2seq, mask_settings, text_records
 from samestep.data.readers.vision import collate_image_records, image_records
 from samestep.data.records import Records
 from samestep.data.tokenize import tokenize_rows
-from samestep.engine.targets import IGNORE
 from samestep.engine.terms import LossFn, Objective, constant
 from samestep.engine.two_pass import TwoPass
 from samestep.errors import ConfigError
@@ -60,7 +58,7 @@ def read_language(
     """
     return Records(
         tokenize_rows(
-            load_rows(source),
+            load_rows(source, row_format=settings.row_format),
             tokenizer,
             max_length=settings.max_length,
             append_eos=settings.append_eos,
@@ -136,7 +134,7 @@ class VisionLanguageRecipe(CausalLMRecipe):
         """Rows of messages with images, whose files lie beside the rows."""
         path = Path(source).expanduser()
         return image_records(
-            load_rows(source),
+            load_rows(source, row_format=self.settings.row_format),
             tokenizer,
             folder=path if path.is_dir() else path.parent,
             max_length=self.settings.max_length,
@@ -168,7 +166,10 @@ class MaskedLMRecipe(Recipe):
         """Rows of text."""
         meta = mask_settings(tokenizer)
         records = text_records(
-            load_rows(source), tokenizer, columns=["text"], max_length=self.settings.max_length
+            load_rows(source, row_format=self.settings.row_format),
+            tokenizer,
+            columns=["text"],
+            max_length=self.settings.max_length,
         )
         records.meta.update(meta)
         return records
@@ -201,7 +202,7 @@ class Seq2SeqRecipe(Recipe):
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of prompt (read by the encoder) and completion (written by the decoder)."""
         return text_records(
-            load_rows(source),
+            load_rows(source, row_format=self.settings.row_format),
             tokenizer,
             columns=["prompt", "completion"],
             max_length=self.settings.max_length,
@@ -222,13 +223,7 @@ class Seq2SeqRecipe(Recipe):
         key: tuple[int, int],
     ) -> dict[str, Any]:
         """Prompts padded for the encoder; completions padded as the decoder's targets."""
-        records = [data[at] for at in indices]
-        prompts = [record.sequences[0] for record in records]
-        micro = collate_examples(prompts, padding="right", pad_id=pad_id)
-        del micro["labels"], micro["position_ids"]
-        completions = [record.sequences[1].input_ids for record in records]
-        targets = pad_sequence(completions, batch_first=True, padding_value=IGNORE)
-        return {**micro, "fields": {"targets": targets}}
+        return collate_seq2seq([data[at] for at in indices], pad_id=pad_id)
 
     def outputs(self, model: Any, micro: dict[str, Any]) -> Tensor:
         """The encoder's states."""
@@ -252,7 +247,7 @@ class DistillationRecipe(Recipe):
         records = read_language(settings, source, tokenizer, train_on=settings.train_on)
         if settings.teacher is not None:
             return records
-        rows = load_rows(source)
+        rows = load_rows(source, row_format=self.settings.row_format)
         return teacher_topk_records(rows, records.sequences, max_length=settings.max_length)
 
     def build(self, model: Any, data: Sequence[Records]) -> Objective:

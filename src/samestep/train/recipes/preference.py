@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from samestep.data.collate import Padding, collate_examples, collate_records
+from samestep.data.collate import Padding
 from samestep.data.load import load_rows
-from samestep.data.readers.preference import pair_records, unpaired_records
+from samestep.data.readers.preference import collate_unpaired, pair_records, unpaired_records
 from samestep.data.readers.rollouts import rollout_records
-from samestep.data.records import Record, Records
+from samestep.data.records import Records
 from samestep.engine.parallel import is_sharded
 from samestep.engine.terms import Objective, constant
 from samestep.engine.two_pass import TwoPass
@@ -53,7 +53,7 @@ def read_pairs(settings: TrainSettings, source: str, tokenizer: Any) -> Records:
         DataError: The rows cannot be used.
     """
     return pair_records(
-        load_rows(source),
+        load_rows(source, row_format=settings.row_format),
         tokenizer,
         max_length=settings.max_length,
         append_eos=settings.append_eos,
@@ -183,7 +183,7 @@ class KTORecipe(Recipe):
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of prompt, completion and label."""
         return unpaired_records(
-            load_rows(source),
+            load_rows(source, row_format=self.settings.row_format),
             tokenizer,
             max_length=self.settings.max_length,
             append_eos=self.settings.append_eos,
@@ -200,11 +200,7 @@ class KTORecipe(Recipe):
         key: tuple[int, int],
     ) -> dict[str, Any]:
         """The examples themselves, and a second micro-batch of their mismatched completions."""
-        records = [data[at] for at in indices]
-        own = [Record(record.sequences[:1], record.fields) for record in records]
-        mismatched = [record.sequences[1] for record in records]
-        micro = collate_records(own, padding=padding, pad_id=pad_id)
-        return {**micro, "mismatched": collate_examples(mismatched, padding=padding, pad_id=pad_id)}
+        return collate_unpaired([data[at] for at in indices], padding=padding, pad_id=pad_id)
 
     def build(self, model: Any, data: Sequence[Records]) -> Objective:
         """The coupled loss, with a reference that is live or run once."""
@@ -249,7 +245,7 @@ class PolicyRecipe(Recipe):
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of prompt, completion and reward."""
         return rollout_records(
-            load_rows(source),
+            load_rows(source, row_format=self.settings.row_format),
             tokenizer,
             baseline=self.settings.baseline,
             max_length=self.settings.max_length,

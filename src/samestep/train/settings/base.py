@@ -81,6 +81,8 @@ class TrainSettings(BaseModel):
     """Start from the model's weights, or from random ones (needs its config alone)."""
     eval_data: str | None = None
     """Rows to evaluate on, before, after, and every --eval-every steps."""
+    row_format: str | None = None
+    """What turns columns of your own into known ones: file.py:name or package.module:name."""
     max_length: int | None = Field(default=None, ge=2)
     """Cut rows after this many tokens; by default not at all."""
     append_eos: bool = True
