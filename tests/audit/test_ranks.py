@@ -1,6 +1,7 @@
 """The axis of ranks, on real processes."""
 
 import contextlib
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,13 +81,14 @@ def dealt(indices: list[int], rank: int, world: int) -> Sequence[int]:
     return list(DistributedSampler(indices, num_replicas=world, rank=rank, shuffle=False))
 
 
-def result(step: Any, **names: Any) -> Any:
+def subject(step: Any) -> dict[str, Any]:
     draw = torch.Generator().manual_seed(3)
     rows = [torch.randint(0, V, (n,), generator=draw) for n in (5, 14, 3, 9, 11, 4, 16)]
-    names = {"wrap": DistributedDataParallel, **names}
-    return check(
-        {"model": Tiny, "examples": rows, "collate": collate, "step": step, **names}, ["ranks"]
-    ).axes[0]
+    return {"model": Tiny, "examples": rows, "collate": collate, "step": step}
+
+
+def result(step: Any, **names: Any) -> Any:
+    return check({**subject(step), "wrap": DistributedDataParallel, **names}, ["ranks"]).axes[0]
 
 
 def test_sound_loops_are_exact() -> None:
@@ -132,6 +134,29 @@ def test_a_rank_without_targets_that_hangs_is_no_pass(monkeypatch: pytest.Monkey
     monkeypatch.setattr(processes, "PATIENCE", 2.0)
     found = result(skips_empty)
     assert (found.verdict, found.cause) == ("inexact", "ranks-not-synchronised"), found
+
+
+def test_a_wrapped_model_is_gone_when_its_group_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that outlives its group waits for the group's threads, some of the time for ever."""
+    wrapped: list[weakref.ref[nn.Module]] = []
+    alive: list[nn.Module | None] = []
+    destroy = distributed.destroy_process_group
+
+    def wrap(model: nn.Module) -> nn.Module:
+        parallel = DistributedDataParallel(model)
+        wrapped.append(weakref.ref(parallel))
+        return parallel
+
+    def watched() -> None:
+        alive.extend(reference() for reference in wrapped)
+        destroy()
+
+    monkeypatch.setattr(distributed, "destroy_process_group", watched)
+    names = {"wrap": wrap, "evaluate": lambda model, batches: float(len(batches[0]["labels"]))}
+    report = check({**subject(loop(lambda count, world: 1 / count)), **names})
+    assert report.verdict == "inexact"
+    assert wrapped
+    assert not any(model is not None for model in alive)
 
 
 def test_without_ranks_the_axis_is_skipped() -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ from samestep.audit.subject import (
     Split,
 )
 from samestep.errors import CheckError
+
+T = TypeVar("T")
 
 _REQUIRED = {
     "model": "model() -> nn.Module, the same architecture each time",
@@ -231,13 +233,16 @@ class LoopSubject:
     def run(self, split: Split, settings: RunSettings = DEFAULT_SETTINGS) -> Observation:
         """One step on fresh weights."""
         start = time.perf_counter()
-        with self._group(), self._fresh_model(settings) as (inner, model):
+        observation = self._in_group(self._run, split, settings)
+        self._slowest = max(self._slowest, time.perf_counter() - start)
+        return observation
+
+    def _run(self, split: Split, settings: RunSettings) -> Observation:
+        with self._fresh_model(settings) as (inner, model):
             if settings.evaluate_first:
                 self._evaluate(model, 2, settings=settings)
                 seed_all(settings.seed)
-            observation = self._step(inner, model, split=split, settings=settings)
-        self._slowest = max(self._slowest, time.perf_counter() - start)
-        return observation
+            return self._step(inner, model, split=split, settings=settings)
 
     def run_on_ranks(
         self, shares: Sequence[Split], settings: RunSettings = DEFAULT_SETTINGS
@@ -255,8 +260,11 @@ class LoopSubject:
         self, split: Split, settings: RunSettings = DEFAULT_SETTINGS
     ) -> Observation | None:
         """Each micro-batch as an effective batch of its own, on the weights of the one before."""
+        return self._in_group(self._run_as_steps, split, settings)
+
+    def _run_as_steps(self, split: Split, settings: RunSettings) -> Observation | None:
         gradients = []
-        with self._group(), self._fresh_model(settings) as (inner, model):
+        with self._fresh_model(settings) as (inner, model):
             for micro_batch in split:
                 before = read_weights(inner)
                 step = self._step(inner, model, split=(micro_batch,), settings=settings)
@@ -280,8 +288,12 @@ class LoopSubject:
         examples: Sequence[int] | None = None,
     ) -> dict[str, float]:
         """The subject's own evaluation, over batches of a size."""
-        with self._group(), self._fresh_model(settings) as (_, model):
-            return self._evaluate(model, batch_size, settings=settings, examples=examples)
+
+        def work() -> dict[str, float]:
+            with self._fresh_model(settings) as (_, model):
+                return self._evaluate(model, batch_size, settings=settings, examples=examples)
+
+        return self._in_group(work)
 
     def _evaluate(
         self,
@@ -297,8 +309,14 @@ class LoopSubject:
         batches = [self._batch(chosen[at : at + batch_size], settings) for at in starts]
         return scalars_of(self.loop.evaluate(model, batches))
 
-    def _group(self) -> contextlib.AbstractContextManager[None]:
-        return single_process_group() if self.loop.ranks else contextlib.nullcontext()
+    def _in_group(self, work: Callable[..., T], *args: Any) -> T:
+        """What a function returns, in a process group of this process if the loop needs one.
+
+        The function's models have to be gone when the group ends: a wrapped one that outlives its
+        group waits for the group's threads while it holds the lock that these need.
+        """
+        with single_process_group() if self.loop.ranks else contextlib.nullcontext():
+            return work(*args)
 
     @contextlib.contextmanager
     def _fresh_model(self, settings: RunSettings) -> Iterator[tuple[nn.Module, nn.Module]]:

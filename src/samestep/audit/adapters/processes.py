@@ -150,8 +150,8 @@ def _rank(
 _recent_groups: deque[Any] = deque(maxlen=2)
 """Kept so that each group is freed a run later, when its threads are idle.
 
-A group joins its threads when it is freed, with Python's lock held; a thread that is just about to free
-a tensor of the last collective waits for that lock, and both would wait for ever.
+A group joins its threads when it is freed, with Python's lock held. A thread that is just about to
+free a tensor of the last collective waits for that lock, and both would wait for ever.
 """
 
 
