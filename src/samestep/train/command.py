@@ -7,7 +7,7 @@ from typing import Any
 import tyro
 
 from samestep.errors import ConfigError
-from samestep.train.distributed import launch, process_group, ranks_to_launch
+from samestep.train.launch import launch, process_group, ranks_to_launch
 from samestep.train.settings.base import RENAMED_FIELDS, TrainSettings, finalize
 from samestep.train.settings.objectives import settings_class
 from samestep.utils.messages import read_yaml

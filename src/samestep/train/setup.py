@@ -21,13 +21,14 @@ from samestep.models.dropout import replace_dropout
 from samestep.models.load import resolve_source
 from samestep.models.lora import add_lora
 from samestep.models.probes import cut_last_layer
-from samestep.train.distributed import choose_parallelism, is_first_on_machine, shard
 from samestep.train.forward import precompute_fields
+from samestep.train.launch import is_first_on_machine
 from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS, Collator, MicroBatches
 from samestep.train.micro_tokens import choose_micro_tokens
 from samestep.train.optim import build_optimizer, load_optimizer, load_schedule
 from samestep.train.recipes.base import Recipe, recipe_for
 from samestep.train.settings.base import TrainSettings
+from samestep.train.sharding import choose_parallelism, shard
 from samestep.utils.memory import keep_large_blocks
 
 log = logging.getLogger("samestep")

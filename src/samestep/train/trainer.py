@@ -25,8 +25,8 @@ from samestep.errors import ConfigError, Interrupted, NotFiniteError, StopReques
 from samestep.models.activations import ActivationOffload
 from samestep.models.dropout import key_dropout
 from samestep.train import checkpoint
-from samestep.train.distributed import process_group
 from samestep.train.forward import find_nonfinite_rows, with_context
+from samestep.train.launch import process_group
 from samestep.train.micro_batches import MicroBatches, Report, retry_on_oom
 from samestep.train.optim import learning_rate, set_learning_rate
 from samestep.train.progress import DataFingerprint, Progress

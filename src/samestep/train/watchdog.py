@@ -27,7 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from samestep.engine import collectives
 from samestep.engine.collectives import rank, world_size
 from samestep.errors import Interrupted, RankError
-from samestep.train.distributed import under_torchrun
+from samestep.train.launch import under_torchrun
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""The ranks of a run: started by PyTorch's own launcher, weights replicated or in shards."""
+"""The process group of a run, and starting its ranks: PyTorch's own launcher does both."""
 
 import logging
 import os
@@ -7,18 +7,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
 from uuid import uuid4
 
-import torch
-from torch import distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-
-from samestep.engine.collectives import world_size
 from samestep.errors import ConfigError
-from samestep.train.settings.base import TrainSettings
 
 _COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """How long a rank waits in one collective: while rank 0 tokenises, converts or saves. Ranks that
@@ -120,85 +111,3 @@ def ranks_to_launch(ranks: int | None) -> int | None:
 def is_first_on_machine() -> bool:
     """Whether this rank is the first one on its machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-log = logging.getLogger("samestep")
-
-_ADAM_BYTES = 12
-"""Bytes a trained weight needs beside itself: gradient and two moments in float32."""
-
-_MEMORY_SHARE = 0.6
-"""The part of a device's memory that weights, gradients and moments may fill under ``auto``; the
-rest is for activations."""
-
-
-def choose_parallelism(
-    model: nn.Module, settings: TrainSettings, *, device: torch.device
-) -> Literal["ddp", "fsdp2"]:
-    """As the settings say; under auto replicated, if that fits on one device.
-
-    Args:
-        model: The model, not yet sharded.
-        settings: ``parallel`` and what belongs to it.
-        device: Of this rank.
-
-    Returns:
-        Replicated ("ddp") or in shards ("fsdp2").
-
-    Raises:
-        ConfigError: FSDP2 without ranks, or its options without it.
-    """
-    mode = settings.parallel
-    if mode == "auto":
-        mode = "ddp"
-        if device.type == "cuda" and world_size() > 1:
-            needed, room = _resident_bytes(model), torch.cuda.mem_get_info(device)[1]
-            mode = "fsdp2" if needed > _MEMORY_SHARE * room else "ddp"
-            log.info("parallel: %s (%.1f GB to hold of %.1f)", mode, needed / 1e9, room / 1e9)
-    if mode == "fsdp2" and not dist.is_initialized():
-        raise ConfigError(
-            "parallel: fsdp2 shards the model over ranks: start them by torchrun, or set ranks"
-        )
-    options = [name for name in ("mixed_precision", "cpu_offload") if getattr(settings, name)]
-    if mode == "ddp" and options:
-        raise ConfigError(f"{', '.join(options)}: only with parallel fsdp2")
-    if mode == "fsdp2" and settings.merge:
-        raise ConfigError("merge: not under fsdp2; save the adapter and merge it afterwards")
-    return mode
-
-
-def _resident_bytes(model: nn.Module) -> int:
-    """Bytes of the weights, and of the gradients and Adam moments of those that train."""
-    return sum(
-        weight.numel() * (weight.element_size() + _ADAM_BYTES * weight.requires_grad)
-        for weight in model.parameters()
-    )
-
-
-def shard(model: Any, settings: TrainSettings, *, device: torch.device) -> Any:
-    """Shard a model over all ranks with FSDP2, a group of weights for each of its blocks.
-
-    Args:
-        model: A transformers or PEFT model, unsharded, on the CPU; changed in place.
-        settings: ``dtype``, ``mixed_precision``, ``cpu_offload``.
-        device: Where the shards go.
-
-    Returns:
-        The model, whose head stays in the root's group: the loss applies it by itself.
-    """
-    low_precision = settings.mixed_precision or settings.dtype == "bfloat16"
-    policy: dict[str, Any] = {
-        "mesh": init_device_mesh(device.type, (world_size(),)),
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if settings.mixed_precision else None,
-            # Low-precision gradients are added up over the ranks in float32.
-            reduce_dtype=torch.float32 if low_precision else None,
-        ),
-    }
-    if settings.cpu_offload:
-        policy["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    blocks = set(model._no_split_modules or ())
-    for module in list(model.modules()):
-        if type(module).__name__ in blocks:
-            fully_shard(module, **policy)
-    return fully_shard(model, **policy)
