@@ -11,27 +11,6 @@ import samestep
 
 NAMES = [name for name in samestep.__all__ if name != "__version__"]
 
-MISSING = {
-    "CausalLMLoss",
-    "CheckReport",
-    "Coupled",
-    "EvalReport",
-    "Idle",
-    "Objective",
-    "StepReport",
-    "Term",
-    "TwoPass",
-    "assert_same_step",
-    "backward",
-    "check",
-    "constant",
-    "evaluate",
-    "linear_cross_entropy",
-    "model_inputs",
-    "step",
-    "target_weights",
-}
-"""Names whose example is still to be written; it may only shrink."""
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -49,21 +28,13 @@ def run(test: doctest.DocTest) -> str:
     return "".join(lines)
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - MISSING))
+@pytest.mark.parametrize("name", NAMES)
 def test_the_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     value = getattr(samestep, name)
     assert ">>> " in (inspect.getdoc(value) or ""), f"the docstring of {name} has no example"
     complaints = [run(test) for test in examples(value, name)]
     assert not any(complaints), "".join(complaints)
-
-
-@pytest.mark.parametrize("name", sorted(MISSING))
-def test_what_is_missing_is_missing(name: str) -> None:
-    assert name in NAMES
-    assert ">>> " not in (inspect.getdoc(getattr(samestep, name)) or ""), (
-        f"{name} has an example now: take it out of MISSING"
-    )
 
 
 def test_the_tests_see_a_wrong_example_and_a_name_that_is_not_imported() -> None:

@@ -22,13 +22,13 @@ from samestep.objectives.classification import (
 )
 from samestep.objectives.units import EXAMPLE_COUNTERS, LABELLED_TOKEN_COUNTERS
 from samestep.train.recipes.base import Recipe
-from samestep.train.settings.classification import (
+from samestep.train.settings.objectives import (
     ClassificationSettings,
+    EmbeddingSettings,
     QuestionAnsweringSettings,
     RegressionSettings,
     TokenClassificationSettings,
 )
-from samestep.train.settings.objectives import EmbeddingSettings
 
 
 class ClassificationRecipe(Recipe):
