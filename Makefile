@@ -84,6 +84,7 @@ models: $(READY)
 
 docs: $(READY)
 	$(BIN)/python tools/source_stats.py --write
+	$(BIN)/python docs/generate_tables.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 dist: $(READY)

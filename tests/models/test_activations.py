@@ -49,7 +49,7 @@ def held(mode: Any) -> tuple[int, dict[str, Tensor]]:
 def test_each_mode_keeps_less_than_the_one_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gemm, "SMALLEST", 1)
+    monkeypatch.setattr(gemm, "MIN_MULTIPLICATIONS", 1)
     monkeypatch.setattr(activations, "_MIN_SAVED_INNER_SIZE", 16)  # the model is that small
     (everything, wanted), (selective, one), (full, other) = (held(mode) for mode in MODES)
     assert full < 0.6 * selective < 0.6 * 0.7 * everything

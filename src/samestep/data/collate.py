@@ -36,7 +36,7 @@ def collate_examples(
         ``example_ids`` [sequences] int64 (their rows in the source), and ``example_weights``
         [sequences] float64 if any weight is not 1, and ``token_weights`` [rows, length] float64
         if any example has them. Known without asking a device, for what loses time there:
-        ``sequence_spans`` (`samestep.engine.targets.sequence_spans`) and ``target_positions``
+        ``spans`` (`samestep.engine.targets.sequence_spans`) and ``target_positions``
         (`samestep.engine.targets.target_positions`); ``example_ids`` stays on the CPU too.
     """
     micro = (
