@@ -12,15 +12,19 @@ import samestep
 from samestep import errors
 
 PUBLIC = [
+    "Axis",
     "CausalLMLoss",
+    "Cause",
     "CheckError",
     "CheckReport",
     "CheckpointError",
     "ConfigError",
     "Coupled",
     "DataError",
+    "Diagnosis",
     "EvalReport",
     "Idle",
+    "Measurement",
     "NotFiniteError",
     "Objective",
     "OutOfMemoryError",

@@ -16,7 +16,7 @@ from samestep.errors import (
     RankError,
     SamestepError,
 )
-from samestep.utils.messages import printable
+from samestep.utils.text import printable
 
 USAGE = """\
 usage: samestep COMMAND ...

@@ -27,7 +27,7 @@ from samestep.data.readers.vision import ImageDataset
 from samestep.data.records import Records
 from samestep.data.tokenize import tokenize_rows
 from samestep.engine.targets import IGNORE
-from samestep.train.data_print import DataPrint
+from samestep.train.progress import DataFingerprint
 
 CHAT = (
     "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '$' }}{% endfor %}"
@@ -195,7 +195,7 @@ def test_the_fingerprint_of_examples_stays() -> None:
 
 
 def test_the_blocks_of_a_checkpoint_stay() -> None:
-    data = DataPrint.of(language(*GIVEN))
+    data = DataFingerprint.of(language(*GIVEN))
     assert data.blocks == ["bd0e795954baf6fe", "3019a092df4164c5", "30dffb561771826e"]
 
 

@@ -21,7 +21,10 @@ def test_files_and_modules(tmp_path: Path) -> None:
     ("reference", "message"),
     [
         ("nowhere.py:name", "objective: there is no file nowhere.py; a hint"),
-        ("no_such_package.module:name", "objective: no_such_package.module cannot be imported"),
+        (
+            "no_such_package.module:name",
+            "there is no module .no_such_package.module. that can",
+        ),
         ("pathlib:Nothing", "objective: pathlib has no 'Nothing'; it has: .*PurePath"),
     ],
 )

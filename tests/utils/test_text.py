@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samestep.utils.messages import printable
+from samestep.utils.text import printable
 
 EVIL = "\x1b]0;owned\x07\x1b[2J"
 

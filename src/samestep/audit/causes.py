@@ -2,12 +2,9 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from samestep.errors import CheckError
-
-if TYPE_CHECKING:
-    from samestep.audit.hypotheses import SplitEvidence
 
 
 @dataclass(frozen=True)
@@ -23,6 +20,7 @@ class Cause:
             cause is named where that sum is the gradient of the split. None: only an axis names it.
 
     Example:
+        >>> from samestep import Cause
         >>> cause = Cause("mean-of-chunks", "Each chunk is averaged.", "Divide once.")
         >>> cause.paragraph
         'Each chunk is averaged. Divide once.'
@@ -31,7 +29,7 @@ class Cause:
     name: str
     meaning: str
     advice: str
-    weights: Callable[["SplitEvidence"], Sequence[float] | None] | None = None
+    weights: Callable[[Any], Sequence[float] | None] | None = None
 
     @property
     def paragraph(self) -> str:
@@ -49,6 +47,7 @@ class Diagnosis:
         evidence: One line of numbers for the reader.
 
     Example:
+        >>> from samestep import Diagnosis
         >>> Diagnosis("mean-of-means", residual=0.0, evidence="added up").cause
         'mean-of-means'
     """

@@ -35,6 +35,15 @@ class CheckReport:
         dtype: What the gradients were computed in.
         seed: Of the weights and of every run.
         versions: Of Python and of the packages that are installed.
+
+    Example:
+        >>> from samestep import CheckReport
+        >>> report = CheckReport(
+        ...     subject="loop.py", verdict="exact", axes=(), examples=8, dtype="float64", seed=0,
+        ...     versions={},
+        ... )
+        >>> report.verdict
+        'exact'
     """
 
     subject: str
@@ -70,6 +79,7 @@ def check(
 
     Example:
         >>> import torch
+        >>> from samestep import check
         >>> class Loop:
         ...     examples = [torch.full((n, 2), float(n)) for n in (1, 4, 2, 3)]
         ...     model = staticmethod(lambda: torch.nn.Linear(2, 1))
@@ -98,6 +108,19 @@ def assert_same_step(
     Raises:
         AssertionError: An axis is inexact; names each with its cause and what to change.
         CheckError: The subject cannot be run.
+
+    Example:
+        >>> import torch
+        >>> from samestep import assert_same_step
+        >>> class Loop:
+        ...     examples = [torch.full((n, 2), float(n)) for n in (1, 4, 2, 3)]
+        ...     model = staticmethod(lambda: torch.nn.Linear(2, 1))
+        ...     collate = staticmethod(torch.cat)
+        ...     def step(self, model, micro_batches):
+        ...         count = sum(len(micro_batch) for micro_batch in micro_batches)
+        ...         for micro_batch in micro_batches:
+        ...             (model(micro_batch).square().sum() / count).backward()
+        >>> assert_same_step(Loop, axes=["micro-batch"])
     """
     report = check(subject, axes, causes=causes)
     lines = [

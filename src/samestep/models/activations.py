@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+import samestep.kernels.long_attention  # noqa: F401 (defines the operator named below)
 from samestep.errors import ConfigError
 
 Checkpointing = Literal["none", "selective", "full"]

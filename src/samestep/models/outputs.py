@@ -32,6 +32,7 @@ def model_inputs(micro_batch: Mapping[str, Any]) -> dict[str, Any]:
         The tensors that the model is called with.
 
     Examples:
+        >>> from samestep import model_inputs
         >>> micro_batch = {"input_ids": [[5, 6, 7]], "labels": [[-100, 6, 7]], "example_ids": [0]}
         >>> model_inputs(micro_batch)
         {'input_ids': [[5, 6, 7]]}

@@ -40,6 +40,7 @@ class CausalLMLoss:
         ConfigError: A value out of its range.
 
     Examples:
+        >>> from samestep import CausalLMLoss
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1)

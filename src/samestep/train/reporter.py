@@ -16,7 +16,7 @@ from samestep.errors import CheckpointError
 from samestep.train.log import RunLog
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
-from samestep.utils.messages import printable
+from samestep.utils.text import printable
 
 
 class RunConsole:

@@ -1,4 +1,4 @@
-"""Messages for users: text from outside made safe for a terminal, pydantic's errors in words."""
+"""Settings from outside: YAML read, and pydantic's errors as lines that a user can act on."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,25 +10,6 @@ from pydantic import ValidationError
 
 from samestep.errors import ConfigError
 from samestep.utils.plugins import nearest
-
-KEPT = "\n\t"
-
-
-def printable(text: str) -> str:
-    r"""The text with control characters spelled out, so that none of them reaches a terminal.
-
-    Escape sequences in a row could otherwise clear the screen, retitle the window or hide what is
-    printed. New lines and tabs stay.
-
-    Args:
-        text: Anything.
-
-    Returns:
-        The text, with ESC as ``\x1b`` and so on.
-    """
-    return "".join(
-        letter if letter in KEPT or letter.isprintable() else repr(letter)[1:-1] for letter in text
-    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

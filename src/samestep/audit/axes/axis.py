@@ -31,6 +31,7 @@ class Measurement:
         diagnose: Names the cause, called only if the axis is inexact; None: the axis's own cause.
 
     Example:
+        >>> from samestep import Measurement
         >>> measurement = Measurement("chunks of 3 against 8", relative_difference=0.25)
         >>> measurement.is_exact(tolerance=1e-12)
         False
@@ -106,6 +107,8 @@ class Axis:
         on_request: Run only if it is named.
 
     Example:
+        >>> from samestep import Axis, Measurement
+        >>> from samestep.audit.gradients import compare_gradients
         >>> def measure(experiments):
         ...     batch = experiments.whole_batch
         ...     again = experiments.rerun(batch).gradient

@@ -10,7 +10,7 @@ from samestep.utils.memory import keep_large_blocks
 
 MAPPED = """
 import ctypes, torch
-from samestep.kernels.malloc import keep_large_blocks
+from samestep.utils.memory import keep_large_blocks
 class Info(ctypes.Structure):  # mallinfo2(3)
     _fields_ = [(name, ctypes.c_size_t) for name in (
         "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split())]
