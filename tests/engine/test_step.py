@@ -175,14 +175,6 @@ def test_a_scaler_over_low_precision_weights_is_refused() -> None:
         samestep.step(model, sgd(model), MICRO_BATCHES, loss_fn, scaler=torch.amp.GradScaler("cpu"))
 
 
-def test_no_micro_batch_at_all_changes_nothing() -> None:
-    model = Scores()
-    before = model.weight.detach().clone()
-    report = samestep.step(model, sgd(model), [], loss_fn)
-    assert report.micro_batches == 0
-    assert torch.equal(model.weight.detach(), before)
-
-
 def test_an_optimizer_over_other_weights_is_refused() -> None:
     model = Scores()
     optimizer = torch.optim.SGD([model.weight, nn.Parameter(torch.ones(3))], lr=1.0)

@@ -163,7 +163,7 @@ def test_randomness_between_the_passes_is_refused() -> None:
         (lambda out: Coupled(out, lambda s: s, gather="rows"), "must be one number"),
         (lambda out: Coupled(out.sum(), lambda s: (s - s) / 0), "is nan over the whole batch"),
         (lambda out: {"a" if len(out) == 6 else "b": Coupled(out.sum(), torch.sin)}, "the same"),
-        (lambda out: {}, "returned dict"),
+        (lambda out: {}, "returned an empty mapping"),
     ],
 )
 def test_what_has_no_value_is_refused(wrong: Callable[[Tensor], Any], message: str) -> None:

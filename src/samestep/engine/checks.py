@@ -1,14 +1,136 @@
 """What the step refuses, because it could not be exact or must not be silent."""
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from samestep.engine.gradients import LOW_PRECISION_DTYPES, is_finite
+from samestep.engine.normalize import TermTotals
 from samestep.engine.parallel import is_sharded
-from samestep.errors import ConfigError, NotFiniteError
+from samestep.engine.terms import MicroBatch
+from samestep.errors import ConfigError, DataError, NotFiniteError, StepError
+
+
+def check_micro_batches(micro_batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+    """Refuse what is no iterable of micro-batches, before anything is taken from it.
+
+    Args:
+        micro_batches: What the caller gave as the micro-batches.
+
+    Returns:
+        An iterator over them.
+
+    Raises:
+        ConfigError: It is one micro-batch, text, or nothing that can be iterated.
+    """
+    if isinstance(micro_batches, Mapping):
+        names = ", ".join(map(repr, list(micro_batches)[:5]))
+        raise ConfigError(
+            f"micro_batches is one mapping (of {names}): pass a list of micro-batches. For a batch "
+            "of one micro-batch wrap it: [micro_batch]"
+        )
+    if isinstance(micro_batches, Tensor):
+        raise ConfigError(
+            f"micro_batches is one tensor {tuple(micro_batches.shape)}, of which each row would be "
+            "a micro-batch: pass a list of micro-batches, such as [tensor] or tensor.split(size)"
+        )
+    if isinstance(micro_batches, str | bytes) or not hasattr(micro_batches, "__iter__"):
+        raise ConfigError(
+            f"micro_batches is {micro_batches!r:.80} ({type(micro_batches).__name__}): pass a list "
+            "(or another iterable) of micro-batches"
+        )
+    return iter(micro_batches)
+
+
+def no_micro_batch_error(micro_batches: Iterable[MicroBatch]) -> DataError:
+    """The error for an effective batch without a single micro-batch, on any rank.
+
+    Args:
+        micro_batches: What the caller gave.
+
+    Returns:
+        The error to raise.
+    """
+    reason = "micro_batches is empty"
+    if inspect.isgenerator(micro_batches) or isinstance(micro_batches, Iterator):
+        kind = type(micro_batches).__name__
+        reason = (
+            f"micro_batches is a {kind} that gave nothing: it is used up (one can be read once "
+            "only; make a new one for each step) or was empty from the start"
+        )
+    return DataError(
+        f"there is no micro-batch in this step: {reason}. Nothing was trained; leave out the step, "
+        "or give it a list with at least one micro-batch (with several ranks: on one of them)"
+    )
+
+
+def check_trains(model: nn.Module, weights: Sequence[nn.Parameter]) -> None:
+    """Refuse a model of which no weight trains.
+
+    Args:
+        model: The model.
+        weights: Those of its weights that train.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    if weights:
+        return
+    frozen = sum(1 for _ in model.parameters())
+    found = f"all {frozen} are frozen (requires_grad is False)" if frozen else "it has none"
+    raise ConfigError(
+        f"no weight of {type(model).__name__} trains: {found}, so the step could change nothing. "
+        "Set requires_grad on those that are to train, before the optimizer is built"
+    )
+
+
+def check_terms_reach_weights(
+    totals_by_rank: Sequence[TermTotals],
+    without_grad_by_rank: Sequence[Sequence[int]],
+    *,
+    num_weights: int,
+) -> None:
+    """Refuse terms that are reported as optimised, but of which no weight can learn.
+
+    Args:
+        totals_by_rank: `samestep.engine.normalize.TermAccumulator.totals` of every rank.
+        without_grad_by_rank: `samestep.engine.gradients.params_without_grad` of every rank.
+        num_weights: How many weights train.
+
+    Raises:
+        StepError: A term with a weight has a total but no graph in any micro-batch, or no backward
+            has reached any weight.
+    """
+    optimised: dict[str, list[bool]] = {}
+    for totals in totals_by_rank:
+        for name, term in totals.items():
+            if term["weight"] != 0 and term["total"] != 0:
+                optimised.setdefault(name, []).append(term["graph"])
+    detached = [repr(name) for name, graphs in optimised.items() if not any(graphs)]
+    if detached:
+        raise StepError(
+            f"the step was not taken: term {' and '.join(detached)} has no graph in any "
+            "micro-batch, so no weight can learn from it: it was detached, made under "
+            "torch.no_grad(), read back as a number, or depends on no weight that trains. A "
+            "number that is only to be reported gets weight=0. The weights are unchanged"
+        )
+    unreached = set.intersection(*map(set, without_grad_by_rank))
+    if optimised and len(unreached) == num_weights:
+        raise StepError(
+            f"the step was not taken: term {' and '.join(map(repr, optimised))} depends on none of "
+            f"the {num_weights} weights that train: its gradient reaches other tensors only. "
+            "Compute it from the model that the loss is given. The weights are unchanged"
+        )
+    names = {name for totals in totals_by_rank for name in totals}
+    weighted = any(term["weight"] for totals in totals_by_rank for term in totals.values())
+    if names and not weighted:
+        raise StepError(
+            f"the step was not taken: every term ({', '.join(map(repr, sorted(names)))}) has "
+            "weight 0, so there is nothing to optimise. Use samestep.evaluate to report alone"
+        )
 
 
 def check_optimizer_params(model: nn.Module, optimizer: Optimizer) -> None:
@@ -19,7 +141,7 @@ def check_optimizer_params(model: nn.Module, optimizer: Optimizer) -> None:
         optimizer: The optimizer that the step updates it with.
 
     Raises:
-        ConfigError: There are such weights.
+        ConfigError: There are such weights, or none of the optimizer's weights trains.
     """
     parameters = set(model.parameters())
     foreign = [
@@ -33,6 +155,13 @@ def check_optimizer_params(model: nn.Module, optimizer: Optimizer) -> None:
             f"the optimizer updates {len(foreign)} weights that are not the model's (shapes "
             f"{foreign[:3]}): the step could neither clear nor clip their gradients. Register "
             "them on the model, or build the optimizer from model.parameters(), after fully_shard"
+        )
+    held = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if not any(weight.requires_grad for weight in held):
+        raise ConfigError(
+            f"none of the {len(held)} weights that the optimizer holds trains (requires_grad is "
+            "False, or it holds none): the step could change nothing. Build it from the weights "
+            "that train: [w for w in model.parameters() if w.requires_grad]"
         )
 
 

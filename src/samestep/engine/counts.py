@@ -1,7 +1,8 @@
 """Counts the units of a batch, from its data alone: the denominators of the objective."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -145,13 +146,20 @@ def count_units(
 
     Raises:
         StepError: A counter gave something that is not a finite number of at least 0, or as for
-            `count_labels`.
+            `count_labels`; labels are no tensor, or some micro-batches have none.
     """
     counters = counters or {}
     totals: Counts = dict.fromkeys(counters, 0.0)
+    labelled: list[bool] = []
     for index, micro_batch in enumerate(micro_batches):
-        has_labels = isinstance(micro_batch, Mapping) and "labels" in micro_batch
-        counts = count_labels(micro_batch) if has_labels else {}
+        labelled.append(isinstance(micro_batch, Mapping) and "labels" in micro_batch)
+        if labelled[-1] is not labelled[0]:
+            raise StepError(
+                f"micro-batch {index} has {'' if labelled[-1] else 'no '}'labels', unlike those "
+                "before it: its targets would be counted otherwise. Give all of them labels (-100 "
+                "where there is no target), or none and counters for every unit"
+            )
+        counts = _count_labels_of(micro_batch, index) if labelled[-1] else {}
         counts.update({unit: float(counter(micro_batch)) for unit, counter in counters.items()})
         for unit, count in counts.items():
             if not (math.isfinite(count) and count >= 0):
@@ -161,6 +169,44 @@ def count_units(
                 )
             totals[unit] = totals.get(unit, 0.0) + count
     return totals
+
+
+def _count_labels_of(micro_batch: Mapping[str, Any], index: int) -> Counts:
+    labels = micro_batch["labels"]
+    if not isinstance(labels, Tensor) or labels.dim() == 0:
+        found = "a 0-d tensor" if isinstance(labels, Tensor) else type(labels).__name__
+        raise StepError(
+            f"the 'labels' of micro-batch {index} are {found}: they must be a tensor [rows, "
+            "length] of token ids or [rows] of classes, -100 where there is no target"
+        )
+    return count_labels(micro_batch)
+
+
+@contextmanager
+def uncounted_guard(micro_batch: MicroBatch, counts: Counts) -> Iterator[None]:
+    """Say that nothing was counted where a loss cannot read such a micro-batch either.
+
+    Args:
+        micro_batch: What the loss is run on inside the block.
+        counts: The counts of the batch.
+
+    Raises:
+        StepError: Nothing was counted, and the loss failed to read the micro-batch.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        if counts:
+            raise
+        found = f"a {type(micro_batch).__name__}"
+        if isinstance(micro_batch, Mapping):
+            found = f"a mapping of {', '.join(map(repr, micro_batch)) or 'nothing'}"
+        raise StepError(
+            f"nothing was counted in this batch, and the loss failed ({type(error).__name__}: "
+            f"{error}) on a micro-batch that is {found}. Put 'labels' into each micro-batch "
+            "([rows, length] of token ids or [rows] of classes, -100 where there is no target), or "
+            "pass counters={unit: function of a micro-batch} and a loss that reads what there is"
+        ) from error
 
 
 def add_counts(counts: Iterable[Counts]) -> Counts:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from samestep.engine.checks import check_micro_batches
 from samestep.engine.collectives import all_gather_object, any_rank
-from samestep.engine.counts import add_counts, count_units, input_tokens
+from samestep.engine.counts import add_counts, count_units, input_tokens, uncounted_guard
 from samestep.engine.normalize import TermAccumulator, TermTotals, reduce_terms, reduce_totals
 from samestep.engine.oom import memory_guard
 from samestep.engine.parallel import (
@@ -82,6 +83,7 @@ def evaluate(
 
     Raises:
         StepError: A unit was not counted, or a term is not finite.
+        ConfigError: ``micro_batches`` is no iterable of micro-batches.
         DataError: There is no micro-batch.
 
     Example:
@@ -106,15 +108,16 @@ def evaluate(
 
     def run_micro_batches() -> tuple[TermTotals, PartShapes, Counts, int, int]:
         counts, tokens = list[Counts](), list[int]()
-        for micro_batch, is_counted in _scheduled(model, micro_batches):
-            with memory_guard(micro_batch):
+        for micro_batch, is_counted in _scheduled(model, check_micro_batches(micro_batches)):
+            counted = count_units([micro_batch], counters)
+            with memory_guard(micro_batch), uncounted_guard(micro_batch, counted):
                 result = loss_fn(unwrap(model), micro_batch)
             if not is_counted:
                 continue
             terms = gathered.add(result)
             if terms:
                 accumulator.add(reduce_terms(terms, micro_batch, normalize=normalize))
-            counts.append(count_units([micro_batch], counters))
+            counts.append(counted)
             tokens.append(input_tokens(micro_batch))
         shapes = gathered.shapes()
         return accumulator.totals(), shapes, add_counts(counts), sum(tokens), len(tokens)

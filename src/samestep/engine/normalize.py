@@ -30,8 +30,9 @@ TermKind: TypeAlias = tuple[Unit, float]
 """A term's unit and weight."""
 
 TermTotals: TypeAlias = dict[str, dict[str, Any]]
-"""What one rank sends to the others of each term, as JSON: "total", "unit", "weight", and
-"nonfinite", the number of the first micro-batch whose total was not finite, or None."""
+"""What one rank sends to the others of each term, as JSON: "total", "unit", "weight",
+"nonfinite", the number of the first micro-batch whose total was not finite, or None, and "graph",
+whether its total had a graph in any micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ class TermAccumulator:
     def __init__(self) -> None:
         self._totals: dict[str, list[Tensor]] = {}
         self._kinds: dict[str, TermKind] = {}
+        self._with_graph: set[str] = set()
 
     def add(self, sums: Mapping[str, TermSum]) -> None:
         """Add one micro-batch.
@@ -168,6 +170,8 @@ class TermAccumulator:
         for name, term in sums.items():
             _check_same_kind(self._kinds, name, kind=(term.unit, term.weight))
             self._totals.setdefault(name, []).append(term.total.detach())
+            if term.total.requires_grad:
+                self._with_graph.add(name)
 
     def totals(self) -> TermTotals:
         """The sums over this rank's micro-batches, as JSON, for `reduce_totals`."""
@@ -182,6 +186,7 @@ class TermAccumulator:
             "nonfinite": nonfinite[0] if nonfinite else None,
             "unit": {"constant": unit.value} if isinstance(unit, Constant) else unit,
             "weight": weight,
+            "graph": name in self._with_graph,
         }
 
 

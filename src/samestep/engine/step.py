@@ -29,9 +29,17 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from samestep.engine.checks import check_optimizer_params, check_scaler, nonfinite_gradient_error
+from samestep.engine.checks import (
+    check_micro_batches,
+    check_optimizer_params,
+    check_scaler,
+    check_terms_reach_weights,
+    check_trains,
+    no_micro_batch_error,
+    nonfinite_gradient_error,
+)
 from samestep.engine.collectives import gather_results
-from samestep.engine.counts import add_counts, count_units, input_tokens
+from samestep.engine.counts import add_counts, count_units, input_tokens, uncounted_guard
 from samestep.engine.gradients import (
     assign_gradients,
     clip_grad_norm_,
@@ -130,12 +138,15 @@ def step(
         The report.
 
     Raises:
-        StepError: A unit was not counted; a term or the gradient is not finite
+        StepError: A unit was not counted; no weight can learn from a term; a term or the
+            gradient is not finite
             (`NotFiniteError`, which names it); a micro-batch does not fit into memory
             (`OutOfMemoryError`). The weights are then unchanged and no gradient is left behind.
         ConfigError: What the step cannot make exact: a scaler with weights of low precision, an
             optimizer over weights that are not the model's, or weights that are distributed over
-            the ranks in an unknown way.
+            the ranks in an unknown way. Or an argument of the wrong kind, or a model or an
+            optimizer of which no weight trains.
+        DataError: There is no micro-batch on any rank.
 
     Example:
         Six ragged rows, at once and one by one: the same counts, the same weights after.
@@ -233,6 +244,7 @@ def backward(
     Raises:
         StepError: As for `step`.
         ConfigError: As for `step`.
+        DataError: As for `step`.
 
     Example:
         >>> import torch, samestep
@@ -289,6 +301,7 @@ def accumulate(
         StepError: As for `step`.
         ConfigError: As for `step`.
     """
+    check_trains(model, weights)
     check_scaler(model, weights, scaler=scaler)
     model.zero_grad()
     accumulator = TermAccumulator()
@@ -297,7 +310,7 @@ def accumulate(
     def run_micro_batches() -> tuple[TermTotals, list[int]]:
         """Run this rank's micro-batches: their totals, and the weights without a gradient."""
         for micro_batch, index in schedule:
-            with memory_guard(micro_batch):
+            with memory_guard(micro_batch), uncounted_guard(micro_batch, counts):
                 result = loss_fn(unwrap(model), micro_batch)
                 if index is None:
                     zero_loss(result).backward()
@@ -317,6 +330,7 @@ def accumulate(
             *gather_micro_batch_results(model, run_micro_batches), strict=True
         )
         loss, terms = reduce_totals(totals, counts)
+        check_terms_reach_weights(totals, without_grad, num_weights=len(weights))
     if not is_sharded(model):
         sum_over_replicas(gradients, weights, without_grad_by_rank=without_grad)
     return loss, terms, gradients
@@ -337,15 +351,19 @@ def count_batch(
 
     Raises:
         StepError: As for `samestep.engine.counts.count_units`.
+        ConfigError: ``micro_batches`` is no iterable of micro-batches.
+        DataError: No rank has a micro-batch.
     """
     local: list[MicroBatch] = []
 
     def count_local() -> tuple[Counts, int, int]:
-        local.extend(micro_batches)
+        local.extend(check_micro_batches(micro_batches))
         counted = [item for item in local if not isinstance(item, Idle)]
         return count_units(counted, counters), sum(map(input_tokens, counted)), len(counted)
 
     counts, tokens, num_micro_batches = zip(*gather_results(count_local), strict=True)
+    if sum(num_micro_batches) == 0:
+        raise no_micro_batch_error(micro_batches)
     return local, add_counts(counts), sum(tokens), sum(num_micro_batches)
 
 

@@ -52,8 +52,7 @@ def constant(value: float) -> Constant:
         >>> samestep.constant(1024)
         Constant(value=1024.0)
         >>> term = samestep.Term(torch.tensor(512.0), unit=samestep.constant(1024))
-        >>> loss, _ = samestep.backward(torch.nn.Linear(1, 1), [None], lambda model, _: term)
-        >>> loss
+        >>> samestep.evaluate(torch.nn.Linear(1, 1), [None], lambda model, _: term).loss
         0.5
     """
     return Constant(float(value))
@@ -185,9 +184,13 @@ def named_terms(loss: LossResult) -> Mapping[str, Term | Coupled]:
     if isinstance(loss, Term | Coupled):
         return {"loss": loss}
     if not isinstance(loss, Mapping) or not loss:
+        found = "an empty mapping" if isinstance(loss, Mapping) else type(loss).__name__
+        why = {
+            "NoneType": "Does it lack a return?",
+            "float": "A number has no graph and no unit: nothing could learn from it",
+        }.get(found, "A bare tensor has no unit, so it cannot be normalised")
         raise StepError(
-            f"the loss returned {type(loss).__name__}: return a Term(total, unit) or "
-            "{name: Term}. A bare tensor has no unit, so it cannot be normalised"
+            f"the loss returned {found}: return a Term(total, unit) or {{name: Term}}. {why}"
         )
     return loss
 
