@@ -5,6 +5,7 @@ what the step runs backward (`objective_share`). The values of the report are th
 up over all micro-batches and ranks and divided once (`TermAccumulator`, `reduce_totals`).
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,13 @@ from samestep.engine.terms import (
     named_terms,
 )
 from samestep.errors import NotFiniteError, StepError
+
+log = logging.getLogger("samestep")
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+_named_as_low: set[tuple[str, torch.dtype]] = set()
+"""Terms of which it was said that their total is of low precision, each with its type."""
 
 TermKind: TypeAlias = tuple[Unit, float]
 """A term's unit and weight."""
@@ -102,14 +110,15 @@ def _sum_term(name: str, term: Any, *, micro_batch: MicroBatch, normalize: Unit)
         raise StepError(f"term {name!r} of the loss is {type(term).__name__}, not a Term")
     unit = normalize if term.unit == "token" else term.unit
     by_sequence = term.unit == "token" and unit == "sequence"
-    if term.total.dim() == 0:
+    total = _at_least_float32(name, term.total)
+    if total.dim() == 0:
         if by_sequence:
             raise StepError(
                 f"term {name!r}: normalize='sequence' needs a total for each sequence, "
                 "[sequences], but the total is one number. Return per-sequence sums, or weigh "
                 "the targets by samestep.target_weights and give the unit 'sequence'"
             )
-        return TermSum(term.total, unit, term.weight)
+        return TermSum(total, unit, term.weight)
     if micro_batch.get("token_weights") is not None:
         raise StepError(
             f"term {name!r} has totals by sequence, but the micro-batch weighs tokens: weigh the "
@@ -123,7 +132,24 @@ def _sum_term(name: str, term: Any, *, micro_batch: MicroBatch, normalize: Unit)
         )
     if by_sequence:
         weights = weights_per_target(targets, weights)
-    return TermSum((term.total * weights.to(term.total)).sum(), unit, term.weight)
+    return TermSum((total * weights.to(total)).sum(), unit, term.weight)
+
+
+def _at_least_float32(name: str, total: Tensor) -> Tensor:
+    """The total in float32 at least; once a term, what to do if it was rounded before."""
+    if total.dtype not in _LOW_PRECISION:
+        return total
+    if (name, total.dtype) not in _named_as_low:
+        _named_as_low.add((name, total.dtype))
+        log.warning(
+            "term %r is a sum in %s, which keeps %s digits: it is rounded, otherwise under every "
+            "split. Sum in float32: losses.float().sum(). Under torch.autocast mind that a product "
+            "(losses @ weights) is rounded; (losses.float() * weights).sum() is not",
+            name,
+            str(total.dtype).removeprefix("torch."),
+            "two to three" if total.dtype == torch.bfloat16 else "three to four",
+        )
+    return total.float()
 
 
 def objective_share(sums: Mapping[str, TermSum], counts: Counts) -> Tensor | None:

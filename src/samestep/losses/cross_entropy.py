@@ -43,7 +43,13 @@ def logits_cross_entropy(
     if label_smoothing:
         loss = loss + label_smoothing * (logsumexp - rows.mean(dim=-1))
     correct = (rows.argmax(dim=-1) == targets).to(rows.dtype)
-    return CrossEntropySums(loss @ weights, (nll @ weights).detach(), correct @ weights, None)
+    # Not `loss @ weights`: under autocast a product is made and rounded in low precision.
+    return CrossEntropySums(
+        loss=(loss * weights).sum(),
+        nll=(nll * weights).sum().detach(),
+        correct=(correct * weights).sum(),
+        entropy=None,
+    )
 
 
 def module_cross_entropy(

@@ -240,7 +240,8 @@ def _chunk_sums(
     if options.entropy:
         entropy = torch.special.entr(softmax).sum(dim=-1)
     rows = torch.stack([loss, nll, (predicted == targets).to(nll), entropy])
-    sums = rows.sum(dim=1) if row_weights is None else rows @ row_weights
+    # Not `rows @ row_weights`: under autocast a product is made and rounded in low precision.
+    sums = (rows if row_weights is None else rows * row_weights).sum(dim=1)
     if not options.gradients:
         return sums, softmax
     grad_logits = softmax

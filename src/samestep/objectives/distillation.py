@@ -133,7 +133,7 @@ def _terms(
     sums = student.cross_entropy(
         shifted_targets(micro_batch), target_weights=weights, positions=positions
     )
-    divergence = weights.flatten()[positions].to(losses) @ losses
+    divergence = (weights.flatten()[positions].to(losses) * losses).sum()
     return {
         "divergence": Term(divergence, normalize, divergence_weight),
         "nll": Term(sums.loss, normalize, nll_weight),

@@ -128,9 +128,9 @@ class DFT:
         nll = likelihoods.nll
         weights = weights_at_targets(micro_batch, self.normalize).to(nll)
         return {
-            "dft": Term(weights @ dft_losses(nll), self.normalize),
-            "nll": Term(weights @ nll.detach(), self.normalize, weight=0.0),
-            "accuracy": Term(weights @ likelihoods.correct, self.normalize, weight=0.0),
+            "dft": Term((weights * dft_losses(nll)).sum(), self.normalize),
+            "nll": Term((weights * nll.detach()).sum(), self.normalize, weight=0.0),
+            "accuracy": Term((weights * likelihoods.correct).sum(), self.normalize, weight=0.0),
         }
 
 

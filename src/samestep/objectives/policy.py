@@ -70,7 +70,7 @@ class PolicyGradient:
         weights = weights_at_targets(micro_batch, self.normalize).to(log_p)
 
         def term(values: Tensor, weight: float = 0.0) -> Term:
-            return Term(weights @ values, self.normalize, weight)
+            return Term((weights * values).sum(), self.normalize, weight)
 
         terms = {"policy": term(losses, 1.0)}
         if self.reference is not None:
