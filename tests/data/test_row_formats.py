@@ -9,6 +9,7 @@ from tiny import tiny_tokenizer
 
 from samestep.data.load import load_rows
 from samestep.data.readers.latents import latent_records
+from samestep.data.readers.preference import pair_records
 from samestep.data.row_converters import convert_rows, resolve_row_format
 from samestep.data.row_formats import ROW_FORMATS, RowFormat, document_formats, recognize_format
 from samestep.data.rows import Row, RowError
@@ -26,8 +27,29 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
         "Nine.<|im_end|>",
     ),
     "text": ({"text": "Nine."}, "Nine.<|im_end|>"),
+    "ShareGPT": (
+        {
+            "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "Nine."}],
+            "system": "Short.",
+        },
+        "Nine.<|im_end|>",
+    ),
+    "Alpaca": ({"instruction": "How?", "input": "b", "output": "So."}, "So.<|im_end|>"),
 }
 """A row of each format, and the text that is learned of it."""
+
+PREFERENCES: dict[str, dict[str, Any]] = {
+    "HH": {
+        "chosen": "\n\nHuman: How?\n\nAssistant: So.",
+        "rejected": "\n\nHuman: How?\n\nAssistant: No.",
+    },
+    "OpenAI preferences": {
+        "input": {"messages": [{"role": "user", "content": "How?"}], "tools": []},
+        "preferred_output": [{"role": "assistant", "content": "So."}],
+        "non_preferred_output": [{"role": "assistant", "content": "No."}],
+    },
+}
+"""A row of each format of preferences, which say: after "How?" rather "So." than "No."."""
 
 
 def question_format(**settings: Any) -> RowFormat:
@@ -42,10 +64,10 @@ def question_format(**settings: Any) -> RowFormat:
 
 
 def test_every_format_has_a_row_here() -> None:
-    assert set(ROWS) == set(ROW_FORMATS)
+    assert {*ROWS, *PREFERENCES} == set(ROW_FORMATS)
 
 
-@pytest.mark.parametrize("name", ROW_FORMATS)
+@pytest.mark.parametrize("name", ROWS)
 def test_a_row_is_recognised_and_learned(name: str) -> None:
     columns, learned = ROWS[name]
     assert recognize_format(columns) is ROW_FORMATS[name]
@@ -61,10 +83,21 @@ def test_a_row_is_recognised_and_learned(name: str) -> None:
 @pytest.mark.parametrize("name", ROW_FORMATS)
 def test_a_format_reads_no_columns_but_its_own(name: str) -> None:
     row_format = ROW_FORMATS[name]
-    columns, _ = ROWS[name]
+    columns = PREFERENCES[name] if name in PREFERENCES else ROWS[name][0]
     assert columns.keys() <= {*row_format.columns, *row_format.optional}
     for missing in row_format.columns:
         assert recognize_format({**columns, missing: None}) is not row_format
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_a_row_of_preferences_is_recognised_and_learned(name: str) -> None:
+    assert recognize_format(PREFERENCES[name]) is ROW_FORMATS[name]
+    tokenizer = tiny_tokenizer(chat=True)
+    (pair,) = pair_records(load_rows([PREFERENCES[name]]), tokenizer)
+    whole = [tokenizer.decode(side.input_ids) for side in pair.sequences]
+    learned = [tokenizer.decode(side.labels[side.labels != IGNORE]) for side in pair.sequences]
+    assert learned == ["So.<|im_end|>", "No.<|im_end|>"]
+    assert [text.count("How?") for text in whole] == [1, 1]
 
 
 def test_the_docs_have_the_table() -> None:
@@ -173,7 +206,7 @@ def test_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("{0}/formats.py:number", "is int; it must be a function"),
         ("{0}/formats.py:Needs", "must take no arguments"),
         ("messages", "'messages' are recognised by their columns .*: leave row_format out"),
-        ("mesages", "row_format: there is no 'mesages'. Accepted: file.py:name"),
+        ("mesages", "row_format: there is no 'mesages'. Accepted: .*file.py:name"),
     ],
 )
 def test_references_that_name_nothing(tmp_path: Path, reference: str, message: str) -> None:

@@ -9,10 +9,12 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from samestep.data.message_forms import with_text_arguments
 from samestep.data.messages import Conversation, Messages, message_weights, read_conversation
 from samestep.data.rows import Row, RowError, map_valid, result_or_error
 from samestep.data.target_spans import (
@@ -95,6 +97,9 @@ def _tokenize_by_tags(
         return list(_masked_by_tags(conversations, tokenizer))
     except Exception as error:  # a template is a program: it may raise anything
         if len(conversations) == 1:
+            as_text = with_text_arguments(conversations[0].messages)
+            if as_text is not None and not isinstance(error, RowError):
+                return _tokenize_by_tags([replace(conversations[0], messages=as_text)], tokenizer)
             return [error if isinstance(error, RowError) else _template_failed(error)]
     # Again each by itself, to learn which of them failed.
     return [
@@ -183,7 +188,10 @@ def renderer(tokenizer: Any, tools: list[Any] | None) -> Render:
                 messages, tools=tools, tokenize=False, add_generation_prompt=header
             )
         except Exception as error:  # a template is a program: it may raise anything
-            raise _template_failed(error) from error
+            as_text = with_text_arguments(messages)
+            if as_text is None:
+                raise _template_failed(error) from error
+            return render(as_text, header)
         return text
 
     return render

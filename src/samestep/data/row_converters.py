@@ -8,6 +8,7 @@ Which converter applies is recognised by the columns of each row, from the forma
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from samestep.data.message_forms import normalize_messages
 from samestep.data.row_formats import ROW_FORMATS, Columns, RowFormat, recognize_format
 from samestep.data.rows import Row, RowError, map_rows
 from samestep.errors import ConfigError
@@ -75,7 +76,8 @@ def _by_name(name: str) -> RowFormat:
 def convert_rows(rows: Sequence[Row], row_format: RowFormat | None = None) -> list[Row]:
     """Convert rows to columns that are known.
 
-    A ``weight`` that a converter does not give is that of the row.
+    A ``weight`` that a converter does not give is that of the row. Messages become what chat
+    templates take, see `samestep.data.message_forms`.
 
     Args:
         rows: The rows.
@@ -91,9 +93,7 @@ def convert_rows(rows: Sequence[Row], row_format: RowFormat | None = None) -> li
     """
     if row_format is not None:
         return map_rows(rows, lambda row: _converted(row, row_format))
-    if all(each.convert is None for each in ROW_FORMATS.values()):
-        return list(rows)
-    return map_rows(rows, _recognized)
+    return map_rows(rows, lambda row: normalize_messages(_recognized(row)))
 
 
 def _recognized(row: Row) -> Row:
@@ -121,4 +121,5 @@ def _converted(row: Row, row_format: RowFormat) -> Row:
             f"{row_format.name} must return columns by name, not {type(values).__name__}"
         )
     weight = {name: value for name, value in row.values.items() if name == "weight"}
-    return Row({**weight, **values}, row.origin)
+    columns = tuple(name for name, value in row.values.items() if value is not None)
+    return Row({**weight, **values}, row.origin, (row_format.name, columns))

@@ -10,6 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from samestep.data.conversations import tokenize_conversations
+from samestep.data.peer_formats import (
+    from_alpaca,
+    from_hh,
+    from_openai_preference,
+    from_sharegpt,
+    is_hh,
+)
 from samestep.data.rows import Row, RowError, describe_columns, map_rows, result_or_error
 from samestep.data.target_spans import TextWithTargets, TokenizedText, tokenize_texts
 from samestep.data.token_fields import read_token_ids
@@ -186,6 +193,37 @@ _FORMATS = (
         learned="every token",
         matches=_has_text,
         tokenize=_tokenize_plain_texts,
+    ),
+    RowFormat(
+        name="ShareGPT",
+        columns=("conversations",),
+        optional=("system", "tools"),
+        note="turns with from and value",
+        learned="the turns of gpt, as of `messages`",
+        convert=from_sharegpt,
+    ),
+    RowFormat(
+        name="Alpaca",
+        columns=("instruction", "output"),
+        optional=("input",),
+        note="all text",
+        learned="the output, after Alpaca's own prompt as text",
+        convert=from_alpaca,
+    ),
+    RowFormat(
+        name="HH",
+        columns=("chosen", "rejected"),
+        note="both text of Human: and Assistant:",
+        learned="for preferences: the last turns, as of messages",
+        matches=is_hh,
+        convert=from_hh,
+    ),
+    RowFormat(
+        name="OpenAI preferences",
+        columns=("input", "preferred_output", "non_preferred_output"),
+        note="the first an object with messages (and tools), the others lists of messages",
+        learned="for preferences: the outputs, as of messages",
+        convert=from_openai_preference,
     ),
 )
 

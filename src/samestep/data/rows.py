@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
 
 from samestep.errors import DataError
@@ -21,10 +21,24 @@ class Row:
         values: The columns by name.
         origin: Where the row is from, for messages: "train.jsonl:17" (a line, from 1) or
             "train.parquet row 17" (from 1).
+        converted: The name of the format that it was converted from, and the columns that it had
+            there; None: it is as the source has it.
     """
 
     values: dict[str, Any]
     origin: str
+    converted: tuple[str, tuple[str, ...]] | None = field(default=None, compare=False)
+
+    def with_values(self, changes: Mapping[str, Any]) -> "Row":
+        """The row with other values in some columns.
+
+        Args:
+            changes: By column.
+
+        Returns:
+            A new row.
+        """
+        return replace(self, values={**self.values, **changes})
 
 
 class RowError(Exception):

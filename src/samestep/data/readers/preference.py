@@ -11,6 +11,7 @@ from torch import Tensor
 
 from samestep.data.collate import Padding, collate_examples, collate_records
 from samestep.data.examples import Example, Examples
+from samestep.data.message_forms import begins_with, is_empty_turn
 from samestep.data.records import Record, Records
 from samestep.data.rows import (
     Row,
@@ -71,6 +72,8 @@ def pair_records(
         DataError: Rows are malformed (lists every one), or none is left.
     """
     numbers = _pair_numbers(rows)
+    if _prompts_repeat(rows):
+        rows = [_without_prompt(row) for row in rows]
     dropped: Counter[str] = Counter()
     sides: list[Row] = []
 
@@ -151,9 +154,11 @@ def unpaired_records(
 
 
 def _sides(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two sides as prompt and completion."""
-    chosen, rejected = values.get("chosen"), values.get("rejected")
+    """The two sides as prompt and completion, the prompt once."""
+    chosen, rejected = (_as_messages(values.get(name)) for name in ("chosen", "rejected"))
     prompt = values.get("prompt")
+    if isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list):
+        prompt, chosen, rejected = _with_question(prompt, chosen, rejected)
     kinds = {type(side) for side in (chosen, rejected) if side is not None}
     if chosen is None or rejected is None:
         raise RowError(f"has no chosen or no rejected; {describe_columns(values)}")
@@ -167,11 +172,52 @@ def _sides(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     if prompt is None:
         if kinds == {str}:
             raise RowError("has no prompt, which chosen and rejected as text need")
-        pairs = zip(chosen, rejected, strict=False)
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        same = _shared(chosen, rejected)
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+    elif isinstance(prompt, list) and all(begins_with(s, prompt) for s in (chosen, rejected)):
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     common = {"prompt": prompt, "tools": values.get("tools")}
     return {**common, "completion": chosen}, {**common, "completion": rejected}
+
+
+def _as_messages(side: Any) -> Any:
+    return [side] if isinstance(side, Mapping) else side
+
+
+def _with_question(
+    prompt: str, chosen: list[Any], rejected: list[Any]
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Prompt and sides of a prompt that is text beside sides that are messages (UltraFeedback)."""
+    same = _shared(chosen, rejected)
+    begin = chosen[:same]
+    asked = any(isinstance(m, Mapping) and m.get("role") == "user" for m in begin)
+    question = [] if asked else [{"role": "user", "content": prompt}]
+    return [*begin, *question], chosen[same:], rejected[same:]
+
+
+def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    """How many messages both sides begin with."""
+    pairs = zip(chosen, rejected, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _prompts_repeat(rows: Sequence[Row]) -> bool:
+    """Whether every row's prompt, which is text of some words, stands again before both sides."""
+
+    def repeats(values: Mapping[str, Any]) -> bool:
+        prompt, *sides = (values.get(name) for name in ("prompt", "chosen", "rejected"))
+        return (
+            isinstance(prompt, str)
+            and len(prompt.split()) > 1
+            and all(isinstance(side, str) and side.startswith(prompt) for side in sides)
+        )
+
+    return all(repeats(row.values) for row in rows)
+
+
+def _without_prompt(row: Row) -> Row:
+    start = len(row.values["prompt"])
+    return row.with_values({name: row.values[name][start:] for name in ("chosen", "rejected")})
 
 
 def _nothing_to_learn(chosen: Any, rejected: Any) -> str | None:
@@ -183,7 +229,7 @@ def _nothing_to_learn(chosen: Any, rejected: Any) -> str | None:
 
 def _is_empty(completion: Any) -> bool:
     if isinstance(completion, list):
-        return not any(isinstance(m, Mapping) and m.get("content") for m in completion)
+        return all(is_empty_turn(message) for message in completion)
     return isinstance(completion, str) and not completion
 
 
