@@ -3,20 +3,18 @@
 A checkpoint is a folder ``step-00000012`` (12 steps are done) with ``shard-*.safetensors``, one a
 rank, written and read by torch.distributed.checkpoint (so that it can be read on any number of
 ranks, replicated or sharded), and ``state.txt`` with the rest and the checksum of every shard. It
-is written under a hidden name, flushed to disk, and renamed; only then are older ones deleted. No
-random state is kept: order, learning rate and dropout are functions of the step. Nothing is
-pickled: DCP's safetensors storage keeps where each shard belongs in the files' own headers.
+is written under a hidden name, flushed to disk, and renamed; only then are older ones deleted
+(`samestep.train.checkpoint_files` has the folders and names). No random state is kept: order,
+learning rate and dropout are functions of the step. Nothing is pickled: DCP's safetensors storage
+keeps where each shard belongs in the files' own headers.
 """
 
-import hashlib
-import json
 import logging
-import shutil
+import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +23,50 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from samestep.engine.collectives import gather_results, on_rank_0, rank, world_size
 from samestep.errors import CheckpointError
+from samestep.train.checkpoint_files import (
+    FORMAT,
+    all_checkpoints,
+    aside_of,
+    damage,
+    prune,
+    put_in_place,
+    read_state,
+    recover,
+    step_folder,
+    write_state,
+)
 from samestep.train.progress import DataFingerprint, Progress
-from samestep.utils.files import sha256_of, sync
+from samestep.utils.files import remove, sha256_of, sync
 
 log = logging.getLogger("samestep")
-
-_FORMAT = 2
 
 FILE_BYTES = 2**27
 """What a file of a checkpoint holds at most; a larger tensor has its own."""
 
 
 def save(
-    folder: Path, model: nn.Module, *, optimizer: Optimizer, progress: Progress, keep: int
+    folder: Path,
+    model: nn.Module,
+    *,
+    optimizer: Optimizer,
+    progress: Progress,
+    keep: int,
+    origin: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint, each rank its part, then delete all but the newest ``keep``.
+
+    A checkpoint of the same step stays until the new one stands.
 
     Args:
         folder: ``checkpoints/``; made if it is not there. All ranks must see the same folder.
@@ -56,38 +74,36 @@ def save(
         optimizer: Its state.
         progress: How far the run is.
         keep: Checkpoints to keep, this one included.
+        origin: What the run depends on and the checkpoint does not hold; `read_origin` gives it.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: It cannot be written, as on a full disk; older ones are intact.
+        CheckpointError: It cannot be written, as on a full disk, or weights are not finite; older
+            ones are intact.
     """
-    target = folder / f"step-{progress.step:08d}"
-    aside = folder / f".{target.name}.tmp"
+    target = step_folder(folder, progress.step)
+    aside = aside_of(target)
+    _check_finite(model, progress.step)
     tensors, values = _flatten(optimizer.state_dict())
     tensors |= {f"model.{name}": tensor for name, tensor in _trained(model).items()}
     state: dict[str, Any] = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "progress": asdict(progress),
         "optimizer": values,
         "files": {},
+        "origin": dict(origin or {}),
     }
 
     def clear() -> None:
-        shutil.rmtree(aside, ignore_errors=True)
+        recover(folder)
         aside.mkdir(parents=True)
 
     def finish() -> None:
-        text = json.dumps(state)
-        (aside / "state.txt").write_text(f"{_digest(text)} {text}", encoding="utf-8")
-        sync(aside / "state.txt")
-        sync(aside)
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
-        sync(folder)
-        for old in _all(folder)[:-keep]:
-            shutil.rmtree(old)
+        write_state(aside, state)
+        put_in_place(target)
+        prune(folder, step=progress.step, keep=keep)
 
     try:
         on_rank_0(clear)
@@ -100,8 +116,9 @@ def save(
             state["files"] |= sums
         on_rank_0(finish)
     except (OSError, SafetensorError, CheckpointException) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        older = _all(folder)
+        with suppress(OSError):
+            remove(aside)
+        older = all_checkpoints(folder)
         raise CheckpointError(
             f"checkpoint {target} could not be written: {_reason(error)}. "
             + (f"{older[-1]} is intact" if older else "There is no earlier one")
@@ -136,17 +153,30 @@ def newest_intact(folder: Path) -> Path | None:
     Raises:
         CheckpointError: There are checkpoints, and every one is damaged.
     """
-    names = gather_results(lambda: [path.name for path in _all(folder)])[0]
+    names = gather_results(lambda: _names(folder))[0]
     problems = []
     for checkpoint in (folder / name for name in reversed(names)):
-        damage = [part for part in gather_results(partial(_damage, checkpoint)) if part]
-        if not damage:
+        problem = _damage(checkpoint)
+        if not problem:
             return checkpoint
-        problems.append(f"{checkpoint} is damaged: {'; '.join(damage)}")
+        problems.append(f"{checkpoint} is damaged: {problem}")
         log.warning("%s; looking for the checkpoint before it", problems[-1])
     if problems:
         raise CheckpointError("no checkpoint is whole: " + "; ".join(problems))
     return None
+
+
+def read_origin(checkpoint: Path) -> dict[str, Any]:
+    """What `save` was given as ``origin``; empty in checkpoints of earlier versions.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read.
+    """
+    try:
+        origin: dict[str, Any] = read_state(checkpoint).get("origin", {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{checkpoint} cannot be read: {error}") from error
+    return origin
 
 
 def load(checkpoint: Path, model: nn.Module, *, optimizer: Optimizer) -> Progress:
@@ -164,8 +194,8 @@ def load(checkpoint: Path, model: nn.Module, *, optimizer: Optimizer) -> Progres
         CheckpointError: It cannot be read, or belongs to another model or optimizer.
     """
     try:
-        state = _read_state(checkpoint)
-        reader = HuggingFaceStorageReader(str(checkpoint))
+        state = read_state(checkpoint)
+        reader = _ListedReader(checkpoint, state["files"])
         kept = {
             name: meta
             for name, meta in reader.read_metadata().state_dict_metadata.items()
@@ -180,6 +210,9 @@ def load(checkpoint: Path, model: nn.Module, *, optimizer: Optimizer) -> Progres
             state_dict_loader.load(
                 {**tensors, **moments}, storage_reader=reader, no_dist=world_size() == 1
             )
+        changed = _damage(checkpoint)
+        if changed:
+            raise CheckpointError(f"{checkpoint} changed while it was read: {changed}")
         optimizer.load_state_dict(_unflatten(moments, state["optimizer"]))
         progress = state["progress"]
         return Progress(**{**progress, "data": DataFingerprint(**progress["data"])})
@@ -200,37 +233,68 @@ def _no_warning_of_one_process() -> Iterator[None]:
 
 def _checksums(folder: Path) -> dict[str, str]:
     """Flush this rank's shards to disk, and give their checksums."""
-    shards = sorted(folder.glob(f"shard-{rank() + 1:05d}-*"))
+    # No glob: it takes a folder that cannot be read for an empty one.
+    own = f"shard-{rank() + 1:05d}-"
+    shards = sorted(path for path in folder.iterdir() if path.name.startswith(own))
     for shard in shards:
         sync(shard)
     return {shard.name: sha256_of(shard) for shard in shards}
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    """What stands in ``state.txt`` after its own checksum."""
-    digest, text = (checkpoint / "state.txt").read_text(encoding="utf-8").split(" ", 1)
-    if digest != _digest(text):
-        raise ValueError("state.txt does not match its checksum")
-    state: dict[str, Any] = json.loads(text)
-    return state
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _names(folder: Path) -> list[str]:
+    """The names of the checkpoints; rank 0 first finishes what a kill has left."""
+    try:
+        if rank() == 0:
+            recover(folder)
+        return [path.name for path in all_checkpoints(folder)]
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
 
 
 def _damage(checkpoint: Path) -> str:
-    """What is wrong with the files that this rank looks at; empty if nothing is."""
-    try:
-        state = _read_state(checkpoint)
-        if state["format"] != _FORMAT:
-            return f"format {state['format']}, not {_FORMAT}"
-        for name, digest in sorted(state["files"].items())[rank() :: world_size()]:
-            if sha256_of(checkpoint / name) != digest:
-                return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+    """What is wrong with a checkpoint, each rank having read its share of the files."""
+    share = slice(rank(), None, world_size())
+    found = gather_results(lambda: damage(checkpoint, part=share))
+    return "; ".join(part for part in found if part)
+
+
+class _ListedFiles(FileSystem):
+    """A folder in which there is nothing but the files of a list."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self._names = sorted(names)
+
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        return [os.path.join(path, name) for name in self._names]
+
+
+class _ListedReader(HuggingFaceStorageReader):
+    """Reads the files that belong to a checkpoint, not every file that lies beside them."""
+
+    def __init__(self, checkpoint: Path, names: Iterable[str]) -> None:
+        super().__init__(str(checkpoint))
+        self.fs = _ListedFiles(names)
+
+
+def _check_finite(model: nn.Module, step: int) -> None:
+    """Refuse to save weights that are not finite: they would replace those that are."""
+    trained = {n: weight for n, weight in model.named_parameters() if weight.requires_grad}
+    found = gather_results(lambda: [name for name in trained if not _is_finite(trained[name])])
+    names = sorted({name for part in found for name in part})
+    if names:
+        raise CheckpointError(
+            f"after step {step} {len(names)} weights are not finite ({', '.join(names[:3])}): they "
+            "are not saved. Usual causes: a learning rate or weight decay that is too high. "
+            "Earlier checkpoints are intact"
+        )
+
+
+@torch.no_grad()
+def _is_finite(weight: Tensor) -> bool:
+    """Of this rank's part, piece by piece: what tells is as large as a piece, not as a weight."""
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    return all(bool(piece.isfinite().all()) for piece in local.reshape(-1).split(2**24))
 
 
 def _reason(error: BaseException) -> str:
@@ -239,10 +303,6 @@ def _reason(error: BaseException) -> str:
         number, (cause, _) = next(iter(error.failures.items()))
         return f"rank {number}: {cause}" if world_size() > 1 else str(cause)
     return str(error)
-
-
-def _all(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*")) if folder.is_dir() else []
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
