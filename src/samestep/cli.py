@@ -111,6 +111,8 @@ def _run(command: str, arguments: list[str]) -> int:
         from samestep.study.command import report
 
         return report(arguments)
+    if command.endswith((".yaml", ".yml")):
+        raise ConfigError(f"which command? `samestep train {command}`, or study?")
     near = difflib.get_close_matches(command, ["train", "check", "study", "report"], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"there is no command {command!r}{hint} (`samestep --help` lists them)")

@@ -44,9 +44,8 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
 def test_required_fields_may_come_from_either_side(tmp_path: Path) -> None:
     path = write(tmp_path, "model: a\n")
     assert read_settings([path, "--data", "d", "--out", "o"]).model == "a"
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(ConfigError, match="lacks data, out"):
         read_settings([path])
-    assert exit_.value.code == 2
 
 
 @pytest.mark.parametrize("value", ["token", "sequence", "128"])
@@ -203,7 +202,7 @@ def test_a_renamed_field_says_its_new_name(tmp_path: Path) -> None:
     path = write(tmp_path, "objective: reward\nmodel: a\ncentring: 0.1\n")
     with pytest.raises(ConfigError, match="centring: no such field; it is called 'center_rewards'"):
         read_settings([path])
-    with pytest.raises(ConfigError, match="--centring is called --center-rewards now"):
+    with pytest.raises(ConfigError, match="--centring: no such flag; it is called --center"):
         read_settings([*NEEDED, "--objective", "reward", "--centring", "0.1"])
 
 

@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from samestep.errors import ConfigError
+from samestep.train.settings.peers import peer_notes
 from samestep.utils.messages import describe_validation_errors
 
 Normalisation = Literal["exact", "mean-of-means", "sum"]
@@ -209,7 +210,10 @@ def parse_spec(fields: Mapping[str, Any], *, source: str) -> StudySpec:
         spec = StudySpec.model_validate(fields)
     except ValidationError as error:
         problems += describe_validation_errors(
-            error, StudySpec.model_fields, nested_fields={"arms": Block.model_fields}
+            error,
+            StudySpec.model_fields,
+            nested_fields={"arms": Block.model_fields},
+            elsewhere=peer_notes(StudySpec.model_fields),
         )
     if problems:
         raise ConfigError("\n  - ".join([f"{source}:", *problems]))

@@ -7,9 +7,13 @@ from typing import Any
 import tyro
 
 from samestep.errors import ConfigError
-from samestep.train.launch import launch, process_group, ranks_to_launch
-from samestep.train.settings.base import RENAMED_FIELDS, TrainSettings, finalize
+from samestep.train.launch import launch, process_group, ranks_to_launch, under_torchrun
+from samestep.train.run_folder import RunFolder
+from samestep.train.settings.base import TrainSettings, finalize
+from samestep.train.settings.command_line import arities, train_help, unknown_names
 from samestep.train.settings.objectives import settings_class
+from samestep.train.settings.paths import missing_paths
+from samestep.utils.flags import CommandLine, split_command_line
 from samestep.utils.messages import read_yaml
 
 _REQUIRED = ("model", "data", "out")
@@ -19,7 +23,7 @@ def run(arguments: Sequence[str]) -> int:
     """Train as the arguments say.
 
     Args:
-        arguments: ``[run.yaml] [--flag value ...]``.
+        arguments: ``[--flag value ...]``, and a YAML file anywhere among them.
 
     Returns:
         The exit code: 0, or that of the ranks that were started.
@@ -28,6 +32,7 @@ def run(arguments: Sequence[str]) -> int:
         SamestepError: As `samestep.train.trainer.train`.
     """
     settings = read_settings(arguments)
+    check_paths(settings)
     ranks = ranks_to_launch(settings.ranks)
     if ranks is not None:
         return launch(ranks, ["train", *arguments])
@@ -56,7 +61,7 @@ def read_settings(arguments: Sequence[str]) -> TrainSettings:
     """The settings that a command line names: flags over YAML over defaults.
 
     Args:
-        arguments: ``[run.yaml] [--flag value ...]``.
+        arguments: ``[--flag value ...]``, and a YAML file anywhere among them.
 
     Returns:
         The settings, finalized.
@@ -65,20 +70,65 @@ def read_settings(arguments: Sequence[str]) -> TrainSettings:
         ConfigError: Everything that is wrong with the file or with the combination.
         SystemExit: The flags cannot be parsed (2), or help was shown (0).
     """
-    arguments = list(arguments)
-    fields: dict[str, Any] = {}
-    path = None
-    if arguments and not arguments[0].startswith("-"):
-        path = Path(arguments.pop(0))
-        fields = read_yaml(path)
-    _refuse_renamed_flags(arguments)
-    objective = _flag(arguments, "--objective") or str(fields.get("objective", "causal_lm"))
+    line = split_command_line(arguments, arities())
+    path = None if line.file is None else Path(line.file)
+    fields = _fields_of_file(path, line.flags)
+    objective = _flag(line.flags, "--objective") or str(fields.get("objective", "causal_lm"))
     kind = settings_class(objective)
-    values = _validated(path, kind=kind, fields=fields) if path else {}
-    missing = {name: tyro.MISSING for name in _REQUIRED if name not in values}
-    start = kind.model_construct(**{**values, "objective": objective}, **missing)
-    settings = tyro.cli(kind, args=arguments, default=start, prog="samestep train [RUN.YAML]")
+    if {"-h", "--help"} & set(line.flags):
+        print(train_help(kind, objective), end="")
+        raise SystemExit(0)
+    negated = {f"no_{name}" for name, arity in arities().items() if arity == "none"}
+    names = [name for name in line.names if name not in negated]
+    problems = unknown_names(names, kind, objective, flag=True)
+    values: dict[str, Any] = {}
+    if path is not None:
+        unknown = unknown_names(fields, kind, objective, flag=False)
+        known = {name: value for name, value in fields.items() if name in kind.model_fields}
+        values, wrong = _validated(kind=kind, fields=known)
+        problems = [*(f"{path}: {problem}" for problem in [*unknown, *wrong]), *problems]
+    missing = [name for name in _REQUIRED if name not in {**fields, **dict.fromkeys(names)}]
+    if missing:
+        problems.append(_missing(missing, line))
+    if problems:
+        raise ConfigError("\n  - ".join(["the settings are wrong:", *problems]))
+    required = {name: tyro.MISSING for name in _REQUIRED if name not in values}
+    start = kind.model_construct(**{**values, "objective": objective}, **required)
+    # What is left to find are values of flags: tyro names the flag and the value.
+    settings = tyro.cli(kind, args=line.flags, default=start, prog="samestep train [RUN.YAML]")
     return finalize(settings)
+
+
+def _fields_of_file(path: Path | None, flags: Sequence[str]) -> dict[str, Any]:
+    """The fields of the file; without one, those of the run that is to be resumed."""
+    if path is not None:
+        return read_yaml(path)
+    return {}
+
+
+def _missing(names: Sequence[str], line: CommandLine) -> str:
+    flags = " ".join(f"--{name} {name.upper()}" for name in names)
+    where = f"{line.file} lacks {', '.join(names)}" if line.file else f"needed: {', '.join(names)}"
+    return f"{where}; as flags: {flags}"
+
+
+def check_paths(settings: TrainSettings) -> None:
+    """Refuse what is missing or in the way on disk, before anything heavy is imported.
+
+    Args:
+        settings: Finalized settings.
+
+    Raises:
+        ConfigError: Everything that is missing; or ``out`` must not be written to.
+    """
+    problems = missing_paths(settings)
+    try:
+        if not under_torchrun():  # there several ranks would ask for the folder's lock
+            RunFolder(Path(settings.out)).check(settings)
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _flag(arguments: Sequence[str], flag: str) -> str | None:
@@ -91,18 +141,13 @@ def _flag(arguments: Sequence[str], flag: str) -> str | None:
     return None
 
 
-def _refuse_renamed_flags(arguments: Sequence[str]) -> None:
-    names = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
-    for old, new in RENAMED_FIELDS.items():
-        if names & {old, old.replace("_", "-")}:
-            raise ConfigError(f"--{old.replace('_', '-')} is called --{new.replace('_', '-')} now")
-
-
-def _validated(path: Path, *, kind: type[TrainSettings], fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a file, each checked; those that are required may come by flags."""
+def _validated(
+    *, kind: type[TrainSettings], fields: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a file, each checked, and what is wrong; the required may come by flags."""
     placeholders = {name: "" for name in _REQUIRED if name not in fields}
     try:
         validated = kind(**placeholders, **fields)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    return {name: getattr(validated, name) for name in fields}
+        return {}, str(error).split("\n  - ")[1:]
+    return {name: getattr(validated, name) for name in fields}, []

@@ -28,10 +28,11 @@ from samestep.train import checkpoint
 from samestep.train.forward import find_nonfinite_rows, with_context
 from samestep.train.launch import process_group
 from samestep.train.micro_batches import MicroBatches, Report, retry_on_oom
+from samestep.train.model_folder import save_model
 from samestep.train.optim import learning_rate, set_learning_rate
 from samestep.train.progress import DataFingerprint, Progress
 from samestep.train.reporter import RunReporter
-from samestep.train.run_folder import RunFolder, save_model
+from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
 from samestep.train.setup import TrainingSetup, set_up, step_plans
 from samestep.train.watchdog import Watchdog, interruptible, watch_ranks

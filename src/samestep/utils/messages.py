@@ -3,13 +3,15 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import ValidationError
 
 from samestep.errors import ConfigError
 from samestep.utils.plugins import nearest
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -36,11 +38,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def describe_validation_errors(
-    error: ValidationError,
+    error: "ValidationError",
     known_fields: Iterable[str],
     *,
     nested_fields: Mapping[str, Iterable[str]] | None = None,
     renamed: Mapping[str, str] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> list[str]:
     """One line a wrong field: where it is, what is wrong, the value, the nearest valid name.
 
@@ -49,6 +52,7 @@ def describe_validation_errors(
         known_fields: Names of the fields of the settings that were checked.
         nested_fields: For each field that holds settings of its own, the names of those.
         renamed: Former names of fields, and what they are called now.
+        elsewhere: Names that other programs use, and what they are here, in words.
 
     Returns:
         The lines, without a bullet, in pydantic's order.
@@ -63,7 +67,10 @@ def describe_validation_errors(
         names = nested.get(str(location[0]), valid_names) if location[1:] else valid_names
         path = ".".join(map(str, location)) or "the settings"
         name = str(location[-1]) if location else ""
-        text = _describe(name, problems, valid_names=names, renamed=renamed or {})
+        if problems[0]["type"] == "extra_forbidden" and name in (elsewhere or {}):
+            text = f"no such field; {(elsewhere or {})[name]}"
+        else:
+            text = _describe(name, problems, valid_names=names, renamed=renamed or {})
         lines.append(f"{path}: {text}")
     return lines
 

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from samestep.errors import ConfigError
 from samestep.train.optim import OPTIMIZERS, SCHEDULES
+from samestep.train.settings.peers import peer_notes
 from samestep.utils.messages import describe_validation_errors
 from samestep.utils.plugins import is_reference
 
@@ -50,7 +51,9 @@ def _shown_as(table: Mapping[str, Any]) -> Any:
 class TrainSettings(BaseModel):
     """The settings that all objectives share; each objective's own class adds its own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     def __init__(self, **values: Any) -> None:
         """Check every field by itself; `finalize` looks at combinations.
@@ -61,8 +64,9 @@ class TrainSettings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
+            fields = type(self).model_fields
             problems = describe_validation_errors(
-                error, type(self).model_fields, renamed=RENAMED_FIELDS
+                error, fields, renamed=RENAMED_FIELDS, elsewhere=peer_notes(fields)
             )
             raise ConfigError("\n  - ".join(["the settings are wrong:", *problems])) from None
 

@@ -16,6 +16,7 @@ from samestep.train.settings.language import (
     ReferenceSettings,
     constant_problems,
 )
+from samestep.train.settings.peers import peer_objective
 from samestep.utils.plugins import is_reference, load_object, nearest
 
 
@@ -202,7 +203,8 @@ def settings_class(objective: str) -> type[TrainSettings]:
         return own
     if objective not in OBJECTIVES:
         raise ConfigError(
-            f"objective: there is no {objective!r}{nearest(objective, OBJECTIVES)} (known: "
+            f"objective: there is no {objective!r}"
+            f"{peer_objective(objective) or nearest(objective, OBJECTIVES)} (known: "
             f"{', '.join(OBJECTIVES)}, or file.py:name or package.module:name of one of your own)"
         )
     return OBJECTIVES[objective].settings

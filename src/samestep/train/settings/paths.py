@@ -1,0 +1,54 @@
+"""Settings that name files: what is missing is said before anything heavy is imported."""
+
+from pathlib import Path
+from typing import Any
+
+from samestep.train.settings.base import TrainSettings
+from samestep.utils.plugins import nearest
+
+_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".gguf")
+"""Endings that no name of the Hub has."""
+
+
+def missing_paths(settings: TrainSettings) -> list[str]:
+    """A line for each setting that names a file or folder that is not there.
+
+    What a file holds is not looked at, and names that may be of the Hub are left alone.
+
+    Args:
+        settings: Finalized settings.
+
+    Returns:
+        The lines; none if everything that must be there is.
+    """
+    fields = ("model", "tokenizer", "data", "eval_data", "reference_model", "teacher")
+    given = {name: getattr(settings, name, None) for name in fields}
+    return [
+        f"{name}: there is no {_kind(value)} {value}{_near(Path(value).expanduser())}"
+        for name, values in given.items()
+        for value in _texts(values)
+        if _looks_like_a_path(value) and not Path(value).expanduser().exists()
+    ]
+
+
+def _texts(values: Any) -> list[str]:
+    values = values if isinstance(values, list | tuple) else [values]
+    return [value for value in values if isinstance(value, str)]
+
+
+def _looks_like_a_path(value: str) -> bool:
+    if set("*?[") & set(value):
+        return False
+    return value.endswith(_FILES) or value.startswith((".", "/", "~")) or value.count("/") > 1
+
+
+def _kind(value: str) -> str:
+    return "file" if value.endswith(_FILES) else "folder"
+
+
+def _near(path: Path) -> str:
+    """The most similar name beside it, or the first folder of the way that is not there."""
+    if not path.parent.is_dir():
+        there = next(folder for folder in (*path.parents,) if folder.is_dir())
+        return f" ({there.resolve()} is there)"
+    return nearest(path.name, (each.name for each in path.parent.iterdir()))

@@ -1,0 +1,177 @@
+"""What other trainers call things, and what each is here: one table, for YAML, flags and messages.
+
+A name that is here unknown but known elsewhere is answered by its meaning, not by its spelling.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+
+class Meaning(NamedTuple):
+    """What a name of another trainer is here.
+
+    Attributes:
+        field: The field; None where there is none.
+        note: What else to know.
+    """
+
+    field: str | None
+    note: str = ""
+
+    def text(self, *, flag: bool = False) -> str:
+        """In words, the field written as in YAML or as a flag."""
+        if self.field is None:
+            return self.note
+        name = f"--{self.field.replace('_', '-')}" if flag else repr(self.field)
+        return f"here it is {name}" + (f" ({self.note})" if self.note else "")
+
+
+def _same(field: str, names: str, note: str = "") -> dict[str, Meaning]:
+    return {name: Meaning(field, note) for name in names.split()}
+
+
+def _none(names: str, note: str) -> dict[str, Meaning]:
+    return {name: Meaning(None, note) for name in names.split()}
+
+
+PEER_FIELDS: Mapping[str, Meaning] = {
+    **_same(
+        "model",
+        "model_name_or_path model_name model_id base_model model_path checkpoint "
+        "pretrained_model_name_or_path pretrained_model",
+    ),
+    **_same("tokenizer", "tokenizer_name tokenizer_name_or_path tokenizer_path processing_class"),
+    **_same(
+        "data",
+        "dataset dataset_name datasets dataset_path train_file train_files train_data "
+        "train_dataset data_path data_files",
+    ),
+    **_same("eval_data", "eval_dataset eval_file validation_file validation_data val_data"),
+    **_same("out", "output_dir out_dir save_dir output"),
+    **_same("lr", "learning_rate peak_lr max_lr"),
+    **_same("batch_size", "train_batch_size global_batch_size total_batch_size effective_batch"),
+    **_same(
+        "micro_batch",
+        "per_device_train_batch_size per_device_batch_size per_gpu_train_batch_size "
+        "per_device_eval_batch_size micro_batch_size eval_batch_size",
+        "it cannot change the step; the examples of a whole step are batch_size",
+    ),
+    **_none(
+        "gradient_accumulation_steps grad_accum gradient_accumulation accumulate_grad_batches",
+        "there is nothing to accumulate by hand: batch_size is the examples of a whole step, and "
+        "micro_batch, or memory, decides how it is cut",
+    ),
+    **_same("max_length", "max_seq_length max_seq_len cutoff_len sequence_len block_size"),
+    **_same("max_length", "model_max_length seq_length context_length"),
+    **_same("epochs", "num_train_epochs num_epochs max_epochs n_epochs"),
+    **_same("steps", "max_steps num_steps train_steps num_train_steps"),
+    **_same(
+        "warmup",
+        "warmup_steps warmup_ratio num_warmup_steps warmup_fraction",
+        "a share of the steps if below 1, else a number of steps",
+    ),
+    **_same("schedule", "lr_scheduler_type lr_scheduler scheduler lr_schedule"),
+    **_same("optimizer", "optim optimizer_name optimizer_type"),
+    **_same("weight_decay", "wd decay"),
+    **_same("max_grad_norm", "gradient_clipping max_norm clip_grad_norm gradient_clip_val"),
+    **_same("save_every", "save_steps save_interval checkpoint_every"),
+    **_same("eval_every", "eval_steps eval_interval val_check_interval"),
+    **_same("keep", "save_total_limit max_checkpoints"),
+    **_same("resume", "resume_from_checkpoint"),
+    **_same("overwrite", "overwrite_output_dir"),
+    **_same("track", "report_to logger use_wandb"),
+    **_none(
+        "logging_steps log_every logging_dir log_interval",
+        "there is nothing to set: every step is in OUT/log.jsonl",
+    ),
+    **_none(
+        "save_strategy eval_strategy evaluation_strategy logging_strategy",
+        "there is nothing to set: save_every and eval_every count steps",
+    ),
+    **_none("do_train do_eval do_predict", "there is nothing to set: eval_data asks to evaluate"),
+    **_same("dtype", "torch_dtype bf16 precision", "float32, bfloat16 or float64"),
+    **_none("fp16", "float16 is not offered: dtype takes float32, bfloat16 or float64"),
+    **_none(
+        "load_in_4bit load_in_8bit quantization",
+        "quantised weights are not offered: lora_rank trains adapters over whole ones",
+    ),
+    **_same("lora_rank", "lora_r use_peft use_lora peft adapter"),
+    **_same("lora_targets", "lora_target_modules target_modules lora_target"),
+    **_same("merge", "merge_lora merge_adapter"),
+    **_same(
+        "train_on",
+        "completion_only_loss assistant_only_loss train_on_inputs train_on_completions_only "
+        "train_on_prompt mask_prompt",
+        "completion, the default, or all",
+    ),
+    **_same("padding", "packing sample_packing padding_free", "none packs without padding"),
+    **_same("parallel", "deepspeed fsdp strategy", "ddp or fsdp2"),
+    **_same("ranks", "nproc_per_node num_processes world_size n_gpus num_gpus devices"),
+    **_same("seed", "data_seed random_seed"),
+    **_same("label_smoothing", "label_smoothing_factor"),
+    **_same("reference_model", "ref_model ref_model_name_or_path model_ref"),
+    **_same("beta", "dpo_beta kl_beta"),
+    **_same("loss", "loss_type dpo_loss pref_loss"),
+    **_same("objective", "task task_type stage trainer training_type method finetuning_type rl"),
+    **_same("teacher", "teacher_model teacher_model_name_or_path"),
+    **_none(
+        "adam_beta1 adam_beta2 adam_epsilon betas eps",
+        "the betas of adamw are PyTorch's: optimizer takes file.py:name of one of your own",
+    ),
+    **_none(
+        "dataloader_num_workers preprocessing_num_workers dataset_num_proc num_workers",
+        "there is nothing to set: rows are tokenised once and cached",
+    ),
+    **_none("push_to_hub hub_model_id", "nothing is uploaded: OUT/model is an ordinary folder"),
+    **_none("neftune_noise_alpha", "noise on embeddings is not offered"),
+}
+"""Names of fields elsewhere (transformers, TRL, axolotl, LLaMA-Factory, Lightning, nanoGPT)."""
+
+_ROLLOUTS = "on rollouts that you bring: samestep does not generate them"
+
+PEER_OBJECTIVES: Mapping[str, Meaning] = {
+    **_same("causal_lm", "sft clm lm finetune fine_tuning", "completions are learned, not prompts"),
+    **_same("causal_lm", "pt pretrain pretraining cpt", "with train_on all"),
+    **_same("causal_lm", "lora qlora peft", "with lora_rank: adapters go with any objective"),
+    **_same("masked_lm", "mlm"),
+    **_same("reward", "rm reward_model reward_modeling"),
+    **_same("policy", "grpo gspo dr_grpo rloo", _ROLLOUTS),
+    **_same("policy", "ppo reinforce online_dpo rl rlhf", _ROLLOUTS),
+    **_same("dpo", "ipo robust", "its loss may be ipo or robust"),
+    **_same("dpo", "bco", "with loss bco_pair"),
+    **_same("classification", "sequence_classification seq_cls text_classification"),
+    **_same("token_classification", "ner token_cls pos_tagging"),
+    **_same("question_answering", "qa extractive_qa"),
+    **_same("distillation", "distill kd gkd knowledge_distillation"),
+    **_same("vision_language", "vlm vl multimodal"),
+    **_same("embedding", "contrastive sentence_transformers sentence_embedding"),
+    **_same("seq2seq", "seq2seq_lm t5 translation summarization"),
+    **_same("flow_matching", "flow diffusion rectified_flow"),
+}
+"""Names of objectives elsewhere; `Meaning.field` is the value of ``objective`` here."""
+
+
+def peer_objective(name: str) -> str:
+    """What an objective of another trainer is here, as "; here it is ..."; empty if unknown."""
+    meaning = PEER_OBJECTIVES.get(name.lower().replace("-", "_"))
+    return f"; {meaning.text()}" if meaning else ""
+
+
+def peer_notes(fields: Iterable[str], *, flag: bool = False) -> dict[str, str]:
+    """What each name of another trainer is, in words, where it is a field of these settings.
+
+    Args:
+        fields: The fields that there are.
+        flag: Write fields as flags.
+
+    Returns:
+        Words by name.
+    """
+    known = set(fields)
+    # Names without a field are explained by those of a step's batch.
+    here = known | ({None} if "micro_batch" in known else set())
+    return {
+        name: meaning.text(flag=flag)
+        for name, meaning in PEER_FIELDS.items()
+        if name not in known and meaning.field in here
+    }
