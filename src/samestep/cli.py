@@ -41,6 +41,15 @@ hangs. A run that a signal has stopped ends with 128 + its number: 130 after SIG
 SIGTERM."""
 
 
+_QUIET_LIBRARIES = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # those of transformers, too
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""What keeps libraries from writing beside us; read when they are imported, here or in a child."""
+
+
 class _Printable(logging.Formatter):
     """Log lines quote data and paths: nothing in them may steer a terminal."""
 
@@ -66,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"samestep {__version__}")
         return 0
+    for name, value in _QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(handlers=[handler])

@@ -85,7 +85,7 @@ def test_one_sequence_that_is_too_large_is_computed_with_less(
     allocator = Allocator(10, backward=True)
 
     def only_while_all_is_kept(model: Any, micro: Any, **options: Any) -> None:
-        if not model.is_gradient_checkpointing:
+        if not model.is_activation_checkpointing:
             allocator(model, micro, **options)
 
     monkeypatch.setattr(trainer, "key_dropout", only_while_all_is_kept)

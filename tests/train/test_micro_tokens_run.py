@@ -86,14 +86,14 @@ def test_layers_are_checkpointed_where_memory_wants_it(
     asked = []
 
     def measure(model: Any, *_: Any, **__: Any) -> Costs:
-        asked.append(model.is_gradient_checkpointing)
+        asked.append(model.is_activation_checkpointing)
         if how == "runs out" and not asked[-1]:
             raise OutOfMemoryError("out of memory")
         return Costs(0.1, 0.001, 1e9, 1e5 if asked[-1] else 1e7)
 
     monkeypatch.setattr(micro_tokens, "_measure", measure)
     key = f"anew {how}"
-    monkeypatch.setattr(micro_tokens, "_key", lambda m, _: f"{key} {m.is_gradient_checkpointing}")
+    monkeypatch.setattr(micro_tokens, "_key", lambda m, _: f"{key} {m.is_activation_checkpointing}")
     train(run(tmp_path, steps=1, memory_limit=1.05, out=str(tmp_path / "a")))
     assert asked == [False, True]
     assert ("since the longest row" in caplog.text) == (how == "too large")

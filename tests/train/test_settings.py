@@ -159,7 +159,7 @@ def test_layers_are_computed_anew_under_auto_alone(
     recipe = CausalLMRecipe(CausalLMSettings(model="m", data="d", out="o", **settings))
     model = build("llama")
     assert recipe.recompute_activations(model) == changed
-    assert model.is_gradient_checkpointing == changed
+    assert model.is_activation_checkpointing == changed
     assert not recipe.recompute_activations(model)  # there is no less than that
 
 

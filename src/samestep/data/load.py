@@ -11,6 +11,7 @@ from samestep.data.row_converters import Converter, convert_rows, resolve_row_fo
 from samestep.data.row_formats import RowFormat
 from samestep.data.rows import Row, raise_problems
 from samestep.errors import DataError
+from samestep.utils.hub import find_on_hub
 
 if TYPE_CHECKING:
     import datasets
@@ -158,6 +159,14 @@ def _sort_out(results: Iterable[Row | str], rows: list[Row], *, problems: list[s
 def _from_hub(name: str, split: str) -> list[Row]:
     import datasets
 
+    if not datasets.config.HF_HUB_OFFLINE:  # else a cache of its own may have it
+        try:
+            find_on_hub(name, kind="dataset")
+        except LookupError as error:
+            near = _nearest(Path(name)) if Path(name).parent.is_dir() else ""
+            raise DataError(
+                f"{name} cannot be loaded: there is no such file or folder here, and {error}{near}"
+            ) from None
     try:
         data = datasets.load_dataset(name, split=split)
     except Exception as error:  # the Hub client raises many kinds, all meaning "not loaded"

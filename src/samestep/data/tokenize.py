@@ -19,6 +19,7 @@ from samestep.data.rows import Row, RowDropped, RowError, describe_dropped, iter
 from samestep.data.target_spans import TokenizedText
 from samestep.engine.targets import IGNORE
 from samestep.errors import ConfigError, DataError
+from samestep.utils.waiting import doing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,6 +119,7 @@ def _tokenize(
 ) -> Iterator[TokenizedText | RowError]:
     assert row_format.tokenize is not None
     for start in range(0, len(rows), _BATCH):
+        doing(f"{start:,} of {len(rows):,} rows tokenised")
         batch = rows[start : start + _BATCH]
         yield from row_format.tokenize(
             batch, tokenizer, append_eos=append_eos, train_on_all=train_on_all

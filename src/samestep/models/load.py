@@ -19,6 +19,8 @@ from transformers import (
 
 from samestep.errors import ConfigError
 from samestep.utils.files import cache_folder, sha256_of, sync
+from samestep.utils.hub import find_on_hub
+from samestep.utils.waiting import waiting
 
 _log = logging.getLogger("samestep")
 
@@ -49,7 +51,8 @@ def resolve_source(model: str) -> str:
         A folder or a Hub name.
 
     Raises:
-        ConfigError: A path that does not exist, or a GGUF file that cannot be read.
+        ConfigError: A path that does not exist, a name that the Hub does not have or cannot be
+            asked for, or a GGUF file that cannot be read.
     """
     if model.endswith(".gguf"):
         return str(convert_gguf(Path(model)))
@@ -60,7 +63,14 @@ def resolve_source(model: str) -> str:
     if folder.is_dir() and not (folder / "config.json").exists():
         content = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise ConfigError(f"model: {model} has no config.json (it holds: {content})")
-    return str(folder) if folder.is_dir() else model
+    if folder.is_dir():
+        return str(folder)
+    try:
+        return find_on_hub(model, kind="model")
+    except LookupError as error:
+        raise ConfigError(
+            f"model: {model} cannot be loaded: there is no such folder here, and {error}"
+        ) from None
 
 
 def convert_gguf(file: Path) -> Path:
@@ -88,7 +98,8 @@ def convert_gguf(file: Path) -> Path:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        _write_safetensors(file, unfinished)
+        with waiting(f"converting {file.name}"):
+            _write_safetensors(file, unfinished)
         for path in (*unfinished.iterdir(), unfinished):
             sync(path)
         unfinished.rename(folder)

@@ -1,5 +1,6 @@
 """LoRA adapters, by PEFT."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,18 +44,22 @@ def add_lora(
     from peft import LoraConfig, get_peft_model  # heavy, and needed for adapters alone
 
     torch.manual_seed(seed)
+    everywhere = "all-linear" if tuple(targets) == ("all-linear",) else None
     try:
-        return get_peft_model(
-            model,
-            LoraConfig(
-                r=rank,
-                lora_alpha=alpha,
-                lora_dropout=dropout,
-                target_modules="all-linear" if tuple(targets) == ("all-linear",) else list(targets),
-                exclude_modules=_TASK_HEADS.get(task),
-                task_type=task,
-            ),
-        )
+        with warnings.catch_warnings():
+            # PEFT asks for it by its former name.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+            return get_peft_model(
+                model,
+                LoraConfig(
+                    r=rank,
+                    lora_alpha=alpha,
+                    lora_dropout=dropout,
+                    target_modules=everywhere or list(targets),
+                    exclude_modules=_TASK_HEADS.get(task),
+                    task_type=task,
+                ),
+            )
     except ValueError as error:
         raise ConfigError(f"lora_targets: {error}") from error
 

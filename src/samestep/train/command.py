@@ -12,7 +12,7 @@ from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings, finalize
 from samestep.train.settings.command_line import arities, train_help, unknown_names
 from samestep.train.settings.objectives import settings_class
-from samestep.train.settings.paths import missing_paths
+from samestep.train.settings.paths import hub_names, missing_paths
 from samestep.utils.flags import CommandLine, split_command_line
 from samestep.utils.messages import read_yaml
 
@@ -37,13 +37,9 @@ def run(arguments: Sequence[str]) -> int:
     if ranks is not None:
         return launch(ranks, ["train", *arguments])
     # After the arguments are known to be good: this import loads PyTorch.
-    from transformers.utils import logging as transformers_logging
-
     from samestep.engine.collectives import rank
     from samestep.train.trainer import train
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     with process_group():
         summary = train(settings)
         if rank() > 0:
@@ -122,6 +118,7 @@ def check_paths(settings: TrainSettings) -> None:
         ConfigError: Everything that is missing; or ``out`` must not be written to.
     """
     problems = missing_paths(settings)
+    problems = problems or _missing_on_hub(settings)
     try:
         if not under_torchrun():  # there several ranks would ask for the folder's lock
             RunFolder(Path(settings.out)).check(settings)
@@ -129,6 +126,25 @@ def check_paths(settings: TrainSettings) -> None:
         problems.append(str(error))
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _missing_on_hub(settings: TrainSettings) -> list[str]:
+    """A line for each name of the Hub that cannot be loaded: the Hub is asked once for each."""
+    names = hub_names(settings)
+    if not names:
+        return []
+    from samestep.utils.hub import find_on_hub, is_offline
+
+    problems = []
+    for field, name, kind in names:
+        if kind == "dataset" and is_offline():  # the library's own cache may have it
+            continue
+        try:
+            find_on_hub(name, kind=kind)
+        except LookupError as error:
+            here = "folder" if kind == "model" else "file or folder"
+            problems.append(f"{field}: {name} is no {here} here, and {error}")
+    return problems
 
 
 def _flag(arguments: Sequence[str], flag: str) -> str | None:

@@ -79,6 +79,10 @@ class MicroBatches:
         costs = self._lengths(indices)
         return [indices[position] for position in shard_by_cost(costs, ranks=world_size())[rank()]]
 
+    def count(self, indices: Sequence[int]) -> int:
+        """How many micro-batches this rank makes of the records of all ranks; at least 1."""
+        return len(self._cut(self.rank_indices(indices))) or 1
+
     def describe(self, indices: Sequence[int]) -> str:
         """How well records fill the micro-batches that they are cut into, for the log.
 

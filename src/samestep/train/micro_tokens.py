@@ -31,6 +31,7 @@ from samestep.train.recipes.base import Recipe
 from samestep.train.settings.base import TrainSettings
 from samestep.utils.files import cache_folder, write_atomically
 from samestep.utils.memory import available_memory, peak_memory
+from samestep.utils.waiting import waiting
 
 log = logging.getLogger("samestep")
 
@@ -268,7 +269,8 @@ def _measure(model: Any, objective: Objective, *, seed: int, cut: CutFirstStep) 
 
     log.info("micro_tokens: measuring what a micro-batch costs (once for this model and machine)")
     try:
-        return measure_costs(lambda budget: [input_tokens(micro) for micro in cut(budget)], run)
+        with waiting("micro_tokens"):
+            return measure_costs(lambda budget: [input_tokens(micro) for micro in cut(budget)], run)
     finally:
         model.zero_grad()
         if objective.after_step is not None:
@@ -278,7 +280,7 @@ def _measure(model: Any, objective: Objective, *, seed: int, cut: CutFirstStep) 
 def _key(model: Any, settings: TrainSettings) -> str:
     """What the costs depend on, as a file name."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    mode = settings.gradient_checkpointing, model.is_gradient_checkpointing
+    mode = settings.gradient_checkpointing, model.is_activation_checkpointing
     model_config = model.config.to_dict()
     model_config.pop("_name_or_path", None)
     facts = {

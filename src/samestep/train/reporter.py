@@ -3,11 +3,13 @@
 A bar on a terminal, plain lines elsewhere; and the run's logs.
 """
 
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from samestep.engine.collectives import gather_results, rank
 from samestep.engine.evaluate import EvalReport
@@ -18,6 +20,29 @@ from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
 from samestep.utils.text import printable
 
+_BAR_WIDTH = 10
+
+_PATIENCE = 10.0
+"""Seconds without a line after which a step that is under way gets one, where there is no bar."""
+
+
+def fit_line(parts: Sequence[str], width: int) -> str:
+    """As many parts as a line holds, those that come first before the others; never none.
+
+    Args:
+        parts: In the order of their worth.
+        width: Of the line.
+
+    Returns:
+        The line.
+    """
+    line = parts[0]
+    for part in parts[1:]:
+        if len(line) + 2 + len(part) > width:
+            break
+        line += f"  {part}"
+    return line
+
 
 class RunConsole:
     """Shows a run on stderr, so that stdout stays free for results.
@@ -26,16 +51,27 @@ class RunConsole:
         total: Steps of the whole run.
         done: Steps already done before this call.
         silent: Show nothing.
+        console: Where; stderr by default.
+        clock: Seconds.
     """
 
-    def __init__(self, *, total: int, done: int, silent: bool = False) -> None:
-        self._console = Console(stderr=True, highlight=False, markup=False, quiet=silent)
+    def __init__(
+        self,
+        *,
+        total: int,
+        done: int,
+        silent: bool = False,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console or Console(stderr=True, highlight=False, markup=False, quiet=silent)
         self._total, self._done = total, done
         self._seconds, self._steps, self._tokens = 0.0, 0, 0
+        self._parts: list[str] = []
+        self._clock, self._last_line = clock, clock()
         self._bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=_BAR_WIDTH),
             TextColumn("{task.fields[state]}", markup=False),
             console=self._console,
             disable=not self._console.is_terminal,
@@ -59,6 +95,7 @@ class RunConsole:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         self._console.print(printable(text), soft_wrap=True)
+        self._last_line = self._clock()
 
     def step(self, report: StepReport, *, lr: float) -> None:
         """Show a step that was done."""
@@ -67,25 +104,48 @@ class RunConsole:
         self._seconds += report.seconds
         self._tokens += report.tokens
         left = (self._total - self._done) * self._seconds / self._steps
-        state = (
-            f"loss {report.loss:.4f}  grad norm {report.grad_norm:.3g}  lr {lr:.2e}  "
-            f"{self._tokens / self._seconds:,.0f} tokens/s  "
-            f"{report.micro_batches} micro-batches  eta {timedelta(seconds=round(left))}"
-        )
-        if report.skipped:
-            state = f"skipped ({report.skipped})  " + state
-        self._bar.update(self._task, completed=self._done, state=state)
+        self._parts = [
+            *([f"skipped ({report.skipped})"] if report.skipped else []),
+            f"loss {report.loss:.4f}",
+            f"eta {timedelta(seconds=round(left))}",
+            f"{self._tokens / self._seconds:,.0f} tokens/s",
+            f"norm {report.grad_norm:.3g}",
+            f"lr {lr:.3g}",
+            f"{report.micro_batches} micro-batches",
+        ]
+        self._update(self._parts)
         if self._bar.disable:
-            self.say(f"step {self._done}/{self._total}  {state}")
+            first = f"step {self._done}/{self._total}  {self._parts[0]}"
+            self.say(fit_line([first, *self._parts[1:]], self._console.width))
+
+    def micro_batch(self, where: str, number: int, of: int) -> None:
+        """Show that a step or an evaluation moves, where it takes long.
+
+        Args:
+            where: Such as "step 3".
+            number: Of the micro-batch that begins, from 1.
+            of: How many there are.
+        """
+        moving = f"micro-batch {number} of {of}"
+        if not self._bar.disable:
+            self._update([moving, *self._parts])
+        elif self._clock() - self._last_line >= _PATIENCE:
+            self.say(f"{where}: {moving}")
+
+    def _update(self, parts: Sequence[str]) -> None:
+        room = self._console.width - len(f"step {self._total}/{self._total}") - _BAR_WIDTH - 2
+        self._bar.update(self._task, completed=self._done, state=fit_line(parts, room))
 
     def evaluation(self, report: EvalReport, *, step: int) -> None:
         """Show an evaluation."""
         metrics = "  ".join(f"{name} {value:.4f}" for name, value in report.terms.items())
         targets = report.counts.get("token", 0)
-        self.say(
-            f"evaluation after step {step}: loss {report.loss:.4f}  {metrics}  "
-            f"({targets:,.0f} targets, {report.seconds:.1f} s)"
-        )
+        parts = [
+            f"evaluation after step {step}: loss {report.loss:.4f}",
+            f"({targets:,.0f} targets, {report.seconds:.1f} s)",
+            metrics,
+        ]
+        self.say(fit_line(parts, self._console.width))
 
 
 class RunReporter:
@@ -142,6 +202,10 @@ class RunReporter:
     def say(self, text: str) -> None:
         """Show a line."""
         self._console.say(text)
+
+    def micro_batch(self, where: str, number: int, of: int) -> None:
+        """Show that a step or an evaluation moves, where it takes long."""
+        self._console.micro_batch(where, number, of)
 
     def step(self, report: StepReport, *, step: int, epoch: float, lr: float) -> None:
         """Write a step down, and show it.

@@ -30,6 +30,7 @@ from samestep.train.recipes.base import Recipe, recipe_for
 from samestep.train.settings.base import TrainSettings
 from samestep.train.sharding import choose_parallelism, shard
 from samestep.utils.memory import keep_large_blocks
+from samestep.utils.waiting import waiting
 
 log = logging.getLogger("samestep")
 
@@ -184,7 +185,8 @@ def _load_data(recipe: Recipe) -> tuple[Any, list[Records]]:
 def _read(
     recipe: Recipe, source: str, *, tokenizer: Any, training: Records | None = None
 ) -> Records:
-    records = recipe.read(source, tokenizer, training)
+    with waiting(f"reading {source}"):
+        records = recipe.read(source, tokenizer, training)
     for reason, rows in records.dropped.items():
         log.warning("%s: %d rows dropped: %s", source, rows, reason)
     return records
@@ -193,7 +195,8 @@ def _read(
 def _load_model(recipe: Recipe, data: list[Records]) -> Any:
     """The model, with adapters if the settings have them, and its dropout tied to the examples."""
     settings = recipe.settings
-    model = recipe.load_model(resolve_source(settings.model), data)
+    with waiting("loading the model"):
+        model = recipe.load_model(resolve_source(settings.model), data)
     recipe.check_fit(model, data)
     if settings.lora_rank is not None:
         assert settings.lora_alpha is not None
@@ -241,12 +244,13 @@ def _precompute(
     """The records with the fields that the objective computes once."""
     assert objective.annotate is not None
     tokens = _micro_tokens(settings)
-    annotated = [
-        precompute_fields(
-            model, records, micro_batches=cut(records, tokens), annotate=objective.annotate
-        )
-        for records in data
-    ]
+    with waiting("running the reference over the data"):
+        annotated = [
+            precompute_fields(
+                model, records, micro_batches=cut(records, tokens), annotate=objective.annotate
+            )
+            for records in data
+        ]
     prepare_for_step(model)
     return annotated
 

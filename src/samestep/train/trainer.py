@@ -187,7 +187,11 @@ class Trainer:
                 setup.model,
                 setup.optimizer,
                 setup.micro_batches.of_this_rank(plan.examples, plan.step),
-                self._watched(setup.objective.loss_fn, step_number=plan.step),
+                self._watched(
+                    setup.objective.loss_fn,
+                    step_number=plan.step,
+                    number=setup.micro_batches.count(plan.examples),
+                ),
                 max_grad_norm=self.settings.max_grad_norm,
                 counters=setup.objective.counters,
             )
@@ -204,7 +208,9 @@ class Trainer:
                 self.setup.model,
                 lambda index: next(micro_batches.batches([index], plan.step)),
                 indices=micro_batches.rank_indices(plan.examples),
-                loss_fn=self._watched(objective.loss_fn, step_number=plan.step),
+                loss_fn=self._watched(
+                    objective.loss_fn, step_number=plan.step, number=len(plan.examples)
+                ),
                 counters=objective.counters,
             )
         )
@@ -223,7 +229,7 @@ class Trainer:
             lambda: evaluate(
                 self.setup.model,
                 micro_batches.of_this_rank(everything, 0),
-                self._watched(objective.loss_fn),
+                self._watched(objective.loss_fn, number=micro_batches.count(everything)),
                 counters=objective.counters,
             ),
             micro_batches,
@@ -243,8 +249,13 @@ class Trainer:
             keep=self.settings.keep,
         )
 
-    def _watched(self, loss_fn: LossFn, *, step_number: int | None = None) -> LossFn:
-        """The loss, each call after a look at signals, a heartbeat, and the keys of dropout."""
+    def _watched(
+        self, loss_fn: LossFn, *, step_number: int | None = None, number: int = 1
+    ) -> LossFn:
+        """The loss, each call after a look at signals, a heartbeat, and the keys of dropout.
+
+        ``number`` says how many micro-batches there are.
+        """
         # Under FSDP2 a rank must not leave a step alone: there a signal waits for the step's end.
         may_stop = not is_sharded(self.setup.model)
         numbers = itertools.count(1)
@@ -254,7 +265,9 @@ class Trainer:
         def around_forward(model: Any, micro: Any) -> Iterator[None]:
             if may_stop and self.stop_signal():
                 raise StopRequestedError("asked to stop")
-            self.watchdog.heartbeat(f"{name}, micro-batch {next(numbers)}")
+            at = next(numbers)
+            self.watchdog.heartbeat(f"{name}, micro-batch {at}")
+            self.reporter.micro_batch(name, (at - 1) % number + 1, number)
             if step_number is not None:
                 key_dropout(model, micro, seed=self.settings.seed, step=step_number)
             with (

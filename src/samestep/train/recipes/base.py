@@ -167,7 +167,7 @@ class Recipe:
         # What is offloaded cannot be recomputed, too: see `samestep.train.settings.base.finalize`.
         settings = self.settings
         fixed = settings.gradient_checkpointing != "auto" or settings.activation_offload
-        done = model.is_gradient_checkpointing or not model.supports_gradient_checkpointing
+        done = model.is_activation_checkpointing or not model.supports_gradient_checkpointing
         if fixed or done:
             return False
         checkpoint_activations(model, "selective")

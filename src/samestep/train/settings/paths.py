@@ -1,13 +1,17 @@
 """Settings that name files: what is missing is said before anything heavy is imported."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from samestep.train.settings.base import TrainSettings
 from samestep.utils.plugins import nearest
 
 _FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".gguf")
 """Endings that no name of the Hub has."""
+
+
+_MODELS = ("model", "tokenizer", "reference_model", "teacher")
+_DATA = ("data", "eval_data")
 
 
 def missing_paths(settings: TrainSettings) -> list[str]:
@@ -21,13 +25,29 @@ def missing_paths(settings: TrainSettings) -> list[str]:
     Returns:
         The lines; none if everything that must be there is.
     """
-    fields = ("model", "tokenizer", "data", "eval_data", "reference_model", "teacher")
-    given = {name: getattr(settings, name, None) for name in fields}
+    given = {name: getattr(settings, name, None) for name in (*_MODELS, *_DATA)}
     return [
         f"{name}: there is no {_kind(value)} {value}{_near(Path(value).expanduser())}"
         for name, values in given.items()
         for value in _texts(values)
         if _looks_like_a_path(value) and not Path(value).expanduser().exists()
+    ]
+
+
+def hub_names(settings: TrainSettings) -> list[tuple[str, str, Literal["model", "dataset"]]]:
+    """The settings that can only name something on the Hub: no path, and nothing here.
+
+    Args:
+        settings: Finalized settings.
+
+    Returns:
+        Field, name and kind of each.
+    """
+    return [
+        (field, value, "dataset" if field in _DATA else "model")
+        for field in (*_MODELS, *_DATA)
+        for value in _texts(getattr(settings, field, None))
+        if not _looks_like_a_path(value) and not Path(value).exists() and not _is_pattern(value)
     ]
 
 
@@ -37,9 +57,13 @@ def _texts(values: Any) -> list[str]:
 
 
 def _looks_like_a_path(value: str) -> bool:
-    if set("*?[") & set(value):
+    if _is_pattern(value):
         return False
     return value.endswith(_FILES) or value.startswith((".", "/", "~")) or value.count("/") > 1
+
+
+def _is_pattern(value: str) -> bool:
+    return bool(set("*?[") & set(value))
 
 
 def _kind(value: str) -> str:
