@@ -266,8 +266,8 @@ has the weights of a run that nothing broke, equal bit for bit.
 {rows}
 
 Every file operation of a save is made to kill the process, and to fail once with EIO, ENOSPC and
-EACCES, in its turn: a first save, the next step, a step that is saved already, and the start after a
-kill in the middle of that. Each time the run starts from a whole checkpoint, from before or from
+EACCES, in its turn: a first save, the next step, a step that is saved already, and the start after
+a kill in the middle of that. Each time the run starts from a whole checkpoint, from before or from
 after, and the next save leaves no trace (`tests/train/test_checkpoint_faults.py`).
 
 Further faults are injected by the tests, each once or a few times: memory that runs out (by a

@@ -103,7 +103,7 @@ def command(named: Named, size: Size) -> str:
     number, lora = size.ranks(size.bytes_to_train_all), ""
     if number > 8 and named.objective != "flow_matching":
         number, lora = size.ranks(size.bytes_to_train_adapters), f"--lora-rank {RANK}"
-        lora += " --dtype bfloat16"
+        lora += " --precision bfloat16"
     if number > 8:
         machines = -(-number // 8)
         parts = [f"torchrun --nnodes {machines} --nproc-per-node 8 -m samestep train"]

@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 8,
     "micro_batch": 1,
     "steps": 30,
-    "dtype": "float64",
+    "precision": "float64",
     "save_every": 4,
     "lr": 1e-2,
     "rank_timeout": 5,

@@ -14,7 +14,7 @@ from transformers import GotOcr2Processor
 from samestep.train.trainer import train
 
 PLAIN: dict[str, Any] = {
-    "dtype": "float64",
+    "precision": "float64",
     "steps": 2,
     "batch_size": 7,  # odd: one rank holds more
     "micro_batch": 2,

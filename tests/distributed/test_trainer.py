@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from samestep.train.trainer import train
 
 SETTINGS: dict[str, Any] = {
-    "dtype": "float64",
+    "precision": "float64",
     "micro_batch": 2,
     "steps": 7,  # of 8 rows; the third and the sixth batch of an epoch of 17 rows hold one row
     "eval_every": 3,
@@ -132,7 +132,7 @@ def test_options_under_fsdp2(folder: Path, options: dict[str, Any]) -> None:
 
 def test_mixed_precision_keeps_float32_weights(folder: Path) -> None:
     out = folder / "mixed"
-    options = {"dtype": "float32", "mixed_precision": True, "parallel": "fsdp2", "lr": 1e-2}
+    options = {"precision": "mixed", "parallel": "fsdp2", "lr": 1e-2}
     on_ranks(2, rank_work.training, str(folder), **settings(folder, out=str(out), **options))
     lines = read_lines(out / "log.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"]

@@ -40,7 +40,7 @@ def spec(folder: Path, **changes: Any) -> StudySpec:
         "batch": 8,
         "steps": 4,
         "lr": 1e-2,
-        "dtype": "float64",
+        "precision": "float64",
         "seeds": [0, 1],
         "arms": ARMS,
         **changes,

@@ -24,7 +24,7 @@ def write_example(page: str, folder: Path) -> None:
     for name, content in re.findall(r'```\w+ title="(.+?)"\n(.*?)```', text, re.DOTALL):
         (folder / name).write_text(content, encoding="utf-8")
     run = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-    tiny = {"model": "tiny", "steps": 4, "batch_size": 8, "dtype": "float64", "save_every": 2}
+    tiny = {"model": "tiny", "steps": 4, "batch_size": 8, "precision": "float64", "save_every": 2}
     (folder / "run.yaml").write_text(yaml.safe_dump({**run, **tiny}), encoding="utf-8")
     llama_folder(folder / "tiny")
     write_rows(folder / "rows.jsonl", 20)

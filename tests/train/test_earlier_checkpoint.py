@@ -29,7 +29,7 @@ FLAGS = [
     "6",
     "--lr",
     "0.01",
-    "--dtype",
+    "--precision",
     "float64",
     "--micro-tokens",
     "64",

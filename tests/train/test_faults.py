@@ -56,7 +56,7 @@ class Allocator:
 def test_out_of_memory_changes_the_cut_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backward: bool, knob: dict[str, int]
 ) -> None:
-    common = {"dtype": "float64", "steps": 3, "optimizer": "sgd", "lr": 0.1, **knob}
+    common = {"precision": "float64", "steps": 3, "optimizer": "sgd", "lr": 0.1, **knob}
     train(run_config(tmp_path, out=str(tmp_path / "whole"), **common))
     allocator = Allocator(150, backward=backward)
     monkeypatch.setattr(trainer, "key_dropout", allocator)
@@ -80,7 +80,7 @@ def test_below_one_sequence_it_stops_with_its_row_and_length(
 def test_one_sequence_that_is_too_large_is_computed_with_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    common = {"dtype": "float64", "steps": 2, "optimizer": "sgd", "lr": 0.1, "micro_batch": 1}
+    common = {"precision": "float64", "steps": 2, "optimizer": "sgd", "lr": 0.1, "micro_batch": 1}
     train(run_config(tmp_path, out=str(tmp_path / "whole"), **common))
     allocator = Allocator(10, backward=True)
 
@@ -135,7 +135,7 @@ def test_a_real_memory_limit_is_survived(tmp_path: Path) -> None:
         "batch-size": 256,
         "steps": 1,
         "padding": "none",
-        "dtype": "float64",
+        "precision": "float64",
     }
     flags = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
     done = subprocess.run(

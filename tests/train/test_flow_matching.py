@@ -43,7 +43,7 @@ def test_a_run_learns_and_leaves_a_model_that_loads(tmp_path: Path) -> None:
 def test_memory_knobs_do_not_change_the_weights(tmp_path: Path, dtype: str, bound: float) -> None:
     found = []
     for at, knobs in enumerate([{}, {"micro_batch": 1}, {"micro_tokens": 24}]):
-        plain = {"dtype": dtype, "optimizer": "sgd", "lr": 0.1, "epochs": 1}
+        plain = {"precision": dtype, "optimizer": "sgd", "lr": 0.1, "epochs": 1}
         given = arguments(tmp_path, out=tmp_path / str(at), **plain, **knobs)
         train(read_settings(given + ["--gradient-checkpointing", "full"] * (at == 2)))
         weights = tmp_path / str(at) / "model" / "diffusion_pytorch_model.safetensors"

@@ -22,7 +22,13 @@ from samestep.utils.memory import available_memory, peak_memory
 
 def run(folder: Path, **changes: Any) -> Any:
     write_rows(folder / "rows.jsonl", 120)
-    settings = {"batch_size": 100, "steps": 2, "dtype": "float64", "optimizer": "sgd", "lr": 0.1}
+    settings = {
+        "batch_size": 100,
+        "steps": 2,
+        "precision": "float64",
+        "optimizer": "sgd",
+        "lr": 0.1,
+    }
     return run_config(folder, **{**settings, **changes})
 
 

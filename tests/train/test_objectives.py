@@ -37,7 +37,7 @@ def test_memory_knobs_do_not_change_the_weights(tmp_path: Path, case: str, dtype
     for at, knob in enumerate(knobs):
         out = tmp_path / str(at)
         plain = {"optimizer": "sgd", "lr": 0.1, "max_grad_norm": None, "eval_data": None}
-        common = {"dtype": dtype, "steps": 2, **plain}
+        common = {"precision": dtype, "steps": 2, **plain}
         if case in ("classification bert", "seq2seq t5") and "padding" in knob:
             knob = {**knob, "padding": "right"}  # some can only be padded there
         train(configured(tmp_path, case, out=str(out), **{**common, **knob}))
@@ -52,7 +52,7 @@ def test_memory_knobs_do_not_change_the_weights(tmp_path: Path, case: str, dtype
 
 
 def test_the_reference_may_be_live_run_once_or_read_from_rows(tmp_path: Path) -> None:
-    common = {"dtype": "float64", "optimizer": "sgd", "lr": 0.1, "steps": 3, "eval_data": None}
+    common = {"precision": "float64", "optimizer": "sgd", "lr": 0.1, "steps": 3, "eval_data": None}
     found = []
     for at, how in enumerate([{}, {"precompute_reference": True}, {"reference_model": "tiny"}]):
         if "reference_model" in how:

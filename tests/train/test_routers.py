@@ -37,7 +37,7 @@ def test_memory_knobs_do_not_change_the_weights(
     model, found = str(experts_folder(tmp_path / "experts", family)), []
     knobs: list[dict[str, Any]] = [{}, {"micro_batch": 1}, {"micro_batch": 3, "padding": "left"}]
     for at, knob in enumerate(knobs):
-        plain = {"dtype": "float64", "steps": 2, "optimizer": "sgd", "lr": 0.1}
+        plain = {"precision": "float64", "steps": 2, "optimizer": "sgd", "lr": 0.1}
         train(
             run_config(
                 tmp_path, model=model, out=str(tmp_path / str(at)), **plain, **settings, **knob

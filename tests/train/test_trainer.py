@@ -73,7 +73,7 @@ def test_a_run_leaves_everything_that_the_docs_promise(tmp_path: Path) -> None:
 def test_memory_knobs_do_not_change_the_weights(
     tmp_path: Path, knobs: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    common = {"dtype": "float64", "steps": 3, "optimizer": "sgd", "lr": 0.1, **settings}
+    common = {"precision": "float64", "steps": 3, "optimizer": "sgd", "lr": 0.1, **settings}
     if "lora_rank" in settings:
         common["merge"] = True
     train(run_config(tmp_path, out=str(tmp_path / "a"), **common))
@@ -83,7 +83,12 @@ def test_memory_knobs_do_not_change_the_weights(
 
 def test_dropout_of_gpt2_belongs_to_the_examples(tmp_path: Path) -> None:
     gpt2_folder(tmp_path / "gpt2")
-    common = {"model": str(tmp_path / "gpt2"), "dtype": "float64", "steps": 2, "optimizer": "sgd"}
+    common = {
+        "model": str(tmp_path / "gpt2"),
+        "precision": "float64",
+        "steps": 2,
+        "optimizer": "sgd",
+    }
     for out, knobs in (("a", {}), ("b", {"micro_batch": 2, "padding": "left"})):
         train(run_config(tmp_path, out=str(tmp_path / out), **common, **knobs))
     train(run_config(tmp_path, out=str(tmp_path / "c"), **common, seed=1))
@@ -221,7 +226,7 @@ def test_batch_tokens_bounds_every_step(tmp_path: Path) -> None:
 
 
 def test_bfloat16_trains(tmp_path: Path) -> None:
-    train(run_config(tmp_path, dtype="bfloat16", lr=1e-2))
+    train(run_config(tmp_path, precision="bfloat16", lr=1e-2))
     lines = read_lines(tmp_path / "out" / "log.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").dtype == torch.bfloat16

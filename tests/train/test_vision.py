@@ -49,7 +49,7 @@ def test_a_run_learns_and_leaves_a_model_that_loads(tmp_path: Path) -> None:
 def test_memory_knobs_do_not_change_the_weights(tmp_path: Path, dtype: str, bound: float) -> None:
     found = []
     for at, knobs in enumerate([{}, {"micro_batch": 1}, {"micro_batch": 4, "padding": "left"}]):
-        plain = {"dtype": dtype, "optimizer": "sgd", "lr": 0.1, "epochs": 1}
+        plain = {"precision": dtype, "optimizer": "sgd", "lr": 0.1, "epochs": 1}
         train(read_settings(arguments(tmp_path, out=tmp_path / str(at), **plain, **knobs)))
         found.append(load_file(tmp_path / str(at) / "model" / "model.safetensors"))
     for other in found[1:]:

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from samestep.errors import ConfigError
 from samestep.kernels.long_attention import causal_attention, is_faster
 from samestep.utils.agreement import computes_in_float32
+from samestep.utils.autocast import product_dtype
 
 NAME = "samestep"
 """The ``attn_implementation`` under which `register` makes it known to transformers."""
@@ -89,6 +90,8 @@ def packed_attention(
             "without padding, or set another attn_implementation on the model"
         )
     causal = bool(module.is_causal) if is_causal is None else is_causal
+    # Autocast knows PyTorch's own attention only; rotations leave queries and keys in float32.
+    query, key, value = (states.to(product_dtype(states)) for states in (query, key, value))
     # FlashAttention knows no float32, in which a low precision may be checked.
     attend = _varlen if query.is_cuda and not computes_in_float32() else _by_sequence
     out = attend(

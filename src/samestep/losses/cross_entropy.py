@@ -6,8 +6,10 @@ from torch import Tensor, nn
 from samestep.engine.targets import select_targets
 from samestep.losses.linear_cross_entropy import CrossEntropySums
 from samestep.losses.logits import at_least_float32, map_chunks, soft_cap
+from samestep.utils.autocast import in_own_types
 
 
+@in_own_types
 def logits_cross_entropy(
     logits: Tensor,
     targets: Tensor,

@@ -22,6 +22,7 @@ from samestep.losses.logits import (
     soft_cap,
     soft_cap_derivative,
 )
+from samestep.utils.autocast import in_own_types, product_dtype
 
 
 class Likelihoods(NamedTuple):
@@ -71,9 +72,9 @@ def linear_likelihoods(
     states, classes, _ = select_targets(hidden, targets, positions=positions)
     return Likelihoods(
         *_LinearLikelihoods.apply(  # type: ignore[no-untyped-call]
-            states,
-            weight.to(hidden.dtype),
-            None if bias is None else bias.to(hidden.dtype),
+            states.to(product_dtype(hidden)),
+            weight,
+            bias,
             classes,
             softcap,
             chunk_rows(chunk, weight.shape[0]),
@@ -96,12 +97,10 @@ class _LinearLikelihoods(torch.autograd.Function):
         dtype = accumulation_dtype(hidden.dtype)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.softcap, ctx.chunk, ctx.dtype = softcap, chunk, dtype
-        chunks = [torch.empty(3, 0, dtype=dtype, device=hidden.device)]
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
-            logits = linear_logits(hidden[rows], weight, bias=bias, softcap=softcap, dtype=dtype)
-            chunks.append(torch.stack(_row_likelihoods(logits, targets[rows])))
-        results = tuple(vector.clone() for vector in torch.cat(chunks, dim=1).unbind())
+        vectors = _chunked_likelihoods(
+            hidden, weight, bias=bias, targets=targets, softcap=softcap, chunk=chunk
+        )
+        results = tuple(vector.clone() for vector in vectors.unbind())
         ctx.mark_non_differentiable(*results[1:])
         return results
 
@@ -113,21 +112,66 @@ class _LinearLikelihoods(torch.autograd.Function):
         gradients = HeadGradients(
             hidden, weight, bias=bias, needs_grad=ctx.needs_input_grad, dtype=ctx.dtype
         )
-        for start in range(0, len(hidden), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            logits = linear_logits(
-                hidden[rows], weight, bias=bias, softcap=ctx.softcap, dtype=ctx.dtype
-            )
-            grad_logits = logits.softmax(dim=-1)
-            classes = targets[rows][:, None]
-            grad_logits.scatter_add_(1, classes, grad_logits.new_full(classes.shape, -1.0))
-            grad_logits *= grad_nll[rows][:, None]
-            if ctx.softcap is not None:
-                grad_logits *= soft_cap_derivative(logits, ctx.softcap)
-            gradients.add(rows, grad_logits.to(hidden.dtype))
+        _add_gradients(
+            hidden,
+            weight.to(hidden.dtype),
+            bias=bias,
+            targets=targets,
+            grad_nll=grad_nll,
+            softcap=ctx.softcap,
+            chunk=ctx.chunk,
+            gradients=gradients,
+        )
         return (*gradients.gradients(), None, None, None)
 
 
+@in_own_types
+def _chunked_likelihoods(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    chunk: int,
+) -> Tensor:
+    """Nll, correct and entropy of each row [3, rows]."""
+    dtype, weight = accumulation_dtype(hidden.dtype), weight.to(hidden.dtype)
+    chunks = [torch.empty(3, 0, dtype=dtype, device=hidden.device)]
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, start + chunk)
+        logits = linear_logits(hidden[rows], weight, bias=bias, softcap=softcap, dtype=dtype)
+        chunks.append(torch.stack(_row_likelihoods(logits, targets[rows])))
+    return torch.cat(chunks, dim=1)
+
+
+@in_own_types
+def _add_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None,
+    targets: Tensor,
+    grad_nll: Tensor,
+    softcap: float | None,
+    chunk: int,
+    gradients: HeadGradients,
+) -> None:
+    """Add up the head's gradients, each row's times its ``grad_nll``."""
+    dtype = accumulation_dtype(hidden.dtype)
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, start + chunk)
+        logits = linear_logits(hidden[rows], weight, bias=bias, softcap=softcap, dtype=dtype)
+        grad_logits = logits.softmax(dim=-1)
+        classes = targets[rows][:, None]
+        grad_logits.scatter_add_(1, classes, grad_logits.new_full(classes.shape, -1.0))
+        grad_logits *= grad_nll[rows][:, None]
+        if softcap is not None:
+            grad_logits *= soft_cap_derivative(logits, softcap)
+        gradients.add(rows, grad_logits.to(hidden.dtype))
+
+
+@in_own_types
 def logits_likelihoods(
     logits: Tensor, targets: Tensor, *, positions: Tensor | None = None
 ) -> Likelihoods:

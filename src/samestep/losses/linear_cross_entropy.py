@@ -16,10 +16,12 @@ from samestep.engine.targets import select_targets
 from samestep.losses.logits import (
     HeadGradients,
     accumulation_dtype,
+    at_least_float32,
     chunk_rows,
     linear_logits,
     soft_cap_derivative,
 )
+from samestep.utils.autocast import in_own_types, product_dtype
 
 
 class CrossEntropySums(NamedTuple):
@@ -57,7 +59,8 @@ def linear_cross_entropy(
 
     Label smoothing is that of Szegedy et al. 2016 (arXiv:1512.00567), z-loss that of PaLM
     (arXiv:2204.02311), the soft cap that of Gemma 2 (arXiv:2408.00118): c * tanh(logits / c).
-    Low-precision inputs are multiplied as they are; softmax and sums are float32.
+    Low-precision inputs are multiplied as they are, under autocast all inputs in its type; softmax
+    and sums are float32.
 
     Args:
         hidden: Hidden states [..., width].
@@ -102,9 +105,9 @@ def linear_cross_entropy(
     if target_weights is not None:
         target_weights = target_weights.flatten()[positions].to(accumulation_dtype(hidden.dtype))
     sums = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        states,
-        weight.to(hidden.dtype),
-        None if bias is None else bias.to(hidden.dtype),
+        states.to(product_dtype(hidden)),
+        weight,
+        bias,
         classes,
         target_weights,
         _Options(
@@ -175,11 +178,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 options=ctx.options,
                 needs_grad=ctx.needs_input_grad,
             )[1]
-        factor = grad_loss.to(hidden.dtype)
-        scaled = [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
+        scaled = [None if one is None else _scaled(one, grad_loss) for one in gradients]
         return (*scaled, None, None, None)
 
 
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The gradient times a number, in place if it is not of low precision.
+
+    There the number would be rounded as well, and with it every element alike.
+    """
+    wide = at_least_float32(gradient)
+    return wide.mul_(factor.to(wide.dtype)).to(gradient.dtype)
+
+
+@in_own_types
 def _sums_and_gradients(
     hidden: Tensor,
     weight: Tensor,
@@ -193,6 +205,7 @@ def _sums_and_gradients(
     """The four sums, and the gradients of the first that are needed."""
     dtype = accumulation_dtype(hidden.dtype)
     gradients = HeadGradients(hidden, weight, bias=bias, needs_grad=needs_grad, dtype=dtype)
+    weight = weight.to(hidden.dtype)
     sums = torch.zeros(4, dtype=dtype, device=hidden.device)
     for start in range(0, len(hidden), options.chunk):
         rows = slice(start, start + options.chunk)

@@ -116,7 +116,7 @@ class HeadGradients:
 
     Args:
         hidden: Hidden states [rows, width].
-        weight: [vocabulary, width].
+        weight: [vocabulary, width]; multiplied in the type of ``hidden``.
         bias: [vocabulary], or None.
         needs_grad: Which of the three need a gradient.
         dtype: The type to add up in, of `accumulation_dtype`.
@@ -131,7 +131,8 @@ class HeadGradients:
         needs_grad: Sequence[bool],
         dtype: torch.dtype,
     ) -> None:
-        self._hidden, self._weight = hidden, weight
+        self._hidden, self._weight = hidden, weight.to(hidden.dtype)
+        self._dtypes = weight.dtype, None if bias is None else bias.dtype
         self._grad_hidden = torch.zeros_like(hidden) if needs_grad[0] else None
         # Low-precision products add up in float32 over the chunks, as inside one product.
         self._grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_grad[1] else None
@@ -148,12 +149,15 @@ class HeadGradients:
             row_weights: A factor for each row [chunk], or None for 1.
         """
         # A row's factor is cheaper on its hidden state than on its logits.
-        factors = None if row_weights is None else row_weights[:, None].to(self._hidden.dtype)
+        # There it multiplies in float32: in low precision the factor would be rounded too.
+        factors = None if row_weights is None else row_weights[:, None]
         if self._grad_hidden is not None:
             states = matmul(grad_logits, self._weight)
             self._grad_hidden[rows] = states if factors is None else states * factors
         if self._grad_weight is not None:
-            states = self._hidden[rows] if factors is None else self._hidden[rows] * factors
+            states = self._hidden[rows]
+            if factors is not None:
+                states = (states * factors).to(states.dtype)
             if self._grad_weight.dtype == states.dtype:
                 add_matmul_(self._grad_weight, grad_logits.t(), states)
             else:
@@ -165,11 +169,11 @@ class HeadGradients:
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Those of hidden states, weight and bias in the inputs' types; None where not needed."""
-        dtype = self._hidden.dtype
+        weight_dtype, bias_dtype = self._dtypes
         return (
             self._grad_hidden,
-            None if self._grad_weight is None else self._grad_weight.to(self._weight.dtype),
-            None if self._grad_bias is None else self._grad_bias.to(dtype),
+            None if self._grad_weight is None else self._grad_weight.to(weight_dtype),
+            None if self._grad_bias is None else self._grad_bias.to(bias_dtype),
         )
 
 

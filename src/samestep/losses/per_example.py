@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from samestep.engine.targets import IGNORE
 from samestep.losses.logits import at_least_float32
+from samestep.utils.autocast import in_own_types
 
 
 def class_losses(logits: Tensor, classes: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -56,6 +57,7 @@ def squared_errors(predictions: Tensor, targets: Tensor) -> Tensor:
     return (predictions - targets.to(predictions)).square().sum(dim=-1)
 
 
+@in_own_types
 def contrastive_losses(
     anchors: Tensor, positives: Tensor, *, negatives: Tensor | None, scale: float, symmetric: bool
 ) -> Tensor:
@@ -86,6 +88,7 @@ def contrastive_losses(
     return (losses + reverse) / 2
 
 
+@in_own_types
 def retrieves_positive(anchors: Tensor, positives: Tensor) -> Tensor:
     """Whether each anchor's most similar positive is its own.
 

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 import samestep.kernels.long_attention  # noqa: F401 (defines the operator named below)
 from samestep.errors import ConfigError
-from samestep.kernels import long_attention as _registers_causal_attention  # noqa: F401
 
 Checkpointing = Literal["none", "selective", "full"]
 """What `checkpoint_activations` keeps."""

@@ -10,7 +10,7 @@ import numpy as np
 from samestep.study.results import ArmResult, Results
 from samestep.study.statistics import Estimate, mean_interval
 
-_TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2}
+_TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "mixed": 5e-2, "bfloat16": 5e-2}
 """Relative difference of gradients up to which a step is the same: what rounding makes of it."""
 
 Outcome = Literal["worse", "better", "small", "unresolved", "one seed", "diverged", "no reference"]
@@ -67,7 +67,7 @@ def compare_arms(results: Results) -> list[ArmComparison]:
     Returns:
         The comparisons, in the order of the arms.
     """
-    tolerance = _TOLERANCE[str(results.spec["dtype"])]
+    tolerance = _TOLERANCE[results.precision]
     comparisons = []
     for arms in results.groups().values():
         reference = next((arm for arm in arms if arm.reference), None)

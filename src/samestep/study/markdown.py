@@ -154,7 +154,7 @@ def describe_settings(results: Results) -> str:
     )
     return (
         f"{spec['steps']} steps, {spec['optimizer']}, learning rate {', '.join(rates)} "
-        f"({spec['schedule']}), {clipping}, {spec['dtype']}, {spec['init']} weights, seeds "
+        f"({spec['schedule']}), {clipping}, {results.precision}, {spec['init']} weights, seeds "
         f"{', '.join(map(str, seeds))}"
     )
 

@@ -190,6 +190,11 @@ class Results(_ResultModel):
     arms: list[ArmResult]
     notes: list[str] = []
 
+    @property
+    def precision(self) -> str:
+        """Types of weights and products; earlier versions called the field ``dtype``."""
+        return str(self.spec.get("precision") or self.spec["dtype"])
+
     def groups(self) -> dict[str, list[ArmResult]]:
         """The arms by group, in order."""
         groups: dict[str, list[ArmResult]] = {}

@@ -158,8 +158,8 @@ class StudySpec(Grid):
     """Decoupled weight decay, on matrices only."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the gradient's global norm; None: do not."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Type of the weights and of the computation."""
+    precision: Literal["mixed", "float32", "bfloat16", "float64"] = "float32"
+    """Types of weights and products, as of `samestep train`."""
     device: str = "auto"
     """cpu, cuda, mps; auto takes what there is."""
 
@@ -214,6 +214,7 @@ def parse_spec(fields: Mapping[str, Any], *, source: str) -> StudySpec:
             StudySpec.model_fields,
             nested_fields={"arms": Block.model_fields},
             elsewhere=peer_notes(StudySpec.model_fields),
+            renamed={"dtype": "precision"},
         )
     if problems:
         raise ConfigError("\n  - ".join([f"{source}:", *problems]))

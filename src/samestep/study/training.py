@@ -41,7 +41,7 @@ _DIVERGED = 2.0
 
 _SHARED_FIELDS = (
     *("init", "steps", "optimizer", "schedule", "warmup", "weight_decay", "max_grad_norm"),
-    *("dtype", "device"),
+    *("precision", "device"),
 )
 """Fields that a study hands on to the trainer as they are."""
 

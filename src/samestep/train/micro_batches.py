@@ -32,6 +32,9 @@ class MicroBatches:
         micro_tokens: Tokens a micro-batch, those of padding included.
         padded: Whether the collator pads its sequences to one length.
         device: Where the tensors go.
+
+    Attributes:
+        device: The same.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class MicroBatches:
         self._records = records
         self._collate = collate
         self._padded = padded
-        self._device = device
+        self.device = device
         self._by_number = micro_batch is not None
         self._budget = micro_tokens if micro_batch is None else micro_batch
 
@@ -140,7 +143,7 @@ class MicroBatches:
         )
 
     def _make(self, indices: Sequence[int], step: int) -> dict[str, Any]:
-        return to_device(self._collate(self._records, indices, step), self._device)
+        return to_device(self._collate(self._records, indices, step), self.device)
 
 
 log = logging.getLogger("samestep")

@@ -27,6 +27,7 @@ from samestep.kernels.gemm import processor_name
 from samestep.train.forward import with_keyed_dropout
 from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS
 from samestep.train.optim import state_per_weight
+from samestep.train.precision import one_step
 from samestep.train.recipes.base import Recipe
 from samestep.train.settings.base import TrainSettings
 from samestep.utils.files import cache_folder, write_atomically
@@ -261,7 +262,8 @@ def _measure(model: Any, objective: Objective, *, seed: int, cut: CutFirstStep) 
         micro = cut(budget)[place]
         with peak_memory(model.device) as peak:
             started = clock()
-            backward(model, [micro], loss_fn, counters=objective.counters)
+            with one_step(model.device):
+                backward(model, [micro], loss_fn, counters=objective.counters)
             if not on_cpu:
                 torch.accelerator.synchronize()
             seconds = clock() - started
@@ -286,7 +288,7 @@ def _key(model: Any, settings: TrainSettings) -> str:
     facts = {
         "model": model_config,
         "trained": [len(trained), sum(weight.numel() for weight in trained)],
-        "dtype": str(model.dtype),
+        "dtype": [str(model.dtype), settings.precision],
         "settings": [settings.objective, settings.padding, *mode],
         "machine": [str(model.device), platform.node(), processor_name(), torch.get_num_threads()],
         "versions": [samestep.__version__, torch.__version__],

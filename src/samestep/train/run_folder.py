@@ -8,7 +8,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from samestep.errors import ConfigError
-from samestep.train.settings.base import RENAMED_FIELDS, RESUME_MAY_CHANGE, TrainSettings
+from samestep.train.settings.base import RESUME_MAY_CHANGE, TrainSettings, with_current_names
 from samestep.utils.files import write_atomically
 
 
@@ -64,7 +64,7 @@ class RunFolder:
 
     def _check_same(self, settings: TrainSettings) -> None:
         saved: dict[str, Any] = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
-        before = {RENAMED_FIELDS.get(name, name): value for name, value in saved.items()}
+        before = with_current_names(saved)
         now = settings.saved()
         changed = [
             f"  - {name}: was {before.get(name)!r}, is {now.get(name)!r}"

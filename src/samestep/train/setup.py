@@ -26,6 +26,14 @@ from samestep.train.launch import is_first_on_machine
 from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS, Collator, MicroBatches
 from samestep.train.micro_tokens import choose_micro_tokens
 from samestep.train.optim import build_optimizer, load_optimizer, load_schedule
+from samestep.train.precision import (
+    choose_precision,
+    describe,
+    find_device,
+    products,
+    raise_trained,
+    with_products,
+)
 from samestep.train.recipes.base import Recipe, recipe_for
 from samestep.train.settings.base import TrainSettings
 from samestep.train.sharding import choose_parallelism, shard
@@ -79,8 +87,9 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
         ConfigError: A setting does not fit the model or the machine.
         DataError: The data cannot be used.
     """
+    settings = run_or_fail_together(lambda: choose_precision(settings))
     recipe = run_or_fail_together(lambda: _check_references(settings))
-    device = run_or_fail_together(lambda: _device(settings.device))
+    device = run_or_fail_together(lambda: find_device(settings.device))
     if settings.activation_offload and device.type == "cpu":
         raise ConfigError("activation_offload: on a CPU the activations are where they would go")
     if device.type == "cpu":
@@ -105,7 +114,7 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
             device=device,
         )
 
-    objective = recipe.build(model, data)
+    objective = with_products(recipe.build(model, data), model, settings)
     if isinstance(objective.loss_fn, TwoPass):
         log.info(
             "%s couples the examples of a batch: every micro-batch runs forward once more, without "
@@ -127,6 +136,7 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
     train = cut(data[0], micro_tokens)
     own = train.rank_indices(first) or first[:1]
     log.info("the first step on this rank: %s", train.describe(own))
+    describe(model, settings)
     return TrainingSetup(
         recipe=recipe,
         model=model,
@@ -209,6 +219,7 @@ def _load_model(recipe: Recipe, data: list[Records]) -> Any:
             seed=settings.seed,
             task=recipe.peft_task,
         )
+        raise_trained(model)
     replace_dropout(model)
     speed_up_linear(model)
     return model
@@ -223,9 +234,10 @@ def _place_model(
     parallelism = run_or_fail_together(lambda: choose_parallelism(model, settings, device=device))
     sharded = parallelism == "fsdp2"
     model = shard(model, settings, device=device) if sharded else model.to(device)
-    padding = recipe.choose_padding(model)
-    if recipe.peft_task == "CAUSAL_LM":
-        cut_last_layer(model, padding)
+    with products(model, settings, keep_copies=False):
+        padding = recipe.choose_padding(model)
+        if recipe.peft_task == "CAUSAL_LM":
+            cut_last_layer(model, padding)
     prepare_for_step(model)
     recipe.checkpoint_activations(model)
     if padding == "right" and settings.padding == "auto":
@@ -265,17 +277,6 @@ def _measures(recipe: Recipe) -> bool:
     settings = recipe.settings
     automatic = settings.micro_tokens == "auto" and settings.micro_batch is None
     return automatic and recipe.measures_costs and world_size() == 1
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).split("\n")[0]
-        raise ConfigError(f"device: {name!r} is not there ({first}); use auto or cpu") from None
 
 
 def _total_steps(records: Records, settings: TrainSettings) -> int:

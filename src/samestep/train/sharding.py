@@ -50,7 +50,7 @@ def choose_parallelism(
         raise ConfigError(
             "parallel: fsdp2 shards the model over ranks: start them by torchrun, or set ranks"
         )
-    options = [name for name in ("mixed_precision", "cpu_offload") if getattr(settings, name)]
+    options = [name for name in ("cpu_offload",) if getattr(settings, name)]
     if mode == "ddp" and options:
         raise ConfigError(f"{', '.join(options)}: only with parallel fsdp2")
     if mode == "fsdp2" and settings.merge:
@@ -71,19 +71,19 @@ def shard(model: Any, settings: TrainSettings, *, device: torch.device) -> Any:
 
     Args:
         model: A transformers or PEFT model, unsharded, on the CPU; changed in place.
-        settings: ``dtype``, ``mixed_precision``, ``cpu_offload``.
+        settings: ``precision``, ``cpu_offload``.
         device: Where the shards go.
 
     Returns:
         The model, whose head stays in the root's group: the loss applies it by itself.
     """
-    low_precision = settings.mixed_precision or settings.dtype == "bfloat16"
+    mixed = settings.precision == "mixed"
     policy: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (world_size(),)),
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if settings.mixed_precision else None,
+            param_dtype=torch.bfloat16 if mixed else None,
             # Low-precision gradients are added up over the ranks in float32.
-            reduce_dtype=torch.float32 if low_precision else None,
+            reduce_dtype=torch.float32 if mixed or settings.precision == "bfloat16" else None,
         ),
     }
     if settings.cpu_offload:

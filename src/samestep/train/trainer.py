@@ -16,7 +16,12 @@ import torch
 
 import samestep
 from samestep.data.batching import StepPlan
-from samestep.engine.collectives import all_gather_object, gather_results, on_rank_0
+from samestep.engine.collectives import (
+    all_gather_object,
+    gather_results,
+    on_rank_0,
+    run_or_fail_together,
+)
 from samestep.engine.evaluate import EvalReport, evaluate
 from samestep.engine.parallel import is_sharded
 from samestep.engine.step import StepReport, step
@@ -30,6 +35,7 @@ from samestep.train.launch import process_group
 from samestep.train.micro_batches import MicroBatches, Report, retry_on_oom
 from samestep.train.model_folder import save_model
 from samestep.train.optim import learning_rate, set_learning_rate
+from samestep.train.precision import choose_precision, one_step
 from samestep.train.progress import DataFingerprint, Progress
 from samestep.train.reporter import RunReporter
 from samestep.train.run_folder import RunFolder
@@ -61,6 +67,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         Interrupted: Stopped by SIGINT or SIGTERM; the run is saved and can be resumed.
     """
     with process_group():
+        settings = run_or_fail_together(lambda: choose_precision(settings))
         folder = RunFolder(Path(settings.out))
         on_rank_0(lambda: folder.check(settings))
         setup = set_up(settings)
@@ -183,18 +190,19 @@ class Trainer:
         setup = self.setup
 
         def attempt() -> StepReport:
-            return step(
-                setup.model,
-                setup.optimizer,
-                setup.micro_batches.of_this_rank(plan.examples, plan.step),
-                self._watched(
-                    setup.objective.loss_fn,
-                    step_number=plan.step,
-                    number=setup.micro_batches.count(plan.examples),
-                ),
-                max_grad_norm=self.settings.max_grad_norm,
-                counters=setup.objective.counters,
-            )
+            with one_step(setup.micro_batches.device):
+                return step(
+                    setup.model,
+                    setup.optimizer,
+                    setup.micro_batches.of_this_rank(plan.examples, plan.step),
+                    self._watched(
+                        setup.objective.loss_fn,
+                        step_number=plan.step,
+                        number=setup.micro_batches.count(plan.examples),
+                    ),
+                    max_grad_norm=self.settings.max_grad_norm,
+                    counters=setup.objective.counters,
+                )
 
         return self._retry_on_oom(attempt, setup.micro_batches, indices=plan.examples)
 
@@ -225,16 +233,17 @@ class Trainer:
             return
         assert self.setup.evaluation is not None
         everything, objective = range(len(self.setup.evaluation)), self.setup.objective
-        report = self._retry_on_oom(
-            lambda: evaluate(
-                self.setup.model,
-                micro_batches.of_this_rank(everything, 0),
-                self._watched(objective.loss_fn, number=micro_batches.count(everything)),
-                counters=objective.counters,
-            ),
-            micro_batches,
-            indices=everything,
-        )
+
+        def attempt() -> EvalReport:
+            with one_step(micro_batches.device):
+                return evaluate(
+                    self.setup.model,
+                    micro_batches.of_this_rank(everything, 0),
+                    self._watched(objective.loss_fn, number=micro_batches.count(everything)),
+                    counters=objective.counters,
+                )
+
+        report = self._retry_on_oom(attempt, micro_batches, indices=everything)
         self.evaluations.append(report)
         on_rank_0(lambda: self.reporter.evaluation(report, step=done))
         self.reporter.evaluated.add(done)

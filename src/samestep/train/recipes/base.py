@@ -14,6 +14,7 @@ from samestep.errors import ConfigError
 from samestep.models.activations import checkpoint_activations
 from samestep.models.load import check_token_range, load_model, load_tokenizer, resolve_source
 from samestep.models.probes import choose_padding, logits_of
+from samestep.train.precision import weight_dtype
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.objectives import OBJECTIVES
 from samestep.utils.plugins import load_object
@@ -106,7 +107,7 @@ class Recipe:
             source,
             auto_class=self.auto_class,
             init=self.settings.init,
-            dtype=getattr(torch, self.settings.dtype),
+            dtype=weight_dtype(self.settings, trains=self.settings.lora_rank is None),
             seed=self.settings.seed,
             trust_remote_code=self.settings.trust_remote_code,
             settings=changes,
@@ -232,7 +233,14 @@ def recipe_for(settings: TrainSettings) -> Recipe:
     return custom(settings)
 
 
-def load_frozen(source: str, model: Any, *, field: str, trust_remote_code: bool) -> Any:
+def load_frozen(
+    source: str,
+    model: Any,
+    *,
+    field: str,
+    trust_remote_code: bool,
+    dtype: torch.dtype | None = None,
+) -> Any:
     """A second model beside the one that trains, on its device and with its attention.
 
     Args:
@@ -240,6 +248,7 @@ def load_frozen(source: str, model: Any, *, field: str, trust_remote_code: bool)
         model: The model that trains.
         field: The setting that names the source, for the message.
         trust_remote_code: Run Python code that comes with it.
+        dtype: Of its weights; None: that of the model.
 
     Returns:
         The model.
@@ -248,7 +257,7 @@ def load_frozen(source: str, model: Any, *, field: str, trust_remote_code: bool)
         ConfigError: It cannot be loaded, or has another vocabulary.
     """
     second = load_model(
-        resolve_source(source), dtype=model.dtype, trust_remote_code=trust_remote_code
+        resolve_source(source), dtype=dtype or model.dtype, trust_remote_code=trust_remote_code
     )
     own, frozen = (m.get_input_embeddings().num_embeddings for m in (model, second))
     if own != frozen:

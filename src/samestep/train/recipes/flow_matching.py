@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
-
 from samestep.data.collate import Padding
 from samestep.data.readers.latents import (
     CONDITION,
@@ -18,6 +16,7 @@ from samestep.engine.terms import Objective
 from samestep.errors import ConfigError
 from samestep.models.load import load_diffusion
 from samestep.objectives.flow_matching import FLOW_MATCHING_COUNTERS, FlowMatching, TimestepSampler
+from samestep.train.precision import weight_dtype
 from samestep.train.recipes.base import Recipe
 from samestep.train.settings.objectives import FlowMatchingSettings
 
@@ -44,7 +43,7 @@ class FlowMatchingRecipe(Recipe):
     def load_model(self, source: str, data: Sequence[Records]) -> Any:
         """A model of diffusers."""
         settings = self.settings
-        dtype = getattr(torch, settings.dtype)
+        dtype = weight_dtype(settings, trains=settings.lora_rank is None)
         return load_diffusion(source, init=settings.init, dtype=dtype, seed=settings.seed)
 
     def check_fit(self, model: Any, data: Sequence[Records]) -> None:

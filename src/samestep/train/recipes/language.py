@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from samestep.data.collate import Padding
@@ -23,6 +22,7 @@ from samestep.objectives.distillation import Distillation, TopKDistillation
 from samestep.objectives.language import DFT, SEQ2SEQ_COUNTERS, CausalLMLoss, MaskedLM, Seq2Seq
 from samestep.objectives.routers import RouterBias, RouterLosses
 from samestep.objectives.units import LABELLED_TOKEN_COUNTERS
+from samestep.train.precision import weight_dtype
 from samestep.train.recipes.base import Recipe, load_frozen
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.language import (
@@ -151,7 +151,7 @@ class VisionLanguageRecipe(CausalLMRecipe):
         key: tuple[int, int],
     ) -> dict[str, Any]:
         """Tokens side by side, and the images of all of them."""
-        dtype = getattr(torch, self.settings.dtype)
+        dtype = weight_dtype(self.settings)  # of pixels; autocast and FSDP2 cast them
         return collate_image_records(data, indices, padding=padding, pad_id=pad_id, dtype=dtype)
 
 
@@ -273,10 +273,10 @@ class DistillationRecipe(Recipe):
 
     def _from_teacher(self, model: Any, source: str) -> Objective:
         settings = self.settings
-        trust = settings.trust_remote_code
+        trust, dtype = settings.trust_remote_code, weight_dtype(settings, trains=False)
         return Objective(
             Distillation(
-                load_frozen(source, model, field="teacher", trust_remote_code=trust),
+                load_frozen(source, model, field="teacher", trust_remote_code=trust, dtype=dtype),
                 kind=settings.divergence,
                 temperature=settings.temperature,
                 nll_weight=settings.nll_weight,

@@ -14,8 +14,31 @@ from samestep.train.settings.peers import peer_notes
 from samestep.utils.messages import describe_validation_errors
 from samestep.utils.plugins import is_reference
 
-RENAMED_FIELDS = {"centring": "center_rewards"}
+RENAMED_FIELDS = {
+    "centring": "center_rewards",
+    "dtype": "precision",
+    "mixed_precision": "precision",
+}
 """Former names of fields, and what they are called now."""
+
+
+def with_current_names(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a ``config.yaml`` that an earlier version may have written, named as today.
+
+    Args:
+        saved: Values by name.
+
+    Returns:
+        Values by today's name. ``mixed_precision`` was a switch beside ``dtype``.
+    """
+    mixed = saved.get("mixed_precision", False)
+    fields = {
+        RENAMED_FIELDS.get(name, name): value
+        for name, value in saved.items()
+        if name != "mixed_precision"
+    }
+    return fields | {"precision": "mixed"} if mixed else fields
+
 
 RESUME_MAY_CHANGE = frozenset(
     {
@@ -136,8 +159,10 @@ class TrainSettings(BaseModel):
     merge: bool = False
     """Fold the adapters into the saved model."""
 
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Type of the weights and of the computation; gradients add up in float32 at least."""
+    precision: Literal["auto", "mixed", "float32", "bfloat16", "float64"] = "auto"
+    """Types of weights and products. mixed: products in bfloat16, weights that train in float32;
+    bfloat16: weights too, which loses small updates; auto: mixed on a GPU that has bfloat16, else
+    float32. Gradients add up in float32 at least."""
     gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """What the backward computes again: nothing, all but matrix products and attention, or whole
     layers. auto: nothing, or (selective) where the longest row would not fit into memory. Changes
@@ -153,8 +178,6 @@ class TrainSettings(BaseModel):
     """Processes to start on this machine. Under torchrun it is torchrun that says how many."""
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
     """Weights on every rank (ddp), or sharded over them (fsdp2); auto: ddp where they fit."""
-    mixed_precision: bool = False
-    """fsdp2: compute in bfloat16 over weights of --dtype; gradients add up in float32."""
     cpu_offload: bool = False
     """fsdp2: keep shards and optimizer state in the CPU's memory."""
     rank_timeout: float = Field(default=600.0, ge=1)
