@@ -55,6 +55,7 @@ def test_a_role_one_letter_off_is_refused_with_the_nearest() -> None:
         read("one_typo.jsonl")
     first, *_, last = str(refused.value).splitlines()
     assert first.startswith("one_typo.jsonl:1: messages[3] has the role 'asistant'")
+    assert "user, assistant, asistant" in first
     assert "did you mean 'assistant'?" in first
     assert last.startswith("one_typo.jsonl:4")
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from samestep.data.rows import RowTally
 from samestep.engine.targets import IGNORE
 from samestep.errors import DataError
 from samestep.utils.files import sync
@@ -72,7 +73,8 @@ class Examples(Sequence[Example]):
         weights: [examples], float64.
         rows: [examples], int64.
         token_weights: [tokens], float32; None: all are 1.
-        dropped: How many rows of the source are missing, by reason.
+        dropped: How many rows of the source are missing, by reason, and which.
+        cut: The rows that max_length cut; None: it is not known.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Examples(Sequence[Example]):
         rows: Tensor,
         dropped: Mapping[str, int],
         token_weights: Tensor | None = None,
+        cut: RowTally | None = None,
     ) -> None:
         self.ids = ids
         self.is_target = is_target
@@ -92,17 +95,23 @@ class Examples(Sequence[Example]):
         self.weights = weights
         self.rows = rows
         self.token_weights = token_weights
-        self.dropped = dict(dropped)
+        self.dropped = RowTally(dropped)
+        self.cut = cut
 
     @classmethod
     def from_examples(
-        cls, examples: Iterable[Example], dropped: Mapping[str, int] | None = None
+        cls,
+        examples: Iterable[Example],
+        dropped: Mapping[str, int] | None = None,
+        *,
+        cut: RowTally | None = None,
     ) -> "Examples":
         """Store examples flat.
 
         Args:
             examples: Any number; read once.
             dropped: Rows that are missing, by reason; read after the last example.
+            cut: Rows that max_length cut; None: it is not known.
 
         Returns:
             The examples, in order.
@@ -137,6 +146,7 @@ class Examples(Sequence[Example]):
             rows=torch.tensor(rows, dtype=torch.int64),
             dropped=dropped or {},
             token_weights=_flat_weights(token_weights, ids),
+            cut=cut,
         )
 
     def __len__(self) -> int:
@@ -206,6 +216,8 @@ class Examples(Sequence[Example]):
             "dropped": json.dumps(self.dropped),
             "fingerprint": self.fingerprint(),
         }
+        if self.cut is not None:
+            metadata["rows"] = json.dumps({"dropped": self.dropped.rows, "cut": self.cut.rows})
         try:
             save_file(self._tensors(), aside, metadata=metadata)
             sync(aside)
@@ -240,7 +252,12 @@ class Examples(Sequence[Example]):
         if metadata.get("format") != _FORMAT or types != wanted:
             raise DataError(f"{path}: not a file of examples ({_FORMAT})")
         ids, is_target = tensors.pop("ids"), tensors.pop("is_target")
-        examples = cls(ids, is_target, dropped=json.loads(metadata["dropped"]), **tensors)
+        named = json.loads(metadata.get("rows", "{}"))
+        dropped = RowTally(json.loads(metadata["dropped"]), named.get("dropped"))
+        cut = None
+        if "cut" in named:
+            cut = RowTally({reason: len(at) for reason, at in named["cut"].items()}, named["cut"])
+        examples = cls(ids, is_target, dropped=dropped, cut=cut, **tensors)
         if examples.fingerprint() != metadata["fingerprint"]:
             raise DataError(f"{path}: damaged, the content does not match its checksum")
         return examples

@@ -7,7 +7,8 @@ are, so that caches and fingerprints of such rows do not depend on what is done 
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from samestep.data.rows import Row, RowError
@@ -18,7 +19,8 @@ MESSAGE_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected")
 LEARNED_ROLE = "assistant"
 """The role whose turns are targets."""
 
-_ROLES = ("system", "developer", "user", LEARNED_ROLE, "tool")
+ROLES = ("system", "developer", "user", LEARNED_ROLE, "tool")
+"""The roles that are known to templates."""
 
 _ALIASES = {
     **dict.fromkeys(("human", "prompter"), "user"),
@@ -48,7 +50,7 @@ def normalize_messages(row: Row) -> Row:
         messages = row.values.get(column)
         if isinstance(messages, list) and messages and isinstance(messages[0], Mapping):
             plain = [
-                _plain_message(message, f"{column}[{at}]")
+                _plain_message(message, f"{column}[{at}]", row=row)
                 if isinstance(message, Mapping)
                 else message
                 for at, message in enumerate(messages)
@@ -87,11 +89,11 @@ def begins_with(messages: list[Any], prompt: list[Any]) -> bool:
     return 0 < len(prompt) < len(messages) and [*map(said, begin)] == [*map(said, prompt)]
 
 
-def _plain_message(message: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+def _plain_message(message: Mapping[str, Any], place: str, *, row: Row) -> Mapping[str, Any]:
     """The message itself, or a copy with what has to change."""
     changes: dict[str, Any] = {}
     if isinstance(message.get("role"), str):
-        role = read_role(message["role"], place)
+        role = _read_role(message["role"], place, row=row)
         if role != message["role"]:
             changes["role"] = role
     content = message.get("content")
@@ -110,32 +112,52 @@ def _plain_message(message: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     return {**message, **changes} if changes else message
 
 
-def read_role(role: str, place: str) -> str:
-    """The role that templates know under another name or in other letters.
-
-    Args:
-        role: As the row has it.
-        place: For messages.
-
-    Returns:
-        The role that templates know, or the same one if it is close to none of them.
-
-    Raises:
-        RowError: It is a known role misspelt: the turn would not be learned, or be learned as
-            somebody else's.
-    """
+def _read_role(role: str, place: str, *, row: Row) -> str:
+    """The role that templates know under another name or in other letters; or the same one."""
     name = role.strip().lower()
-    if name in _ROLES:
+    if name in ROLES:
         return name
     if name in _ALIASES:
         return _ALIASES[name]
-    near = difflib.get_close_matches(name, _ROLES, n=1, cutoff=0.7)
-    if near:
+    near = difflib.get_close_matches(name, ROLES, n=1, cutoff=0.7)
+    if near:  # the turn would not be learned, or be learned as somebody else's
         raise RowError(
-            f"{place} has the role {role!r}: did you mean {near[0]!r}? (roles: "
-            f"{', '.join(_ROLES)}; human and gpt are read as user and assistant)"
+            f"{place} has the role {role!r}: did you mean {near[0]!r}? (roles of this row: "
+            f"{', '.join(count_roles([row]))})"
         )
     return role
+
+
+def count_roles(rows: Iterable[Row]) -> dict[str, int]:
+    """How many turns of each role rows have.
+
+    Args:
+        rows: The rows.
+
+    Returns:
+        The numbers by role, in the order in which roles appear.
+    """
+    roles: Counter[str] = Counter()
+    for row in rows:
+        for column in MESSAGE_COLUMNS:
+            roles.update(str(turn["role"]) for turn in turns_of(row, column) if "role" in turn)
+    return dict(roles)
+
+
+def turns_of(row: Row, column: str) -> list[Mapping[str, Any]]:
+    """The messages of a column.
+
+    Args:
+        row: Any row.
+        column: The name of a column.
+
+    Returns:
+        Its messages; empty if it holds none.
+    """
+    messages = row.values.get(column)
+    if not isinstance(messages, list):
+        return []
+    return [message for message in messages if isinstance(message, Mapping)]
 
 
 def _text_of_parts(parts: list[Any]) -> str | None:

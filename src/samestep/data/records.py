@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from samestep.data.examples import Example, Examples
+from samestep.data.report import DataReport
+from samestep.data.rows import RowTally
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +39,9 @@ class Records(Sequence[Record]):
         fields: By name, [records, ...].
         token_fields: By name, [tokens, ...], over all sequences in order.
         meta: What belongs to all records, such as the names of the classes.
-        dropped: How many rows of the source are missing, by reason.
+        dropped: How many rows of the source are missing, by reason, and which.
+        cut: The rows that max_length cut; None: it is not known.
+        report: What was read, to be said before the first step; None: nobody described it.
         derived: The fields that were computed from the records.
     """
 
@@ -50,6 +54,7 @@ class Records(Sequence[Record]):
         token_fields: Mapping[str, Tensor] | None = None,
         meta: Mapping[str, Any] | None = None,
         dropped: Mapping[str, int] | None = None,
+        cut: RowTally | None = None,
         derived: Set[str] = frozenset(),
     ) -> None:
         assert len(sequences) % width == 0
@@ -59,7 +64,9 @@ class Records(Sequence[Record]):
         self.token_fields = dict(token_fields or {})
         self.meta = dict(meta or {})
         self.derived = frozenset(derived)
-        self.dropped = dict(sequences.dropped if dropped is None else dropped)
+        self.dropped = RowTally(sequences.dropped if dropped is None else dropped)
+        self.cut = sequences.cut if cut is None else cut
+        self.report: DataReport | None = None
         assert all(len(values) == len(self) for values in self.fields.values())
         tokens = len(sequences.ids)
         assert all(len(values) == tokens for values in self.token_fields.values())
@@ -116,18 +123,21 @@ class Records(Sequence[Record]):
         Returns:
             New records over the same storage.
         """
-        return Records(
+        records = Records(
             self.sequences,
             width=self.width,
             fields={**self.fields, **fields},
             token_fields=self.token_fields,
             meta=self.meta,
             dropped=self.dropped,
+            cut=self.cut,
             derived=self.derived | set(fields),
         )
+        records.report = self.report
+        return records
 
     def fingerprint(self) -> str:
-        """SHA-256 of the records (not of ``dropped`` and ``derived``), hexadecimal."""
+        """SHA-256 of the records (not of ``derived``, nor of what was left out), hexadecimal."""
         head = f"{self.sequences.fingerprint()} {self.width} {self.meta}"
         digest = hashlib.sha256(head.encode())
         kept = {name: values for name, values in self.fields.items() if name not in self.derived}

@@ -58,6 +58,7 @@ class RowFormat:
         convert: The columns of one row to those of a format that is tokenised; it raises a
             `RowError` or ValueError that says what is wrong with the row.
         cached: Whether tokens are kept in the token cache.
+        closed: Whether ``append_eos`` closes it.
     """
 
     name: str
@@ -69,6 +70,7 @@ class RowFormat:
     tokenize: Tokenize | None = None
     convert: Callable[[dict[str, Any]], Columns] | None = None
     cached: bool = True
+    closed: bool = False
 
     def __post_init__(self) -> None:
         if (self.tokenize is None) == (self.convert is None):
@@ -177,6 +179,7 @@ _FORMATS = (
         learned="the completion",
         matches=_completions_of(str),
         tokenize=_tokenize_completions,
+        closed=True,
     ),
     RowFormat(
         name="prompt and completion turns",
@@ -193,6 +196,7 @@ _FORMATS = (
         learned="every token",
         matches=_has_text,
         tokenize=_tokenize_plain_texts,
+        closed=True,
     ),
     RowFormat(
         name="ShareGPT",

@@ -45,6 +45,42 @@ class RowError(Exception):
     """One row cannot be used; becomes a line of a `DataError` that names the row."""
 
 
+class RowTally(Counter[str]):
+    """How many rows, by what is said of them, and which.
+
+    Attributes:
+        rows: By reason the indices of the rows in their source, from 0; a reason that was only
+            counted has none.
+    """
+
+    def __init__(
+        self, counts: Mapping[str, int] | None = None, rows: Mapping[str, list[int]] | None = None
+    ) -> None:
+        super().__init__(counts or {})
+        self.rows: dict[str, list[int]] = dict(rows or getattr(counts, "rows", {}))
+
+    def add(self, reason: str, row: int) -> None:
+        """Count a row.
+
+        Args:
+            reason: What is said of it.
+            row: Its index.
+        """
+        self[reason] += 1
+        self.rows.setdefault(reason, []).append(row)
+
+    def add_all(self, other: "RowTally", indices: Sequence[int]) -> None:
+        """Count the rows of a tally over a selection of the source.
+
+        Args:
+            other: Its rows count from 0 in the selection.
+            indices: The index in the source of each row of the selection.
+        """
+        for reason, rows in other.rows.items():
+            for row in dict.fromkeys(indices[at] for at in rows):
+                self.add(reason, row)
+
+
 class RowDropped(Exception):  # noqa: N818 - no error: the row is left out and counted
     """One row has nothing to learn from; its message is the reason that it is counted under."""
 
@@ -78,7 +114,7 @@ def iter_rows(
     read: Callable[[int, Row], _Result],
     *,
     hint: str = "",
-    dropped: Counter[str] | None = None,
+    dropped: RowTally | None = None,
 ) -> Iterator[tuple[int, _Result]]:
     """Read every row, one after another, and raise the problems of all of them at the end.
 
@@ -104,7 +140,7 @@ def iter_rows(
             continue
         except RowDropped as reason:
             assert dropped is not None
-            dropped[str(reason)] += 1
+            dropped.add(str(reason), index)
             continue
         yield index, result
     raise_problems(problems, hint=hint)
@@ -190,6 +226,68 @@ def describe_columns(values: Mapping[str, Any]) -> str:
     return f"found the columns {present or 'none'}"
 
 
+WEIGHS_NOTHING = "weight 0"
+"""Why a row is dropped that has the weight 0, as a turn of weight 0 is not learned."""
+
+
+def rows_with_weight(rows: Sequence[Row], kept: Sequence[int], dropped: RowTally) -> list[int]:
+    """Those rows that are not dropped for the weight 0.
+
+    Args:
+        rows: All rows.
+        kept: Indices of those to look at.
+        dropped: Counts the others of them.
+
+    Returns:
+        Indices.
+
+    Raises:
+        RowError: A weight is no such number.
+    """
+    weights = [read_weight(rows[at].values) for at in kept]
+    for at, weight in zip(kept, weights, strict=True):
+        if not weight:
+            dropped.add(WEIGHS_NOTHING, at)
+    return [at for at, weight in zip(kept, weights, strict=True) if weight]
+
+
+def tally_missing(reason: str, kept: Sequence[int], *, total: int) -> RowTally:
+    """The rows that were not kept.
+
+    Args:
+        reason: Why.
+        kept: Indices.
+        total: How many rows there are.
+
+    Returns:
+        The others.
+    """
+    tally = RowTally()
+    for row in sorted(set(range(total)) - set(kept)):
+        tally.add(reason, row)
+    return tally
+
+
+def tally_cut(
+    lengths: Sequence[int], max_length: int | None, *, whole_length: Callable[[int], int]
+) -> RowTally:
+    """The rows that a tokenizer truncated.
+
+    Args:
+        lengths: The tokens of each row, as they were truncated.
+        max_length: The limit; None cuts nothing.
+        whole_length: The tokens that a row has without it; asked only where it may be cut.
+
+    Returns:
+        Those of which tokens are missing.
+    """
+    cut = RowTally()
+    for at, length in enumerate(lengths):
+        if length == max_length and whole_length(at) > length:
+            cut.add(f"cut at {max_length} tokens", at)
+    return cut
+
+
 def read_weight(values: Mapping[str, Any]) -> float:
     """The weight of a row in the loss.
 
@@ -197,7 +295,8 @@ def read_weight(values: Mapping[str, Any]) -> float:
         values: The columns. ``weight`` may be a number, or its text, as CSV has it.
 
     Returns:
-        A finite number above 0; 1.0 without the column.
+        A finite number of at least 0; 1.0 without the column. A row of weight 0 is not learned:
+        `WEIGHS_NOTHING` is the reason to drop it under.
 
     Raises:
         RowError: It is not such a number.
@@ -206,8 +305,8 @@ def read_weight(values: Mapping[str, Any]) -> float:
     if value is None:
         return 1.0
     weight = math.nan if isinstance(value, bool) else _to_float(value)
-    if not (math.isfinite(weight) and weight > 0):
-        raise RowError(f"weight must be a finite number above 0, found {value!r}")
+    if not (math.isfinite(weight) and weight >= 0):
+        raise RowError(f"weight must be a finite number of at least 0, found {value!r}")
     return weight
 
 

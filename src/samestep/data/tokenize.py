@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
@@ -13,9 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 
 from samestep.data.examples import Example, Examples
+from samestep.data.message_forms import count_roles
 from samestep.data.row_converters import convert_rows
 from samestep.data.row_formats import RowFormat, common_format
-from samestep.data.rows import Row, RowDropped, RowError, describe_dropped, iter_rows, read_weight
+from samestep.data.rows import (
+    WEIGHS_NOTHING,
+    Row,
+    RowDropped,
+    RowError,
+    RowTally,
+    describe_dropped,
+    iter_rows,
+    read_weight,
+)
 from samestep.data.target_spans import TokenizedText
 from samestep.engine.targets import IGNORE
 from samestep.errors import ConfigError, DataError
@@ -47,9 +56,9 @@ def tokenize_rows(
     `samestep.data.row_formats.ROW_FORMATS`: ``input_ids`` (and ``labels``); ``messages`` (and
     ``tools``), where the assistant's turns are targets; ``prompt`` and ``completion``, both text or
     both messages, where the completion is; ``text``, where everything is. Of several, the first
-    counts. Each may add ``weight``, a number above 0. Token ids may add ``token_weights``, and a
-    message of the assistant a ``weight``: how much their tokens count as targets, 0 for not at all.
-    The pad token plays no part.
+    counts. Each may add ``weight``, 0 for a row that is not learned. Token ids may add
+    ``token_weights``, and a message of the assistant a ``weight``: how much their tokens count as
+    targets, 0 for not at all. The pad token plays no part.
 
     Args:
         rows: At least one; all of the same format.
@@ -87,9 +96,11 @@ def tokenize_rows(
         path = cache / f"{key}.safetensors"
         examples = read_cache(path)
         # Weights that the objective does not honour are refused below, with the rows' places.
-        if examples is not None and (weigh_tokens or examples.token_weights is None):
-            return examples
-    dropped: Counter[str] = Counter()
+        # What an earlier release wrote does not say which rows it cut.
+        known = examples if examples is not None and examples.cut is not None else None
+        if known is not None and (weigh_tokens or known.token_weights is None):
+            return known
+    dropped, cut = RowTally(), RowTally()
     tokenized = _tokenize(
         rows,
         tokenizer,
@@ -100,10 +111,14 @@ def tokenize_rows(
     if not weigh_tokens:
         tokenized = map(_refuse_token_weights, tokenized)
     examples = Examples.from_examples(
-        _examples(rows, tokenized, max_length=max_length, dropped=dropped), dropped
+        _examples(rows, tokenized, max_length=max_length, dropped=dropped, cut=cut),
+        dropped,
+        cut=cut,
     )
     if not len(examples):
-        raise DataError(f"no row has a target to learn ({describe_dropped(dropped)})")
+        found = ", ".join(count_roles(rows))
+        roles = f"; roles found: {found}, and the assistant's turns are learned" if found else ""
+        raise DataError(f"no row has a target to learn ({describe_dropped(dropped)}{roles})")
     if path is not None:
         write_cache(path, examples)
     return examples
@@ -140,7 +155,8 @@ def _examples(
     tokenized: Iterator[TokenizedText | RowError],
     *,
     max_length: int | None,
-    dropped: Counter[str],
+    dropped: RowTally,
+    cut: RowTally,
 ) -> Iterator[Example]:
     """The examples that have a target; counts the others, and raises all problems at the end."""
 
@@ -149,8 +165,12 @@ def _examples(
         weight = read_weight(row.values)
         if isinstance(tokens, RowError):
             raise tokens
+        if not weight:
+            raise RowDropped(WEIGHS_NOTHING)
         if not tokens.mask[1:].any():
             raise RowDropped("no target")
+        if max_length is not None and len(tokens.ids) > max_length:
+            cut.add(f"cut at {max_length} tokens", at)
         return example_of(tokens, weight=weight, row=at, max_length=max_length)
 
     return (example for _, example in iter_rows(rows, read, dropped=dropped))

@@ -1,5 +1,6 @@
 """`samestep train` as a command: settings from YAML and flags, a run, a line with its result."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from samestep.train.settings.objectives import settings_class
 from samestep.train.settings.paths import hub_names, missing_paths
 from samestep.utils.flags import CommandLine, split_command_line
 from samestep.utils.messages import read_yaml
+from samestep.utils.text import printable
 
 _REQUIRED = ("model", "data", "out")
 
@@ -33,6 +35,8 @@ def run(arguments: Sequence[str]) -> int:
     """
     settings = read_settings(arguments)
     check_paths(settings)
+    if settings.dry_run:
+        return _dry_run(settings)
     ranks = ranks_to_launch(settings.ranks)
     if ranks is not None:
         return launch(ranks, ["train", *arguments])
@@ -50,6 +54,20 @@ def run(arguments: Sequence[str]) -> int:
         change = "" if before is None else f"{before:.4f} -> "
         print(f"evaluation loss {change}{after:.4f}")
     print(f"model in {summary['model']}")
+    return 0
+
+
+def _dry_run(settings: TrainSettings) -> int:
+    """Say what a run would read, and end there."""
+    from transformers.utils import logging as transformers_logging
+
+    from samestep.train.setup import read_only
+
+    transformers_logging.set_verbosity_error()
+    encoding = sys.stdout.encoding or "utf-8"
+    for text in read_only(settings):
+        shown = printable(text).encode(encoding, "backslashreplace").decode(encoding)
+        print(shown)
     return 0
 
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from samestep.data.batching import StepPlan, num_steps, plan_steps
 from samestep.data.collate import Padding
+from samestep.data.describe import with_report
 from samestep.data.records import Records
 from samestep.engine.collectives import run_or_fail_together, world_size
 from samestep.engine.parallel import prepare_for_step
@@ -95,8 +96,10 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
     if device.type == "cpu":
         keep_large_blocks()
     # First once a machine: the other ranks find converted weights and tokens in the cache.
-    loaded = run_or_fail_together(lambda: _load_data(recipe) if is_first_on_machine() else None)
-    tokenizer, data = run_or_fail_together(lambda: loaded or _load_data(recipe))
+    loaded = run_or_fail_together(lambda: load_data(recipe) if is_first_on_machine() else None)
+    tokenizer, data = run_or_fail_together(lambda: loaded or load_data(recipe))
+    for line in described(settings, data):
+        log.info("%s", line)
     model, padding = _place_model(recipe, data, device=device)
     pad_id = recipe.pad_id(tokenizer)
 
@@ -179,27 +182,75 @@ def _check_references(settings: TrainSettings) -> Recipe:
     return recipe_for(settings)
 
 
-def _load_data(recipe: Recipe) -> tuple[Any, list[Records]]:
-    """The tokenizer, and the records to train on, then those to evaluate on if there are any."""
+def load_data(recipe: Recipe) -> tuple[Any, list[Records]]:
+    """The tokenizer, and the records to train on, then those to evaluate on if there are any.
+
+    Args:
+        recipe: What reads them.
+
+    Returns:
+        Both.
+
+    Raises:
+        ConfigError: There is no tokenizer, or it does not fit the rows.
+        DataError: The rows cannot be used.
+    """
     settings = recipe.settings
     source = resolve_source(settings.model)
     if settings.trust_remote_code:
         log.warning("trust_remote_code: Python code that comes with the model will run")
     tokenizer = recipe.load_tokenizer(resolve_source(settings.tokenizer or source))
-    data = [_read(recipe, settings.data, tokenizer=tokenizer)]
+    with waiting(f"reading {settings.data}"):
+        data = [recipe.read(settings.data, tokenizer, None)]
     if settings.eval_data:
-        data.append(_read(recipe, settings.eval_data, tokenizer=tokenizer, training=data[0]))
+        with waiting(f"reading {settings.eval_data}"):
+            data.append(recipe.read(settings.eval_data, tokenizer, data[0]))
+    for records in data:
+        if records.report is None:  # read by a recipe of the user's own
+            with_report(records, (), tokenizer, format="records")
     return tokenizer, data
 
 
-def _read(
-    recipe: Recipe, source: str, *, tokenizer: Any, training: Records | None = None
-) -> Records:
-    with waiting(f"reading {source}"):
-        records = recipe.read(source, tokenizer, training)
-    for reason, rows in records.dropped.items():
-        log.warning("%s: %d rows dropped: %s", source, rows, reason)
-    return records
+def described(settings: TrainSettings, data: Sequence[Records]) -> list[str]:
+    """What was read of each source, for people.
+
+    Args:
+        settings: ``data``, ``eval_data``.
+        data: What `load_data` gave.
+
+    Returns:
+        Some lines for each.
+    """
+    sources = (settings.data, settings.eval_data)
+    return [
+        records.report.render(str(source))
+        for source, records in zip(sources, data, strict=False)
+        if records.report is not None
+    ]
+
+
+def read_only(settings: TrainSettings) -> list[str]:
+    """Read the data as a run would, and say what it would learn; nothing else is loaded.
+
+    Args:
+        settings: Finalized settings.
+
+    Returns:
+        Some lines for each source, and one for the steps.
+
+    Raises:
+        ConfigError: As for `load_data`.
+        DataError: As for `load_data`.
+    """
+    recipe = _check_references(settings)
+    _, data = load_data(recipe)
+    size = (
+        f"{settings.batch_size} examples"
+        if settings.batch_size
+        else (f"{settings.batch_tokens} tokens")
+    )
+    steps = _total_steps(data[0], settings)
+    return [*described(settings, data), f"{steps} steps of {size}; nothing was trained or written"]
 
 
 def _load_model(recipe: Recipe, data: list[Records]) -> Any:

@@ -74,7 +74,7 @@ def test_every_malformed_pair_is_named() -> None:
                 {"prompt": "a", "chosen": "b"},
                 {"prompt": "a", "chosen": "b", "rejected": ["c"]},
                 {"chosen": "b", "rejected": "c"},
-                {**PAIR, "weight": 0},
+                {**PAIR, "weight": -1},
             ),
             tiny_tokenizer(),
         )

@@ -1,6 +1,5 @@
 """Texts with a class, a number, or a tag for each word: labels beside text, no next token."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeVar
@@ -13,12 +12,16 @@ from samestep.data.records import Records
 from samestep.data.rows import (
     Row,
     RowError,
+    RowTally,
     describe_columns,
     describe_dropped,
     map_rows,
     raise_problems,
     read_number,
     read_weight,
+    rows_with_weight,
+    tally_cut,
+    tally_missing,
 )
 from samestep.engine.targets import IGNORE
 from samestep.errors import ConfigError, DataError
@@ -124,13 +127,22 @@ def tag_records(
         for at, (_, tags) in enumerate(tagged)
     ]
     kept = [at for at, classes in enumerate(labels) if bool((classes != IGNORE).any())]
+    dropped = tally_missing("no tag left", kept, total=len(rows))
+    kept = rows_with_weight(rows, kept, dropped)
     return untargeted_records(
         rows,
         encoded,
         kept=kept,
         token_fields={"classes": torch.cat([labels[at] for at in kept])} if kept else {},
         meta={"classes": names},
-        dropped=Counter({"no tag left": len(rows) - len(kept)}),
+        dropped=dropped,
+        cut=tally_cut(
+            [len(ids) for ids in encoded["input_ids"]],
+            max_length,
+            whole_length=lambda at: len(
+                tokenizer(tagged[at][0], is_split_into_words=True, verbose=False)["input_ids"]
+            ),
+        ),
     )
 
 
@@ -165,7 +177,8 @@ def untargeted_records(
     fields: Mapping[str, Tensor] | None = None,
     token_fields: Mapping[str, Tensor] | None = None,
     meta: Mapping[str, Any] | None = None,
-    dropped: Mapping[str, int],
+    dropped: RowTally,
+    cut: RowTally,
 ) -> Records:
     """Records of one sequence each, of which no next token is learned.
 
@@ -177,7 +190,8 @@ def untargeted_records(
         fields: Of the records by name [records, ...].
         token_fields: Of the tokens of all records by name [tokens, ...].
         meta: What belongs to all records.
-        dropped: How many rows are left out, by reason; a reason of 0 rows is none.
+        dropped: The rows that are left out, by reason.
+        cut: The rows that were truncated.
 
     Returns:
         The records.
@@ -185,7 +199,6 @@ def untargeted_records(
     Raises:
         DataError: No row is kept.
     """
-    dropped = {reason: number for reason, number in dropped.items() if number}
     if not kept:
         raise DataError(f"no row is left to learn from ({describe_dropped(dropped)})")
     token_fields = dict(token_fields or {})
@@ -205,6 +218,7 @@ def untargeted_records(
         token_fields=token_fields,
         meta=meta,
         dropped=dropped,
+        cut=cut,
     )
 
 
@@ -269,9 +283,23 @@ def _text_records(
     """Records of the rows that have a token; ``fields`` are those of all rows [rows]."""
     encoded = _encode_texts(rows, tokenizer, max_length=max_length)
     kept = [at for at, ids in enumerate(encoded["input_ids"]) if ids]
-    dropped = Counter({"no token": len(rows) - len(kept)})
+    dropped = tally_missing("no token", kept, total=len(rows))
+    kept = rows_with_weight(rows, kept, dropped)
     fields = {name: values[kept] for name, values in fields.items()}
-    return untargeted_records(rows, encoded, kept=kept, fields=fields, meta=meta, dropped=dropped)
+
+    def whole_length(at: int) -> int:
+        return len(_encode_texts([rows[at]], tokenizer, max_length=None)["input_ids"][0])
+
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    return untargeted_records(
+        rows,
+        encoded,
+        kept=kept,
+        fields=fields,
+        meta=meta,
+        dropped=dropped,
+        cut=tally_cut(lengths, max_length, whole_length=whole_length),
+    )
 
 
 def _encode_texts(

@@ -21,7 +21,15 @@ from samestep.data.load import load_rows
 from samestep.data.records import Records
 from samestep.data.row_converters import Converter
 from samestep.data.row_formats import RowFormat
-from samestep.data.rows import Row, RowError, iter_rows, read_weight
+from samestep.data.rows import (
+    WEIGHS_NOTHING,
+    Row,
+    RowDropped,
+    RowError,
+    RowTally,
+    iter_rows,
+    read_weight,
+)
 from samestep.errors import ConfigError, DataError
 
 LATENTS = "latents"
@@ -112,6 +120,8 @@ def latent_records(
 
     def read(at: int, row: Row) -> LatentFile:
         weight, name = read_weight(row.values), row.values.get("file")
+        if not weight:
+            raise RowDropped(WEIGHS_NOTHING)
         if not isinstance(name, str):
             raise RowError(f"file must name a file of latents, found {name!r}")
         path = folder / name
@@ -121,11 +131,16 @@ def latent_records(
         digests.append(hashlib.sha256(path.read_bytes()).digest())
         return LatentFile(path, tuple(tensors[LATENTS].shape), weight, row.origin)
 
-    files = [file for _, file in iter_rows(rows, read)]
+    dropped = RowTally()
+    files = [file for _, file in iter_rows(rows, read, dropped=dropped)]
+    if not files:
+        raise DataError(f"{source}: no row is left to learn from ({WEIGHS_NOTHING})")
     if len(origins) > 1:
         names = "; ".join(f"{origin} has {', '.join(names)}" for names, origin in origins.items())
         raise DataError(f"all files must hold the same tensors, but {names}")
-    return LatentRecords(files, digests)
+    records = LatentRecords(files, digests)
+    records.dropped = dropped
+    return records
 
 
 def _rows_of_files(folder: Path) -> list[Row]:

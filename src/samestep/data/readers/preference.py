@@ -1,6 +1,5 @@
 """Preference rows: a prompt and two completions, or one completion that is good or bad."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -14,15 +13,19 @@ from samestep.data.examples import Example, Examples
 from samestep.data.message_forms import begins_with, is_empty_turn
 from samestep.data.records import Record, Records
 from samestep.data.rows import (
+    WEIGHS_NOTHING,
     Row,
     RowDropped,
     RowError,
+    RowTally,
     describe_columns,
     describe_dropped,
     iter_rows,
     map_rows,
     read_number,
     read_weight,
+    rows_with_weight,
+    tally_missing,
 )
 from samestep.data.tokenize import tokenize_rows
 from samestep.errors import DataError
@@ -74,12 +77,14 @@ def pair_records(
     numbers = _pair_numbers(rows)
     if _prompts_repeat(rows):
         rows = [_without_prompt(row) for row in rows]
-    dropped: Counter[str] = Counter()
+    dropped = RowTally()
     sides: list[Row] = []
 
     def read_pair(at: int, row: Row) -> None:
         chosen, rejected = _sides(row.values)
         weight = read_weight(row.values)
+        if not weight:
+            raise RowDropped(WEIGHS_NOTHING)
         if reason := _nothing_to_learn(chosen["completion"], rejected["completion"]):
             raise RowDropped(reason)
         for name, side in (("chosen", chosen), ("rejected", rejected)):
@@ -134,10 +139,9 @@ def unpaired_records(
             f"every one of the {len(rows)} rows has the label {str(labels[0]).lower()}: KTO needs "
             "desirable and undesirable rows"
         )
-    dropped: Counter[str] = Counter()
     kept = [at for at, row in enumerate(rows) if not _is_empty(row.values["completion"])]
-    if len(kept) < len(rows):
-        dropped["an empty completion"] = len(rows) - len(kept)
+    dropped = tally_missing("an empty completion", kept, total=len(rows))
+    kept = rows_with_weight(rows, kept, dropped)
     sequences = []
     for at, after in zip(kept, kept[1:] + kept[:1], strict=True):
         values = {name: rows[at].values.get(name) for name in ("prompt", "weight", "tools")}
@@ -262,7 +266,7 @@ def _records_of_two(
     *,
     kept: Sequence[int],
     fields: Mapping[str, Tensor],
-    dropped: Counter[str],
+    dropped: RowTally,
     reason: str,
 ) -> Records:
     """Records of two neighbouring rows each, where both of them have a target.
@@ -278,8 +282,11 @@ def _records_of_two(
     for example in tokens:
         pairs.setdefault(example.row // 2, []).append(example)
     complete = [at for at, sequences in pairs.items() if len(sequences) == 2]
-    if len(complete) < len(kept):
-        dropped[reason] += len(kept) - len(complete)
+    for at in sorted(set(range(len(kept))) - set(complete)):
+        dropped.add(reason, kept[at])
+    cut = RowTally()
+    if tokens.cut is not None:
+        cut.add_all(tokens.cut, [row for row in kept for _ in range(2)])
     if not complete:
         raise DataError(f"no row is left to learn from ({describe_dropped(dropped)})")
     rows = [kept[at] for at in complete]
@@ -288,6 +295,7 @@ def _records_of_two(
         width=2,
         fields={name: field[rows] for name, field in fields.items()},
         dropped=dropped,
+        cut=cut,
     )
 
 

@@ -1,6 +1,5 @@
 """Questions about a context, answered by a span of it."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 
 from samestep.data.readers.classification import read_labels, untargeted_records
 from samestep.data.records import Records
-from samestep.data.rows import Row, RowError
+from samestep.data.rows import Row, RowError, rows_with_weight, tally_cut, tally_missing
 from samestep.errors import ConfigError
 
 
@@ -43,6 +42,8 @@ def answer_records(
     )
     spans = [_tokens_of_answer(encoded, at, answer=answer) for at, answer in enumerate(answers)]
     kept = [at for at, span in enumerate(spans) if span is not None]
+    dropped = tally_missing("the answer is cut off", kept, total=len(rows))
+    kept = rows_with_weight(rows, kept, dropped)
     fields = {
         name: torch.tensor([spans[at][side] for at in kept])  # type: ignore[index]
         for side, name in enumerate(("start", "end"))
@@ -52,7 +53,16 @@ def answer_records(
         encoded,
         kept=kept,
         fields=fields,
-        dropped=Counter({"the answer is cut off": len(rows) - len(kept)}),
+        dropped=dropped,
+        cut=tally_cut(
+            [len(ids) for ids in encoded["input_ids"]],
+            max_length,
+            whole_length=lambda at: len(
+                tokenizer(rows[at].values["question"], rows[at].values["context"], verbose=False)[
+                    "input_ids"
+                ]
+            ),
+        ),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from samestep.data.examples import Examples
 from samestep.data.records import Records
-from samestep.data.rows import Row, RowError, map_rows, read_number
+from samestep.data.rows import Row, RowError, RowTally, map_rows, read_number, tally_missing
 from samestep.data.token_fields import align_to_targets, check_target_count
 from samestep.data.tokenize import tokenize_rows
 from samestep.errors import DataError
@@ -65,14 +65,13 @@ def rollout_records(
         lambda row: read_number(row.values, column),
         hint=f"accepted columns: {_COLUMNS}",
     )
-    dropped: Counter[str] = Counter()
+    dropped = RowTally()
     kept = list(range(len(rows)))
     if baseline != "given":
         groups = [_group_key(row.values) for row in rows]
         sizes = Counter(groups)
         kept = [at for at, group in enumerate(groups) if sizes[group] > 1]
-        if len(kept) < len(rows):
-            dropped["alone in its group"] = len(rows) - len(kept)
+        dropped = tally_missing("alone in its group", kept, total=len(rows))
         values = advantages_of(values, groups, baseline=baseline)
     if not kept:
         raise DataError("every row is alone in its group, so that no reward compares with another")
@@ -83,7 +82,10 @@ def rollout_records(
         append_eos=append_eos,
         cache=cache,
     )
-    dropped.update(examples.dropped)
+    dropped.add_all(examples.dropped, kept)
+    cut = RowTally()
+    if examples.cut is not None:
+        cut.add_all(examples.cut, kept)
     chosen = [kept[row] for row in examples.rows.tolist()]
     token_fields = {}
     if any(rows[at].values.get("old_log_p") is not None for at in chosen):
@@ -95,6 +97,7 @@ def rollout_records(
         fields={"advantage": torch.tensor([values[at] for at in chosen], dtype=torch.float64)},
         token_fields=token_fields,
         dropped=dropped,
+        cut=cut,
     )
 
 

@@ -1,6 +1,5 @@
 """Rows of one or several texts, whose tokens are no targets of a decoder that reads them."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,18 @@ from torch import Tensor
 from samestep.data.collate import Padding, collate_examples, collate_records, pad_rows
 from samestep.data.examples import Example, Examples
 from samestep.data.records import Record, Records
-from samestep.data.rows import Row, RowError, describe_columns, map_rows, read_weight
+from samestep.data.rows import (
+    Row,
+    RowError,
+    RowTally,
+    describe_columns,
+    describe_dropped,
+    map_rows,
+    read_weight,
+    rows_with_weight,
+    tally_cut,
+    tally_missing,
+)
 from samestep.engine.targets import IGNORE
 from samestep.errors import ConfigError, DataError
 
@@ -53,8 +63,11 @@ def text_records(
         for name in columns
     ]
     kept = [at for at, row in enumerate(rows) if all(row.values[name] for name in columns)]
+    dropped = tally_missing("an empty text", kept, total=len(rows))
+    kept = rows_with_weight(rows, kept, dropped)
     if not kept:
-        raise DataError("every row has an empty text")
+        raise DataError(f"no row is left to learn from ({describe_dropped(dropped)})")
+    cut = _cut_texts(rows, tokenizer, columns=columns, encoded=encoded, max_length=max_length)
     width, examples, special = len(columns), [], []
     for at in kept:
         for side, outputs in enumerate(encoded):
@@ -62,13 +75,35 @@ def text_records(
             row = at * width + side
             examples.append(Example.without_targets(ids, weight=weights[at], row=row))
             special.append(torch.tensor(outputs["special_tokens_mask"][at], dtype=torch.int64))
-    dropped = Counter({"an empty text": len(rows) - len(kept)})
     return Records(
         Examples.from_examples(examples),
         width=width,
         token_fields={"special": torch.cat(special)},
-        dropped={reason: number for reason, number in dropped.items() if number},
+        dropped=dropped,
+        cut=cut,
     )
+
+
+def _cut_texts(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    columns: Sequence[str],
+    encoded: Sequence[Mapping[str, list[list[int]]]],
+    max_length: int | None,
+) -> RowTally:
+    """The rows of which a text was truncated, each once."""
+    cut = RowTally()
+    for name, outputs in zip(columns, encoded, strict=True):
+
+        def whole_length(at: int, name: str = name) -> int:
+            return len(tokenizer(rows[at].values[name], verbose=False)["input_ids"])
+
+        lengths = [len(ids) for ids in outputs["input_ids"]]
+        for reason, found in tally_cut(lengths, max_length, whole_length=whole_length).rows.items():
+            for at in sorted(set(found) - set(cut.rows.get(reason, []))):
+                cut.add(reason, at)
+    return cut
 
 
 def _check_columns(row: Row, columns: Sequence[str]) -> None:

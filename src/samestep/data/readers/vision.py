@@ -5,7 +5,6 @@ micro-batch is made, so that no pixel is kept.
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +27,16 @@ from samestep.data.readers.images import (
     shift_span,
 )
 from samestep.data.records import Records
-from samestep.data.rows import Row, RowDropped, RowError, describe_dropped, iter_rows, read_weight
+from samestep.data.rows import (
+    WEIGHS_NOTHING,
+    Row,
+    RowDropped,
+    RowError,
+    RowTally,
+    describe_dropped,
+    iter_rows,
+    read_weight,
+)
 from samestep.data.target_spans import (
     TextWithTargets,
     TokenizedText,
@@ -107,24 +115,28 @@ def image_records(
         raise ConfigError("the processor has no chat template, which rows with images need")
     if not processor.tokenizer.is_fast:
         raise ConfigError("rows with images need a fast tokenizer, to tell where targets start")
-    dropped: Counter[str] = Counter()
+    dropped, cut = RowTally(), RowTally()
     digest = hashlib.sha256()
 
     def read(at: int, row: Row) -> tuple[Example, ImageConversation]:
         text, conversation = _render(row, processor, folder=folder, train_on_all=train_on == "all")
         tokens, is_image = _tokenize(text, conversation.files, processor=processor)
         weight = read_weight(row.values)
+        if not weight:
+            raise RowDropped(WEIGHS_NOTHING)
         if max_length is not None and is_image[max_length:].any():
             raise RowDropped(f"an image does not fit in max_length {max_length}")
         if not tokens.mask[:max_length][1:].any():
             raise RowDropped("no target")
+        if max_length is not None and len(tokens.ids) > max_length:
+            cut.add(f"cut at {max_length} tokens", at)
         digest.update(sha256_of_images(conversation.files).encode() + conversation.text.encode())
         return example_of(tokens, weight=weight, row=at, max_length=max_length), conversation
 
     kept = [result for _, result in iter_rows(rows, read, dropped=dropped)]
     if not kept:
         raise DataError(f"no row has a target to learn ({describe_dropped(dropped)})")
-    examples = Examples.from_examples((example for example, _ in kept), dropped)
+    examples = Examples.from_examples((example for example, _ in kept), dropped, cut=cut)
     conversations = tuple(conversation for _, conversation in kept)
     dataset = ImageDataset(conversations, processor, digest.hexdigest())
     return Records(examples, meta={"gallery": dataset})

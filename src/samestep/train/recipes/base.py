@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from samestep.data.collate import Padding, collate_records
+from samestep.data.load import load_rows
 from samestep.data.records import Records
+from samestep.data.rows import Row
 from samestep.engine.terms import Objective
 from samestep.errors import ConfigError
 from samestep.models.activations import checkpoint_activations
@@ -85,6 +87,20 @@ class Recipe:
             DataError: The rows cannot be used.
         """
         raise NotImplementedError
+
+    def load_rows(self, source: str) -> list[Row]:
+        """The rows of a data source, converted as ``row_format`` says.
+
+        Args:
+            source: As for `read`.
+
+        Returns:
+            The rows.
+
+        Raises:
+            DataError: They cannot be read.
+        """
+        return load_rows(source, row_format=self.settings.row_format)
 
     def load_model(self, source: str, data: Sequence[Records]) -> Any:
         """The model to train, on the CPU, in train mode.

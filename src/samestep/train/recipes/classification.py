@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from samestep.data.load import load_rows
+from samestep.data.describe import with_report
 from samestep.data.readers.classification import class_records, tag_records, value_records
 from samestep.data.readers.question_answering import answer_records
 from samestep.data.readers.texts import text_records
@@ -30,6 +30,8 @@ from samestep.train.settings.objectives import (
     TokenClassificationSettings,
 )
 
+_TEXTS = ("text", "text_pair", "messages", "label")
+
 
 class ClassificationRecipe(Recipe):
     """Classes of texts."""
@@ -40,12 +42,14 @@ class ClassificationRecipe(Recipe):
 
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of text (and text_pair) or messages, with a label."""
-        return class_records(
-            load_rows(source, row_format=self.settings.row_format),
+        rows = self.load_rows(source)
+        records = class_records(
+            rows,
             tokenizer,
             max_length=self.settings.max_length,
             classes=_classes(self.settings.classes, training),
         )
+        return with_report(records, rows, tokenizer, format="texts, classes", used=_TEXTS)
 
     def load_model(self, source: str, data: Sequence[Records]) -> Any:
         """A classifier with the classes of the rows."""
@@ -69,11 +73,9 @@ class RegressionRecipe(Recipe):
 
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of text (and text_pair) or messages, with a number as label."""
-        return value_records(
-            load_rows(source, row_format=self.settings.row_format),
-            tokenizer,
-            max_length=self.settings.max_length,
-        )
+        rows = self.load_rows(source)
+        records = value_records(rows, tokenizer, max_length=self.settings.max_length)
+        return with_report(records, rows, tokenizer, format="texts, numbers", used=_TEXTS)
 
     def load_model(self, source: str, data: Sequence[Records]) -> Any:
         """A model with one score."""
@@ -97,12 +99,14 @@ class TokenClassificationRecipe(Recipe):
 
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of tokens (words) and tags."""
-        return tag_records(
-            load_rows(source, row_format=self.settings.row_format),
+        rows, used = self.load_rows(source), ("tokens", "tags")
+        records = tag_records(
+            rows,
             tokenizer,
             max_length=self.settings.max_length,
             classes=_classes(self.settings.classes, training),
         )
+        return with_report(records, rows, tokenizer, format="words, tags", used=used)
 
     def load_model(self, source: str, data: Sequence[Records]) -> Any:
         """A tagger with the tags of the rows."""
@@ -122,11 +126,9 @@ class QuestionAnsweringRecipe(Recipe):
 
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of question, context and answers, as of SQuAD."""
-        return answer_records(
-            load_rows(source, row_format=self.settings.row_format),
-            tokenizer,
-            max_length=self.settings.max_length,
-        )
+        rows, used = self.load_rows(source), ("question", "context", "answers")
+        records = answer_records(rows, tokenizer, max_length=self.settings.max_length)
+        return with_report(records, rows, tokenizer, format="questions", used=used)
 
     def outputs(self, model: Any, micro: dict[str, Any]) -> Tensor:
         """The scores of each token."""
@@ -159,11 +161,14 @@ class EmbeddingRecipe(Recipe):
 
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of anchor and positive, and negative if the first row has one."""
-        rows = load_rows(source, row_format=self.settings.row_format)
+        rows = self.load_rows(source)
         columns = ["anchor", "positive"]
         if training.width == 3 if training else rows[0].values.get("negative") is not None:
             columns.append("negative")
-        return text_records(rows, tokenizer, columns=columns, max_length=self.settings.max_length)
+        records = text_records(
+            rows, tokenizer, columns=columns, max_length=self.settings.max_length
+        )
+        return with_report(records, rows, tokenizer, format="texts, alike", used=columns)
 
     def outputs(self, model: Any, micro: dict[str, Any]) -> Tensor:
         """The vector of each sequence."""

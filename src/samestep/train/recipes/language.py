@@ -7,11 +7,14 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from samestep.data.collate import Padding
+from samestep.data.describe import with_report
 from samestep.data.load import load_rows
 from samestep.data.readers.rollouts import teacher_topk_records
 from samestep.data.readers.texts import collate_masked, collate_seq2seq, mask_settings, text_records
 from samestep.data.readers.vision import collate_image_records, image_records
 from samestep.data.records import Records
+from samestep.data.row_formats import common_format
+from samestep.data.rows import Row
 from samestep.data.tokenize import tokenize_rows
 from samestep.engine.terms import LossFn, Objective, constant
 from samestep.engine.two_pass import TwoPass
@@ -33,6 +36,9 @@ from samestep.train.settings.language import (
 )
 from samestep.train.settings.objectives import DistillationSettings
 from samestep.utils.files import cache_folder
+
+_TARGET_COLUMNS = ("top_ids", "top_logps")
+"""What a teacher said of the targets, beside the columns of causal_lm."""
 
 
 def read_language(
@@ -56,9 +62,21 @@ def read_language(
     Raises:
         DataError: The rows cannot be used.
     """
-    return Records(
+    rows = load_rows(source, row_format=settings.row_format)
+    return _language_records(settings, rows, tokenizer, train_on=train_on)
+
+
+def _language_records(
+    settings: TrainSettings,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    train_on: Literal["completion", "all"],
+    used: Sequence[str] = (),
+) -> Records:
+    records = Records(
         tokenize_rows(
-            load_rows(source, row_format=settings.row_format),
+            rows,
             tokenizer,
             max_length=settings.max_length,
             append_eos=settings.append_eos,
@@ -66,6 +84,15 @@ def read_language(
             cache=cache_folder() / "tokens",
             weigh_tokens=True,
         )
+    )
+    row_format = common_format(rows)
+    return with_report(
+        records,
+        rows,
+        tokenizer,
+        format=row_format.name,
+        used=(*row_format.columns, *row_format.optional, *used),
+        append_eos=settings.append_eos and row_format.closed,
     )
 
 
@@ -133,13 +160,16 @@ class VisionLanguageRecipe(CausalLMRecipe):
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of messages with images, whose files lie beside the rows."""
         path = Path(source).expanduser()
-        return image_records(
-            load_rows(source, row_format=self.settings.row_format),
+        rows = self.load_rows(source)
+        records = image_records(
+            rows,
             tokenizer,
             folder=path if path.is_dir() else path.parent,
             max_length=self.settings.max_length,
             train_on=self.settings.train_on,
         )
+        used = ("messages", "images", "tools")
+        return with_report(records, rows, tokenizer, format="messages with images", used=used)
 
     def collate(
         self,
@@ -165,14 +195,12 @@ class MaskedLMRecipe(Recipe):
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of text."""
         meta = mask_settings(tokenizer)
+        rows = self.load_rows(source)
         records = text_records(
-            load_rows(source, row_format=self.settings.row_format),
-            tokenizer,
-            columns=["text"],
-            max_length=self.settings.max_length,
+            rows, tokenizer, columns=["text"], max_length=self.settings.max_length
         )
         records.meta.update(meta)
-        return records
+        return with_report(records, rows, tokenizer, format="text", used=["text"])
 
     def collate(
         self,
@@ -201,13 +229,15 @@ class Seq2SeqRecipe(Recipe):
 
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of prompt (read by the encoder) and completion (written by the decoder)."""
-        return text_records(
-            load_rows(source, row_format=self.settings.row_format),
+        rows, columns = self.load_rows(source), ["prompt", "completion"]
+        records = text_records(
+            rows,
             tokenizer,
-            columns=["prompt", "completion"],
+            columns=columns,
             max_length=self.settings.max_length,
             of_target=["completion"],
         )
+        return with_report(records, rows, tokenizer, format="prompt and completion", used=columns)
 
     def load_model(self, source: str, data: Sequence[Records]) -> Any:
         """The model without dropout: its masks could not be tied to the examples."""
@@ -244,11 +274,17 @@ class DistillationRecipe(Recipe):
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows as of causal_lm; without a teacher with its top-k log-probabilities."""
         settings = self.settings
-        records = read_language(settings, source, tokenizer, train_on=settings.train_on)
-        if settings.teacher is not None:
+        rows, in_rows = self.load_rows(source), settings.teacher is None
+        used = _TARGET_COLUMNS if in_rows else ()
+        records = _language_records(
+            settings, rows, tokenizer, train_on=settings.train_on, used=used
+        )
+        if not in_rows:
             return records
-        rows = load_rows(source, row_format=self.settings.row_format)
-        return teacher_topk_records(rows, records.sequences, max_length=settings.max_length)
+        report = records.report
+        records = teacher_topk_records(rows, records.sequences, max_length=settings.max_length)
+        records.report = report
+        return records
 
     def build(self, model: Any, data: Sequence[Records]) -> Objective:
         """The divergence from the teacher."""

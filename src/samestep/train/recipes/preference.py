@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from samestep.data.collate import Padding
+from samestep.data.describe import with_report
 from samestep.data.load import load_rows
 from samestep.data.readers.preference import collate_unpaired, pair_records, unpaired_records
 from samestep.data.readers.rollouts import rollout_records
 from samestep.data.records import Records
+from samestep.data.rows import Row
 from samestep.engine.parallel import is_sharded
 from samestep.engine.terms import Objective, constant
 from samestep.engine.two_pass import TwoPass
@@ -37,6 +39,11 @@ from samestep.train.settings.language import (
 from samestep.train.settings.objectives import PolicySettings
 from samestep.utils.files import cache_folder
 
+_PAIR_COLUMNS = (
+    *("prompt", "chosen", "rejected", "tools", "margin"),
+    *("ref_chosen_logps", "ref_rejected_logps"),
+)
+
 
 def read_pairs(settings: TrainSettings, source: str, tokenizer: Any) -> Records:
     """Rows of prompt, chosen and rejected.
@@ -52,13 +59,33 @@ def read_pairs(settings: TrainSettings, source: str, tokenizer: Any) -> Records:
     Raises:
         DataError: The rows cannot be used.
     """
-    return pair_records(
-        load_rows(source, row_format=settings.row_format),
+    rows = load_rows(source, row_format=settings.row_format)
+    records = pair_records(
+        rows,
         tokenizer,
         max_length=settings.max_length,
         append_eos=settings.append_eos,
         cache=cache_folder() / "tokens",
     )
+    return with_report(
+        records,
+        rows,
+        tokenizer,
+        format="pairs",
+        used=_PAIR_COLUMNS,
+        append_eos=_closes_texts(settings, rows, "chosen"),
+    )
+
+
+_ROLLOUT_COLUMNS = (
+    *("prompt", "completion", "tools", "input_ids", "labels"),
+    *("reward", "advantage", "group", "old_log_p"),
+)
+
+
+def _closes_texts(settings: TrainSettings, rows: Sequence[Row], column: str) -> bool:
+    """Whether ``append_eos`` says something of the rows: they are text."""
+    return settings.append_eos and isinstance(rows[0].values.get(column), str)
 
 
 def load_reference(settings: ReferenceSettings, model: Any) -> Reference:
@@ -182,12 +209,23 @@ class KTORecipe(Recipe):
 
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of prompt, completion and label."""
-        return unpaired_records(
-            load_rows(source, row_format=self.settings.row_format),
+        rows = self.load_rows(source)
+        records = unpaired_records(
+            rows,
             tokenizer,
             max_length=self.settings.max_length,
             append_eos=self.settings.append_eos,
             cache=cache_folder() / "tokens",
+        )
+        used = ("prompt", "completion", "label", "tools")
+        closes = _closes_texts(self.settings, rows, "completion")
+        return with_report(
+            records,
+            rows,
+            tokenizer,
+            format="completions, good or bad",
+            used=used,
+            append_eos=closes,
         )
 
     def collate(
@@ -244,13 +282,18 @@ class PolicyRecipe(Recipe):
 
     def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of prompt, completion and reward."""
-        return rollout_records(
-            load_rows(source, row_format=self.settings.row_format),
+        rows = self.load_rows(source)
+        records = rollout_records(
+            rows,
             tokenizer,
             baseline=self.settings.baseline,
             max_length=self.settings.max_length,
             append_eos=self.settings.append_eos,
             cache=cache_folder() / "tokens",
+        )
+        closes = _closes_texts(self.settings, rows, "completion")
+        return with_report(
+            records, rows, tokenizer, format="rollouts", used=_ROLLOUT_COLUMNS, append_eos=closes
         )
 
     def build(self, model: Any, data: Sequence[Records]) -> Objective:

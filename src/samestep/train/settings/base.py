@@ -197,6 +197,8 @@ class TrainSettings(BaseModel):
     """Continue the run in --out from its last checkpoint."""
     overwrite: bool = False
     """Replace the run in --out."""
+    dry_run: bool = False
+    """Read the data, say what would be learned, show a row with its targets, and stop there."""
 
     def problems(self) -> list[str]:
         """Contradictions between the settings of the objective itself, a line each."""
@@ -204,7 +206,7 @@ class TrainSettings(BaseModel):
 
     def saved(self) -> dict[str, Any]:
         """The settings that ``config.yaml`` keeps: all but how this call treats ``out``."""
-        return self.model_dump(mode="json", exclude={"resume", "overwrite"})
+        return self.model_dump(mode="json", exclude={"resume", "overwrite", "dry_run"})
 
 
 @dataclass(frozen=True)
