@@ -166,19 +166,6 @@ def newest_intact(folder: Path) -> Path | None:
     return None
 
 
-def read_origin(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was given as ``origin``; empty in checkpoints of earlier versions.
-
-    Raises:
-        CheckpointError: The checkpoint cannot be read.
-    """
-    try:
-        origin: dict[str, Any] = read_state(checkpoint).get("origin", {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{checkpoint} cannot be read: {error}") from error
-    return origin
-
-
 def load(checkpoint: Path, model: nn.Module, *, optimizer: Optimizer) -> Progress:
     """Put a checkpoint's weights and optimizer state in place, on any number of ranks.
 

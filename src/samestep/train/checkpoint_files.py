@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from samestep.errors import CheckpointError
 from samestep.utils.files import (
     finish_replacing,
     open_regular,
@@ -80,6 +81,19 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if state["format"] != FORMAT:
         raise ValueError(f"format {state['format']}, not {FORMAT}")
     return state
+
+
+def read_origin(checkpoint: Path) -> dict[str, Any]:
+    """What `save` was given as ``origin``; empty in checkpoints of earlier versions.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read.
+    """
+    try:
+        origin: dict[str, Any] = read_state(checkpoint).get("origin", {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{checkpoint} cannot be read: {error}") from error
+    return origin
 
 
 def _digest(text: str) -> str:

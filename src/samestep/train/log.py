@@ -1,10 +1,12 @@
 """Where the numbers of a run go: always JSONL, and the trackers that the settings name."""
 
-import errno
 import json
+import logging
 import math
 import os
+import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +16,9 @@ from samestep.engine.step import StepReport
 from samestep.errors import ConfigError
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
-from samestep.utils.files import write_atomically
+from samestep.utils.files import open_regular, write_atomically
+
+log = logging.getLogger("samestep")
 
 
 class Tracker(Protocol):
@@ -28,21 +32,33 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """A file of one JSON object a line, flushed after each."""
+    """A file of one JSON object a line, flushed after each.
+
+    Raises:
+        OSError: It cannot be opened, or is neither a file nor a device.
+    """
 
     def __init__(self, path: Path) -> None:
+        if path.exists() and stat.S_ISFIFO(path.stat().st_mode):
+            raise OSError(f"{path} is a pipe")
         # Unbuffered: what could not be written must not come up again when the file is closed.
         self._file = path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line; numbers that are not finite, which JSON has not, become null.
+        """Append one line, whole or not at all; numbers that are not finite become null.
 
         Raises:
             OSError: It cannot be written, as on a full disk.
         """
         line = (json.dumps(_finite(record), ensure_ascii=False) + "\n").encode()
-        if self._file.write(line) != len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        size, written = os.fstat(self._file.fileno()).st_size, 0
+        try:
+            while written < len(line):  # the system may take a part and say why at the next one
+                written += self._file.write(line[written:])
+        except OSError:
+            with suppress(OSError):  # devices have no length
+                self._file.truncate(size)
+            raise
 
     def close(self) -> None:
         """Close the file."""
@@ -106,18 +122,45 @@ class RunLog:
 
 
 def keep_steps(path: Path, done: int) -> None:
-    """Cut a log back to its first ``done`` steps: a resumed run writes the later ones again."""
+    """Cut a log back to its first ``done`` steps: a resumed run writes the later ones again.
+
+    Lines that are damaged, as after a crash of the machine, are left out; a warning says which.
+
+    Raises:
+        OSError: It cannot be read or written, or is no file.
+    """
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+    with open_regular(path) as file:
+        lines = file.read().splitlines()
+    steps = [_step_of(line) for line in lines]
+    damaged = [number for number, step in enumerate(steps, 1) if step is None]
+    if damaged:
+        log.warning(
+            "%s: %d damaged lines are left out (line %s)",
+            *(path, len(damaged), ", ".join(map(str, damaged[:5])) + (", …" * (len(damaged) > 5))),
+        )
+    pairs = zip(lines, steps, strict=True)
+    kept = [line.decode() for line, step in pairs if step is not None and step <= done]
     write_atomically(path, "".join(line + "\n" for line in kept))
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step that a line of a log is about; None: it is damaged."""
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if type(step) is int else None
 
 
 def _steps_in(path: Path) -> set[int]:
     if not path.exists():
         return set()
-    return {json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()}
+    with open_regular(path) as file:
+        steps = {_step_of(line) for line in file.read().splitlines()}
+    return {step for step in steps if step is not None}
 
 
 def open_trackers(

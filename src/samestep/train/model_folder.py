@@ -1,14 +1,17 @@
 """The trained model in the folder of a run: written whole or not at all."""
 
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from samestep.engine.collectives import on_rank_0
 from samestep.engine.parallel import is_sharded
 from samestep.errors import CheckpointError
+from samestep.train.run_folder import unfinished_model
+from samestep.utils.files import finish_replacing, remove, replace_folder, sync_tree
 
 
 def save_model(model: Any, tokenizer: Any, *, folder: Path, merge: bool) -> None:
@@ -34,16 +37,20 @@ def save_model(model: Any, tokenizer: Any, *, folder: Path, merge: bool) -> None
 
 
 def _write_model(model: Any, tokenizer: Any, *, folder: Path, weights: Any) -> None:
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, old = unfinished_model(folder)
     try:
+        finish_replacing(folder)
+        remove(aside)
+        remove(old)
         model.save_pretrained(aside, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        sync_tree(aside)
+        replace_folder(folder, aside)
+        remove(old)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            remove(aside)
         raise CheckpointError(
             f"{folder} could not be written: {error}. The last checkpoint is intact: make room "
             "and run again with --resume"

@@ -1,15 +1,25 @@
 """The folder of a run: what stands where, and who may write there. No PyTorch."""
 
-import shutil
+import logging
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
-from samestep.errors import ConfigError
+from samestep.errors import CheckpointError, ConfigError
+from samestep.train.checkpoint_files import all_checkpoints, read_origin
 from samestep.train.settings.base import RESUME_MAY_CHANGE, TrainSettings, with_current_names
-from samestep.utils.files import write_atomically
+from samestep.utils.files import (
+    remove,
+    replaced_name,
+    write_atomically,
+)
+from samestep.utils.messages import read_yaml
+
+log = logging.getLogger("samestep")
 
 
 class RunFolder:
@@ -35,23 +45,45 @@ class RunFolder:
         self.checkpoints = root / "checkpoints"
         self.model = root / "model"
         self.tracking = root / "tracking"
-        self._lock = FileLock(root / ".lock")
+        self._lock_file = root / ".lock"
+        self._lock = FileLock(self._lock_file)
+        self._held: os.stat_result | None = None
+        self._made: list[Path] = []
 
     def holds_a_run(self) -> bool:
         """Whether a run has written here."""
         return any(path.exists() for path in self._contents())
 
+    def hold(self, settings: TrainSettings) -> None:
+        """Let no other run write here, then refuse a folder that this run must not write to.
+
+        If it ends before `open`, `close` leaves no trace of it.
+
+        Raises:
+            ConfigError: Another run writes there, or nobody can; it holds another run, or one
+                with other settings than those to resume; an input lies where a run writes.
+        """
+        self._refuse_file()
+        try:
+            self._lock_folder()
+            self.check(settings)
+        except OSError as error:
+            self.close()
+            raise self._unwritable(error) from error
+        except ConfigError:
+            self.close()
+            raise
+
     def check(self, settings: TrainSettings) -> None:
         """Refuse a folder that this run must not write to; writes nothing.
 
         Raises:
-            ConfigError: It holds another run, or one with other settings than those to resume.
+            ConfigError: It holds another run, or one with other settings than those to resume; an
+                input lies where a run writes; something there is a link.
         """
-        if self.root.exists() and not self.root.is_dir():
-            raise ConfigError(f"out: {self.root} is a file, not a folder")
-        if self.root.exists():
-            self._hold()
-            self.close()
+        self._refuse_file()
+        self._refuse_links()
+        self._refuse_inputs_inside(settings)
         if not self.holds_a_run() or settings.overwrite:
             return
         if not settings.resume:
@@ -59,16 +91,50 @@ class RunFolder:
                 f"out: {self.root} already holds a run. Continue it with --resume, replace it "
                 "with --overwrite, or choose another folder"
             )
-        if self.config.exists():
-            self._check_same(settings)
+        self._check_same(settings)
+
+    def _refuse_file(self) -> None:
+        if self.root.exists() and not self.root.is_dir():
+            raise ConfigError(f"out: {self.root} is a file, not a folder")
+
+    def _refuse_links(self) -> None:
+        """What a run writes must land in the folder, not where a link in it points to."""
+        own = (*self._contents(), self._lock_file, *self._children(self.tracking))
+        links = [path for path in own if path.is_symlink()]
+        if links:
+            raise ConfigError(
+                f"out: {', '.join(map(str, links))}: links are not written through. Make out "
+                "itself another folder, or remove them"
+            )
+
+    def _refuse_inputs_inside(self, settings: TrainSettings) -> None:
+        """Overwriting deletes what the folder holds, and the end of a run replaces the model."""
+        own = [path.resolve() for path in self._contents()]
+        problems = []
+        for name, value in settings.saved().items():
+            if name == "out" or not isinstance(value, str) or "\0" in value:
+                continue
+            with suppress(OSError, RuntimeError):
+                path = Path(value).expanduser()
+                within = [part for part in own if path.resolve().is_relative_to(part)]
+                if within and path.exists():
+                    problems.append(
+                        f"{name}: {value} lies in {within[0]}, which a run with this out replaces: "
+                        "choose another out, or copy it first"
+                    )
+        if problems:
+            raise ConfigError("\n".join(problems))
 
     def _check_same(self, settings: TrainSettings) -> None:
-        saved: dict[str, Any] = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
-        before = with_current_names(saved)
-        now = settings.saved()
+        before = self._settings_before()
+        if before is None:
+            return
+        now, defaults = settings.saved(), type(settings).model_fields
+        kept = RESUME_MAY_CHANGE & now.keys()
+        unknown = now.keys() - before.keys() - RESUME_MAY_CHANGE
         changed = [
             f"  - {name}: was {before.get(name)!r}, is {now.get(name)!r}"
-            for name in sorted({*before, *now} - RESUME_MAY_CHANGE)
+            for name in sorted({*before, *now} - RESUME_MAY_CHANGE - unknown)
             if before.get(name) != now.get(name)
         ]
         if changed:
@@ -76,9 +142,30 @@ class RunFolder:
                 f"resume: the run in {self.root} had other settings:\n"
                 + "\n".join(changed)
                 + "\nGive the same ones (only "
-                + ", ".join(sorted(RESUME_MAY_CHANGE))
+                + ", ".join(sorted(kept))
                 + " may change), or start anew with --overwrite"
             )
+        lost = sorted(name for name in unknown if getattr(settings, name) != defaults[name].default)
+        if lost:
+            log.warning(
+                "resume: what the run in %s had for %s is not known: not compared",
+                *(self.root, ", ".join(lost)),
+            )
+
+    def _settings_before(self) -> dict[str, Any] | None:
+        """The settings that the run had: the newest checkpoint's copy, else config.yaml."""
+        for checkpoint in reversed(all_checkpoints(self.checkpoints)):
+            with suppress(CheckpointError):
+                saved = read_origin(checkpoint).get("settings")
+                if isinstance(saved, dict) and saved:
+                    return with_current_names(saved)
+        if not self.config.exists() and not all_checkpoints(self.checkpoints):
+            return None
+        try:
+            return with_current_names(read_yaml(self.config))
+        except ConfigError as error:
+            log.warning("resume: %s: the settings are not compared with those of the run", error)
+            return None
 
     def open(self, settings: TrainSettings) -> None:
         """Hold the folder, clear it if asked, and save the settings.
@@ -87,31 +174,70 @@ class RunFolder:
             ConfigError: Another run writes there, or nobody can.
         """
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._hold()
+            if self._held is None:
+                self._lock_folder()
             self._start(settings)
         except OSError as error:
-            raise ConfigError(f"out: {self.root} cannot be written ({error})") from error
+            raise self._unwritable(error) from error
+        self._made = []
 
     def close(self) -> None:
         """Let other runs write here. The system does it for a process that was killed."""
+        if self._held is not None and self._made:
+            with suppress(OSError):
+                self._lock_file.unlink()
         self._lock.release()
+        self._held = None
+        for folder in reversed(self._made):
+            with suppress(OSError):  # not empty: somebody else's too by now
+                folder.rmdir()
+        self._made = []
 
-    def _hold(self) -> None:
+    def check_held(self) -> None:
+        """Make sure that this is still the folder that the run holds, before it is written to.
+
+        Raises:
+            CheckpointError: It was deleted or replaced meanwhile; another run may be in it.
+        """
+        with suppress(OSError):
+            now = self._lock_file.lstat()
+            if self._held is not None and os.path.samestat(now, self._held):
+                return
+        raise CheckpointError(
+            f"{self.root} was deleted or replaced while the run went, and another run may be "
+            "writing there: this one writes no more"
+        )
+
+    def _lock_folder(self) -> None:
+        if self._lock_file.is_symlink():
+            raise ConfigError(f"out: {self._lock_file} is a link: remove it")
+        self._make_root()
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
+            self._made = []
             raise ConfigError(
                 f"out: another run is writing to {self.root}: wait for it, or choose another folder"
             ) from None
+        self._held = self._lock_file.lstat()
+
+    def _make_root(self) -> None:
+        missing = [path for path in (self.root, *self.root.parents) if not path.exists()]
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            self._made.append(path)
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"out: {self.root} cannot be written ({error})")
+
+    @staticmethod
+    def _children(folder: Path) -> list[Path]:
+        return list(folder.iterdir()) if folder.is_dir() else []
 
     def _start(self, settings: TrainSettings) -> None:
         if settings.overwrite:
-            for path in self._contents():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+            for path in (*self._contents(), *unfinished_model(self.model)):
+                remove(path)
         text = yaml.safe_dump(settings.saved(), sort_keys=False, allow_unicode=True)
         write_atomically(self.config, text)
 
@@ -125,3 +251,8 @@ class RunFolder:
             self.model,
             self.tracking,
         )
+
+
+def unfinished_model(folder: Path) -> tuple[Path, Path]:
+    """Where a new model is written, and where the former one waits for it."""
+    return folder.with_name(f".{folder.name}.tmp"), replaced_name(folder)

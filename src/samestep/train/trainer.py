@@ -20,21 +20,30 @@ from samestep.engine.collectives import (
     all_gather_object,
     gather_results,
     on_rank_0,
+    rank,
     run_or_fail_together,
 )
 from samestep.engine.evaluate import EvalReport, evaluate
 from samestep.engine.parallel import is_sharded
 from samestep.engine.step import StepReport, step
 from samestep.engine.terms import LossFn
-from samestep.errors import ConfigError, Interrupted, NotFiniteError, StopRequestedError
+from samestep.errors import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    NotFiniteError,
+    StopRequestedError,
+)
 from samestep.models.activations import ActivationOffload
 from samestep.models.dropout import key_dropout
 from samestep.train import checkpoint
+from samestep.train.checkpoint_files import read_origin
 from samestep.train.forward import find_nonfinite_rows, with_context
 from samestep.train.launch import process_group
 from samestep.train.micro_batches import MicroBatches, Report, retry_on_oom
 from samestep.train.model_folder import save_model
 from samestep.train.optim import learning_rate, set_learning_rate
+from samestep.train.origin import differences, origin_of
 from samestep.train.precision import choose_precision, one_step
 from samestep.train.progress import DataFingerprint, Progress
 from samestep.train.reporter import RunReporter
@@ -69,11 +78,12 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     with process_group():
         settings = run_or_fail_together(lambda: choose_precision(settings))
         folder = RunFolder(Path(settings.out))
-        on_rank_0(lambda: folder.check(settings))
-        setup = set_up(settings)
-        on_rank_0(lambda: folder.open(settings))
+        on_rank_0(lambda: folder.hold(settings))
         try:
-            progress = _first_progress(setup, settings, folder=folder)
+            setup = set_up(settings)
+            origin = _origin(setup, settings)
+            progress = _first_progress(setup, settings, folder=folder, origin=origin)
+            on_rank_0(lambda: folder.open(settings))
             with (
                 RunReporter(folder, settings, total=setup.steps, done=progress.step) as reporter,
                 interruptible(reporter.say) as stop_signal,
@@ -87,19 +97,36 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                     stop_signal=stop_signal,
                     watchdog=watchdog,
                     progress=progress,
+                    origin=origin,
                 )
                 trainer.run()
+            on_rank_0(folder.check_held)
             save_model(setup.model, setup.tokenizer, folder=folder.model, merge=settings.merge)
             summary = _summary(trainer)
-            text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-            on_rank_0(lambda: write_atomically(folder.summary, text))
+            on_rank_0(lambda: _write_summary(summary, folder))
         finally:
             folder.close()
         return summary
 
 
+def _origin(setup: TrainingSetup, settings: TrainSettings) -> dict[str, Any]:
+    """What checkpoints keep of what the run depends on; rank 0 reads the files."""
+    files = gather_results(lambda: origin_of(settings, setup.model) if rank() == 0 else {})[0]
+    return {"settings": settings.saved(), "files": files}
+
+
+def _write_summary(summary: dict[str, Any], folder: RunFolder) -> None:
+    try:
+        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(folder.summary, text)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder.summary} could not be written ({error}); the model in {folder.model} is whole"
+        ) from error
+
+
 def _first_progress(
-    setup: TrainingSetup, settings: TrainSettings, *, folder: RunFolder
+    setup: TrainingSetup, settings: TrainSettings, *, folder: RunFolder, origin: dict[str, Any]
 ) -> Progress:
     """Where the run starts: at its last intact checkpoint if it is resumed, else at step 0."""
     data = DataFingerprint.of(setup.train)
@@ -108,6 +135,7 @@ def _first_progress(
         if settings.resume:
             log.warning("resume: there is no checkpoint in %s: starting at step 0", folder.root)
         return Progress(step=0, tokens=0, seconds=0.0, skipped=0, data=data)
+    _check_origin(path, origin["files"])
     progress = checkpoint.load(path, setup.model, optimizer=setup.optimizer)
     difference = progress.data.difference(data)
     if difference:
@@ -117,6 +145,24 @@ def _first_progress(
         )
     log.info("resuming after step %d, from %s", progress.step, path)
     return progress
+
+
+def _check_origin(path: Path, now: dict[str, str]) -> None:
+    """Refuse to go on with other files than those that the run began with."""
+    before = read_origin(path).get("files")
+    if before is None:
+        log.warning(
+            "resume: %s is of an earlier version of samestep: whether the model's files have "
+            "changed since is not known",
+            path,
+        )
+        return
+    changed = "\n  - ".join(["", *differences(before, now)])
+    if changed:
+        raise ConfigError(
+            f"resume: what the run depends on is not what it was at {path}:{changed}\n"
+            "Restore it, or start anew with --overwrite"
+        )
 
 
 @dataclass(kw_only=True)
@@ -131,6 +177,7 @@ class Trainer:
         stop_signal: Gives the number of the signal that asked to stop, or 0.
         watchdog: Gets a heartbeat before each micro-batch.
         progress: How far the run is.
+        origin: What checkpoints keep of what the run depends on.
         evaluations: Those of this call, in order.
     """
 
@@ -141,6 +188,7 @@ class Trainer:
     stop_signal: Callable[[], int]
     watchdog: Watchdog
     progress: Progress
+    origin: dict[str, Any]
     evaluations: list[EvalReport] = field(default_factory=list)
 
     def run(self) -> None:
@@ -250,12 +298,14 @@ class Trainer:
 
     def _save(self) -> None:
         self.watchdog.heartbeat("saving", timed=False)
+        on_rank_0(self.folder.check_held)
         checkpoint.save(
             self.folder.checkpoints,
             self.setup.model,
             optimizer=self.setup.optimizer,
             progress=self.progress,
             keep=self.settings.keep,
+            origin=self.origin,
         )
 
     def _watched(

@@ -5,10 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from samestep.errors import ConfigError
 from samestep.utils.plugins import nearest
+from samestep.utils.yaml_files import load_yaml
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -26,15 +25,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: It cannot be read, or holds no fields.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+    content = load_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold 'field: value' lines, not {type(content).__name__}")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
+    fields: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name in fields:
+            raise ConfigError(f"{path}: {name} is given twice, with a hyphen and without: keep one")
+        fields[name] = value
+    return fields
 
 
 def describe_validation_errors(
@@ -84,6 +84,10 @@ def _without_union_members(location: Sequence[str | int]) -> tuple[str | int, ..
     return tuple(kept)
 
 
+_SHOWN = 200
+"""Characters of a wrong value that a message shows."""
+
+
 def _describe(
     name: str,
     problems: Sequence[Any],
@@ -106,4 +110,7 @@ def _describe(
     text = ", or ".join(f"{message[0].lower()}{message[1:]}" for message in messages)
     expected = " ".join(problem.get("ctx", {}).get("expected", "") for problem in problems)
     choices = re.findall(r"'([^']+)'", expected)
-    return f"{text}; found {value!r}{nearest(str(value), choices, cutoff=0.4)}"
+    found = repr(value)
+    if len(found) > _SHOWN:
+        found = f"{found[:_SHOWN]} …"
+    return f"{text}; found {found}{nearest(str(value)[:_SHOWN], choices, cutoff=0.4)}"
