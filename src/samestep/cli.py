@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -98,11 +99,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         number = error.number if isinstance(error, Interrupted) else signal.SIGINT
-        name = signal.Signals(number).name
-        print(
-            f"samestep: stopped by {name}; --resume continues from the checkpoint", file=sys.stderr
-        )
+        if os.environ.get("RANK", "0") == "0":
+            print(f"samestep: {_stopped(error, number)}", file=sys.stderr)
         return 128 + number
+
+
+def _stopped(error: KeyboardInterrupt, number: int) -> str:
+    """What a stop leaves, and the command that goes on."""
+    text = f"stopped by {signal.Signals(number).name}"
+    if not isinstance(error, Interrupted) or error.out is None:
+        return text
+    return (
+        f"{text} after step {error.step}, which is saved. To go on:\n"
+        f"  samestep train --resume --out {shlex.quote(error.out)}"
+    )
 
 
 def _run(command: str, arguments: list[str]) -> int:

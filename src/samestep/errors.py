@@ -130,11 +130,15 @@ class Interrupted(KeyboardInterrupt):
 
     Args:
         number: The signal's number.
+        step: Steps done and saved; None if nothing was saved.
+        out: The folder of the run.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, step: int | None = None, out: str | None = None) -> None:
         super().__init__(number)
         self.number = number
+        self.step = step
+        self.out = out
 
 
 class CheckError(SamestepError):

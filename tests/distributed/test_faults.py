@@ -142,7 +142,7 @@ def test_sigterm_saves_and_ends_with_a_code_of_its_own(
     run.process.send_signal(signal.SIGTERM)
     code, text = run.end()
     assert code == 128 + signal.SIGTERM, text
-    assert "stopped by SIGTERM; --resume continues" in text
+    assert "stopped by SIGTERM after step" in text
     done = len(read_lines(run.out / "log.jsonl"))
     assert (run.out / "checkpoints" / f"step-{done:08d}").is_dir()
     assert_resumes(folder, run, ranks=2)

@@ -133,6 +133,7 @@ def run_config(folder: Path, **changes: Any) -> TrainSettings:
         "batch_size": 8,
         "steps": 6,
         "lr": 1e-2,
+        "keep": 2,
         **changes,
     }
     settings.setdefault("objective", "causal_lm")

@@ -196,7 +196,8 @@ def load_model(
         settings: Changes of its config.
 
     Returns:
-        A transformers model on the CPU, in train mode.
+        A transformers model on the CPU, in train mode; ``stored_dtype`` is the type that its
+        config says its weights have in the files, or None.
 
     Raises:
         ConfigError: The config or the weights are missing, incomplete or of an unknown kind.
@@ -209,6 +210,7 @@ def load_model(
             for name in _UNKEYED_NOISE:
                 if nested.to_dict().get(name):
                     setattr(nested, name, 0.0)
+        stored = config.dtype
         torch.manual_seed(seed)
         if init == "random":
             model = auto.from_config(config, dtype=dtype, **options)
@@ -232,6 +234,8 @@ def load_model(
             "config.json and *.safetensors, a Hub name, or a .gguf file"
             + (" (config.json is enough with init random)" if init == "pretrained" else "")
         ) from error
+    # What its weights were before they became `dtype`: they are saved as they came.
+    model.stored_dtype = stored if init == "pretrained" else None
     return model.train()
 
 

@@ -198,6 +198,21 @@ def prune(folder: Path, *, step: int, keep: int) -> None:
         log.warning("an older checkpoint could not be deleted: %s", error)
 
 
+def remove_checkpoints(folder: Path) -> None:
+    """Delete all checkpoints that a run wrote, once nothing needs them; what it did not write stays.
+
+    Args:
+        folder: Of the checkpoints.
+    """
+    try:
+        for checkpoint in all_checkpoints(folder):
+            _remove_written(checkpoint)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    except OSError as error:
+        log.warning("a checkpoint could not be deleted: %s", error)
+
+
 def _remove_written(checkpoint: Path) -> None:
     """Delete the files that a run has written, and the folder if nothing else is in it."""
     written = {path.name for path in checkpoint.iterdir() if _SHARD.fullmatch(path.name)}

@@ -10,7 +10,7 @@ import tyro
 from samestep.errors import ConfigError
 from samestep.train.launch import launch, process_group, ranks_to_launch, under_torchrun
 from samestep.train.run_folder import RunFolder
-from samestep.train.settings.base import TrainSettings, finalize
+from samestep.train.settings.base import RENAMED_FIELDS, TrainSettings, finalize
 from samestep.train.settings.command_line import arities, train_help, unknown_names
 from samestep.train.settings.objectives import settings_class
 from samestep.train.settings.paths import hub_names, missing_paths
@@ -96,11 +96,12 @@ def read_settings(arguments: Sequence[str]) -> TrainSettings:
     names = [name for name in line.names if name not in negated]
     problems = unknown_names(names, kind, objective, flag=True)
     values: dict[str, Any] = {}
-    if path is not None:
+    if fields:
         unknown = unknown_names(fields, kind, objective, flag=False)
         known = {name: value for name, value in fields.items() if name in kind.model_fields}
         values, wrong = _validated(kind=kind, fields=known)
-        problems = [*(f"{path}: {problem}" for problem in [*unknown, *wrong]), *problems]
+        where = path or "config.yaml"
+        problems = [*(f"{where}: {problem}" for problem in [*unknown, *wrong]), *problems]
     missing = [name for name in _REQUIRED if name not in {**fields, **dict.fromkeys(names)}]
     if missing:
         problems.append(_missing(missing, line))
@@ -110,14 +111,28 @@ def read_settings(arguments: Sequence[str]) -> TrainSettings:
     start = kind.model_construct(**{**values, "objective": objective}, **required)
     # What is left to find are values of flags: tyro names the flag and the value.
     settings = tyro.cli(kind, args=line.flags, default=start, prog="samestep train [RUN.YAML]")
+    settings.model_fields_set.intersection_update({*values, *names, *_REQUIRED, "objective"})
     return finalize(settings)
 
 
 def _fields_of_file(path: Path | None, flags: Sequence[str]) -> dict[str, Any]:
-    """The fields of the file; without one, those of the run that is to be resumed."""
-    if path is not None:
-        return read_yaml(path)
-    return {}
+    """The fields of the file; of a run that is to be resumed, without one, all of its settings.
+
+    With a file, the learning rate that the run had stands in for one that nobody gives.
+    """
+    fields = {} if path is None else read_yaml(path)
+    out = _flag(flags, "--out") or fields.get("out")
+    if "--resume" not in flags or not isinstance(out, str):
+        return fields
+    config = Path(out) / "config.yaml"
+    if not config.exists():
+        if path is None:
+            raise ConfigError(f"resume: there is no run in {out} (no {config})")
+        return fields
+    saved = {RENAMED_FIELDS.get(name, name): value for name, value in read_yaml(config).items()}
+    if path is None:
+        return saved
+    return {**{name: saved[name] for name in ("lr",) if name in saved}, **fields}
 
 
 def _missing(names: Sequence[str], line: CommandLine) -> str:
@@ -166,7 +181,7 @@ def _missing_on_hub(settings: TrainSettings) -> list[str]:
 
 
 def _flag(arguments: Sequence[str], flag: str) -> str | None:
-    """The value of a flag that decides which other flags there are; None without it."""
+    """The value of a flag that has to be known before all are parsed; None without it."""
     for at, argument in enumerate(arguments):
         if argument == flag and arguments[at + 1 :]:
             return arguments[at + 1]

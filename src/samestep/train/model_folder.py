@@ -1,10 +1,14 @@
 """The trained model in the folder of a run: written whole or not at all."""
 
+import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from samestep.engine.collectives import on_rank_0
@@ -37,12 +41,18 @@ def save_model(model: Any, tokenizer: Any, *, folder: Path, merge: bool) -> None
 
 
 def _write_model(model: Any, tokenizer: Any, *, folder: Path, weights: Any) -> None:
+    # Adapters are small and new: they stay as they were trained.
+    stored = None if _is_adapter(model) else getattr(model, "stored_dtype", None)
+    if stored is not None and stored != model.dtype:
+        weights = _converted(model.state_dict() if weights is None else weights, stored)
     aside, old = unfinished_model(folder)
     try:
         finish_replacing(folder)
         remove(aside)
         remove(old)
         model.save_pretrained(aside, state_dict=weights)
+        if stored is not None:
+            _note_dtype(aside / "config.json", stored)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         sync_tree(aside)
@@ -55,3 +65,27 @@ def _write_model(model: Any, tokenizer: Any, *, folder: Path, weights: Any) -> N
             f"{folder} could not be written: {error}. The last checkpoint is intact: make room "
             "and run again with --resume"
         ) from error
+
+
+def _is_adapter(model: Any) -> bool:
+    """Whether a model is saved as adapters alone."""
+    return hasattr(model, "peft_config")
+
+
+def _converted(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights in another floating-point type; those that share memory still do."""
+    made: dict[tuple[int, torch.Size], Tensor] = {}
+    result = {}
+    for name, weight in weights.items():
+        key = weight.data_ptr(), weight.shape
+        if key not in made:
+            made[key] = weight.to(dtype) if weight.is_floating_point() else weight
+        result[name] = made[key]
+    return result
+
+
+def _note_dtype(path: Path, dtype: torch.dtype) -> None:
+    """The type of the saved weights in the config: transformers writes that of the model."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -21,6 +21,8 @@ from samestep.utils.messages import read_yaml
 
 log = logging.getLogger("samestep")
 
+_LENGTH = ("  - steps:", "  - epochs:")
+
 
 class RunFolder:
     """Paths under ``--out``.
@@ -92,6 +94,11 @@ class RunFolder:
                 "with --overwrite, or choose another folder"
             )
         self._check_same(settings)
+        if self.summary.exists() and not all_checkpoints(self.checkpoints):
+            raise ConfigError(
+                f"resume: the run in {self.root} is finished, and kept no checkpoint (--keep 0). "
+                f"Train on from its model: --model {self.model} --out ANOTHER-FOLDER"
+            )
 
     def _refuse_file(self) -> None:
         if self.root.exists() and not self.root.is_dir():
@@ -137,6 +144,13 @@ class RunFolder:
             for name in sorted({*before, *now} - RESUME_MAY_CHANGE - unknown)
             if before.get(name) != now.get(name)
         ]
+        longer = {name for name in ("steps", "epochs") if before.get(name) != now.get(name)}
+        if longer and settings.schedule == "constant" and not 0 < settings.warmup < 1:
+            # The rate of a step does not depend on how many there are.
+            changed = [line for line in changed if not line.startswith(_LENGTH)]
+            longer = set()
+        if longer:
+            changed.append(self._about_length(settings))
         if changed:
             raise ConfigError(
                 f"resume: the run in {self.root} had other settings:\n"
@@ -166,6 +180,15 @@ class RunFolder:
         except ConfigError as error:
             log.warning("resume: %s: the settings are not compared with those of the run", error)
             return None
+
+    def _about_length(self, settings: TrainSettings) -> str:
+        """Why a run cannot be made longer, and what can be done instead."""
+        return (
+            f"    The learning rate of every step ({settings.schedule}, warm-up "
+            f"{settings.warmup:g}) follows from the number of steps: another number is another "
+            f"run. To train on from this one, finish it and start anew from its model: --model "
+            f"{self.model} --out ANOTHER-FOLDER. Runs with --schedule constant may get longer"
+        )
 
     def open(self, settings: TrainSettings) -> None:
         """Hold the folder, clear it if asked, and save the settings.

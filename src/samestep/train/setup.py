@@ -93,6 +93,8 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
     device = run_or_fail_together(lambda: find_device(settings.device))
     if settings.activation_offload and device.type == "cpu":
         raise ConfigError("activation_offload: on a CPU the activations are where they would go")
+    if settings.lora_rank is not None and "lr" not in settings.model_fields_set:
+        log.info("lr: %g, ten times that of whole weights, for adapters; --lr sets it", settings.lr)
     if device.type == "cpu":
         keep_large_blocks()
     # First once a machine: the other ranks find converted weights and tokens in the cache.

@@ -37,7 +37,7 @@ from samestep.errors import (
 from samestep.models.activations import ActivationOffload
 from samestep.models.dropout import key_dropout
 from samestep.train import checkpoint
-from samestep.train.checkpoint_files import read_origin
+from samestep.train.checkpoint_files import read_origin, remove_checkpoints
 from samestep.train.forward import find_nonfinite_rows, with_context
 from samestep.train.launch import process_group
 from samestep.train.micro_batches import MicroBatches, Report, retry_on_oom
@@ -55,6 +55,9 @@ from samestep.utils.files import write_atomically
 from samestep.utils.memory import process_peak
 
 log = logging.getLogger("samestep")
+
+_KEPT_ON_THE_WAY = 2
+"""Checkpoints kept while a run goes on, unless the settings say another number."""
 
 
 def train(settings: TrainSettings) -> dict[str, Any]:
@@ -104,6 +107,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             save_model(setup.model, setup.tokenizer, folder=folder.model, merge=settings.merge)
             summary = _summary(trainer)
             on_rank_0(lambda: _write_summary(summary, folder))
+            if settings.keep == 0:  # the model is what remains
+                on_rank_0(lambda: remove_checkpoints(folder.checkpoints))
         finally:
             folder.close()
         return summary
@@ -179,6 +184,7 @@ class Trainer:
         progress: How far the run is.
         origin: What checkpoints keep of what the run depends on.
         evaluations: Those of this call, in order.
+        clock: Seconds, for ``save_minutes``.
     """
 
     settings: TrainSettings
@@ -190,6 +196,7 @@ class Trainer:
     progress: Progress
     origin: dict[str, Any]
     evaluations: list[EvalReport] = field(default_factory=list)
+    clock: Callable[[], float] = time.monotonic
 
     def run(self) -> None:
         """Train to the last step.
@@ -197,20 +204,30 @@ class Trainer:
         Raises:
             Interrupted: A signal came; the run is saved.
         """
+        self._saved = self.clock()
         try:
             self._evaluate_if_due()
             for plan in self._plans():
                 self._step(plan)
                 last = self.progress.step == self.setup.steps
                 self._evaluate_if_due()
-                if last or _is_due(self.settings.save_every, self.progress.step):
+                # Every rank must do the same: rank 0's clock and anybody's signal count.
+                asked = all_gather_object([self._overdue(), self.stop_signal()])
+                due = asked[0][0] or _is_due(self.settings.save_every, self.progress.step)
+                stopped = not last and any(signal for _, signal in asked)
+                if last or (due and not stopped):
                     self._save()
-                if not last and any(all_gather_object(self.stop_signal())):
+                if stopped:
                     raise StopRequestedError
         except StopRequestedError:
             number = max(all_gather_object(self.stop_signal()))
             self._save()
-            raise Interrupted(number) from None
+            raise Interrupted(number, step=self.progress.step, out=self.settings.out) from None
+
+    def _overdue(self) -> bool:
+        """Whether the last checkpoint is ``save_minutes`` old."""
+        minutes = self.settings.save_minutes
+        return minutes is not None and self.clock() - self._saved >= 60 * minutes
 
     def _plans(self) -> Iterator[StepPlan]:
         plans = step_plans(self.setup.train, self.settings, start=self.progress.step)
@@ -304,9 +321,10 @@ class Trainer:
             self.setup.model,
             optimizer=self.setup.optimizer,
             progress=self.progress,
-            keep=self.settings.keep,
+            keep=self.settings.keep or _KEPT_ON_THE_WAY,
             origin=self.origin,
         )
+        self._saved = self.clock()
 
     def _watched(
         self, loss_fn: LossFn, *, step_number: int | None = None, number: int = 1

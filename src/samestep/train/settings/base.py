@@ -45,10 +45,14 @@ RESUME_MAY_CHANGE = frozenset(
         *("micro_batch", "micro_tokens", "memory_limit", "padding", "gradient_checkpointing"),
         *("activation_offload", "device"),
         *("ranks", "parallel", "cpu_offload", "rank_timeout", "not_finite"),
-        *("eval_data", "eval_every", "save_every", "keep", "track", "merge", "out"),
+        *("eval_data", "eval_every", "save_every", "save_minutes", "keep", "track", "merge", "out"),
     }
 )
 """Settings that a resumed run may change, because they cannot change a step."""
+
+
+_LORA_LR_FACTOR = 10
+"""How much higher the default rate of adapters is: they start at 0, and are few."""
 
 
 def _row_of(table: Mapping[str, Any]) -> Any:
@@ -138,7 +142,7 @@ class TrainSettings(BaseModel):
     optimizer: Annotated[str, _row_of(OPTIMIZERS), _shown_as(OPTIMIZERS)] = "adamw"
     """Update rule: PyTorch's own, or a subclass of torch.optim.Optimizer of one's own."""
     lr: float = Field(default=2e-5, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate; with --lora-rank ten times as high by default, 2e-4."""
     schedule: Annotated[str, _row_of(SCHEDULES), _shown_as(SCHEDULES)] = "linear"
     """How the learning rate falls after warm-up; linear and cosine end at 0."""
     warmup: float = Field(default=0.0, ge=0)
@@ -188,9 +192,11 @@ class TrainSettings(BaseModel):
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between evaluations."""
     save_every: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; by default only at the end."""
-    keep: int = Field(default=2, ge=1)
-    """Checkpoints to keep."""
+    """Steps between checkpoints, beside --save-minutes."""
+    save_minutes: float | None = Field(default=10.0, gt=0)
+    """Minutes after which a step is followed by a checkpoint; None: by --save-every alone."""
+    keep: int = Field(default=2, ge=0)
+    """Checkpoints to keep; 0: two on the way, and none once the model is saved."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Also log to these."""
     resume: bool = False
@@ -247,7 +253,12 @@ def finalize(settings: Settings) -> Settings:
         filled["epochs"] = 1
     if settings.lora_rank is not None and settings.lora_alpha is None:
         filled["lora_alpha"] = 2.0 * settings.lora_rank
-    return settings.model_copy(update=filled)
+    chosen = settings.model_fields_set | filled.keys()
+    if settings.lora_rank is not None and "lr" not in chosen:
+        filled["lr"] = _LORA_LR_FACTOR * settings.lr
+    result = settings.model_copy(update=filled)
+    result.model_fields_set.intersection_update(chosen)
+    return result
 
 
 def _contradictions(settings: TrainSettings) -> list[str]:
