@@ -130,13 +130,17 @@ def test_options_under_fsdp2(folder: Path, options: dict[str, Any]) -> None:
     assert worst(one, other) < 1e-9
 
 
-def test_mixed_precision_keeps_float32_weights(folder: Path) -> None:
-    out = folder / "mixed"
-    options = {"precision": "mixed", "parallel": "fsdp2", "lr": 1e-2}
+@pytest.mark.parametrize("lora", [None, 2])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_mixed_keeps_float32_weights(folder: Path, parallel: str, lora: int | None) -> None:
+    out = folder / f"mixed-{parallel}-{lora}"
+    options = {"precision": "mixed", "parallel": parallel, "lr": 1e-2, "lora_rank": lora}
     on_ranks(2, rank_work.training, str(folder), **settings(folder, out=str(out), **options))
     lines = read_lines(out / "log.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"]
-    assert str(next(iter(weights(out).values())).dtype) == "torch.float32"
+    file = "model.safetensors" if lora is None else "adapter_model.safetensors"
+    saved = load_file(out / "model" / file)
+    assert {str(weight.dtype) for weight in saved.values()} == {"torch.float32"}
 
 
 def test_memory_that_runs_out_on_one_rank_changes_the_cut_of_all(folder: Path) -> None:

@@ -34,7 +34,7 @@ def plain(query: Tensor, key: Tensor, value: Tensor, *, window: int, causal: boo
     mask = sequence[:, None] == sequence[None]
     if causal:
         mask &= at[None] <= at[:, None]
-    mask &= at[:, None] - at[None] < window
+    mask &= (at[:, None] - at[None]).abs() < window
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     scores = (query @ key.transpose(-1, -2) / 2).masked_fill(~mask, -torch.inf)
@@ -57,10 +57,12 @@ def test_values_and_gradients(key_heads: int, window: int) -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_without_causality_a_sequence_sees_all_of_itself() -> None:
+@pytest.mark.parametrize("window", [99, 3, 1])
+def test_without_causality_a_sequence_sees_what_follows_too(window: int) -> None:
     query, key, value = states(2), states(2), states(2)
-    actual = attend(query, key, value, is_causal=False)
-    torch.testing.assert_close(actual, plain(query, key, value, window=99, causal=False))
+    limit = None if window == 99 else window
+    actual = attend(query, key, value, is_causal=False, sliding_window=limit)
+    torch.testing.assert_close(actual, plain(query, key, value, window=window, causal=False))
 
 
 def test_a_neighbour_is_never_seen() -> None:
@@ -79,7 +81,6 @@ def test_a_neighbour_is_never_seen() -> None:
         ({"cu_seq_lens_q": None}, "borders"),
         ({"softcap": 30.0}, "softcap"),
         ({"dropout": 0.1}, "dropout"),
-        ({"sliding_window": 2, "is_causal": False}, "causal"),
     ],
 )
 def test_what_it_does_not_do_is_refused(options: dict[str, Any], message: str) -> None:

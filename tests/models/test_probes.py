@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from runs import llama_folder
@@ -6,6 +8,8 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
 )
 
@@ -43,6 +47,41 @@ def test_a_model_that_mixes_neighbours_is_padded(mamba: MambaForCausalLM) -> Non
     assert choose_padding(mamba, "auto") == "right"
     with pytest.raises(ConfigError, match="beside a neighbour"):
         choose_padding(mamba, "none")
+
+
+def test_the_reason_is_said(
+    mamba: MambaForCausalLM,
+    llama: LlamaForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    choose_padding(mamba, "auto")
+    assert "MambaForCausalLM cannot take packs (outputs change by" in caplog.text
+
+    def fails(pack: object) -> None:
+        raise TypeError("varlen_attn() got an unexpected keyword argument")
+
+    monkeypatch.setattr(packed_attention, "_by_sequence", fails)
+    assert choose_padding(llama, "auto") == "right"
+    assert "LlamaForCausalLM cannot take packs (TypeError: varlen_attn() got an" in caplog.text
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_probe_is_longer_than_a_sliding_window(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window that is lost in packs is noticed."""
+    config = MistralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, sliding_window=9,
+    )  # fmt: skip
+    model = MistralForCausalLM(config)
+    real = packed_attention._by_sequence
+    if not kept:
+        monkeypatch.setattr(
+            packed_attention, "_by_sequence", lambda pack: real(replace(pack, window=None))
+        )
+    assert choose_padding(model, "auto") == ("none" if kept else "right")
 
 
 def test_a_leaking_attention_is_noticed(

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from samestep.errors import ConfigError
 from samestep.kernels.long_attention import causal_attention, is_faster
+from samestep.kernels.varlen import Pack, attend
 from samestep.utils.agreement import computes_in_float32
 from samestep.utils.autocast import product_dtype
 
@@ -65,7 +66,8 @@ def packed_attention(
         scaling: Factor of query times key; None: 1 / sqrt(width).
         dropout: Must be 0: its random numbers would depend on the pack.
         is_causal: Whether a position sees only itself and those before it.
-        sliding_window: How many positions back it sees, itself included; None: all.
+        sliding_window: How many positions back it sees, itself included, and without causality as
+            many ahead; None: all.
         cu_seq_lens_q: The sequences' borders [sequences + 1], int32, from 0 to length.
         max_length_q: The length of the longest sequence.
         **kwargs: Ignored, unless they change the attention.
@@ -92,97 +94,44 @@ def packed_attention(
     causal = bool(module.is_causal) if is_causal is None else is_causal
     # Autocast knows PyTorch's own attention only; rotations leave queries and keys in float32.
     query, key, value = (states.to(product_dtype(states)) for states in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = None if sliding_window is None or sliding_window >= max_length_q else sliding_window
+    pack = Pack(query, key, value, cu_seq_lens_q, max_length_q, scale, causal, window)
     # FlashAttention knows no float32, in which a low precision may be checked.
-    attend = _varlen if query.is_cuda and not computes_in_float32() else _by_sequence
-    out = attend(
-        (query, key, value),
-        cu_seq_lens_q,
-        max_length=max_length_q,
-        scaling=scaling,
-        causal=causal,
-        sliding_window=sliding_window,
-    )
-    return out, None
+    out = attend(pack) if query.is_cuda and not computes_in_float32() else None
+    return _by_sequence(pack) if out is None else out, None
 
 
-def _by_sequence(
-    qkv: _QueryKeyValue,
-    cu_seq_lens: Tensor,
-    *,
-    max_length: int,
-    scaling: float | None,
-    causal: bool,
-    sliding_window: int | None,
-) -> Tensor:
-    """Attention of each sequence by itself, on any device."""
-    lengths = cu_seq_lens.diff().tolist()
+def _by_sequence(pack: Pack) -> Tensor:
+    """Attention of each sequence by itself, on any device and in any type."""
+    lengths = pack.borders.diff().tolist()
     # split, not slices: the backward of a slice fills a tensor of the whole pack for each sequence.
-    sequences = zip(*(states.split(lengths, dim=2) for states in qkv), strict=True)
-    outputs = [
-        _attend_sequence(sequence, scaling=scaling, causal=causal, sliding_window=sliding_window)
-        for sequence in sequences
-    ]
+    parts = (states.split(lengths, dim=2) for states in (pack.query, pack.key, pack.value))
+    outputs = [_attend_sequence(sequence, pack) for sequence in zip(*parts, strict=True)]
     # Positions first: so they lie in memory, and the model wants them.
     return torch.cat([out.transpose(1, 2) for out in outputs], dim=1)
 
 
-def _attend_sequence(
-    qkv: _QueryKeyValue, *, scaling: float | None, causal: bool, sliding_window: int | None
-) -> Tensor:
+def _attend_sequence(qkv: _QueryKeyValue, pack: Pack) -> Tensor:
     """Attention of one sequence [1, heads, length, width]."""
     query, key, value = qkv
-    length, width = query.shape[2:]
-    mask = None
-    if sliding_window is not None and length > sliding_window:
-        if not causal:
-            raise ConfigError("attention over packs serves sliding windows in causal models only")
-        mask = _window_mask(length, sliding_window, device=query.device)
-    if causal and mask is None and is_faster(query, value):
-        scale = width**-0.5 if scaling is None else scaling
-        return cast(Tensor, causal_attention(query, key, value, scale))
+    length, mask = query.shape[2], None
+    if pack.window is not None and length > pack.window:
+        mask = _window_mask(length, pack.window, causal=pack.causal, device=query.device)
+    if pack.causal and mask is None and is_faster(query, value):
+        return cast(Tensor, causal_attention(query, key, value, pack.scale))
     return scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
-        is_causal=causal and mask is None,
-        scale=scaling,
+        is_causal=pack.causal and mask is None,
+        scale=pack.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
 
 
-def _window_mask(length: int, sliding_window: int, *, device: torch.device) -> Tensor:
-    """The band [length, length] of a causal sliding window: True where a key is seen."""
+def _window_mask(length: int, window: int, *, causal: bool, device: torch.device) -> Tensor:
+    """The band [length, length] of a sliding window: True where a key is seen."""
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
-    return ones.tril() & ones.triu(1 - sliding_window)
-
-
-def _varlen(
-    qkv: _QueryKeyValue,
-    cu_seq_lens: Tensor,
-    *,
-    max_length: int,
-    scaling: float | None,
-    causal: bool,
-    sliding_window: int | None,
-) -> Tensor:
-    """FlashAttention over ragged sequences, as PyTorch ships it; no padding, no mask."""
-    # Here, because PyTorch has it for a shorter time than the rest of what this file needs.
-    from torch.nn.attention.varlen import varlen_attn
-
-    query, key, value = qkv
-    window_left = -1 if sliding_window is None else sliding_window - 1
-    out = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        cu_seq_lens,
-        cu_seq_lens,
-        max_length,
-        max_length,
-        scale=scaling,
-        window_size=(window_left, 0 if causal else -1),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    assert isinstance(out, Tensor)
-    return out[None]
+    return ones.tril(0 if causal else window - 1) & ones.triu(1 - window)

@@ -28,6 +28,12 @@ _ATTENTION_KERNELS = frozenset(
         torch.ops.samestep.causal_attention.default,
     }
 )
+_VARLEN_KERNELS = (
+    ("aten", "_efficient_attention_forward"),
+    ("aten", "_flash_attention_forward"),
+    ("torch_attn", "_varlen_attn"),
+)
+"""Kernels of attention over packs, by name: not every version of PyTorch has all of them."""
 
 _MIN_SAVED_INNER_SIZE = 128
 """Inner size of a matrix product below which recomputing its result is cheaper than keeping it: the
@@ -66,6 +72,7 @@ def _policy(_: Any, operation: Any, *arguments: Any, **__: Any) -> CheckpointPol
     """What selective checkpointing does with the result of an operation."""
     expensive = (
         operation in _ATTENTION_KERNELS
+        or (operation.namespace, str(operation).split(".")[1]) in _VARLEN_KERNELS
         or _inner_size(operation, arguments) >= _MIN_SAVED_INNER_SIZE
     )
     return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE

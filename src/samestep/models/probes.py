@@ -1,5 +1,6 @@
 """Can a model's sequences share a micro-batch without seeing each other? Asked of the model."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,6 +16,11 @@ from samestep.models.dropout import ExampleDropout
 from samestep.models.outputs import model_inputs
 from samestep.models.routers import routers
 from samestep.utils.agreement import compare_ways
+
+log = logging.getLogger("samestep")
+
+_LONGEST_PROBE = 520
+"""Tokens of a sequence that is run to ask about a sliding window, at most."""
 
 Outputs = Callable[[Any, dict[str, Any]], Tensor]
 """What a model makes of a micro-batch: [rows, length, ...] by token, or [sequences, width]."""
@@ -47,14 +53,17 @@ def choose_padding(
         ConfigError: The layout asked for, or every one, lets sequences see each other.
     """
     candidates: tuple[Padding, ...] = ("none", "right") if wanted == "auto" else (wanted,)
-    reasons = []
+    reasons: list[str] = []
     found = model.config._attn_implementation
     plain = "sdpa" if found == packed_attention.NAME else found
     for padding in candidates:
         reason = _why_not(model, padding, plain, outputs)
         if reason is None:
+            if reasons:
+                log.warning("padding to the right, which is slower: %s", "; ".join(reasons))
             return padding
-        reasons.append(f"padding {padding!r}: {reason}")
+        what = "cannot take packs" if padding == "none" else f"cannot be padded to the {padding}"
+        reasons.append(f"{type(model).__name__} {what} ({reason})")
     raise ConfigError(
         f"{type(model).__name__} cannot hold several sequences in a micro-batch exactly: "
         + "; ".join(reasons)
@@ -65,7 +74,8 @@ def choose_padding(
 @torch.no_grad()
 def _why_not(model: Any, padding: Padding, plain: str, outputs: Outputs) -> str | None:
     vocabulary = model.get_input_embeddings().num_embeddings
-    sequences = [torch.tensor(ids) % vocabulary for ids in ([3, 1, 4], [1, 5, 9, 2, 6])]
+    lengths = 3, _beyond_the_window(model)
+    sequences = [(torch.arange(length) * 7 + 3) % vocabulary for length in lengths]
     micro = collate_examples([Example(ids, ids) for ids in sequences], padding=padding)
     training = model.training
 
@@ -87,7 +97,8 @@ def _why_not(model: Any, padding: Padding, plain: str, outputs: Outputs) -> str 
     try:
         found = compare_ways(alone, together)
     except (ConfigError, TypeError, ValueError, RuntimeError) as error:
-        return str(error).strip().split("\n")[0]
+        first = str(error).strip().split("\n")[0]
+        return first if isinstance(error, ConfigError) else f"{type(error).__name__}: {first}"
     finally:
         model.train(training)
     if found.holds:
@@ -96,6 +107,15 @@ def _why_not(model: Any, padding: Padding, plain: str, outputs: Outputs) -> str 
         f"outputs change by {found.difference:.1e} beside a neighbour, by {found.noise:.1e} from "
         "rounding"
     )
+
+
+def _beyond_the_window(model: Any) -> int:
+    """Tokens of a sequence that is longer than a model's sliding window, if that is not wide."""
+    config = model.config.get_text_config().to_dict()
+    window = config.get("sliding_window") or 0
+    positions = config.get("max_position_embeddings") or _LONGEST_PROBE
+    longer = window + 2 if isinstance(window, int) else 0
+    return longer if 5 < longer <= min(positions, _LONGEST_PROBE) else 5
 
 
 def _apart(joint: Tensor, micro: dict[str, Any]) -> list[Tensor]:

@@ -293,8 +293,6 @@ def _place_model(
             cut_last_layer(model, padding)
     prepare_for_step(model)
     recipe.checkpoint_activations(model)
-    if padding == "right" and settings.padding == "auto":
-        log.warning("this model cannot take packs without padding: padding to the right")
     return model, padding
 
 
