@@ -59,6 +59,7 @@ def fine_tune(model: Path) -> None:
         batch_size=8,
         steps=6,
         lr=1e-4,
+        keep=0,  # the model is enough
         overwrite=True,
     )
     console.rule("1. fine-tune")

@@ -199,7 +199,7 @@ def prune(folder: Path, *, step: int, keep: int) -> None:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Delete all checkpoints that a run wrote, once nothing needs them; what it did not write stays.
+    """Delete all checkpoints that a run wrote; what it did not write stays.
 
     Args:
         folder: Of the checkpoints.
