@@ -7,14 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from samestep.audit.adapters.instrument import (
-    WithoutDropout,
-    observe,
-    read_gradients,
-    read_weights,
-    record_optimizer_steps,
-    scale_gradients,
-)
+from samestep.audit.adapters.instrument import WithoutDropout, read_gradients, scale_gradients
+from samestep.audit.adapters.watch import StepWatch
 from samestep.audit.subject import Observation
 
 X = torch.arange(6.0).view(2, 3)
@@ -23,10 +17,10 @@ X = torch.arange(6.0).view(2, 3)
 def observed(train: Any, model: nn.Module | None = None, scale: float = 1.0) -> Observation:
     torch.manual_seed(0)
     model = model or nn.Linear(3, 2)
-    before = read_weights(model)
-    with scale_gradients(model, scale), record_optimizer_steps(model) as steps:
+    watch = StepWatch(model)
+    with scale_gradients(model, scale), watch.on():
         train(model)
-    return observe(model, before, steps=steps, reported={})
+    return watch.observation({})
 
 
 def backward(model: nn.Module) -> None:
@@ -53,6 +47,32 @@ def test_the_gradient_is_the_one_that_the_optimizer_saw() -> None:
     for name, gradient in left.gradient.items():
         assert torch.equal(gradient, seen.gradient[name])
     assert observed(lambda model: adam(model, 3)).updates == 3
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.LBFGS])
+def test_a_closure_runs_before_its_gradient_is_read(kind: Any) -> None:
+    def train(model: nn.Module) -> None:
+        optimizer = kind(model.parameters(), lr=0.1)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = model(X).square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    expected, seen = observed(backward), observed(train)
+    assert seen.updates == 1
+    for name, gradient in expected.gradient.items():
+        assert torch.equal(gradient, seen.gradient[name])
+
+
+def test_the_rates_of_updates_are_kept() -> None:
+    left = observed(lambda model: adam(model, 2)).left
+    assert left is not None
+    assert left.rates == ((0.001,), (0.001,))
+    assert left.rates_after == ((0.001,),)
 
 
 def test_without_an_optimizer_it_is_how_far_weights_moved() -> None:

@@ -61,8 +61,9 @@ _TABLE = (
     Cause(
         "mean-of-means",
         meaning=(
-            "Each micro-batch is divided by its own number of targets, then the results are "
-            "averaged, so micro-batches with few targets weigh too much."
+            "Each micro-batch is divided by its own number of targets, or of each group that it "
+            "holds, then the results are averaged, so micro-batches with few targets weigh too "
+            "much."
         ),
         advice=(
             "Count the targets of the whole accumulated batch first, sum the losses, and divide "
@@ -135,6 +136,41 @@ _TABLE = (
         advice="Step once, after the last one.",
     ),
     Cause(
+        "state-per-micro-batch",
+        meaning=(
+            "Something that is no gradient moves once a micro-batch instead of once a step: "
+            "weights (decay by hand, a projection), an average of the weights, a running "
+            "statistic, or the learning rate."
+        ),
+        advice=(
+            "Look for what else the loop over micro-batches calls beside backward (scheduler.step, "
+            "an update of averaged weights, a decay by hand), and call it once, after "
+            "optimizer.step."
+        ),
+    ),
+    Cause(
+        "weights-left-out",
+        meaning=(
+            "Some weights get no gradient as soon as the batch is split, the others are exact: "
+            "their gradient is thrown away, or written over, between micro-batches."
+        ),
+        advice=(
+            "Look where the loop or a hook touches these weights' .grad, or freezes and unfreezes "
+            "them, and do it once a step."
+        ),
+    ),
+    Cause(
+        "misaligned-values",
+        meaning=(
+            "Examples meet values that belong to others (advantages, weights, a teacher's scores): "
+            "what was computed for the whole batch is not cut as the batch is."
+        ),
+        advice=(
+            "Cut such values by the same places as the examples, or carry them in the batch beside "
+            "the examples that they belong to."
+        ),
+    ),
+    Cause(
         "short-window",
         meaning=(
             "The last accumulation window holds fewer micro-batches, but is divided as if it were "
@@ -154,10 +190,13 @@ _TABLE = (
         "dropped-examples",
         meaning=(
             "Some examples, or parts of them, never reach the step, as when a loop or a sampler "
-            "drops what does not fill a batch, or a collator cuts rows to the length of their "
+            "drops what does not fill a batch or a window, or rows are cut to the length of their "
             "neighbours."
         ),
-        advice="Let the last batch be short, and cut every row by a rule of its own.",
+        advice=(
+            "Let the last batch be short, step the optimizer for an unfinished window too, and cut "
+            "every row by a rule of its own."
+        ),
     ),
     Cause(
         "world-scaled",

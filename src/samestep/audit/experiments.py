@@ -12,6 +12,7 @@ from samestep.audit.causes import CAUSES, Cause
 from samestep.audit.gradients import (
     FloatDtypeRecorder,
     global_norm,
+    linear_combination,
     noise_estimate,
     perturbations,
     relative_difference,
@@ -117,6 +118,12 @@ class Experiments:
     def mixed_split(self) -> Split:
         """Micro-batches of several examples: ragged, or of two where they must be of one size."""
         return self.splits[1 if self.subject.uniform else 0]
+
+    @cached_property
+    def with_wide_constants(self) -> "Experiments":
+        """The same, with everything that is computed in float32 computed in float64."""
+        settings = replace(self.settings, wide_constants=True)
+        return Experiments(self.subject, settings, self.causes, self.coarsest_rounding)
 
     def run(self, split: Split, **changes: object) -> Observation:
         """One step on a split, under the settings with changes; remembered.
@@ -257,6 +264,27 @@ class Experiments:
         differences = [relative_difference(again.gradient, first.gradient) for again in repeats]
         small = [size for size in differences if size <= TOLERANCE_FACTOR * base]
         return max(base, *small, 0.0)
+
+    @cached_property
+    def left_noise(self) -> Mapping[str, float]:
+        """How far each weight and buffer ends elsewhere when the weights move by roundings.
+
+        Measured as the noise of gradients is, and by a repeat; an update may enlarge it, as one
+        by the sign of a gradient that is nothing but rounding.
+        """
+        noise: dict[str, float] = {}
+        for split in (self.whole_batch, self.single_examples):
+            points = (None, *self.perturbations)
+            moved = [self.run(split, perturbation=point).moved for point in points]
+            again = [self.run(split).moved, self.rerun(split).moved]
+            for name in set.intersection(*map(set, [*moved, *again])):
+                third = linear_combination(
+                    [{name: each[name]} for each in moved], [-1.0, 3.0, -3.0, 1.0]
+                )
+                repeat = float((again[1][name] - again[0][name]).norm())
+                error = max(float(third[name].norm()) / math.sqrt(20), repeat)
+                noise[name] = max(noise.get(name, 0.0), error)
+        return noise
 
     def _noise_of(self, split: Split) -> float:
         if not self.is_deterministic:  # then a difference of runs measures their random numbers

@@ -57,15 +57,16 @@ def compare_gradients(
     """Scale and direction apart, and the weights at fault.
 
     Args:
-        gradient: The gradient in question; a weight that it lacks counts as zero.
-        reference: What it should be.
+        gradient: The gradient in question.
+        reference: What it should be. A weight that one of the two lacks counts as zero there.
         most: How many weights to name.
 
     Returns:
         The difference. A weight's relative difference is to its own norm in the reference, but at
         least to a millionth of the whole gradient's, so that dead weights do not lead the list.
     """
-    vector, expected = _flatten(gradient, reference), _flatten(reference, reference)
+    layout = {**gradient, **reference}
+    vector, expected = _flatten(gradient, layout), _flatten(reference, layout)
     length, expected_length = float(vector.norm()), float(expected.norm())
     if expected_length == 0:
         if length == 0:
@@ -74,8 +75,9 @@ def compare_gradients(
     cosine = float(vector @ expected) / (length * expected_length) if length else 0.0
     least = expected_length * 1e-6
     by_weight = []
-    for name, tensor in reference.items():
-        error = (_get(gradient, name, like=tensor) - tensor).norm()
+    for name, like in layout.items():
+        tensor = _get(reference, name, like=like)
+        error = (_get(gradient, name, like=like) - tensor).norm()
         by_weight.append((name, float(error / max(tensor.norm(), least))))
     by_weight.sort(key=lambda pair: -pair[1] if math.isfinite(pair[1]) else -math.inf)
     return GradientDifference(

@@ -56,6 +56,8 @@ class RunSettings:
             back.
         model_context: Entered with the model for the length of the run, as to change how the model
             computes; None: nothing.
+        watch_moves: Look at every backward for what moved since the one before.
+        wide_constants: What is computed in float32 is computed in float64, constants too.
     """
 
     dtype: torch.dtype | None = torch.float64
@@ -75,9 +77,31 @@ class RunSettings:
     perturbation: Perturbation | None = None
     gradient_scale: float = 1.0
     model_context: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
+    watch_moves: bool = False
+    wide_constants: bool = False
 
 
 DEFAULT_SETTINGS = RunSettings()
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a step leaves behind.
+
+    Attributes:
+        moved: After less before, of every floating weight, frozen ones too, and of every floating
+            buffer that a checkpoint holds; by name.
+        rounding: How far each may be off by the rounding of its own type.
+        rates: The learning rates of each update.
+        rates_after: Those that the optimizers hold after the step.
+        trained: The names of the weights that are trained.
+    """
+
+    moved: Gradient = field(default_factory=dict)
+    rounding: Mapping[str, float] = field(default_factory=dict)
+    rates: tuple[tuple[float, ...], ...] = ()
+    rates_after: tuple[tuple[float, ...], ...] = ()
+    trained: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -93,6 +117,10 @@ class Observation:
             difference of weights, of the weights over that difference.
         updates: Optimizer steps that were seen.
         weights_after: The weights after the step; only of runs on several ranks.
+        left: What the step leaves behind; None where it is not seen.
+        stepped: Whether the weights were updated at all.
+        moves: For each backward but the first, the names of what moved since the one before; only
+            where `RunSettings.watch_moves` asks.
     """
 
     gradient: Gradient
@@ -100,6 +128,14 @@ class Observation:
     rounding: float = 0.0
     updates: int = 0
     weights_after: Gradient | None = None
+    left: Left | None = None
+    stepped: bool = False
+    moves: tuple[frozenset[str], ...] = ()
+
+    @property
+    def moved(self) -> Gradient:
+        """How far everything moved; nothing where it is not seen."""
+        return {} if self.left is None else self.left.moved
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,18 +11,10 @@ from torch import Tensor, autograd, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.nn.modules.dropout import _DropoutNd
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from samestep.audit.gradients import (
-    global_norm,
-    linear_combination,
-    sketch,
-    sketch_fold,
-    subtract,
-    unsketch,
-)
-from samestep.audit.subject import Gradient, Observation
+from samestep.audit.gradients import sketch, sketch_fold, unsketch
+from samestep.audit.subject import Gradient
 
 _DROPOUTS = (
     functional.dropout,
@@ -38,8 +29,8 @@ _DROPOUTS = (
 _NOISE = ("drop", "jitter", "mask_time_prob", "mask_feature_prob")
 """Parts of the names of numbers on modules and configs that make a forward random."""
 
-_NARROW = (torch.float32, torch.float16, torch.bfloat16)
-_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+_SINGLE = {torch.float32: Tensor.float}
+_NARROW = {**_SINGLE, torch.float16: Tensor.half, torch.bfloat16: Tensor.bfloat16}
 
 
 def seed_all(seed: int) -> None:
@@ -106,7 +97,15 @@ class _Float64Mode(TorchFunctionMode):
 
     Norms, rotary positions, routers and losses of published models cast to float32 inside. Left
     alone, that rounding would hide differences below 1e-7 in a run that is meant to be float64.
+
+    Args:
+        narrow: The types that are replaced, by the method that casts to each.
     """
+
+    def __init__(self, narrow: Mapping[torch.dtype, Any]) -> None:
+        super().__init__()
+        self.narrow = narrow
+        self.casts = tuple(narrow.values())
 
     def __torch_function__(
         self,
@@ -115,39 +114,44 @@ class _Float64Mode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in _CASTS:
+        if func in self.casts:
             return Tensor.double(*args)
-        wide = {key: _widen(value) for key, value in (kwargs or {}).items()}
-        return func(*map(_widen, args), **wide)
+        wide = {key: self._widen(value) for key, value in (kwargs or {}).items()}
+        return func(*map(self._widen, args), **wide)
 
-
-def _widen(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
+    def _widen(self, value: Any) -> Any:
+        replaced = isinstance(value, torch.dtype) and value in self.narrow
+        return torch.float64 if replaced else value
 
 
 @contextlib.contextmanager
-def force_float64() -> Iterator[None]:
-    """Within the block float64 is the default type, and no PyTorch call narrows to another."""
+def force_float64(*, halves: bool = True) -> Iterator[None]:
+    """Within the block float64 is the default type, and no PyTorch call narrows to another.
+
+    Args:
+        halves: Replace the types of 16 bits too.
+    """
+    narrow = _NARROW if halves else _SINGLE
     before, engine = torch.get_default_dtype(), vars(autograd)
     run_backward = engine["_engine_run_backward"]
 
     def run_backward_in_float64(*args: Any, **kwargs: Any) -> Any:
         # A mode is off inside the calls that it handles, and so inside backward(), where
         # checkpointed layers run their forward again.
-        with _Float64Mode():
+        with _Float64Mode(narrow):
             return run_backward(*args, **kwargs)
 
     torch.set_default_dtype(torch.float64)
     engine["_engine_run_backward"] = run_backward_in_float64
     try:
-        with _Float64Mode():
+        with _Float64Mode(narrow):
             yield
     finally:
         engine["_engine_run_backward"] = run_backward
         torch.set_default_dtype(before)
 
 
-def _kept(tensors: Mapping[str, Tensor], fold: int) -> Gradient:
+def kept(tensors: Mapping[str, Tensor], fold: int) -> Gradient:
     """What is kept of each; sharded tensors are gathered, sparse ones filled."""
     return {name: sketch(_gathered(tensor.detach()), fold) for name, tensor in tensors.items()}
 
@@ -160,13 +164,13 @@ def _gathered(tensor: Tensor) -> Tensor:
 def read_gradients(model: nn.Module) -> Gradient:
     """What is in ``.grad``, by the name of the weight."""
     held = {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
-    return _kept(held, sketch_fold(model))
+    return kept(held, sketch_fold(model))
 
 
 def read_weights(model: nn.Module) -> Gradient:
     """The trainable weights by name."""
     held = {name: w for name, w in model.named_parameters() if w.requires_grad}
-    return _kept(held, sketch_fold(model))
+    return kept(held, sketch_fold(model))
 
 
 def perturb_weights(model: nn.Module, displacement: Gradient) -> None:
@@ -177,26 +181,6 @@ def perturb_weights(model: nn.Module, displacement: Gradient) -> None:
             if name in displacement:
                 direction = unsketch(displacement[name], weight, fold=fold)
                 weight.add_(direction.to(weight.device, weight.dtype))
-
-
-@contextlib.contextmanager
-def record_optimizer_steps(model: nn.Module) -> Iterator[list[Gradient]]:
-    """Collect the gradient that every step of any optimizer sees of this model's weights."""
-    names = {id(weight): name for name, weight in model.named_parameters()}
-    fold = sketch_fold(model)
-    steps: list[Gradient] = []
-
-    def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        own = [weight for group in optimizer.param_groups for weight in group["params"]]
-        held = {names[id(w)]: w.grad for w in own if id(w) in names and w.grad is not None}
-        if held:
-            steps.append(_kept(held, fold))
-
-    handle = register_optimizer_step_pre_hook(before)
-    try:
-        yield steps
-    finally:
-        handle.remove()
 
 
 @contextlib.contextmanager
@@ -212,37 +196,6 @@ def scale_gradients(model: nn.Module, factor: float) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def observe(
-    model: nn.Module,
-    before: Gradient,
-    *,
-    steps: Sequence[Gradient],
-    reported: dict[str, float],
-) -> Observation:
-    """What a step did.
-
-    Args:
-        model: After it.
-        before: The weights before it.
-        steps: What `record_optimizer_steps` collected.
-        reported: What the loop said.
-
-    Returns:
-        The gradient that the optimizer saw, added up over its steps; without an optimizer, the
-        difference of the weights; if they did not move, what is left in ``.grad``.
-    """
-    rounding = torch.finfo(next(model.parameters()).dtype).eps
-    if steps:
-        updates = max(Counter(name for step in steps for name in step).values())
-        total = linear_combination(steps, [1.0] * len(steps))
-        return Observation(total, reported=reported, rounding=rounding, updates=updates)
-    moved = subtract(before, read_weights(model))
-    if global_norm(moved) <= 8 * rounding * global_norm(before):  # at most there and back again
-        return Observation(read_gradients(model), reported=reported, rounding=rounding)
-    rounding *= max(1.0, global_norm(before) / global_norm(moved))
-    return Observation(moved, reported=reported, rounding=rounding)
 
 
 def scalars_of(reported: Any) -> dict[str, float]:

@@ -27,15 +27,15 @@ from samestep.audit.adapters.batches import (
 from samestep.audit.adapters.instrument import (
     WithoutDropout,
     disable_dropout,
-    observe,
+    force_float64,
     perturb_weights,
     read_weights,
-    record_optimizer_steps,
     scalars_of,
     scale_gradients,
     seed_all,
 )
 from samestep.audit.adapters.processes import rank_timeout, run_on_ranks, single_process_group
+from samestep.audit.adapters.watch import StepWatch
 from samestep.audit.gradients import global_norm, linear_combination, subtract
 from samestep.audit.subject import (
     DEFAULT_SETTINGS,
@@ -332,8 +332,9 @@ class LoopSubject:
             disable_dropout(inner)
         model = inner if self.loop.wrap is None else self.loop.wrap(inner)
         model.zero_grad()
-        change = settings.model_context
-        with contextlib.nullcontext() if change is None else change(inner):
+        change, nothing = settings.model_context, contextlib.nullcontext
+        wide = force_float64(halves=False) if settings.wide_constants else nothing()
+        with nothing() if change is None else change(inner), wide:
             seed_all(settings.seed)
             yield inner, model
 
@@ -383,9 +384,9 @@ class LoopSubject:
         options: dict[str, Any] = {} if settings.term is None else {"term": settings.term}
         if self.loop.takes("accumulation"):
             options["accumulation"] = settings.window or len(batches)
-        before = read_weights(inner)
+        watch = StepWatch(inner, moves=settings.watch_moves)
         no_dropout = contextlib.nullcontext() if settings.dropout else WithoutDropout()
         scaled = scale_gradients(inner, settings.gradient_scale)
-        with scaled, record_optimizer_steps(inner) as steps, no_dropout:
+        with scaled, watch.on(), no_dropout:
             reported = self.loop.update(model, batches, **options)
-        return observe(inner, before, steps=steps, reported=scalars_of(reported))
+        return watch.observation(scalars_of(reported))

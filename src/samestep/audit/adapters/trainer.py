@@ -38,6 +38,7 @@ from samestep.audit.adapters.trainer_data import (
     select_evaluation_rows,
     select_rows,
     shard_as_loader,
+    stand_in_for,
 )
 from samestep.audit.adapters.trainer_setup import (
     check_signature,
@@ -248,11 +249,11 @@ class TrainerSubject:
     ) -> dict[str, float]:
         """The trainer's own evaluation of its evaluation data, or else of its training data."""
         whole = (tuple(range(self.size)),)
-        with self._fresh_trainer(whole, settings, accumulation=1) as trainer:
+        with self._fresh_trainer(whole, settings, accumulation=1) as (trainer, collator):
             if examples is not None:
                 rows = self._rows(examples)
                 trainer.eval_dataset = select_evaluation_rows(trainer.eval_dataset, rows)
-                trainer.data_collator.start(rows)
+                collator.start(rows)
             return self._evaluate(trainer, batch_size, seed=settings.seed)
 
     def _train(
@@ -268,11 +269,10 @@ class TrainerSubject:
         start = time.perf_counter()
         with self._fresh_trainer(
             split, settings, accumulation=accumulation, updates=updates, all_rows=all_rows
-        ) as trainer:
+        ) as (trainer, collator):
             if settings.evaluate_first:
                 self._evaluate(trainer, 2, seed=settings.seed)
             optimizer = install_optimizer(trainer)
-            collator = trainer.data_collator
             collator.start(collator.rows)
             seed_all(settings.seed)
             with scale_gradients(trainer.model, settings.gradient_scale):
@@ -304,7 +304,7 @@ class TrainerSubject:
         accumulation: int,
         updates: int = 1,
         all_rows: Sequence[int] | None = None,
-    ) -> Iterator[Any]:
+    ) -> Iterator[tuple[Any, AuditCollator]]:
         """A new trainer over the examples of a split, reduced to its step, at the initial weights.
 
         Args:
@@ -340,7 +340,8 @@ class TrainerSubject:
                     padding_token=self._padding_token,
                 )
 
-            trainer.data_collator = AuditCollator(trainer.data_collator, change, rows=order)
+            collator = AuditCollator(trainer.data_collator, change, rows=order)
+            trainer.data_collator = stand_in_for(trainer.data_collator, collator)
             take_rows_in_order(trainer)
             networks = networks_of(trainer)
             self._restore(trainer, settings)
@@ -351,7 +352,7 @@ class TrainerSubject:
                 stack.enter_context(force_float64())
             if settings.model_context is not None:
                 stack.enter_context(settings.model_context(trainer.model))
-            yield trainer
+            yield trainer, collator
 
     def _restore(self, trainer: Any, settings: RunSettings) -> None:
         """The initial weights, in a type; other networks keep theirs, in the type too."""
@@ -373,7 +374,7 @@ class TrainerSubject:
 
     def _batch(self, micro_batch: Sequence[int], settings: RunSettings = _NATIVE) -> Any:
         """The trainer's own batch of these examples."""
-        with self._fresh_trainer((micro_batch,), settings, accumulation=1) as trainer:
+        with self._fresh_trainer((micro_batch,), settings, accumulation=1) as (trainer, _):
             return next(iter(trainer.get_train_dataloader()))
 
 

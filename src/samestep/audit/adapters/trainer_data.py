@@ -1,5 +1,6 @@
 """What a trainer trains on: its rows, its batches and their changes, and what it generates."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -45,6 +46,15 @@ class _Stream(IterableDataset[Any]):
         return iter(self.rows)
 
 
+class _Rows(Subset[Any]):
+    """Some rows of a dataset, with every other attribute of its own."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("dataset", "indices"):
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
 def is_stream(dataset: Any) -> bool:
     """Whether a dataset can only be iterated over."""
     return isinstance(dataset, IterableDataset | datasets.IterableDataset)
@@ -64,7 +74,9 @@ def select_rows(dataset: Any, indices: Sequence[int]) -> Any:
     if is_stream(dataset):
         rows = list(itertools.islice(dataset, max(indices) + 1))
         return _Stream([rows[index] for index in indices])
-    return Subset(dataset, indices)
+    if isinstance(dataset, list | tuple):
+        return type(dataset)(dataset[index] for index in indices)
+    return _Rows(dataset, indices)
 
 
 def select_evaluation_rows(data: Any, indices: Sequence[int]) -> Any:
@@ -109,6 +121,42 @@ class AuditCollator:
         self.collated += len(features)
         held = [self.rows[place % len(self.rows)] for place in places]
         return self.change(self.collate(features, *args, **options), held)
+
+
+def stand_in_for(collate: Any, call: Callable[..., Any]) -> Any:
+    """What a trainer gets for its collator: of the same type, with its attributes; calls ours.
+
+    Args:
+        collate: The trainer's own: a function, or an object.
+        call: What is called in its place.
+    """
+    try:
+        kind = type(type(collate).__name__, (type(collate),), {"__call__": _calls(call)})
+        stand_in: Any = object.__new__(kind)
+        stand_in.__dict__ = collate.__dict__  # shared: what a call sets is seen by the trainer
+    except (TypeError, AttributeError):  # a function, or an object of fixed fields
+        return _like_function(collate, call)
+    return stand_in
+
+
+def _calls(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that calls a function."""
+
+    def method(self: Any, *args: Any, **options: Any) -> Any:
+        del self
+        return call(*args, **options)
+
+    return method
+
+
+def _like_function(function: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with another's name and attributes."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **options: Any) -> Any:
+        return call(*args, **options)
+
+    return wrapped
 
 
 def change_batch(

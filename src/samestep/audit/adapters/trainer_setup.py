@@ -176,9 +176,9 @@ class RecordingSGD(torch.optim.SGD):
         self._weights = [(n, w) for n, w in model.named_parameters() if w.requires_grad]
         super().__init__([weight for _, weight in self._weights], lr=LEARNING_RATE)
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """Record, then update; the rate is constant, whatever a schedule wants."""
-        del closure
+        loss = None if closure is None else closure()
         self.updates += 1
         with torch.no_grad():
             for name, weight in self._weights:
@@ -187,6 +187,7 @@ class RecordingSGD(torch.optim.SGD):
                 kept = sketch(weight.grad, self._fold)
                 self.gradient[name] = self.gradient.get(name, 0) + kept  # a new tensor each time
                 weight.add_(weight.grad, alpha=-LEARNING_RATE)
+        return loss
 
 
 def install_optimizer(trainer: Any) -> RecordingSGD:

@@ -1,9 +1,13 @@
 """What an axis is: how something that may not change the step is tried, judged and named."""
 
 import math
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
+
+import torch
 
 from samestep.audit.causes import UNEXPLAINED, Diagnosis, advice_for
 from samestep.audit.experiments import Experiments
@@ -12,6 +16,12 @@ from samestep.audit.subject import Capability
 from samestep.errors import CheckError
 
 Verdict = Literal["exact", "inexact", "skipped"]
+
+ADAPTERS = Path(__file__).resolve().parent.parent / "adapters"
+"""Where the code of subjects is called from."""
+
+MAX_SINGLE = 1e-3
+"""Relative difference from which on nobody looks whether it is the rounding of float32."""
 
 
 @dataclass(frozen=True)
@@ -177,13 +187,11 @@ def run_axis(axis: Axis, experiments: Experiments) -> AxisResult:
         if capability in missing:
             return AxisResult(axis.name, "skipped", missing[capability])
     try:
-        measurement = axis.measure(experiments)
-        exact = measurement.is_exact(experiments.tolerance)
+        measurement, exact = _judged(axis, experiments)
     except CheckError as error:
         return AxisResult(axis.name, "skipped", str(error))
     except Exception as error:  # the subject ran by default, but not under this axis
-        reason = f"the subject failed: {type(error).__name__}: {error}"
-        return AxisResult(axis.name, "skipped", reason)
+        return AxisResult(axis.name, "skipped", _blamed(error))
     diagnosis = None if exact else _diagnosis(axis, measurement)
     cause = None if diagnosis is None else diagnosis.cause
     evidence = [measurement.evidence, "" if diagnosis is None else diagnosis.evidence]
@@ -206,6 +214,45 @@ def run_axis(axis: Axis, experiments: Experiments) -> AxisResult:
     )
 
 
+def _judged(axis: Axis, experiments: Experiments) -> tuple[Measurement, bool]:
+    """What an axis saw, and whether it is exact: up to the rounding of float32, if there is any.
+
+    A float64 model may hold constants that are made in float32, such as rotations, so that moving
+    a row turns it by that rounding. Then the axis is exact once they are made in float64.
+    """
+    measurement = axis.measure(experiments)
+    if measurement.is_exact(experiments.tolerance):
+        return measurement, True
+    # The limit saves time: float32 could not make a larger difference.
+    small = 0 < measurement.size < MAX_SINGLE
+    if not small or experiments.settings.dtype != torch.float64:
+        return measurement, False
+    wide = experiments.with_wide_constants
+    try:
+        again = axis.measure(wide)
+        exact = again.is_exact(wide.tolerance)
+    except Exception:  # not every subject computes in float64 throughout
+        return measurement, False
+    if not exact:
+        return measurement, False
+    text = f"in float32, in which parts are computed, {measurement.size:.1e}: its rounding"
+    return replace(again, evidence="; ".join(filter(None, [again.evidence, text]))), True
+
+
+def _blamed(error: Exception) -> str:
+    """An error, and whose it is: the subject's, or the auditor's own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    folders = [Path(frame.filename).resolve().parent for frame in frames]
+    in_subject = any(folder == ADAPTERS for folder in folders)
+    text = f"{type(error).__name__}: {error}"
+    if in_subject and not folders[-1].is_relative_to(ADAPTERS.parent):
+        return f"the subject failed: {text}"
+    return (
+        f"the auditor failed, which is no fault of the subject's: {text} "
+        f"({Path(frames[-1].filename).name}:{frames[-1].lineno}); please report it"
+    )
+
+
 def _diagnosis(axis: Axis, measurement: Measurement) -> Diagnosis:
     """A diagnosis; a subject that fails on the way to it is no less inexact."""
     difference = measurement.relative_difference or 0.0
@@ -214,5 +261,4 @@ def _diagnosis(axis: Axis, measurement: Measurement) -> Diagnosis:
     try:
         return measurement.diagnose()
     except Exception as error:  # the subject is the user's code: anything may come
-        reason = f"the subject failed in a run of the diagnosis: {type(error).__name__}: {error}"
-        return Diagnosis(UNEXPLAINED, difference, reason)
+        return Diagnosis(UNEXPLAINED, difference, f"in a run of the diagnosis {_blamed(error)}")

@@ -1,11 +1,15 @@
 """The axes that are judged by the gradient of the step."""
 
+from collections.abc import Sequence
+
 import torch
 
 from samestep.audit.axes.axis import Measurement
-from samestep.audit.causes import Diagnosis
+from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.coupling import PADDING_COLUMNS, diagnose_pack, diagnose_padding
+from samestep.audit.diagnose.reported import diagnose_objective
 from samestep.audit.diagnose.split import diagnose_empty, diagnose_split
+from samestep.audit.diagnose.state import LeftDifference, compare_left
 from samestep.audit.experiments import Experiments, candidate_splits, sizes_of, uneven_split
 from samestep.audit.gradients import (
     GradientDifference,
@@ -40,16 +44,44 @@ def micro_batch(experiments: Experiments) -> Measurement:
         if small.relative_difference > experiments.small_tolerance:
             worst, at, note = small, splits[0], ", with gradients too small to be clipped"
 
+    if worst.relative_difference <= experiments.tolerance and not note:
+        left = _left_otherwise(experiments, splits)
+        if left is not None:
+            return left
+
     def diagnose() -> Diagnosis:
         # A ragged split tells bugs apart that coincide where all micro-batches are of one size.
         subject = experiments.subject
         ragged = uneven_split(subject.size) if subject.uniform else splits[0]
         shows = relative_difference(experiments.run(ragged).gradient, whole) > experiments.tolerance
-        return diagnose_split(experiments, ragged if shows or note else at)
+        diagnosis = diagnose_split(experiments, ragged if shows or note else at)
+        if diagnosis.cause != UNEXPLAINED or "loss" not in experiments.run(batch).reported:
+            return diagnosis
+        return diagnose_objective(experiments) or diagnosis
 
     tried = ", ".join(map(sizes_of, splits))
     reason = f"{sizes_of(at)} against {sizes_of(batch)}, the worst of {tried}{note}"
     return Measurement.of(worst, reason, diagnose=diagnose)
+
+
+def _left_otherwise(experiments: Experiments, splits: Sequence[Split]) -> Measurement | None:
+    """What a split leaves otherwise than the whole batch, though its gradient is the same."""
+    batch = experiments.whole_batch
+    for split in splits:
+        left = compare_left(experiments, experiments.run(split), experiments.run(batch))
+        if left is not None:
+            return _of_left(left, f"what is left after {sizes_of(split)} and {sizes_of(batch)}")
+    return None
+
+
+def _of_left(left: LeftDifference, reason: str) -> Measurement:
+    return Measurement(
+        reason,
+        relative_difference=left.size,
+        worst=left.worst,
+        exact=False,
+        diagnose=left.diagnosis,
+    )
 
 
 def order(experiments: Experiments) -> Measurement:
@@ -123,7 +155,15 @@ def short_window(experiments: Experiments) -> Measurement:
 def _fewer_micro_batches(experiments: Experiments) -> Measurement:
     split = candidate_splits(experiments.subject.size, uniform=True)[1]
     held, window = len(split), len(split) + 1
-    short = experiments.run(split, window=window).gradient
+    observed, whole = (
+        experiments.run(split, window=window),
+        experiments.run(experiments.whole_batch),
+    )
+    reason = f"{held} micro-batches where a full window has {window}"
+    left = compare_left(experiments, observed, whole)
+    if left is not None and left.cause == "dropped-examples":
+        return _of_left(left, reason)
+    short = observed.gradient
 
     def diagnose() -> Diagnosis:
         full = compare_gradients(short, experiments.run(split).gradient)
@@ -138,8 +178,8 @@ def _fewer_micro_batches(experiments: Experiments) -> Measurement:
         )
 
     return Measurement.of(
-        compare_gradients(short, experiments.run(experiments.whole_batch).gradient),
-        f"{held} micro-batches where a full window has {window}",
+        compare_gradients(short, whole.gradient),
+        reason,
         diagnose=diagnose,
     )
 

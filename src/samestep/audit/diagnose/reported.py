@@ -7,16 +7,24 @@ import torch
 
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.split import diagnose_split, is_faulty
-from samestep.audit.experiments import Experiments
+from samestep.audit.diagnose.state import compare_left
+from samestep.audit.experiments import Experiments, merged
 from samestep.audit.gradients import global_norm, scale
 from samestep.audit.subject import Gradient, Perturbation, Split
 
-STEP = 1e-6
-"""Length of the displacement along which the loss is watched, both ways."""
+STEPS = (2e-6, 2e-5, 2e-4, 2e-3, 2e-2)
+"""Lengths of the displacement along which the loss is watched, both ways; the first that shows a
+slope that half of it shows too."""
+
+SAFETY = 10.0
+"""How many times its uncertainty a slope may be off."""
+
+MAX_UNCERTAINTY = 0.05
+"""Relative error of slopes from which on no objective could be told from another."""
 
 MAX_SLOPE_ERROR = 1e-4
-"""Relative difference of slopes above which two objectives differ; the differences are good to
-about the square of the step and its inverse times the rounding of float64, 1e-10."""
+"""Relative difference of slopes above which two objectives differ, or more where the reported loss
+has few digits."""
 
 MAX_PREDICTION_ERROR = 1e-6
 """Relative difference up to which a number is explained by those of the parts."""
@@ -35,6 +43,10 @@ def diagnose_number(experiments: Experiments, split: Split, *, key: str) -> Diag
     faulty = is_faulty(experiments, split)
     if faulty and other is None and loss:
         return diagnose_split(experiments, split)  # it reports truly what it wrongly optimises
+    if not faulty:
+        left = compare_left(experiments, experiments.run(split), experiments.run(merged(split)))
+        if left is not None:
+            return left.diagnosis()
     alone = [experiments.run((micro,)).reported.get(key, math.nan) for micro in split]
     cause = "reported-not-optimised" if loss else "metric-mean-of-means"
     number = experiments.run(split).reported[key]
@@ -93,32 +105,61 @@ def diagnose_objective(experiments: Experiments, split: Split | None = None) -> 
     """Compare slopes of the reported loss with the gradient, along it and along random directions.
 
     Args:
-        experiments: The subject's; only one that computes in float64 can be judged.
+        experiments: The subject's.
         split: Where; None: the whole batch.
 
     Returns:
-        None if the report has the gradient that was applied, up to a factor that no known wrong
-        count explains (sums and means are both reported); else the cause.
+        None if the loss has too few digits to tell, or if it has the gradient that was applied,
+        up to a factor that no known wrong count explains (sums and means are both reported); else
+        the cause.
     """
-    if experiments.coarsest_rounding > 1e-12:
-        return None
     at = experiments.whole_batch if split is None else split
     gradient = experiments.small_gradient(at)
     length = global_norm(gradient)
+    if not length:
+        return None
     along = scale(gradient, 1 / length)
-    factor = _slope(experiments, at, line=along) / length
+    slope, step, uncertainty = _steady_slope(experiments, at, line=along)
+    bound = max(MAX_SLOPE_ERROR, SAFETY * uncertainty)
+    if bound > MAX_UNCERTAINTY:
+        return None
+    factor = slope / length
     error = max(
-        abs(_slope(experiments, at, line=line) - factor * _dot(gradient, line)) / length
+        abs(_slope(experiments, at, line=line, step=step) - factor * _dot(gradient, line)) / length
         for line in (_with_random_signs(along, seed) for seed in (1, 2))
     )
     residual = error / max(abs(factor), 1e-12)
-    if abs(factor) < MAX_SLOPE_ERROR or residual > MAX_SLOPE_ERROR:
+    if abs(factor) < MAX_SLOPE_ERROR or residual > bound:
         text = f"slopes of the reported loss miss the gradient's by {residual:.1e}"
         return Diagnosis("reported-not-optimised", residual, text)
-    return None if split is not None else _wrong_count(experiments, factor)
+    return None if split is not None else _wrong_count(experiments, factor, bound=bound)
 
 
-def _wrong_count(experiments: Experiments, factor: float) -> Diagnosis | None:
+def _steady_slope(
+    experiments: Experiments, split: Split, *, line: Gradient
+) -> tuple[float, float, float]:
+    """The slope along a line, the displacement that shows it best, and how uncertain it is.
+
+    A loss that is computed or logged in few digits needs longer displacements.
+    """
+    noise = max(experiments.coarsest_rounding, experiments.noise_floor)
+    noise *= abs(experiments.run(split).reported["loss"])
+    found = []
+    for step in STEPS:
+        slope, half = (
+            _slope(experiments, split, line=line, step=each) for each in (step, step / 2)
+        )
+        error = abs(slope - half) + noise / step
+        uncertainty = error / abs(slope) if slope else math.inf
+        found.append((uncertainty, slope, step))
+        if uncertainty <= MAX_SLOPE_ERROR / SAFETY:
+            break
+    uncertainty, slope, step = min(found)
+    # A loss that does not move at all has no slope, whatever its digits.
+    return slope, step, 0.0 if math.isinf(uncertainty) else uncertainty
+
+
+def _wrong_count(experiments: Experiments, factor: float, *, bound: float) -> Diagnosis | None:
     """A gradient that is the report's times targets over another count of the same batch."""
     counts = experiments.subject.example_counts()
     targets = 0 if counts is None else sum(each.targets for each in counts)
@@ -126,19 +167,19 @@ def _wrong_count(experiments: Experiments, factor: float) -> Diagnosis | None:
         if cause == "example-weighted" or not targets or count == targets:
             continue
         residual = abs(factor * targets / count - 1)
-        if residual < MAX_SLOPE_ERROR:
+        if residual < bound:
             text = f"the loss is reported over {targets} targets, optimised over {name}: {count:g}"
             return Diagnosis(cause, residual, text)
     return None
 
 
-def _slope(experiments: Experiments, split: Split, *, line: Gradient) -> float:
+def _slope(experiments: Experiments, split: Split, *, line: Gradient, step: float) -> float:
     """Of the reported loss along a direction of unit length."""
     ahead, behind = (
-        experiments.rerun(split, perturbation=Perturbation(scale(line, sign * STEP)))
+        experiments.rerun(split, perturbation=Perturbation(scale(line, sign * step)))
         for sign in (1.0, -1.0)
     )
-    return (ahead.reported["loss"] - behind.reported["loss"]) / (2 * STEP)
+    return (ahead.reported["loss"] - behind.reported["loss"]) / (2 * step)
 
 
 def _with_random_signs(line: Gradient, seed: int) -> Gradient:

@@ -5,10 +5,11 @@ batch; known bugs combine those gradients in known ways. The whole batch run und
 the loop itself takes for the answer.
 """
 
-from statistics import median
-
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.coupling import coupling, diagnose_seen_padding, leak_in_row
+from samestep.audit.diagnose.examples import by_example, cut_by_neighbours, fits_by_example
+from samestep.audit.diagnose.state import moved_between, order_dependence
+from samestep.audit.diagnose.weights import by_weights
 from samestep.audit.experiments import Experiments, merged
 from samestep.audit.gradients import (
     LeastSquares,
@@ -42,7 +43,9 @@ def diagnose_split(experiments: Experiments, split: Split, **changes: object) ->
     if difference <= experiments.small_tolerance:
         # With small gradients the split is exact: what remains is what is done to large ones.
         return Diagnosis("clip-per-micro-batch", difference, _shown(evidence))
-    diagnosis = _by_hypothesis(
+    diagnosis = moved_between(experiments, split, **changes)
+    diagnosis = diagnosis or by_weights(evidence, experiments.causes.values())
+    diagnosis = diagnosis or _by_hypothesis(
         experiments, split, evidence=evidence, difference=difference, **changes
     )
     if _bends_large_gradients(experiments, split, **changes):
@@ -183,7 +186,12 @@ def _nonlinear(
     inside = _inside(experiments, split, evidence=evidence, **changes)
     if inside is not None:
         return inside
-    if residual > evidence.residual_tolerance:
+    ordered = order_dependence(experiments, split, **changes) or 0.0
+    if ordered > evidence.residual_tolerance:
+        text = f"the order of the micro-batches changes the gradient by {ordered:.1e}; "
+        return Diagnosis(UNEXPLAINED, best, text + _shown(evidence))
+    explained = fits_by_example(experiments, split, evidence=evidence, **changes)
+    if residual > evidence.residual_tolerance and not explained:
         text = (
             f"{residual:.1e} of the gradient is no sum of the micro-batches' own, though examples "
             f"of equal counts add up; {_shown(evidence)}"
@@ -197,14 +205,14 @@ def _inside(
 ) -> Diagnosis | None:
     """A fault within micro-batches: repeats, padding that is seen, examples that are coupled."""
     diagnosis = _by_labels(experiments, evidence, **changes)
-    diagnosis = diagnosis or _by_example(experiments, split, evidence=evidence, **changes)
+    diagnosis = diagnosis or by_example(experiments, split, evidence=evidence, **changes)
     if diagnosis is None and not changes:
         diagnosis = diagnose_seen_padding(experiments)
     if diagnosis is not None:
         return diagnosis
     coupled = coupling(experiments, split, **changes)
     if coupled is not None and coupled <= evidence.residual_tolerance:
-        return None
+        return cut_by_neighbours(experiments, **changes)
     leak = leak_in_row(experiments, split, **changes)
     if leak is not None:
         return Diagnosis(leak, coupled or 0.0, _shown(evidence))
@@ -240,33 +248,6 @@ def _lost(whole: LeastSquares, split: LeastSquares, *, evidence: SplitEvidence) 
         return None
     cause = "last-micro-batch-only" if kept <= 1 else "dropped-examples"
     return Diagnosis(cause, split.residual, _shown(evidence))
-
-
-def _by_example(
-    experiments: Experiments, split: Split, *, evidence: SplitEvidence, **changes: object
-) -> Diagnosis | None:
-    """Examples that weigh more or less than those that share their micro-batch."""
-    members = merged(split)[0]
-    own = [experiments.small_gradient(((index,),), **changes) for index in members]
-    whole, parts = least_squares(evidence.whole, own), least_squares(evidence.split, own)
-    if max(whole.residual, parts.residual) > evidence.residual_tolerance:
-        return None
-    pairs = zip(members, parts.coefficients, whole.coefficients, strict=True)
-    ratios = {i: own / of_whole if abs(of_whole) > 1e-9 else 1.0 for i, own, of_whole in pairs}
-    medians = [median(ratios[index] for index in micro_batch) for micro_batch in split]
-    relative = [
-        (index, ratios[index] / middle)
-        for micro_batch, middle in zip(split, medians, strict=True)
-        for index in micro_batch
-        if middle
-    ]
-    odd = [(index, times) for index, times in relative if abs(times - 1) > 1e-4]
-    if not odd:
-        return None
-    text = ", ".join(f"example {index} x {times:.4g}" for index, times in odd)
-    dropped = all(abs(times) < 1e-6 for _, times in odd)
-    cause = "dropped-examples" if dropped else "duplicated-examples"
-    return Diagnosis(cause, parts.residual, f"within their micro-batch: {text}")
 
 
 def _shown(evidence: SplitEvidence) -> str:

@@ -1,0 +1,211 @@
+"""Example by example: repeats and losses, values that meet the wrong examples, means over groups.
+
+The gradients of a split and of the whole batch are fitted to those of the examples alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from samestep.audit.causes import Diagnosis
+from samestep.audit.diagnose.state import order_dependence
+from samestep.audit.experiments import Experiments, merged
+from samestep.audit.gradients import (
+    LeastSquares,
+    global_norm,
+    least_squares,
+    subtract,
+)
+from samestep.audit.hypotheses import SplitEvidence
+from samestep.audit.subject import Gradient, Split
+
+WHOLE_NUMBER = 1e-4
+"""How far a multiple may be from a whole number and still be one."""
+
+NEIGHBOURS = 5
+"""Of different lengths, that an example is put beside."""
+
+INDEPENDENT = 1e-5
+"""Singular value over the largest above which a direction counts: well above the noise of float64,
+well below what a lost token does."""
+
+TERMS = 2
+"""Directions that a loss of two units makes of one example beside different neighbours."""
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How much of each example is in a split, over how much is in the whole batch."""
+
+    members: tuple[int, ...]
+    ratios: dict[int, float]
+    residual: float
+
+
+def fits_by_example(
+    experiments: Experiments, split: Split, *, evidence: SplitEvidence, **changes: object
+) -> bool:
+    """Whether both gradients are sums over the examples' own."""
+    return _fit(experiments, split, evidence=evidence, **changes) is not None
+
+
+def by_example(
+    experiments: Experiments, split: Split, *, evidence: SplitEvidence, **changes: object
+) -> Diagnosis | None:
+    """Examples that weigh more or less than those that share their micro-batch.
+
+    Returns:
+        None where the fit fails, where all weigh alike, or where no law of examples explains it.
+    """
+    fit = _fit(experiments, split, evidence=evidence, **changes)
+    if fit is None:
+        return None
+    relative = dict(_within_micro_batches(fit, split))
+    odd = {index: times for index, times in relative.items() if abs(times - 1) > WHOLE_NUMBER}
+    if not odd:
+        return None
+    text = ", ".join(f"example {index} x {times:.4g}" for index, times in odd.items())
+    text = f"within their micro-batch: {text}"
+    if all(_is_multiple(times) for times in odd.values()):
+        dropped = all(abs(times) < WHOLE_NUMBER for times in odd.values())
+        cause = "dropped-examples" if dropped else "duplicated-examples"
+        return Diagnosis(cause, fit.residual, text)
+    ordered = order_dependence(experiments, split, **changes) or 0.0
+    if ordered > evidence.residual_tolerance:
+        text = f"{text}; the order of the micro-batches changes it by {ordered:.1e}"
+        return Diagnosis("misaligned-values", fit.residual, text)
+    for name, groups in _groups(experiments, fit.members, **changes):
+        if _is_by_group(relative, split, groups):
+            text = f"examples of one {name} in a micro-batch weigh alike, others do not; {text}"
+            return Diagnosis("mean-of-means", fit.residual, text)
+    return None
+
+
+def _fit(
+    experiments: Experiments, split: Split, *, evidence: SplitEvidence, **changes: object
+) -> _Fit | None:
+    """The fit of split and whole to the examples alone; None where one is no sum of them."""
+    members = merged(split)[0]
+    own = [experiments.small_gradient(((index,),), **changes) for index in members]
+    whole, parts = least_squares(evidence.whole, own), least_squares(evidence.split, own)
+    if max(whole.residual, parts.residual) > evidence.residual_tolerance or not _full_rank(own):
+        return None
+    return _Fit(members, _ratios(members, parts=parts, whole=whole), parts.residual)
+
+
+def _ratios(
+    members: Sequence[int], *, parts: LeastSquares, whole: LeastSquares
+) -> dict[int, float]:
+    pairs = zip(members, parts.coefficients, whole.coefficients, strict=True)
+    return {
+        index: own / of_whole if abs(of_whole) > 1e-9 else 1.0 for index, own, of_whole in pairs
+    }
+
+
+def _within_micro_batches(fit: _Fit, split: Split) -> Iterator[tuple[int, float]]:
+    """The weight of each example over the usual one of its micro-batch."""
+    for micro_batch in split:
+        middle = median(fit.ratios[index] for index in micro_batch)
+        if middle:
+            yield from ((index, fit.ratios[index] / middle) for index in micro_batch)
+
+
+def _is_multiple(times: float) -> bool:
+    return times > -WHOLE_NUMBER and abs(times - round(times)) <= WHOLE_NUMBER
+
+
+def _full_rank(gradients: Sequence[Gradient]) -> bool:
+    """Whether no gradient is a combination of the others; those of nothing are left out."""
+    held = [gradient for gradient in gradients if global_norm(gradient)]
+    return _rank(held) == len(held)
+
+
+def _rank(gradients: Sequence[Gradient]) -> int:
+    """How many directions gradients have, each taken at unit length."""
+    names = sorted({name for gradient in gradients for name in gradient})
+    rows = []
+    for gradient in gradients:
+        like = {name: each[name] for each in gradients for name in names if name in each}
+        flat = [gradient.get(name, torch.zeros_like(like[name])).flatten() for name in names]
+        row = torch.cat(flat)
+        rows.append(row / row.norm())
+    if not rows:
+        return 0
+    sizes = torch.linalg.svdvals(torch.stack(rows) @ torch.stack(rows).T).sqrt()
+    return int((sizes > INDEPENDENT * sizes[0]).sum())
+
+
+def _groups(
+    experiments: Experiments, members: Sequence[int], **changes: object
+) -> Iterator[tuple[str, dict[int, float]]]:
+    """Fields of the batch that could be a group: few values, several examples of one of them."""
+    held = [experiments.denominators((index,), **changes) for index in members]
+    for name in held[0]:
+        if not name.startswith("sum of ") or not all(name in each for each in held):
+            continue
+        values = {index: each[name].value for index, each in zip(members, held, strict=True)}
+        if 1 < len(set(values.values())) < len(members):
+            yield name.removeprefix("sum of "), values
+
+
+def _is_by_group(relative: dict[int, float], split: Split, groups: dict[int, float]) -> bool:
+    """Whether examples of one group weigh alike within each micro-batch, and some share one."""
+    shared = False
+    for micro_batch in split:
+        cells: dict[float, list[float]] = {}
+        for index in micro_batch:
+            cells.setdefault(groups[index], []).append(relative.get(index, 1.0))
+        if any(max(cell) - min(cell) > WHOLE_NUMBER for cell in cells.values()):
+            return False
+        shared = shared or any(len(cell) > 1 for cell in cells.values())
+    return shared
+
+
+def cut_by_neighbours(experiments: Experiments, **changes: object) -> Diagnosis | None:
+    """Whether what is kept of an example depends on how long its neighbours are.
+
+    Examples of equal lengths add up, so no statistic couples them. An example's own part beside a
+    neighbour (the change of the gradient as its tokens change) has one direction for each unit
+    that the loss divides by; lost tokens give more.
+    """
+    counts = experiments.subject.example_counts()
+    if counts is None or changes.get("packed"):
+        return None
+    by_length = sorted(range(len(counts)), key=lambda index: counts[index].length)
+    step = max(1, len(by_length) // NEIGHBOURS)
+    neighbours = by_length[::step]
+    best, at = 0, 0
+    for example in {by_length[-1], by_length[-2], by_length[len(by_length) // 2]}:
+        parts = []
+        for neighbour in [None, *neighbours]:
+            part = _own_part(experiments, example, neighbour, **changes)
+            if part is not None and global_norm(part):
+                parts.append(part)
+        rank = _rank(parts)
+        if rank > best:
+            best, at = rank, example
+    if best <= TERMS:
+        return None
+    text = (
+        f"beside neighbours of different lengths, the part of example {at} has {best} directions: "
+        "how much of it is kept depends on them, though examples of equal lengths add up"
+    )
+    return Diagnosis("dropped-examples", 0.0, text)
+
+
+def _own_part(
+    experiments: Experiments, example: int, neighbour: int | None, **changes: object
+) -> Gradient | None:
+    """How a gradient changes with the tokens of an example, beside a neighbour or alone."""
+    if neighbour == example:
+        return None
+    members = (example,) if neighbour is None else (example, neighbour)
+    try:
+        own = experiments.small_gradient((members,), **changes)
+        altered = experiments.small_gradient((members,), **changes, altered_examples=(example,))
+    except Exception:  # the subject is the user's code: it may refuse changed inputs
+        return None
+    part = subtract(own, altered)
+    return part if global_norm(part) > 1e-6 * global_norm(own) else None

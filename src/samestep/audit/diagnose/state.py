@@ -1,0 +1,173 @@
+"""What a step leaves besides its gradient: weights, averages, buffers, rates, or no update at all.
+
+And what moves between the micro-batches of a step, so that later ones see another model.
+"""
+
+import math
+from dataclasses import dataclass
+
+from samestep.audit.causes import Diagnosis
+from samestep.audit.experiments import TOLERANCE_FACTOR, Experiments, merged
+from samestep.audit.gradients import global_norm, relative_difference, subtract
+from samestep.audit.subject import Left, Observation, Split
+
+SHOWN = 3
+"""Names of weights and buffers in a line of evidence."""
+
+
+@dataclass(frozen=True)
+class LeftDifference:
+    """What a step leaves otherwise than another.
+
+    Attributes:
+        cause: The cause that it is.
+        size: The largest relative difference of anything.
+        worst: The weights and buffers that differ, with their relative differences, worst first.
+        evidence: A line for the reader.
+    """
+
+    cause: str
+    size: float
+    worst: tuple[tuple[str, float], ...]
+    evidence: str
+
+    def diagnosis(self) -> Diagnosis:
+        """As a cause."""
+        return Diagnosis(self.cause, 0.0, self.evidence)
+
+
+def compare_left(
+    experiments: Experiments, observed: Observation, expected: Observation
+) -> LeftDifference | None:
+    """What one step leaves otherwise than another, beyond what rounding makes.
+
+    Args:
+        experiments: The subject's, whose noise is measured.
+        observed: The step in question.
+        expected: The step that it should be.
+
+    Returns:
+        None if both leave the same, or if the subject is random.
+    """
+    if observed.stepped != expected.stepped:
+        return _without_update(observed)
+    left, other = observed.left, expected.left
+    if left is None or other is None or not experiments.is_deterministic:
+        return None
+    differences = _differences(experiments, left, other)
+    rates = _of_rates(left, other)
+    if not differences and not rates:
+        return None
+    ranked = sorted(differences.items(), key=lambda pair: -pair[1])
+    parts = [rates, _names(ranked, left)]
+    size = max(differences.values(), default=1.0)
+    text = "; ".join(filter(None, parts))
+    return LeftDifference("state-per-micro-batch", size, tuple(ranked[:40]), text)
+
+
+def _without_update(observed: Observation) -> LeftDifference:
+    """One of the two made an update and the other none."""
+    which = "this split" if not observed.stepped else "the undivided batch"
+    text = (
+        f"no update was made in {which}: the gradient stays in .grad, and what it came from is "
+        "lost or leaks into the next step"
+    )
+    return LeftDifference("dropped-examples", 1.0, (), text)
+
+
+def _differences(experiments: Experiments, left: Left, other: Left) -> dict[str, float]:
+    """By name, the difference of the movements over the movement, where it is no noise."""
+    noise = experiments.left_noise
+    found = {}
+    for name in left.moved:
+        if name not in other.moved or left.moved[name].shape != other.moved[name].shape:
+            continue
+        size = float(other.moved[name].norm())
+        error = float((left.moved[name] - other.moved[name]).norm())
+        rounding = max(left.rounding[name], other.rounding.get(name, 0.0), noise.get(name, 0.0))
+        if not error <= TOLERANCE_FACTOR * rounding + experiments.tolerance * size:
+            found[name] = error / size if size and math.isfinite(error) else math.inf
+    return found
+
+
+def _of_rates(left: Left, other: Left) -> str:
+    """The learning rates that differ, in words; empty if none does."""
+    if left.rates != other.rates and len(left.rates) == len(other.rates):
+        return f"the learning rate of the update is {_shown(left.rates)}, not {_shown(other.rates)}"
+    if left.rates_after != other.rates_after:
+        return (
+            f"the learning rate after the step is {_shown(left.rates_after)}, not "
+            f"{_shown(other.rates_after)}"
+        )
+    return ""
+
+
+def _shown(rates: tuple[tuple[float, ...], ...]) -> str:
+    return ", ".join(f"{rate:.4g}" for each in rates for rate in sorted(set(each))) or "none"
+
+
+def _names(ranked: list[tuple[str, float]], left: Left) -> str:
+    """What ends elsewhere, in words: trained weights, and what no gradient moves."""
+    parts = []
+    for words, trained in (("trained weights", True), ("no trained weights", False)):
+        own = [name for name, _ in ranked if (name in left.trained) == trained]
+        if own:
+            rest = f" and {len(own) - SHOWN} more" if len(own) > SHOWN else ""
+            parts.append(f"{', '.join(own[:SHOWN])}{rest} ({words})")
+    return f"the step leaves other values in {' and in '.join(parts)}" if parts else ""
+
+
+def moved_between(experiments: Experiments, split: Split, **changes: object) -> Diagnosis | None:
+    """What moves between micro-batches, where their order changes the gradient.
+
+    Args:
+        experiments: The subject's.
+        split: The split at fault.
+        **changes: The settings that it was run under.
+
+    Returns:
+        None if the order does not matter, or if nothing is seen to move.
+    """
+    by_order = order_dependence(experiments, split, **changes)
+    if by_order is None or by_order <= experiments.residual_tolerance:
+        return None
+    of_split, of_whole = (
+        _times_moved(experiments.run(each, **changes, watch_moves=True))
+        for each in (split, merged(split))
+    )
+    moving = [name for name, times in of_split.items() if times > of_whole.get(name, 0)]
+    if not moving:
+        return None
+    rest = f" and {len(moving) - SHOWN} more" if len(moving) > SHOWN else ""
+    text = (
+        f"{', '.join(moving[:SHOWN])}{rest} moved between the micro-batches; in another order "
+        f"they give a gradient that differs by {by_order:.1e}"
+    )
+    return Diagnosis("state-per-micro-batch", 0.0, text)
+
+
+def _times_moved(observed: Observation) -> dict[str, int]:
+    times: dict[str, int] = {}
+    for names in observed.moves:
+        for name in names:
+            times[name] = times.get(name, 0) + 1
+    return times
+
+
+def order_dependence(experiments: Experiments, split: Split, **changes: object) -> float | None:
+    """How far the gradient changes with the order of the micro-batches, relative.
+
+    Returns:
+        None of a split that cannot be turned round: a smaller micro-batch cannot come first where
+        sizes must be uniform.
+    """
+    sizes = {len(micro_batch) for micro_batch in split}
+    if experiments.subject.uniform and len(sizes) > 1:
+        split = experiments.mixed_split
+        if len({len(micro_batch) for micro_batch in split}) > 1:
+            return None
+    gradient = experiments.small_gradient(split, **changes)
+    turned = experiments.small_gradient(split[::-1], **changes)
+    if not global_norm(subtract(gradient, turned)):
+        return 0.0
+    return relative_difference(turned, gradient)

@@ -1,0 +1,87 @@
+"""Bugs that hit some weights only: the others are exact, and these follow a law of their own."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from samestep.audit.causes import Cause, Diagnosis
+from samestep.audit.gradients import compare_gradients, global_norm, least_squares
+from samestep.audit.hypotheses import SplitEvidence, hypotheses
+from samestep.audit.subject import Gradient
+
+SHOWN = 3
+"""Names of weights in a line of evidence."""
+
+
+def by_weights(evidence: SplitEvidence, causes: Iterable[Cause]) -> Diagnosis | None:
+    """The law of the weights that are inexact, where others are exact.
+
+    Args:
+        evidence: Of an inexact split.
+        causes: Those that could be named, the user's own too.
+
+    Returns:
+        None unless some weights are exact, some are not, and those follow a known law.
+    """
+    every = compare_gradients(evidence.split, evidence.whole, most=len(evidence.whole) + 1).worst
+    bound = evidence.residual_tolerance
+    at_fault = [name for name, difference in every if not difference <= bound]
+    size = global_norm(evidence.whole)
+    exact = [
+        name
+        for name, difference in every
+        if difference <= bound and float(evidence.whole[name].norm()) > 1e-6 * size
+    ]
+    if not at_fault or not exact:
+        return None
+    own = _only(evidence, at_fault)
+    shown = _shown(at_fault, exact)
+    if not global_norm(own.split) or not global_norm(own.whole):
+        which = "the split" if not global_norm(own.split) else "the undivided batch"
+        return Diagnosis("weights-left-out", 0.0, f"no gradient in {which}: {shown}")
+    return _law(own, causes, shown)
+
+
+def _law(own: SplitEvidence, causes: Iterable[Cause], shown: str) -> Diagnosis | None:
+    """The hypothesis that predicts the weights at fault, or the one micro-batch that they keep."""
+    scored = [
+        (compare_gradients(each.gradient, own.split).relative_difference, each)
+        for each in hypotheses(own, causes)
+    ]
+    difference = compare_gradients(own.split, own.whole).relative_difference
+    best = min(residual for residual, _ in scored)
+    if best <= min(own.residual_tolerance, 0.1 * difference):
+        allowed = max(10 * best, 1e-3 * own.residual_tolerance)
+        residual, hypothesis = next(pair for pair in scored if pair[0] <= allowed)
+        text = f"{shown}; there micro-batches are weighted {hypothesis.weighting}"
+        return Diagnosis(hypothesis.cause, residual, text)
+    for number, alone in enumerate(own.alone):
+        if not global_norm(alone):
+            continue
+        fit = least_squares(own.split, [alone])
+        if fit.residual <= own.residual_tolerance and _elements(own.split) > 1:
+            text = f"{shown}; there micro-batch {number + 1} alone is kept"
+            return Diagnosis("last-micro-batch-only", fit.residual, text)
+    return None
+
+
+def _only(evidence: SplitEvidence, names: Sequence[str]) -> SplitEvidence:
+    """The evidence of these weights alone."""
+
+    def of(gradient: Gradient) -> Gradient:
+        return {name: gradient[name] for name in names if name in gradient}
+
+    return replace(
+        evidence,
+        split=of(evidence.split),
+        whole=of(evidence.whole),
+        alone=[of(each) for each in evidence.alone],
+    )
+
+
+def _elements(gradient: Gradient) -> int:
+    return sum(tensor.numel() for tensor in gradient.values())
+
+
+def _shown(at_fault: Sequence[str], exact: Sequence[str]) -> str:
+    rest = f" and {len(at_fault) - SHOWN} more" if len(at_fault) > SHOWN else ""
+    return f"{', '.join(at_fault[:SHOWN])}{rest} (the other {len(exact)} weights are exact)"
