@@ -25,7 +25,7 @@ from samestep.engine.parallel import prepare_for_step
 from samestep.engine.step import accumulate, count_batch
 from samestep.engine.terms import LossFn
 from samestep.engine.two_pass import GatheredTerms
-from samestep.kernels import packed_attention
+from samestep.kernels import packed_attention, varlen
 from samestep.models.probes import cut_last_layer
 from samestep.train.forward import with_keyed_dropout
 from samestep.train.settings.base import TrainSettings
@@ -46,6 +46,13 @@ class NoWaitingCopies(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def as_on_a_gpu(pack: varlen.Pack) -> torch.Tensor:
+    """Attention by FlashAttention."""
+    function = varlen.flash_function()
+    assert function is not None
+    return varlen.by_flash(function, pack)
+
+
 def run_there(
     model: Any,
     micro_batches: list[Any],
@@ -64,7 +71,7 @@ def run_there(
         module.to(META)
     there = [to_device(micro_batch, META) for micro_batch in micro_batches]
     with pytest.MonkeyPatch.context() as patch, NoWaitingCopies():
-        patch.setattr(packed_attention, "_by_sequence", packed_attention._varlen)  # as on a GPU
+        patch.setattr(packed_attention, "_by_sequence", as_on_a_gpu)
         patch.setattr(torch, "Generator", lambda device: torch.default_generator)
         # These read values, once a step: after the last micro-batch, and between two passes.
         patch.setattr(TermAccumulator, "totals", lambda self: {})

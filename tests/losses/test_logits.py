@@ -62,6 +62,7 @@ def test_chunks_cover_all_rows_in_order(rows: int) -> None:
 
 
 def test_a_chunk_fills_the_same_memory_for_every_vocabulary() -> None:
-    assert chunk_rows(None, 2**13) == CHUNK_ELEMENTS // 2**13
-    assert chunk_rows(None, 2 * CHUNK_ELEMENTS) == 1
-    assert chunk_rows(7, 2**13) == 7
+    states = torch.zeros(1, 4)
+    assert chunk_rows(None, states, vocabulary=2**13) == CHUNK_ELEMENTS // 2**13
+    assert chunk_rows(None, states, vocabulary=2 * CHUNK_ELEMENTS) == 1
+    assert chunk_rows(7, states, vocabulary=2**13) == 7

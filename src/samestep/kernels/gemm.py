@@ -97,11 +97,17 @@ def matmul(a: Tensor, b: Tensor, *, bias: Tensor | None = None) -> Tensor:
 def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b``, holding only blocks of the product.
 
+    Low precision is added up in the total's type, as inside one product: rounded before it is added
+    each product would lose its last bits.
+
     Args:
         total: [rows, columns], contiguous; changed in place.
         a: [rows, inner]; any strides.
         b: [inner, columns]; any strides.
     """
+    if total.dtype != a.dtype:
+        _add_wide_matmul_(total, a, b)
+        return
     if not uses_onednn(a, b, multiplications=a.numel() * b.shape[1]):
         total.addmm_(a, b)
         return
@@ -110,6 +116,37 @@ def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
     for start in range(0, len(total), rows):
         block = slice(start, start + rows)
         total[block] += matmul(a[block], b)
+
+
+def _add_wide_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b`` of matrices of a lower precision than the total."""
+    if a.device.type == "cpu":
+        add_matmul_(total, a.to(total.dtype), b.to(total.dtype))
+    elif adds_in_place(a.device, a.dtype, total.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+@cache
+def adds_in_place(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether a device adds a product of low precision to a wider total, in place and right.
+
+    Args:
+        device: The device.
+        dtype: The type of the factors.
+        wide: The type of the total.
+
+    Returns:
+        Whether it does: tried once, since not every version of PyTorch can on every device.
+    """
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    total = torch.full((16, 16), 2.0**-10, dtype=wide, device=device)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=wide, out=total)
+        return bool((total == 16 + 2.0**-10).all())
+    except (RuntimeError, TypeError):
+        return False
 
 
 @cache

@@ -5,11 +5,10 @@ from torch import Tensor, nn
 
 from samestep.engine.targets import select_targets
 from samestep.losses.linear_cross_entropy import CrossEntropySums
-from samestep.losses.logits import at_least_float32, map_chunks, soft_cap
+from samestep.losses.logits import at_least_float32, columns_of, map_chunks, soft_cap
 from samestep.utils.autocast import in_own_types
 
 
-@in_own_types
 def logits_cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -34,9 +33,17 @@ def logits_cross_entropy(
     Returns:
         The sums, without entropy.
     """
-    rows, targets, weights = _select_weighted_targets(
+    selected = _select_weighted_targets(
         logits, targets, target_weights=target_weights, positions=positions
     )
+    return _sums(*selected, label_smoothing=label_smoothing, z_loss=z_loss)
+
+
+@in_own_types
+def _sums(
+    rows: Tensor, targets: Tensor, weights: Tensor, *, label_smoothing: float, z_loss: float
+) -> CrossEntropySums:
+    """The sums over rows that are all targets."""
     rows = at_least_float32(rows)
     weights = weights.to(rows.dtype)
     logsumexp = rows.logsumexp(dim=-1)
@@ -79,25 +86,20 @@ def module_cross_entropy(
         label_smoothing: As in `linear_cross_entropy`.
         z_loss: As in `linear_cross_entropy`.
         softcap: As in `linear_cross_entropy`.
-        chunk: Rows of logits held at once; None: those that fill 32 MB for 64 k classes.
+        chunk: Rows of logits held at once; None: as in `linear_cross_entropy`.
 
     Returns:
         The sums, without entropy. With no target the loss is a zero that still has a graph.
     """
 
     def chunk_sums(states: Tensor, classes: Tensor, weights: Tensor) -> CrossEntropySums:
-        return logits_cross_entropy(
-            soft_cap(head(states), softcap),
-            classes,
-            target_weights=weights,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-        )
+        logits = soft_cap(head(states), softcap)
+        return _sums(logits, classes, weights, label_smoothing=label_smoothing, z_loss=z_loss)
 
     selected = _select_weighted_targets(
         hidden, targets, target_weights=target_weights, positions=positions
     )
-    sums = map_chunks(chunk_sums, *selected, chunk=chunk)
+    sums = map_chunks(chunk_sums, *selected, chunk=chunk, vocabulary=columns_of(head))
     return CrossEntropySums(
         loss=torch.stack([part.loss for part in sums]).sum(),
         nll=torch.stack([part.nll for part in sums]).sum(),

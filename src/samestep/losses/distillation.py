@@ -6,11 +6,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from samestep.losses.logits import at_least_float32, map_chunks
+from samestep.losses.logits import TYPICAL_VOCABULARY, at_least_float32, map_chunks
 
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 LogitsFn = Callable[[Tensor], Tensor]
 """Hidden states [rows, width] to logits [rows, vocabulary]."""
+
+_COPIES = 12
+"""Tensors as large as the logits that two models' distributions and their divergence hold."""
 
 
 def divergences(
@@ -21,6 +24,7 @@ def divergences(
     teacher_logits: LogitsFn,
     kind: Divergence,
     temperature: float = 1.0,
+    vocabulary: int = TYPICAL_VOCABULARY,
     chunk: int | None = None,
 ) -> Tensor:
     """How far the student is from the teacher at each target.
@@ -37,7 +41,8 @@ def divergences(
         teacher_logits: The teacher's head.
         kind: Which divergence.
         temperature: Logits are divided by it. The losses are not multiplied by its square.
-        chunk: Targets at once; None: those that fill 32 MB for 64 k classes.
+        vocabulary: Columns of the logits.
+        chunk: Targets at once; None: as many as suit the device.
 
     Returns:
         [targets], at least 0; float32 or above.
@@ -49,7 +54,10 @@ def divergences(
         log_q = _log_softmax(student_logits(student_rows), temperature=temperature)
         return _divergence(log_q, log_p, kind=kind)
 
-    return torch.cat(map_chunks(chunk_divergences, student, teacher, chunk=chunk))
+    chunks = map_chunks(
+        chunk_divergences, student, teacher, chunk=chunk, vocabulary=vocabulary, copies=_COPIES
+    )
+    return torch.cat(chunks)
 
 
 def top_k_divergences(
@@ -59,6 +67,7 @@ def top_k_divergences(
     top_logps: Tensor,
     student_logits: LogitsFn,
     kind: Divergence,
+    vocabulary: int = TYPICAL_VOCABULARY,
     chunk: int | None = None,
 ) -> Tensor:
     """How far the student is from a teacher of which only the k likeliest tokens are stored.
@@ -73,6 +82,7 @@ def top_k_divergences(
         top_logps: Their log probabilities [targets, k], over the whole vocabulary.
         student_logits: The student's head.
         kind: As for `divergences`.
+        vocabulary: As for `divergences`.
         chunk: As for `divergences`.
 
     Returns:
@@ -83,7 +93,10 @@ def top_k_divergences(
         log_q = _log_softmax(student_logits(student_rows)).gather(1, ids)
         return _divergence(_append_rest(log_q), _append_rest(log_p.to(log_q)), kind=kind)
 
-    return torch.cat(map_chunks(chunk_divergences, student, top_ids, top_logps, chunk=chunk))
+    chunks = map_chunks(
+        chunk_divergences, student, top_ids, top_logps, chunk=chunk, vocabulary=vocabulary
+    )
+    return torch.cat(chunks)
 
 
 def _append_rest(log_p: Tensor) -> Tensor:

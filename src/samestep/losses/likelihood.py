@@ -17,6 +17,7 @@ from samestep.losses.logits import (
     accumulation_dtype,
     at_least_float32,
     chunk_rows,
+    columns_of,
     linear_logits,
     map_chunks,
     soft_cap,
@@ -58,7 +59,7 @@ def linear_likelihoods(
         bias: [vocabulary], or None.
         softcap: As in `samestep.losses.logits.soft_cap`.
         positions: As in `samestep.losses.linear_cross_entropy.linear_cross_entropy`.
-        chunk: Rows of logits held at once; None: as many as fill 32 MB in float32.
+        chunk: Rows of logits held at once; None: as in `linear_cross_entropy`.
 
     Returns:
         The likelihoods of the rows that are targets. Without any the vectors are empty and still
@@ -77,7 +78,7 @@ def linear_likelihoods(
             bias,
             classes,
             softcap,
-            chunk_rows(chunk, weight.shape[0]),
+            chunk_rows(chunk, states, vocabulary=len(weight), copies=3 + (softcap is not None)),
         )
     )
 
@@ -142,6 +143,7 @@ def _chunked_likelihoods(
         rows = slice(start, start + chunk)
         logits = linear_logits(hidden[rows], weight, bias=bias, softcap=softcap, dtype=dtype)
         chunks.append(torch.stack(_row_likelihoods(logits, targets[rows])))
+        del logits
     return torch.cat(chunks, dim=1)
 
 
@@ -168,10 +170,11 @@ def _add_gradients(
         grad_logits *= grad_nll[rows][:, None]
         if softcap is not None:
             grad_logits *= soft_cap_derivative(logits, softcap)
+        del logits
         gradients.add(rows, grad_logits.to(hidden.dtype))
+        del grad_logits  # before the next chunk's are made
 
 
-@in_own_types
 def logits_likelihoods(
     logits: Tensor, targets: Tensor, *, positions: Tensor | None = None
 ) -> Likelihoods:
@@ -186,7 +189,7 @@ def logits_likelihoods(
         The likelihoods of the rows that are targets.
     """
     rows, classes, _ = select_targets(logits, targets, positions=positions)
-    return Likelihoods(*_row_likelihoods(at_least_float32(rows), classes))
+    return _likelihoods_of_rows(rows, classes)
 
 
 def module_likelihoods(
@@ -206,18 +209,25 @@ def module_likelihoods(
         targets: As in `linear_likelihoods`; ``IGNORE`` rows never reach the head.
         softcap: As in `linear_likelihoods`.
         positions: As in `samestep.losses.linear_cross_entropy.linear_cross_entropy`.
-        chunk: Rows of logits held at once; None: those that fill 32 MB for 64 k classes.
+        chunk: Rows of logits held at once; None: as in `linear_cross_entropy`.
 
     Returns:
         The likelihoods of the rows that are targets.
     """
 
     def chunk_likelihoods(states: Tensor, classes: Tensor) -> Likelihoods:
-        return logits_likelihoods(soft_cap(head(states), softcap), classes)
+        return _likelihoods_of_rows(soft_cap(head(states), softcap), classes)
 
     states, classes, _ = select_targets(hidden, targets, positions=positions)
-    chunks = map_chunks(chunk_likelihoods, states, classes, chunk=chunk)
+    chunks = map_chunks(
+        chunk_likelihoods, states, classes, chunk=chunk, vocabulary=columns_of(head)
+    )
     return Likelihoods(*(torch.cat(vectors) for vectors in zip(*chunks, strict=True)))
+
+
+@in_own_types
+def _likelihoods_of_rows(logits: Tensor, targets: Tensor) -> Likelihoods:
+    return Likelihoods(*_row_likelihoods(at_least_float32(logits), targets))
 
 
 def _row_likelihoods(logits: Tensor, targets: Tensor) -> list[Tensor]:
@@ -226,5 +236,5 @@ def _row_likelihoods(logits: Tensor, targets: Tensor) -> list[Tensor]:
     nll = -log_softmax.gather(1, targets[:, None]).squeeze(1)
     with torch.no_grad():
         correct = (logits.argmax(dim=-1) == targets).to(nll)
-        entropy = -(log_softmax.exp() * log_softmax).sum(dim=-1)
+        entropy = -log_softmax.exp().mul_(log_softmax).sum(dim=-1)
     return [nll, correct, entropy]

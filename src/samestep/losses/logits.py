@@ -15,7 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from samestep.kernels.gemm import add_matmul_, matmul
 
 CHUNK_ELEMENTS = 2**23
-"""Logits held at once by default: 32 MB in float32."""
+"""Logits held at once on a CPU by default: 32 MB in float32, which its cache nearly holds."""
+
+CHUNK_ROWS = 4096
+"""Rows of logits held at once on an accelerator: more would not make its products faster."""
+
+CHUNK_BYTES = 2**30
+"""What logits and what is made of them may take on an accelerator."""
 
 TYPICAL_VOCABULARY = 2**16
 """The vocabulary that is assumed of a head that is not one weight matrix."""
@@ -53,34 +59,71 @@ def soft_cap(logits: Tensor, cap: float | None, *, inplace: bool = False) -> Ten
 
 def soft_cap_derivative(capped: Tensor, cap: float) -> Tensor:
     """The derivative of `soft_cap` at each logit, from the capped ones: 1 - (capped / cap)²."""
-    return 1 - (capped / cap).square_()
+    return (capped / cap).square_().neg_().add_(1)
 
 
-def chunk_rows(chunk: int | None, vocabulary: int = TYPICAL_VOCABULARY) -> int:
-    """Rows of logits to hold at once.
+def chunk_rows(
+    chunk: int | None,
+    states: Tensor,
+    *,
+    vocabulary: int = TYPICAL_VOCABULARY,
+    copies: int = 2,
+) -> int:
+    """Rows of logits to hold at once: what suits the device.
+
+    A CPU is fastest where the logits stay in its cache. An accelerator reads the whole embedding,
+    and adds to a float32 gradient as large, once a chunk: its chunks are as large as memory allows.
 
     Args:
-        chunk: The rows that the caller wants; None: as many as fill `CHUNK_ELEMENTS`.
+        chunk: The rows that the caller wants; None: as many as suit the device.
+        states: Hidden states, by whose type and device it is decided.
         vocabulary: Columns of the logits.
+        copies: Tensors as large as the logits that are held at once, in `accumulation_dtype`.
 
     Returns:
         At least 1.
     """
-    return chunk or max(1, CHUNK_ELEMENTS // vocabulary)
+    if chunk is not None:
+        return chunk
+    if states.device.type == "cpu":
+        return max(1, CHUNK_ELEMENTS // vocabulary)
+    bytes_a_row = vocabulary * copies * accumulation_dtype(states.dtype).itemsize
+    return max(1, min(CHUNK_ROWS, CHUNK_BYTES // bytes_a_row))
 
 
-def map_chunks(function: Callable[..., T], *tensors: Tensor, chunk: int | None) -> list[T]:
+def columns_of(head: object) -> int:
+    """The vocabulary of a head, where it tells.
+
+    Args:
+        head: A module such as ``nn.Linear``, plain or with adapters.
+
+    Returns:
+        Its output features, or `TYPICAL_VOCABULARY`.
+    """
+    found = getattr(head, "out_features", None)
+    return found if isinstance(found, int) else TYPICAL_VOCABULARY
+
+
+def map_chunks(
+    function: Callable[..., T],
+    *tensors: Tensor,
+    chunk: int | None,
+    vocabulary: int = TYPICAL_VOCABULARY,
+    copies: int = 6,
+) -> list[T]:
     """Apply a function to chunks of rows; what it computed is recomputed in the backward.
 
     Args:
         function: Of as many tensors as are given, each [chunk, ...].
         *tensors: Each [rows, ...], with the same number of rows.
         chunk: As for `chunk_rows`.
+        vocabulary: As for `chunk_rows`.
+        copies: As for `chunk_rows`; autograd holds more than the functions here.
 
     Returns:
         The result for each chunk; with no rows, that for one empty chunk.
     """
-    size = chunk_rows(chunk)
+    size = chunk_rows(chunk, tensors[0], vocabulary=vocabulary, copies=copies)
     chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
     return [checkpoint(function, *rows, use_reentrant=False) for rows in chunks]
 
@@ -158,12 +201,7 @@ class HeadGradients:
             states = self._hidden[rows]
             if factors is not None:
                 states = (states * factors).to(states.dtype)
-            if self._grad_weight.dtype == states.dtype:
-                add_matmul_(self._grad_weight, grad_logits.t(), states)
-            else:
-                self._grad_weight += _matmul_in(
-                    grad_logits.t(), states, dtype=self._grad_weight.dtype
-                )
+            add_matmul_(self._grad_weight, grad_logits.t(), states)
         if self._grad_bias is not None:
             self._grad_bias += (grad_logits if factors is None else grad_logits * factors).sum(0)
 
@@ -175,13 +213,3 @@ class HeadGradients:
             None if self._grad_weight is None else self._grad_weight.to(weight_dtype),
             None if self._grad_bias is None else self._grad_bias.to(bias_dtype),
         )
-
-
-def _matmul_in(a: Tensor, b: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """``a @ b`` of low-precision matrices, in a wider type.
-
-    Rounded back to low precision, each chunk's product would lose its last bits before it is added.
-    """
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)

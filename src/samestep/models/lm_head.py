@@ -28,7 +28,7 @@ from samestep.losses.likelihood import (
     module_likelihoods,
 )
 from samestep.losses.linear_cross_entropy import CrossEntropySums, linear_cross_entropy
-from samestep.losses.logits import soft_cap
+from samestep.losses.logits import columns_of, soft_cap
 from samestep.models.outputs import model_inputs
 from samestep.utils.agreement import LOW_PRECISION, compare_in_one_precision
 
@@ -64,6 +64,11 @@ class HiddenStates:
     states: Tensor
     rule: LogitRule | None
     outputs: Any
+
+    @property
+    def vocabulary(self) -> int:
+        """Columns of the logits."""
+        return self.states.shape[-1] if self.rule is None else columns_of(self.head)
 
     def cross_entropy(self, targets: Tensor, **options: Any) -> CrossEntropySums:
         """Sums of cross entropy over the targets.

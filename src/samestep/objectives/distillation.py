@@ -67,6 +67,7 @@ class Distillation:
             teacher_logits=teacher.logits,
             kind=self.kind,
             temperature=self.temperature,
+            vocabulary=student.vocabulary,
         )
         return _terms(
             student,
@@ -108,6 +109,7 @@ class TopKDistillation:
             top_logps=field_at_targets(micro_batch, "top_logps"),
             student_logits=student.logits,
             kind=self.kind,
+            vocabulary=student.vocabulary,
         )
         return _terms(
             student,
