@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+from cases import build
 
+from samestep.train import micro_tokens
 from samestep.train.micro_tokens import (
-    BUDGETS,
-    LEAST_FOR_SPEED,
+    ON_ACCELERATOR,
+    ON_CPU,
     Costs,
     Sample,
     cached_costs,
@@ -14,6 +16,8 @@ from samestep.train.micro_tokens import (
     fit_costs,
     measure_costs,
 )
+from samestep.train.settings.base import finalize
+from samestep.train.settings.objectives import settings_class
 
 COSTS = Costs(seconds=0.2, seconds_per_token=0.004, bytes=3e9, bytes_per_token=1e6)
 
@@ -39,17 +43,38 @@ def test_the_smallest_budget_with_little_fixed_cost_is_taken() -> None:
     assert choose_budget(COSTS) == 448
     assert choose_budget(Costs(0.4, 0.004, None, 0.0)) == 896
     assert (
-        choose_budget(Costs(0.0, 0.004, None, 0.0)) == LEAST_FOR_SPEED
+        choose_budget(Costs(0.0, 0.004, None, 0.0)) == ON_CPU.least_for_speed
     )  # never less for its time alone
-    assert choose_budget(Costs(1e9, 0.004, None, 0.0)) == BUDGETS[-1]
+    assert choose_budget(Costs(1e9, 0.004, None, 0.0)) == ON_CPU.budgets[-1]
 
 
 def test_a_budget_below_the_longest_row_would_save_no_memory() -> None:
     assert choose_budget(COSTS, longest=300) == 448
     assert choose_budget(COSTS, longest=700) == 700
     assert choose_budget(Costs(0.4, 0.004, None, 0.0), longest=700) == 896
-    assert choose_budget(COSTS, longest=9000) == BUDGETS[-1]
+    assert choose_budget(COSTS, longest=9000) == ON_CPU.budgets[-1]
     assert choose_budget(COSTS, longest=700, limit=3.6e9) == 448
+
+
+def test_an_accelerator_gets_what_memory_holds() -> None:
+    launches = Costs(seconds=0.05, seconds_per_token=1.5e-5, bytes=12e9, bytes_per_token=1e6)
+    asked = {"choice": ON_ACCELERATOR, "reserved": 10e9}
+    assert choose_budget(launches, **asked) == 65536
+    assert choose_budget(launches, limit=64e9, **asked) == 32768
+    assert choose_budget(launches, limit=28e9, **asked) == 4096
+    assert choose_budget(Costs(0.001, 1.5e-5, None, 0.0), choice=ON_ACCELERATOR) == 8192
+
+
+def test_the_file_is_of_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = set()
+    settings = finalize(settings_class("causal_lm")(model="m", data="d", out="o"))
+    model = build("llama")
+    for name, size in (("H100", 80), ("H100", 94), ("H200", 141)):
+        monkeypatch.setattr(
+            micro_tokens, "describe_device", lambda device, own=(name, size): ["cuda:0", *own]
+        )
+        keys.add(micro_tokens._key(model, settings))
+    assert len(keys) == 3
 
 
 def test_memory_bounds_the_budget() -> None:
@@ -57,7 +82,7 @@ def test_memory_bounds_the_budget() -> None:
     assert choose_budget(costly, limit=4.1e9) == 896
     assert choose_budget(costly, limit=3.6e9) == 448
     assert choose_budget(costly, limit=4.1e9, reserved=0.5e9) == 448
-    assert choose_budget(costly, limit=1e9) == BUDGETS[0]
+    assert choose_budget(costly, limit=1e9) == ON_CPU.budgets[0]
 
 
 def test_two_sizes_are_measured_and_the_first_run_does_not_count() -> None:

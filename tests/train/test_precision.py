@@ -19,8 +19,9 @@ from samestep.errors import ConfigError
 from samestep.train import precision, trainer
 from samestep.train.command import read_settings
 from samestep.train.forward import with_keyed_dropout
+from samestep.train.recipes.base import recipe_for
 from samestep.train.settings.base import TrainSettings, finalize
-from samestep.train.setup import set_up
+from samestep.train.setup import _load_model, set_up
 from samestep.train.trainer import train
 
 
@@ -280,3 +281,15 @@ def test_the_head_s_gradient_is_not_rounded_to_bfloat16() -> None:
     loss.backward()
     assert weight.grad is not None
     assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_layers_are_changed_for_cpus_alone(tmp_path: Path, kind: str) -> None:
+    """What sends products through oneDNN breaks the graphs of compiled layers."""
+    recipe = recipe_for(run_config(tmp_path, precision="float32"))
+    data = [
+        recipe.read(str(tmp_path / "rows.jsonl"), recipe.load_tokenizer(str(tmp_path / "tiny")))
+    ]
+    model = _load_model(recipe, data, device=torch.device(kind))
+    changed = ["forward" in vars(m) for m in model.modules() if type(m) is nn.Linear]
+    assert set(changed) == {kind == "cpu"}

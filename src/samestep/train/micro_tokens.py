@@ -31,26 +31,56 @@ from samestep.train.precision import one_step
 from samestep.train.recipes.base import Recipe
 from samestep.train.settings.base import TrainSettings
 from samestep.utils.files import cache_folder, write_atomically
-from samestep.utils.memory import available_memory, peak_memory
+from samestep.utils.memory import available_memory, describe_device, peak_memory
 from samestep.utils.waiting import waiting
 
 log = logging.getLogger("samestep")
 
-_MEASURED_BUDGETS = (256, 1024)
-"""Budgets of the two measurements."""
 
-BUDGETS = (256, 448, 896, 1792)
-"""What can be chosen: each about twice the one before, so that noise in a measurement seldom
-changes the choice, and no more than keeps every known processor busy, so that it never costs much
-memory."""
+@dataclass(frozen=True)
+class BudgetRange:
+    """What can be chosen on a kind of device.
 
-LEAST_FOR_SPEED = 448
-"""Less is chosen only for want of memory: where other programs disturb the clock, the fixed costs
-of small micro-batches are easily missed, and those are remembered for good."""
+    Attributes:
+        measured: Budgets of the two measurements.
+        budgets: Each about twice the one before, so that noise in a measurement seldom changes the
+            choice, and no more than keeps such a device busy, so that it never costs much memory.
+        least_for_speed: Less is chosen only for want of memory: where other programs disturb the
+            clock, the fixed costs of small micro-batches are easily missed, and those are
+            remembered for good.
+        fixed_share: The choice is the smallest budget that spends at most this share of the time
+            on fixed costs: twice the budget would save half of it, for twice the activations.
+        unmeasured: The budget where nothing can be measured.
+    """
 
-_FIXED_SHARE = 0.12
-"""The choice is the smallest budget that spends at most this share of the time on fixed costs:
-twice the budget would save half of it, for twice the activations."""
+    measured: tuple[int, int]
+    budgets: tuple[int, ...]
+    least_for_speed: int
+    fixed_share: float
+    unmeasured: int
+
+
+ON_CPU = BudgetRange(
+    measured=(256, 1024),
+    budgets=(256, 448, 896, 1792),
+    least_for_speed=448,
+    fixed_share=0.12,
+    unmeasured=DEFAULT_MICRO_TOKENS,
+)
+ON_ACCELERATOR = BudgetRange(
+    measured=(2048, 8192),
+    budgets=(256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
+    least_for_speed=8192,
+    fixed_share=0.03,
+    unmeasured=8192,
+)
+"""An accelerator is busy with thousands of tokens only; memory decides more often than time."""
+
+
+def budget_range(device: torch.device) -> BudgetRange:
+    """What can be chosen on a device."""
+    return ON_CPU if device.type == "cpu" else ON_ACCELERATOR
+
 
 _MEMORY_SHARE = 0.8
 """Share of what the process could have that is taken if no limit is given."""
@@ -103,7 +133,12 @@ def fit_costs(small: Sample, large: Sample) -> Costs:
 
 
 def choose_budget(
-    costs: Costs, *, longest: int = 0, limit: float | None = None, reserved: float = 0.0
+    costs: Costs,
+    *,
+    longest: int = 0,
+    limit: float | None = None,
+    reserved: float = 0.0,
+    choice: BudgetRange = ON_CPU,
 ) -> int:
     """The budget that is nearly the fastest, if memory allows.
 
@@ -112,22 +147,24 @@ def choose_budget(
         longest: Tokens of the longest record, which cannot be cut.
         limit: Bytes that the process may take; None: unknown.
         reserved: Bytes that will be taken beside what was measured (the optimizer's state).
+        choice: What can be chosen.
 
     Returns:
-        The smallest of `BUDGETS` from `LEAST_FOR_SPEED` on whose fixed costs are at most
-        `_FIXED_SHARE` of its time, or the largest below it that fits; the smallest of all if none
+        The smallest budget from ``least_for_speed`` on whose fixed costs are at most
+        ``fixed_share`` of its time, or the largest below it that fits; the smallest of all if none
         does. At least the longest record, up to the largest of them: less would take as much
         memory in the end.
     """
-    least = min(longest, BUDGETS[-1])
-    if least > LEAST_FOR_SPEED and _fits(costs, least, limit=limit, reserved=reserved):
-        return max(least, choose_budget(costs, limit=limit, reserved=reserved))
-    fitting = [budget for budget in BUDGETS if _fits(costs, budget, limit=limit, reserved=reserved)]
-    for budget in (budget for budget in fitting if budget >= LEAST_FOR_SPEED):
+    budgets = choice.budgets
+    least = min(longest, budgets[-1])
+    if least > choice.least_for_speed and _fits(costs, least, limit=limit, reserved=reserved):
+        return max(least, choose_budget(costs, limit=limit, reserved=reserved, choice=choice))
+    fitting = [budget for budget in budgets if _fits(costs, budget, limit=limit, reserved=reserved)]
+    for budget in (budget for budget in fitting if budget >= choice.least_for_speed):
         seconds = costs.seconds + costs.seconds_per_token * budget
-        if costs.seconds <= _FIXED_SHARE * seconds:
+        if costs.seconds <= choice.fixed_share * seconds:
             return budget
-    return fitting[-1] if fitting else BUDGETS[0]
+    return fitting[-1] if fitting else budgets[0]
 
 
 def estimate_peak(costs: Costs, budget: int, *, reserved: float) -> float | None:
@@ -143,23 +180,27 @@ def _fits(costs: Costs, budget: int, *, limit: float | None, reserved: float) ->
 
 
 def measure_costs(
-    tokens: Callable[[int], Sequence[int]], run: Callable[[int, int], Sample]
+    tokens: Callable[[int], Sequence[int]],
+    run: Callable[[int, int], Sample],
+    *,
+    measured: tuple[int, int] = ON_CPU.measured,
 ) -> Costs | None:
     """Measure two micro-batches.
 
     Args:
         tokens: The tokens of each micro-batch that the first step is cut into under a budget.
         run: Runs one of them, (budget, its place), forward and backward.
+        measured: The two budgets.
 
     Returns:
         The costs; None if the step is too small to hold micro-batches of two sizes.
     """
-    few, many = (tokens(budget) for budget in _MEASURED_BUDGETS)
+    few, many = (tokens(budget) for budget in measured)
     smallest, largest = min(few), max(many)
     if largest < 2 * smallest:
         return None
-    small = (_MEASURED_BUDGETS[0], few.index(smallest))
-    large = (_MEASURED_BUDGETS[1], many.index(largest))
+    small = (measured[0], few.index(smallest))
+    large = (measured[1], many.index(largest))
     run(*small)  # the first one also compiles kernels and fills caches
     # In turn, so that a disturbance hits both.
     pairs = [(run(*small), run(*large)) for _ in range(2)]
@@ -212,17 +253,18 @@ def choose_micro_tokens(
     Returns:
         The budget.
     """
-    settings = recipe.settings
+    settings, choice = recipe.settings, budget_range(model.device)
     path = cache_folder() / "costs" / f"{_key(model, settings)}.json"
     try:
         costs = cached_costs(path, lambda: _measure(model, objective, seed=settings.seed, cut=cut))
     except OutOfMemoryError as error:
         if recipe.recompute_activations(model):
             return choose_micro_tokens(model, objective, recipe=recipe, cut=cut, longest=longest)
-        log.warning("micro_tokens: %s; starting from %d tokens a micro-batch", error, BUDGETS[0])
-        return BUDGETS[0]  # the run itself cuts finer still, or says which sequence is too large
+        least = choice.budgets[0]
+        log.warning("micro_tokens: %s; starting from %d tokens a micro-batch", error, least)
+        return least  # the run itself cuts finer still, or says which sequence is too large
     if costs is None:
-        return DEFAULT_MICRO_TOKENS  # such a step is one or two micro-batches anyway
+        return choice.unmeasured  # such a step is one or two micro-batches anyway
     limit = _memory_limit(model.device, settings.memory_limit)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in trained)
@@ -236,7 +278,7 @@ def choose_micro_tokens(
             longest,
         )
         return choose_micro_tokens(model, objective, recipe=recipe, cut=cut, longest=longest)
-    budget = choose_budget(costs, longest=longest, limit=limit, reserved=reserved)
+    budget = choose_budget(costs, longest=longest, limit=limit, reserved=reserved, choice=choice)
     peak = estimate_peak(costs, budget, reserved=reserved)
     memory = "" if peak is None else f"; about {peak / 1e9:.1f} GB at the peak"
     log.info("micro_tokens: %d tokens a micro-batch%s", budget, memory)
@@ -272,7 +314,11 @@ def _measure(model: Any, objective: Objective, *, seed: int, cut: CutFirstStep) 
     log.info("micro_tokens: measuring what a micro-batch costs (once for this model and machine)")
     try:
         with waiting("micro_tokens"):
-            return measure_costs(lambda budget: [input_tokens(micro) for micro in cut(budget)], run)
+            return measure_costs(
+                lambda budget: [input_tokens(micro) for micro in cut(budget)],
+                run,
+                measured=budget_range(model.device).measured,
+            )
     finally:
         model.zero_grad()
         if objective.after_step is not None:
@@ -290,7 +336,8 @@ def _key(model: Any, settings: TrainSettings) -> str:
         "trained": [len(trained), sum(weight.numel() for weight in trained)],
         "dtype": [str(model.dtype), settings.precision],
         "settings": [settings.objective, settings.padding, *mode],
-        "machine": [str(model.device), platform.node(), processor_name(), torch.get_num_threads()],
+        "device": describe_device(model.device),
+        "machine": [platform.node(), processor_name(), torch.get_num_threads()],
         "versions": [samestep.__version__, torch.__version__],
     }
     text = json.dumps(facts, sort_keys=True, default=str)

@@ -13,7 +13,7 @@ from samestep.data.collate import Padding
 from samestep.data.describe import with_report
 from samestep.data.records import Records
 from samestep.engine.collectives import run_or_fail_together, world_size
-from samestep.engine.parallel import prepare_for_step
+from samestep.engine.parallel import is_sharded, prepare_for_step
 from samestep.engine.terms import Objective
 from samestep.engine.two_pass import TwoPass
 from samestep.errors import ConfigError
@@ -25,7 +25,7 @@ from samestep.models.probes import cut_last_layer
 from samestep.train.forward import precompute_fields
 from samestep.train.launch import is_first_on_machine
 from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS, Collator, MicroBatches
-from samestep.train.micro_tokens import choose_micro_tokens
+from samestep.train.micro_tokens import budget_range, choose_micro_tokens
 from samestep.train.optim import build_optimizer, load_optimizer, load_schedule
 from samestep.train.precision import (
     choose_precision,
@@ -129,7 +129,7 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
     if objective.annotate is not None:
         data = _precompute(model, data, objective=objective, settings=settings, cut=cut)
     first = next(step_plans(data[0], settings)).examples
-    micro_tokens = _micro_tokens(settings)
+    micro_tokens = _micro_tokens(model, settings)
     if _measures(recipe):
         micro_tokens = choose_micro_tokens(
             model,
@@ -255,7 +255,7 @@ def read_only(settings: TrainSettings) -> list[str]:
     return [*described(settings, data), f"{steps} steps of {size}; nothing was trained or written"]
 
 
-def _load_model(recipe: Recipe, data: list[Records]) -> Any:
+def _load_model(recipe: Recipe, data: list[Records], *, device: torch.device) -> Any:
     """The model, with adapters if the settings have them, and its dropout tied to the examples."""
     settings = recipe.settings
     with waiting("loading the model"):
@@ -274,7 +274,8 @@ def _load_model(recipe: Recipe, data: list[Records]) -> Any:
         )
         raise_trained(model)
     replace_dropout(model)
-    speed_up_linear(model)
+    if device.type == "cpu":  # its changed layers would break the graphs of compiled ones
+        speed_up_linear(model)
     return model
 
 
@@ -283,7 +284,7 @@ def _place_model(
 ) -> tuple[Any, Padding]:
     """The model on its device, ready for a step, and the layout of its micro-batches."""
     settings = recipe.settings
-    model = run_or_fail_together(lambda: _load_model(recipe, data))
+    model = run_or_fail_together(lambda: _load_model(recipe, data, device=device))
     parallelism = run_or_fail_together(lambda: choose_parallelism(model, settings, device=device))
     sharded = parallelism == "fsdp2"
     model = shard(model, settings, device=device) if sharded else model.to(device)
@@ -306,7 +307,7 @@ def _precompute(
 ) -> list[Records]:
     """The records with the fields that the objective computes once."""
     assert objective.annotate is not None
-    tokens = _micro_tokens(settings)
+    tokens = _micro_tokens(model, settings)
     with waiting("running the reference over the data"):
         annotated = [
             precompute_fields(
@@ -318,9 +319,13 @@ def _precompute(
     return annotated
 
 
-def _micro_tokens(settings: TrainSettings) -> int:
+def _micro_tokens(model: Any, settings: TrainSettings) -> int:
     """The tokens of a micro-batch before anything was measured."""
-    return DEFAULT_MICRO_TOKENS if settings.micro_tokens == "auto" else settings.micro_tokens
+    if settings.micro_tokens != "auto":
+        return settings.micro_tokens
+    # Under FSDP2 what does not fit cannot be cut finer in the middle of a step.
+    device = next(model.parameters()).device
+    return DEFAULT_MICRO_TOKENS if is_sharded(model) else budget_range(device).unmeasured
 
 
 def _measures(recipe: Recipe) -> bool:

@@ -52,7 +52,7 @@ from samestep.train.settings.base import TrainSettings
 from samestep.train.setup import TrainingSetup, set_up, step_plans
 from samestep.train.watchdog import Watchdog, interruptible, watch_ranks
 from samestep.utils.files import write_atomically
-from samestep.utils.memory import process_peak
+from samestep.utils.memory import device_peak, process_peak
 
 log = logging.getLogger("samestep")
 
@@ -388,7 +388,13 @@ def _is_due(every: int | None, step: int) -> bool:
 
 
 def _summary(trainer: Trainer) -> dict[str, Any]:
-    peaks = gather_results(process_peak)
+    device = trainer.setup.micro_batches.device
+    peaks, on_device = zip(
+        *gather_results(lambda: (process_peak(), device_peak(device))), strict=True
+    )
+    known = [peak for peak in on_device if peak is not None]
+    if known:
+        log.info("%.1f GB of the device's memory at the peak", max(known) / 1e9)
     setup, progress, evaluations = trainer.setup, trainer.progress, trainer.evaluations
     return {
         "steps": progress.step,
@@ -404,6 +410,7 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
         ),
         "ranks": len(peaks),
         "peak_resident_bytes": max(peaks),
+        "peak_device_bytes": max(known, default=None),
         "model": str(trainer.folder.model),
         "samestep": samestep.__version__,
         "torch": torch.__version__,

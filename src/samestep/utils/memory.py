@@ -116,6 +116,26 @@ def process_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def device_peak(device: torch.device) -> int | None:
+    """The most bytes that PyTorch has allocated on an accelerator.
+
+    Args:
+        device: As for `peak_memory`.
+
+    Returns:
+        Bytes; None on a CPU, and where PyTorch does not count.
+    """
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def describe_device(device: torch.device) -> list[str | int]:
+    """What a device is, for files that hold for it alone: its kind, model and memory."""
+    if device.type != "cuda":
+        return [str(device)]
+    found = torch.cuda.get_device_properties(device)
+    return [str(device), found.name, found.total_memory]
+
+
 def available_memory(device: torch.device) -> float | None:
     """Bytes that the process could take in all: what it has and what is free.
 
