@@ -261,7 +261,7 @@ def _compare_speeds(precision: str) -> None:
     if precision == "float32" and factor >= _PAYS:
         log.info(
             "precision: this processor multiplies bfloat16 %.1f times as fast as float32: "
-            "--precision mixed (float32 weights and sums) would pay",
+            "--precision mixed (float32 weights and sums) is worth a try",
             factor,
         )
     if precision == "mixed" and factor < 1:
