@@ -100,7 +100,7 @@ def test_folder_without_data(tmp_path):
     assert "it has README.md" in error_of(tmp_path)
     (tmp_path / "state.json").write_text("{}")
     (tmp_path / "dataset_info.json").write_text("{}")
-    assert "load_from_disk" in error_of(tmp_path)
+    assert "written by save_to_disk, but damaged" in error_of(tmp_path)
 
 
 def test_list_and_dataset_in_memory():
@@ -186,4 +186,7 @@ def test_problems_of_whole_files(tmp_path):
 def test_unknown_extension(tmp_path):
     (tmp_path / "train.txt").write_text("a")
     message = error_of(tmp_path / "train.txt")
-    assert "unknown extension '.txt'; accepted: .jsonl, .json, .csv, .parquet" in message
+    assert (
+        "unknown extension '.txt'; accepted: .jsonl, .json, .ndjson, .csv, .tsv, .parquet"
+        in message
+    )

@@ -1,13 +1,18 @@
 """Reading one file: every row, or in its place a line that says where and what is wrong."""
 
 import csv
+import gzip
 import io
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from samestep.data.rows import Row
+
+log = logging.getLogger("samestep")
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -32,6 +37,18 @@ def row_or_problem(value: Any, origin: str) -> Row | str:
     return f"{origin}: a row must be an object with named columns, found {kind} {shown}"
 
 
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
+    """The content of a file, decompressed where its name ends with .gz."""
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")
+    return path.open("rb")
+
+
+def _read_bytes(path: Path) -> bytes:
+    with _open(path) as file:
+        return file.read().removeprefix(_BOM)
+
+
 def _read_jsonl(path: Path) -> Iterator[Row | str]:
     """One JSON value a line; blank lines are skipped.
 
@@ -42,11 +59,41 @@ def _read_jsonl(path: Path) -> Iterator[Row | str]:
         A row, or a problem, for each line that is not blank.
     """
     # In binary: text mode would also cut lines where a string holds a lone carriage return.
-    with path.open("rb") as file:
+    begun = False
+    with _open(path) as file:
         for number, raw in enumerate(file, 1):
             line = raw.removeprefix(_BOM) if number == 1 else raw
-            if line.strip():
-                yield _parse_line(line, f"{path.name}:{number}")
+            if not line.strip():
+                continue
+            if not begun and (problem := _no_lines(line)):
+                yield f"{path.name}: {problem}"
+                return
+            begun = True
+            yield _parse_line(line, f"{path.name}:{number}")
+
+
+def _no_lines(first: bytes) -> str:
+    """What is wrong with a file of JSON whose rows are no lines; empty if they may be."""
+    text = first.strip()
+    if text.startswith(b"["):
+        return (
+            "this looks like a JSON array, not like one object a line: name it .json, or put each "
+            "row on a line of its own (jq -c '.[]')"
+        )
+    try:
+        json.loads(text)
+    except UnicodeDecodeError:
+        return ""
+    except json.JSONDecodeError as error:
+        ends_early = text.startswith(b"{") and error.pos >= len(text.decode("utf-8").rstrip(",{["))
+        if ends_early and b'"' not in text[1:]:
+            return (
+                "this looks like pretty-printed JSON, with an object over several lines: put each "
+                "row on a line of its own (jq -c .)"
+            )
+    except (ValueError, RecursionError):
+        return ""
+    return ""
 
 
 def _parse_line(line: bytes, origin: str) -> Row | str:
@@ -70,7 +117,7 @@ def _read_json(path: Path) -> Iterator[Row | str]:
     Yields:
         A row, or a problem, for each element.
     """
-    raw = path.read_bytes().removeprefix(_BOM)
+    raw = _read_bytes(path)
     if not raw.strip():
         return
     try:
@@ -91,25 +138,36 @@ def _read_json(path: Path) -> Iterator[Row | str]:
                 yield row_or_problem(row, f"{path.name} row {number}")
         else:
             problem = f"the top level must be a list of objects, found {type(value).__name__}"
-            yield f"{path.name}: {problem}"
+            lists = (
+                [name for name, inner in value.items() if isinstance(inner, list)]
+                if (isinstance(value, dict))
+                else []
+            )
+            hint = f"; the rows seem to be its {lists[0]!r} (jq .{lists[0]})" if lists else ""
+            yield f"{path.name}: {problem}{hint}"
 
 
-def _read_csv(path: Path) -> Iterator[Row | str]:
+def _read_csv(path: Path, delimiter: str = ",") -> Iterator[Row | str]:
     """Comma-separated values with a header; every value is text.
 
     Args:
         path: A UTF-8 file, with or without a byte order mark.
+        delimiter: What separates values. Where a header has one value by it but several by a
+            semicolon, a tab or a bar, that is taken, and the log says so.
 
     Yields:
         A row, or a problem, for each row, named by the line that it starts on.
     """
-    raw = path.read_bytes().removeprefix(_BOM)
+    raw = _read_bytes(path)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         yield f"{_line_of(error, path)}: {_not_utf8(error)}"
         return
-    lines, failure = _csv_lines(text)
+    other = _other_delimiter(text, delimiter)
+    if other:
+        log.warning("%s: read as values separated by %r, as its header is", path.name, other)
+    lines, failure = _csv_lines(text, other or delimiter)
     if lines:
         (header_line, header), *rows = lines
         repeated = sorted({name for name in header if header.count(name) > 1})
@@ -127,14 +185,28 @@ def _read_csv(path: Path) -> Iterator[Row | str]:
         yield f"{path.name}:{failure[0]}: not CSV: {failure[1]}"
 
 
-def _csv_lines(text: str) -> tuple[list[tuple[int, list[str]]], tuple[int, str] | None]:
+def _other_delimiter(text: str, delimiter: str) -> str:
+    """What separates the names of a header that ``delimiter`` does not; empty if nothing does."""
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    if delimiter in header:
+        return ""
+    for other in ";\t|,":
+        names = [name.strip().strip('"') for name in header.split(other)]
+        if len(names) > 1 and all(name.replace("_", "").isalnum() for name in names):
+            return other
+    return ""
+
+
+def _csv_lines(
+    text: str, delimiter: str
+) -> tuple[list[tuple[int, list[str]]], tuple[int, str] | None]:
     """The fields of every line that is not blank, up to the first that cannot be read."""
     lines: list[tuple[int, list[str]]] = []
     start = 1
     # The limit is global to the process, and far below the length of real prompts.
     limit = csv.field_size_limit(_LONGEST_FIELD)
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
         for fields in reader:
             if fields:
                 lines.append((start, fields))
@@ -180,7 +252,28 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 READERS: dict[str, Callable[[Path], Iterator[Row | str]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
+    ".ndjson": _read_jsonl,
     ".csv": _read_csv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".parquet": _read_parquet,
 }
 """The reader of each extension."""
+
+COMPRESSED = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
+"""The extensions that may be followed by .gz."""
+
+
+def reader_of(path: Path) -> Callable[[Path], Iterator[Row | str]] | None:
+    """What reads a file, by its name.
+
+    Args:
+        path: A file.
+
+    Returns:
+        The reader; None if no name of this kind is known.
+    """
+    name, suffix = path.stem.lower(), path.suffix.lower()
+    if suffix == ".gz":
+        inner = Path(name).suffix
+        return READERS[inner] if inner in COMPRESSED else None
+    return READERS.get(suffix)

@@ -1,12 +1,15 @@
 """Rows from wherever they are: files, folders, the Hub, a data set in memory."""
 
 import difflib
+import glob
+import logging
 import sys
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from samestep.data.file_formats import READERS, row_or_problem
+from samestep.data.file_formats import READERS, reader_of, row_or_problem
 from samestep.data.row_converters import Converter, convert_rows, resolve_row_format
 from samestep.data.row_formats import RowFormat
 from samestep.data.rows import Row, raise_problems
@@ -16,7 +19,12 @@ from samestep.utils.hub import find_on_hub
 if TYPE_CHECKING:
     import datasets
 
-_EXTENSIONS = ", ".join(READERS)
+log = logging.getLogger("samestep")
+
+Source: TypeAlias = str | tuple[str, ...]
+"""What a setting names: a file, a folder, a pattern, a name on the Hub, or several of them."""
+
+_EXTENSIONS = f"{', '.join(READERS)}, and those of text with .gz"
 
 
 def load_rows(
@@ -28,10 +36,12 @@ def load_rows(
     """Read all rows of a source.
 
     Args:
-        source: A .jsonl, .json, .csv or .parquet file; a folder of such files (taken in the
-            order of their names; subfolders are not read); the name of a data set on the Hub;
-            a `datasets.Dataset`; or a list of mappings.
-        split: Which split of a Hub data set.
+        source: A .jsonl, .json, .csv, .tsv or .parquet file, text with .gz too; a folder of such
+            files (taken in the order of their names; subfolders are not read, the log says so) or
+            one that `Dataset.save_to_disk` wrote; a pattern such as ``data/*.jsonl``; the name of
+            a data set on the Hub; several of these, read in their order; a `datasets.Dataset`;
+            or a list of mappings.
+        split: Which split of a data set that has several.
         row_format: What converts each row to columns that are known: see
             `samestep.data.row_converters.resolve_row_format`. None: what each row is recognised as.
 
@@ -56,6 +66,8 @@ def _load(
     if isinstance(source, (str, Path)):
         return _from_name(source, split)
     if isinstance(source, Sequence):
+        if source and all(isinstance(each, (str, Path)) for each in source):
+            return _from_names([each for each in source if isinstance(each, (str, Path))], split)
         return _in_memory(source, "")
     if isinstance(source, Mapping):
         raise DataError(
@@ -73,15 +85,59 @@ def _load(
     )
 
 
+def _from_names(sources: Sequence[str | Path], split: str) -> list[Row]:
+    """The rows of several sources, one after another; the problems of all of them at once."""
+    results = [_rows_or_problem(source, split) for source in sources]
+    raise_problems([result for result in results if isinstance(result, str)])
+    return [row for rows in results if isinstance(rows, list) for row in rows]
+
+
+def _rows_or_problem(source: str | Path, split: str) -> list[Row] | str:
+    try:
+        return _from_name(source, split)
+    except DataError as error:
+        return str(error)
+
+
 def _from_name(source: str | Path, split: str) -> list[Row]:
     path = Path(source).expanduser()
     if path.is_dir():
+        names = {entry.name for entry in path.iterdir()}
+        if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names:
+            return _from_saved(path, split)
         return _from_files(_data_files(path))
     if path.exists():
         return _from_files([path])
+    if glob.has_magic(str(path)):
+        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        if not files:
+            raise DataError(f"{source}: no file matches this pattern")
+        return _from_files([file for file in files if not file.is_dir()] or _none_is_a_file(source))
     if isinstance(source, Path) or _looks_like_path(source):
         raise DataError(f"{source}: no such file{_nearest(path)}")
     return _from_hub(source, split)
+
+
+def _none_is_a_file(source: str | Path) -> list[Path]:
+    raise DataError(f"{source}: this pattern matches folders alone; add /*.jsonl, say")
+
+
+def _from_saved(folder: Path, split: str) -> list[Row]:
+    """The rows of a folder that `Dataset.save_to_disk` wrote."""
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except Exception as error:  # damaged in many ways, all meaning "not loaded"
+        raise DataError(f"{folder}: written by save_to_disk, but damaged: {error}") from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise DataError(
+                f"{folder}: it has the splits {', '.join(map(str, data))} and no {split!r}: give "
+                f"the folder of one of them, such as {folder / str(next(iter(data), ''))}"
+            )
+        data = data[split]
+    return _in_memory(data.with_format(None), f"{folder.name} ")
 
 
 def _looks_like_path(source: str) -> bool:
@@ -90,7 +146,7 @@ def _looks_like_path(source: str) -> bool:
         source.startswith((".", "/", "~"))
         or source.count("/") > 1
         or "\\" in source
-        or Path(source).suffix.lower() in READERS
+        or reader_of(Path(source)) is not None
     )
 
 
@@ -103,18 +159,19 @@ def _nearest(path: Path) -> str:
 
 def _data_files(folder: Path) -> list[Path]:
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    names = {entry.name for entry in entries}
-    if {"state.json", "dataset_info.json"} <= names:
-        raise DataError(
-            f"{folder}: written by Dataset.save_to_disk; pass datasets.load_from_disk({folder!s}) "
-            "in Python, or write it with Dataset.to_parquet"
-        )
-    files = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in READERS]
+    files = [entry for entry in entries if entry.is_file() and reader_of(entry) is not None]
+    others = [entry.name + ("/" if entry.is_dir() else "") for entry in entries]
     if not files:
-        content = f"it has {', '.join(sorted(names)[:5])}" if names else "it is empty"
+        content = f"it has {', '.join(others[:5])}" if others else "it is empty"
         raise DataError(
-            f"{folder}: no data file in this folder ({content}); accepted: {_EXTENSIONS}"
+            f"{folder}: no data file in this folder ({content}); accepted: {_EXTENSIONS}. "
+            "Subfolders are not read: give one of them, or a pattern such as "
+            f"{folder}/**/*.jsonl"
         )
+    ignored = [name for name in others if name not in {file.name for file in files}]
+    if ignored:
+        more = ", ..." if len(ignored) > 5 else ""
+        log.warning("%s: not read: %s%s", folder, ", ".join(ignored[:5]), more)
     return files
 
 
@@ -122,17 +179,20 @@ def _from_files(files: Sequence[Path]) -> list[Row]:
     rows: list[Row] = []
     problems: list[str] = []
     for path in files:
-        reader = READERS.get(path.suffix.lower())
+        reader = reader_of(path)
         if reader is None:
             problems.append(f"{path}: unknown extension {path.suffix!r}; accepted: {_EXTENSIONS}")
             continue
-        before = len(rows) + len(problems)
+        before, found = len(rows), list[str]()
         try:
-            _sort_out(reader(path), rows, problems=problems)
-        except OSError as error:
-            problems.append(f"{path}: cannot be read ({error.strerror or error})")
-        if len(rows) + len(problems) == before:
-            problems.append(f"{path}: empty, it has no rows")
+            _sort_out(reader(path), rows, problems=found)
+        except (OSError, EOFError, zlib.error) as error:
+            found.append(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
+        if len(rows) == before and not found:
+            found.append(f"{path}: empty, it has no rows")
+        if len(rows) == before and len(found) > 4:  # the file is at fault, not its rows
+            found = [found[0], f"{path.name}: none of its {len(found)} lines can be read as a row"]
+        problems += found
     raise_problems(problems)
     return rows
 

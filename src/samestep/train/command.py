@@ -110,7 +110,12 @@ def read_settings(arguments: Sequence[str]) -> TrainSettings:
     required = {name: tyro.MISSING for name in _REQUIRED if name not in values}
     start = kind.model_construct(**{**values, "objective": objective}, **required)
     # What is left to find are values of flags: tyro names the flag and the value.
-    settings = tyro.cli(kind, args=line.flags, default=start, prog="samestep train [RUN.YAML]")
+    settings = tyro.cli(
+        kind,
+        args=_merge_repeated(line.flags, kind),
+        default=start,
+        prog="samestep train [RUN.YAML]",
+    )
     settings.model_fields_set.intersection_update({*values, *names, *_REQUIRED, "objective"})
     return finalize(settings)
 
@@ -188,6 +193,34 @@ def _flag(arguments: Sequence[str], flag: str) -> str | None:
         if argument.startswith(f"{flag}="):
             return argument.partition("=")[2]
     return None
+
+
+def _merge_repeated(arguments: Sequence[str], kind: type[TrainSettings]) -> list[str]:
+    """The arguments with each flag once: values of a flag that takes several one after another.
+
+    Raises:
+        ConfigError: A flag of one value is given twice; the parser would take the last in silence.
+    """
+    groups: dict[str, list[str]] = {}
+    counts: dict[str, int] = {}
+    flag = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, has_value, value = argument.partition("=")
+            flag = name.replace("_", "-")
+            counts[flag] = counts.get(flag, 0) + 1
+            groups.setdefault(flag, []).extend([value] if has_value else [])
+        else:
+            groups.setdefault(flag, []).append(argument)
+    problems = []
+    for flag, values in groups.items():
+        field = kind.model_fields.get(flag.removeprefix("--").replace("-", "_"))
+        several = field is not None and "tuple" in str(field.annotation)
+        if counts.get(flag, 0) > 1 and values and not several:
+            problems.append(f"{flag} is given {counts[flag]} times: {', '.join(values)}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return [part for flag, values in groups.items() for part in ([flag] if flag else []) + values]
 
 
 def _validated(

@@ -225,7 +225,7 @@ def described(settings: TrainSettings, data: Sequence[Records]) -> list[str]:
     """
     sources = (settings.data, settings.eval_data)
     return [
-        records.report.render(str(source))
+        records.report.render(source if isinstance(source, str) else ", ".join(source or ()))
         for source, records in zip(sources, data, strict=False)
         if records.report is not None
     ]

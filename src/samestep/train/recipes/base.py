@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from samestep.data.collate import Padding, collate_records
-from samestep.data.load import load_rows
+from samestep.data.load import Source, load_rows
 from samestep.data.records import Records
 from samestep.data.rows import Row
 from samestep.engine.terms import Objective
@@ -72,7 +72,7 @@ class Recipe:
         """What padding is filled with; nothing depends on it."""
         return tokenizer.pad_token_id or 0
 
-    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+    def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """The records of a data source.
 
         Args:
@@ -88,7 +88,7 @@ class Recipe:
         """
         raise NotImplementedError
 
-    def load_rows(self, source: str) -> list[Row]:
+    def load_rows(self, source: Source) -> list[Row]:
         """The rows of a data source, converted as ``row_format`` says.
 
         Args:
@@ -101,6 +101,25 @@ class Recipe:
             DataError: They cannot be read.
         """
         return load_rows(source, row_format=self.settings.row_format)
+
+    def one_source(self, source: Source) -> str:
+        """The source of an objective whose rows name files that lie beside them.
+
+        Args:
+            source: As for `read`.
+
+        Returns:
+            The one that it is.
+
+        Raises:
+            ConfigError: There are several.
+        """
+        if isinstance(source, str):
+            return source
+        raise ConfigError(
+            f"data: {self.settings.objective} finds files beside the rows, so it takes one source, "
+            f"not {len(source)} ({', '.join(source)})"
+        )
 
     def load_model(self, source: str, data: Sequence[Records]) -> Any:
         """The model to train, on the CPU, in train mode.

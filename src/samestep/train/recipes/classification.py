@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from samestep.data.describe import with_report
+from samestep.data.load import Source
 from samestep.data.readers.classification import class_records, tag_records, value_records
 from samestep.data.readers.question_answering import answer_records
 from samestep.data.readers.texts import text_records
@@ -40,7 +41,7 @@ class ClassificationRecipe(Recipe):
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_task: ClassVar[str] = "SEQ_CLS"
 
-    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+    def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of text (and text_pair) or messages, with a label."""
         rows = self.load_rows(source)
         records = class_records(
@@ -71,7 +72,7 @@ class RegressionRecipe(Recipe):
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_task: ClassVar[str] = "SEQ_CLS"
 
-    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+    def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of text (and text_pair) or messages, with a number as label."""
         rows = self.load_rows(source)
         records = value_records(rows, tokenizer, max_length=self.settings.max_length)
@@ -97,7 +98,7 @@ class TokenClassificationRecipe(Recipe):
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     peft_task: ClassVar[str] = "TOKEN_CLS"
 
-    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+    def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of tokens (words) and tags."""
         rows, used = self.load_rows(source), ("tokens", "tags")
         records = tag_records(
@@ -124,7 +125,7 @@ class QuestionAnsweringRecipe(Recipe):
     auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
     peft_task: ClassVar[str] = "QUESTION_ANS"
 
-    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+    def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of question, context and answers, as of SQuAD."""
         rows, used = self.load_rows(source), ("question", "context", "answers")
         records = answer_records(rows, tokenizer, max_length=self.settings.max_length)
@@ -159,7 +160,7 @@ class EmbeddingRecipe(Recipe):
     auto_class: ClassVar[str] = "AutoModel"
     peft_task: ClassVar[str] = "FEATURE_EXTRACTION"
 
-    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+    def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of anchor and positive, and negative if the first row has one."""
         rows = self.load_rows(source)
         columns = ["anchor", "positive"]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from samestep.data.load import Source
 from samestep.data.records import Records
 from samestep.engine.terms import Objective
 from samestep.errors import ConfigError
@@ -39,7 +40,7 @@ class CustomRecipe(Recipe):
                 "samestep.train.recipes.base.Recipe"
             )
 
-    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+    def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows as of the objective whose form was chosen."""
         if self.settings.rows == "pairs":
             return read_pairs(self.settings, source, tokenizer)

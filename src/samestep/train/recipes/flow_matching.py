@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from samestep.data.collate import Padding
+from samestep.data.load import Source
 from samestep.data.readers.latents import (
     CONDITION,
     LatentRecords,
@@ -36,9 +37,9 @@ class FlowMatchingRecipe(Recipe):
         """There is no token."""
         return 0
 
-    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+    def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Files of latents."""
-        return latent_records(source, row_format=self.settings.row_format)
+        return latent_records(self.one_source(source), row_format=self.settings.row_format)
 
     def load_model(self, source: str, data: Sequence[Records]) -> Any:
         """A model of diffusers."""

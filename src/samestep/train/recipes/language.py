@@ -8,7 +8,7 @@ from torch import Tensor
 
 from samestep.data.collate import Padding
 from samestep.data.describe import with_report
-from samestep.data.load import load_rows
+from samestep.data.load import Source, load_rows
 from samestep.data.readers.rollouts import teacher_topk_records
 from samestep.data.readers.texts import collate_masked, collate_seq2seq, mask_settings, text_records
 from samestep.data.readers.vision import collate_image_records, image_records
@@ -43,7 +43,7 @@ _TARGET_COLUMNS = ("top_ids", "top_logps")
 
 def read_language(
     settings: TrainSettings,
-    source: str,
+    source: Source,
     tokenizer: Any,
     *,
     train_on: Literal["completion", "all"] = "completion",
@@ -101,7 +101,7 @@ class CausalLMRecipe(Recipe):
 
     settings: CausalLMSettings
 
-    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+    def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of text, prompt and completion, messages, or token ids."""
         return read_language(self.settings, source, tokenizer, train_on=self.settings.train_on)
 
@@ -157,9 +157,9 @@ class VisionLanguageRecipe(CausalLMRecipe):
         """The pad token of the processor's tokenizer."""
         return tokenizer.tokenizer.pad_token_id or 0
 
-    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+    def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of messages with images, whose files lie beside the rows."""
-        path = Path(source).expanduser()
+        path = Path(self.one_source(source)).expanduser()
         rows = self.load_rows(source)
         records = image_records(
             rows,
@@ -192,7 +192,7 @@ class MaskedLMRecipe(Recipe):
     auto_class: ClassVar[str] = "AutoModelForMaskedLM"
     peft_task: ClassVar[str] = "FEATURE_EXTRACTION"
 
-    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+    def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of text."""
         meta = mask_settings(tokenizer)
         rows = self.load_rows(source)
@@ -227,7 +227,7 @@ class Seq2SeqRecipe(Recipe):
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     peft_task: ClassVar[str] = "SEQ_2_SEQ_LM"
 
-    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+    def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of prompt (read by the encoder) and completion (written by the decoder)."""
         rows, columns = self.load_rows(source), ["prompt", "completion"]
         records = text_records(
@@ -271,7 +271,7 @@ class DistillationRecipe(Recipe):
 
     settings: DistillationSettings
 
-    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+    def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows as of causal_lm; without a teacher with its top-k log-probabilities."""
         settings = self.settings
         rows, in_rows = self.load_rows(source), settings.teacher is None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from samestep.data.collate import Padding
 from samestep.data.describe import with_report
-from samestep.data.load import load_rows
+from samestep.data.load import Source, load_rows
 from samestep.data.readers.preference import collate_unpaired, pair_records, unpaired_records
 from samestep.data.readers.rollouts import rollout_records
 from samestep.data.records import Records
@@ -45,7 +45,7 @@ _PAIR_COLUMNS = (
 )
 
 
-def read_pairs(settings: TrainSettings, source: str, tokenizer: Any) -> Records:
+def read_pairs(settings: TrainSettings, source: Source, tokenizer: Any) -> Records:
     """Rows of prompt, chosen and rejected.
 
     Args:
@@ -119,7 +119,7 @@ def load_reference(settings: ReferenceSettings, model: Any) -> Reference:
 class PairRecipe(Recipe):
     """What reads rows of a prompt with a chosen and a rejected completion."""
 
-    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+    def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of prompt, chosen and rejected."""
         return read_pairs(self.settings, source, tokenizer)
 
@@ -207,7 +207,7 @@ class KTORecipe(Recipe):
 
     settings: KTOSettings
 
-    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+    def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of prompt, completion and label."""
         rows = self.load_rows(source)
         records = unpaired_records(
@@ -280,7 +280,7 @@ class PolicyRecipe(Recipe):
 
     settings: PolicySettings
 
-    def read(self, source: str, tokenizer: Any, training: Records | None = None) -> Records:
+    def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of prompt, completion and reward."""
         rows = self.load_rows(source)
         records = rollout_records(

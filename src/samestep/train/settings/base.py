@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from samestep.errors import ConfigError
@@ -75,6 +75,16 @@ def _shown_as(table: Mapping[str, Any]) -> Any:
     return tyro.conf.arg(metavar="{" + ",".join(table) + "}|FILE.py:NAME|MODULE:NAME")
 
 
+def _one_or_several(value: Any) -> Any:
+    """One source as itself, as it always was; several as a tuple."""
+    if isinstance(value, list | tuple):
+        return value[0] if len(value) == 1 else tuple(value)
+    return value
+
+
+_SOURCES = BeforeValidator(_one_or_several)
+
+
 class TrainSettings(BaseModel):
     """The settings that all objectives share; each objective's own class adds its own."""
 
@@ -101,8 +111,9 @@ class TrainSettings(BaseModel):
     """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
     model: str
     """Hub name, folder, or .gguf file."""
-    data: str
-    """Training rows: a .jsonl, .json, .csv or .parquet file, a folder of them, or a Hub name."""
+    data: Annotated[str | tuple[str, ...], _SOURCES]
+    """Training rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a pattern or a
+    Hub name; several are read in order."""
     out: str
     """Folder for the log, the checkpoints and the trained model."""
 
@@ -110,7 +121,7 @@ class TrainSettings(BaseModel):
     """Hub name or folder, if it is not beside the model."""
     init: Literal["pretrained", "random"] = "pretrained"
     """Start from the model's weights, or from random ones (needs its config alone)."""
-    eval_data: str | None = None
+    eval_data: Annotated[str | tuple[str, ...] | None, _SOURCES] = None
     """Rows to evaluate on, before, after, and every --eval-every steps."""
     row_format: str | None = None
     """What turns columns of your own into known ones: file.py:name or package.module:name."""
