@@ -160,6 +160,7 @@ def test_one_column_with_a_semicolon_in_its_text_stays_one_column(tmp_path: Path
         ("a.jsonl", '[\n  {"text": "a"},\n  {"text": "b"}\n]\n', "looks like a JSON array"),
         ("a.jsonl", '{\n  "text": "a"\n}\n{\n  "text": "b"\n}\n', "looks like pretty-printed JSON"),
         ("a.json", '{\n  "text": "a"\n}\n{\n  "text": "b"\n}\n', "looks like pretty-printed JSON"),
+        ("a.jsonl", '{"text": "a",\n "other": 1}\n{"text": "b",\n "other": 1}', "pretty-printed"),
         ("a.json", '{"version": 1, "data": [{"text": "a"}]}', "the rows seem to be its 'data'"),
         ("a.jsonl", "prompt,completion\n" * 50, "none of its 50 lines"),
     ],
@@ -172,3 +173,9 @@ def test_what_is_wrong_with_a_whole_file_is_said_once(
         load_rows(tmp_path / name)
     assert said in str(refused.value)
     assert len(str(refused.value).splitlines()) <= 2
+
+
+def test_a_first_line_that_is_broken_is_named_as_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a\n{"text": "b"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:1: not JSON"):
+        load_rows(tmp_path / "a.jsonl")

@@ -16,6 +16,9 @@ log = logging.getLogger("samestep")
 
 _BOM = b"\xef\xbb\xbf"
 
+_HEAD = 2**20
+"""Bytes in which the first object of a file of pretty-printed JSON should end."""
+
 _LONGEST_FIELD = 2**31 - 1  # of a CSV; the largest that fits a C long everywhere
 
 
@@ -65,35 +68,41 @@ def _read_jsonl(path: Path) -> Iterator[Row | str]:
             line = raw.removeprefix(_BOM) if number == 1 else raw
             if not line.strip():
                 continue
-            if not begun and (problem := _no_lines(line)):
+            if not begun and (problem := _no_lines(line, path)):
                 yield f"{path.name}: {problem}"
                 return
             begun = True
             yield _parse_line(line, f"{path.name}:{number}")
 
 
-def _no_lines(first: bytes) -> str:
+def _no_lines(first: bytes, path: Path) -> str:
     """What is wrong with a file of JSON whose rows are no lines; empty if they may be."""
-    text = first.strip()
-    if text.startswith(b"["):
+    if first.lstrip().startswith(b"["):
         return (
             "this looks like a JSON array, not like one object a line: name it .json, or put each "
             "row on a line of its own (jq -c '.[]')"
         )
-    try:
-        json.loads(text)
-    except UnicodeDecodeError:
-        return ""
-    except json.JSONDecodeError as error:
-        ends_early = text.startswith(b"{") and error.pos >= len(text.decode("utf-8").rstrip(",{["))
-        if ends_early and b'"' not in text[1:]:
+    if first.lstrip().startswith(b"{") and not _is_json(first):
+        with _open(path) as file:
+            head = file.read(_HEAD).removeprefix(_BOM).decode("utf-8", "replace").lstrip()
+        try:
+            _, end = json.JSONDecoder().raw_decode(head)
+        except (ValueError, RecursionError):
+            return ""
+        if "\n" in head[:end]:
             return (
                 "this looks like pretty-printed JSON, with an object over several lines: put each "
                 "row on a line of its own (jq -c .)"
             )
-    except (ValueError, RecursionError):
-        return ""
     return ""
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _parse_line(line: bytes, origin: str) -> Row | str:
