@@ -194,3 +194,17 @@ def test_a_side_that_only_calls_a_tool_is_not_empty() -> None:
     call = {"role": "assistant", "tool_calls": [{"function": CALL}]}
     row = {"prompt": [ASK], "chosen": [call], "rejected": [FIVE]}
     assert len(pair_records(load_rows([row]), with_tools())) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([{"type": "image_url", "image_url": {"url": "x"}}], "parts of image_url"),
+        ({"parts": ["a"]}, "found dict"),
+        (3, "found int"),
+    ],
+)
+def test_a_content_that_is_no_text_is_refused_with_its_place(content: Any, said: str) -> None:
+    rows = load_rows([{"messages": [{"role": "user", "content": content}, FOUR]}])
+    with pytest.raises(DataError, match=rf"row 1: messages\[0\]\.content must be text, .*{said}"):
+        tokenize_rows(rows, tiny_tokenizer(chat=True))

@@ -99,7 +99,7 @@ def _empty(rows: Sequence[Row]) -> RowTally:
         completion = row.values.get("completion")
         if isinstance(completion, str) and not completion.strip():
             empty.add("with an empty completion: only its end is learned", at)
-        turns = [turn for name in ("messages", "completion") for turn in turns_of(row, name)]
+        turns = turns_of(row, "messages") or turns_of(row, "completion")
         if any(turn.get("role") == LEARNED_ROLE and is_empty_turn(turn) for turn in turns):
             empty.add(f"with an empty {LEARNED_ROLE} turn: only its end is learned", at)
     return empty

@@ -7,7 +7,6 @@ are, so that caches and fingerprints of such rows do not depend on what is done 
 
 import difflib
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -91,6 +90,9 @@ def begins_with(messages: list[Any], prompt: list[Any]) -> bool:
 
 def _plain_message(message: Mapping[str, Any], place: str, *, row: Row) -> Mapping[str, Any]:
     """The message itself, or a copy with what has to change."""
+    calls = message.get("tool_calls") or message.get("function_call")
+    if not calls and message.get("role") in ROLES and isinstance(message.get("content"), str):
+        return message  # most are so, and there may be millions
     changes: dict[str, Any] = {}
     if isinstance(message.get("role"), str):
         role = _read_role(message["role"], place, row=row)
@@ -102,7 +104,7 @@ def _plain_message(message: Mapping[str, Any], place: str, *, row: Row) -> Mappi
     elif isinstance(content, list) and (text := _text_of_parts(content)) is not None:
         changes["content"] = text
     calls = message.get("tool_calls")
-    if calls is None and isinstance(message.get("function_call"), Mapping):
+    if not calls and isinstance(message.get("function_call"), Mapping):
         calls = [{"type": "function", "function": message["function_call"]}]
         changes["function_call"] = None  # keys that are None count as absent
     if isinstance(calls, list):
@@ -137,11 +139,14 @@ def count_roles(rows: Iterable[Row]) -> dict[str, int]:
     Returns:
         The numbers by role, in the order in which roles appear.
     """
-    roles: Counter[str] = Counter()
+    roles: dict[str, int] = {}
     for row in rows:
         for column in MESSAGE_COLUMNS:
-            roles.update(str(turn["role"]) for turn in turns_of(row, column) if "role" in turn)
-    return dict(roles)
+            if column in row.values:
+                for turn in turns_of(row, column):
+                    role = str(turn.get("role"))
+                    roles[role] = roles.get(role, 0) + 1
+    return roles
 
 
 def turns_of(row: Row, column: str) -> list[Mapping[str, Any]]:

@@ -38,13 +38,30 @@ def read_conversation(values: Mapping[str, Any]) -> Conversation:
         The conversation.
 
     Raises:
-        RowError: The columns hold no messages or no tools.
+        RowError: The columns hold no messages or no tools, or a content that is no text.
     """
     tools = read_tools(values)
     if values.get("messages") is not None:
-        return Conversation(read_messages(values, "messages"), 0, tools)
-    prompt = read_messages(values, "prompt")
-    return Conversation(prompt + read_messages(values, "completion"), len(prompt), tools)
+        return Conversation(_read_texts(values, "messages"), 0, tools)
+    prompt = _read_texts(values, "prompt")
+    return Conversation(prompt + _read_texts(values, "completion"), len(prompt), tools)
+
+
+def _read_texts(values: Mapping[str, Any], column: str) -> Messages:
+    """The messages of a column, with contents that are text (parts of text were joined before)."""
+    messages = read_messages(values, column)
+    for at, message in enumerate(messages):
+        content = message.get("content", "")
+        if not isinstance(content, str):
+            raise RowError(f"{column}[{at}].content must be text, found {_kind(content)}")
+    return messages
+
+
+def _kind(content: Any) -> str:
+    if not isinstance(content, list):
+        return type(content).__name__
+    kinds = {str(part.get("type")) for part in content if isinstance(part, Mapping)} - {"text"}
+    return f"parts of {', '.join(sorted(kinds))} (vision_language reads images)"
 
 
 def read_messages(values: Mapping[str, Any], column: str) -> Messages:
