@@ -76,8 +76,8 @@ def test_a_total_of_low_precision_is_named_once(caplog: pytest.LogCaptureFixture
 
     def rounded(model: Scores, micro_batch: dict[str, Tensor]) -> dict[str, Term]:
         return {
-            "rounded sum": Term(model.weight.bfloat16() * 8),
-            "wide sum": Term(model.weight * 8),
+            "rounded sum": Term(model.weight.bfloat16() * 8 * len(micro_batch["labels"])),
+            "wide sum": Term(model.weight * 8 * len(micro_batch["labels"])),
         }
 
     with caplog.at_level(logging.WARNING, "samestep"):

@@ -107,7 +107,7 @@ def test_a_micro_batch_without_targets_adds_nothing() -> None:
         ),
         (
             lambda model, micro_batch: Term(
-                model.weight.sum(), weight=float(len(micro_batch["labels"]))
+                loss_fn(model, micro_batch).total, weight=float(len(micro_batch["labels"]))
             ),
             "term 'loss' was",
         ),

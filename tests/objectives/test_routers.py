@@ -194,7 +194,7 @@ def test_wrong_ways_are_caught() -> None:
         return losses(model, full)
 
     for wrong in (per_micro_batch, TwoPass(with_padding)):
-        samestep.backward(model, cut(model, records, [3, 1], "right"), wrong)
+        samestep.backward(model, cut(model, records, [3, 1], "right"), wrong, check_sums=False)
         assert worst(gradients(model), wanted) > 1e-3
 
 

@@ -2,15 +2,17 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from samestep.engine.batch_statistics import check_batch_norm
 from samestep.engine.checks import check_micro_batches
 from samestep.engine.collectives import all_gather_object, any_rank
 from samestep.engine.counts import add_counts, count_units, input_tokens, uncounted_guard
+from samestep.engine.first_step import SumCheck
+from samestep.engine.modes import eval_mode
 from samestep.engine.normalize import TermAccumulator, TermTotals, reduce_terms, reduce_totals
 from samestep.engine.oom import memory_guard
 from samestep.engine.parallel import (
@@ -64,6 +66,7 @@ def evaluate(
     *,
     normalize: Unit = "token",
     counters: Mapping[str, Counter] | None = None,
+    check_sums: bool = True,
 ) -> EvalReport:
     """The objective and every term over a whole data set, without gradients.
 
@@ -77,13 +80,15 @@ def evaluate(
         loss_fn: As for `samestep.step`.
         normalize: As for `samestep.step`.
         counters: As for `samestep.step`.
+        check_sums: As for `samestep.step`.
 
     Returns:
         The report.
 
     Raises:
-        StepError: A unit was not counted, or a term is not finite.
-        ConfigError: ``micro_batches`` is no iterable of micro-batches.
+        StepError: A unit was not counted, a term is not finite, or is no sum over its examples.
+        ConfigError: ``micro_batches`` is no iterable of micro-batches, or the model normalises by
+            statistics of its micro-batch.
         DataError: There is no micro-batch.
 
     Example:
@@ -110,6 +115,7 @@ def evaluate(
         counts, tokens = list[Counts](), list[int]()
         for micro_batch, is_counted in _scheduled(model, check_micro_batches(micro_batches)):
             counted = count_units([micro_batch], counters)
+            check_sums_once([micro_batch])
             with memory_guard(micro_batch), uncounted_guard(micro_batch, counted):
                 result = loss_fn(unwrap(model), micro_batch)
             if not is_counted:
@@ -123,6 +129,10 @@ def evaluate(
         return accumulator.totals(), shapes, add_counts(counts), sum(tokens), len(tokens)
 
     with eval_mode(model), torch.no_grad():
+        check_batch_norm(model)
+        check_sums_once = SumCheck(
+            model, loss_fn, normalize=normalize, counters=counters, enabled=check_sums
+        )
         results = gather_micro_batch_results(model, run_micro_batches)
     totals, shapes, counts_by_rank, tokens, num_micro_batches = zip(*results, strict=True)
     if sum(num_micro_batches) == 0:
@@ -164,15 +174,3 @@ def _scheduled(
         if last is None:
             raise DataError("under fully_shard every rank needs a micro-batch to evaluate")
         yield last, False
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, so without dropout; each module back in its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -5,7 +5,7 @@
 The counts come from the data before any backward, over all ranks, so each micro-batch's share is
 final when its gradient is made, and the micro-batches may be of any size and number, on any rank.
 
-The whole step is this file and the ten beside it, of which each does one part:
+The whole step is this file and those beside it, of which each does one part:
 
 - what is a target, and what is counted: `samestep.engine.targets`, `samestep.engine.counts`;
 - what a loss returns: `samestep.engine.terms`;
@@ -14,7 +14,10 @@ The whole step is this file and the ten beside it, of which each does one part:
 - adding gradients up over micro-batches and ranks, and clipping: `samestep.engine.gradients`;
 - which micro-batches a rank runs under DDP and FSDP2: `samestep.engine.parallel`;
 - talking to the other ranks: `samestep.engine.collectives`;
-- refusing and explaining: `samestep.engine.checks`, `samestep.engine.oom`.
+- refusing and explaining: `samestep.engine.checks`, `samestep.engine.batch_statistics`,
+  `samestep.engine.oom`;
+- a trial before the first step, that the loss sums: `samestep.engine.first_step`, which cuts a
+  micro-batch in two by `samestep.engine.cut`.
 
 The update itself is ``optimizer.step()``, here. `samestep.engine.evaluate` is the same algebra
 without gradients.
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from samestep.engine.batch_statistics import check_batch_norm
 from samestep.engine.checks import (
     check_micro_batches,
     check_optimizer_params,
@@ -40,6 +44,7 @@ from samestep.engine.checks import (
 )
 from samestep.engine.collectives import gather_results
 from samestep.engine.counts import add_counts, count_units, input_tokens, uncounted_guard
+from samestep.engine.first_step import SumCheck
 from samestep.engine.gradients import (
     assign_gradients,
     clip_grad_norm_,
@@ -115,6 +120,7 @@ def step(
     normalize: Unit = "token",
     counters: Mapping[str, Counter] | None = None,
     scaler: GradScaler | None = None,
+    check_sums: bool = True,
 ) -> StepReport:
     """One optimizer step on one effective batch, the same however the batch is split.
 
@@ -133,19 +139,21 @@ def step(
             weighs the same; needs totals [sequences]) or `constant`.
         counters: Counters of further units, as {unit: function of a micro-batch}.
         scaler: A gradient scaler for float16 autocast; a step that overflows is skipped.
+        check_sums: Cut one micro-batch in two, on the first step of a model and a loss, and compare
+            the terms: a mean is no sum. It costs about two forwards, once; later steps nothing.
 
     Returns:
         The report.
 
     Raises:
-        StepError: A unit was not counted; no weight can learn from a term; a term or the
-            gradient is not finite
+        StepError: A unit was not counted; a term is no sum over its examples, or no weight can
+            learn from it; a term or the gradient is not finite
             (`NotFiniteError`, which names it); a micro-batch does not fit into memory
             (`OutOfMemoryError`). The weights are then unchanged and no gradient is left behind.
         ConfigError: What the step cannot make exact: a scaler with weights of low precision, an
-            optimizer over weights that are not the model's, or weights that are distributed over
-            the ranks in an unknown way. Or an argument of the wrong kind, or a model or an
-            optimizer of which no weight trains.
+            optimizer over weights that are not the model's, BatchNorm in train mode, or weights
+            that are distributed over the ranks in an unknown way. Or an argument of the wrong
+            kind, or a model or an optimizer of which no weight trains.
         DataError: There is no micro-batch on any rank.
 
     Example:
@@ -190,6 +198,8 @@ def step(
         counts=counts,
         normalize=normalize,
         scaler=scaler,
+        counters=counters,
+        check_sums=check_sums,
     )
     if _has_no_targets(counts):
         skipped = "no targets"
@@ -226,6 +236,7 @@ def backward(
     *,
     normalize: Unit = "token",
     counters: Mapping[str, Counter] | None = None,
+    check_sums: bool = True,
 ) -> tuple[float, dict[str, float]]:
     """Leave the exact gradient of the effective batch in ``.grad``, and update nothing.
 
@@ -237,6 +248,7 @@ def backward(
         loss_fn: As for `step`.
         normalize: As for `step`.
         counters: As for `step`.
+        check_sums: As for `step`.
 
     Returns:
         The objective and each term's total / count.
@@ -267,6 +279,8 @@ def backward(
         loss_fn=loss_fn,
         counts=counts,
         normalize=normalize,
+        counters=counters,
+        check_sums=check_sums,
     )
     assign_gradients(gradients)
     return loss, terms
@@ -281,6 +295,8 @@ def accumulate(
     counts: Counts,
     normalize: Unit,
     scaler: GradScaler | None = None,
+    counters: Mapping[str, Counter] | None = None,
+    check_sums: bool = True,
 ) -> tuple[float, dict[str, float], dict[nn.Parameter, Tensor]]:
     """Forward and backward of each micro-batch, with every share already normalised.
 
@@ -292,6 +308,8 @@ def accumulate(
         counts: The counts over the whole effective batch, all ranks included.
         normalize: As for `step`.
         scaler: As for `step`.
+        counters: As for `step`.
+        check_sums: As for `step`.
 
     Returns:
         The objective, each term's total / count, and the gradient of each weight that got one
@@ -302,6 +320,7 @@ def accumulate(
         ConfigError: As for `step`.
     """
     check_trains(model, weights)
+    check_batch_norm(model)
     check_scaler(model, weights, scaler=scaler)
     model.zero_grad()
     accumulator = TermAccumulator()
@@ -309,6 +328,7 @@ def accumulate(
 
     def run_micro_batches() -> tuple[TermTotals, list[int]]:
         """Run this rank's micro-batches: their totals, and the weights without a gradient."""
+        check_sums_once([micro_batch for micro_batch, _ in schedule])
         for micro_batch, index in schedule:
             with memory_guard(micro_batch), uncounted_guard(micro_batch, counts):
                 result = loss_fn(unwrap(model), micro_batch)
@@ -324,6 +344,9 @@ def accumulate(
         gathered.check_repeated(model, schedule, loss_fn=loss_fn)
         return accumulator.totals(), params_without_grad(weights, gradients)
 
+    check_sums_once = SumCheck(
+        model, loss_fn, normalize=normalize, counters=counters, enabled=check_sums
+    )
     with no_gradient_sync(model), float32_accumulation(weights) as gradients:
         gathered = first_pass(model, schedule, loss_fn=loss_fn)
         totals, without_grad = zip(

@@ -6,13 +6,10 @@ micro-batch's objective, whose gradient is by the chain rule that of value(s). T
 GradCache (arXiv:2101.06983), here for any statistic.
 """
 
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +28,7 @@ from samestep.engine.terms import (
 )
 from samestep.errors import NotFiniteError, StepError
 from samestep.utils.agreement import FACTOR, relative_differences, rounding_noise
+from samestep.utils.random_numbers import same_random_numbers
 
 PartShapes: TypeAlias = dict[str, tuple[str, list[int], str]]
 """How each coupled term is gathered, and the shape and device of its first part."""
@@ -304,7 +302,7 @@ def _part_noise(model: nn.Module, micro_batch: MicroBatch, *, loss_fn: LossFn) -
     floors: dict[str, float] = {}
 
     def parts() -> list[Tensor]:
-        with _same_random_numbers(), memory_guard(micro_batch):
+        with same_random_numbers(), memory_guard(micro_batch):
             _, coupled = _split_terms(loss_fn(unwrap(model), micro_batch))
         for name, term in coupled.items():
             floors[name] = float(torch.finfo(term.part.dtype).eps)
@@ -312,21 +310,6 @@ def _part_noise(model: nn.Module, micro_batch: MicroBatch, *, loss_fn: LossFn) -
 
     measured = rounding_noise(parts)
     return {name: max(value, floors[name]) for name, value in zip(floors, measured, strict=True)}
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Draw the same random numbers every time, and leave the generators as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def _not_repeatable(name: str) -> StepError:

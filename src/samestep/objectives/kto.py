@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from samestep.engine.evaluate import eval_mode
+from samestep.engine.modes import eval_mode
 from samestep.engine.terms import Counter, Coupled, Term
 from samestep.losses.preference import unpaired_loss
 from samestep.models.lm_head import UpToHead

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from samestep.engine.counts import targets_per_sequence
-from samestep.engine.evaluate import eval_mode
+from samestep.engine.modes import eval_mode
 from samestep.engine.targets import sequence_ids, target_positions
 from samestep.models.lm_head import UpToHead
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from samestep.data.records import Records
 from samestep.engine.counts import count_units
-from samestep.engine.evaluate import eval_mode
+from samestep.engine.modes import eval_mode
 from samestep.engine.oom import describe_rows
 from samestep.engine.terms import Counter, LossFn, LossResult, term_tensors
 from samestep.engine.two_pass import TwoPass

@@ -47,6 +47,7 @@ from samestep.train.origin import differences, origin_of
 from samestep.train.precision import choose_precision, one_step
 from samestep.train.progress import DataFingerprint, Progress
 from samestep.train.reporter import RunReporter
+from samestep.train.rounded_updates import UpdateWatch
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
 from samestep.train.setup import TrainingSetup, set_up, step_plans
@@ -205,6 +206,7 @@ class Trainer:
             Interrupted: A signal came; the run is saved.
         """
         self._saved = self.clock()
+        self._updates = UpdateWatch(self.setup.model)
         try:
             self._evaluate_if_due()
             for plan in self._plans():
@@ -237,6 +239,7 @@ class Trainer:
         lr = learning_rate(plan.step, total=self.setup.steps, settings=self.settings)
         set_learning_rate(self.setup.optimizer, lr)
         started = time.perf_counter()
+        self._updates.before_step()
         try:
             report = self._optimizer_step(plan)
         except NotFiniteError as error:
@@ -244,6 +247,8 @@ class Trainer:
             if self.settings.not_finite == "stop":
                 raise NotFiniteError(problem) from None
             report = _skipped(problem, seconds=time.perf_counter() - started)
+        last = self.progress.step + 1 == self.setup.steps
+        self._updates.after_step(report, lr=lr, last=last)
         after = self.setup.objective.after_step
         if after is not None:
             after(self.setup.model, report.skipped is None)
