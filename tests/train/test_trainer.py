@@ -154,16 +154,18 @@ def test_a_signal_finishes_the_micro_batch_and_saves(
     train(whole)
     keyed: list[int] = []
 
-    def signals_in_the_sixth(*_: Any, **__: Any) -> None:
+    at = 3 + 4 + 2  # the trial before the first step runs three forwards, that step four
+
+    def signals_in_the_second(*_: Any, **__: Any) -> None:
         keyed.append(1)
-        if len(keyed) == 6:
+        if len(keyed) == at:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(trainer, "key_dropout", signals_in_the_sixth)
+    monkeypatch.setattr(trainer, "key_dropout", signals_in_the_second)
     with pytest.raises(Interrupted) as stopped:
         train(run_config(tmp_path, micro_batch=2))
     assert stopped.value.number == number
-    assert len(keyed) == 6
+    assert len(keyed) == at
     assert (tmp_path / "out" / "checkpoints" / "step-00000001").is_dir()
     assert not (tmp_path / "out" / "model").exists()
     monkeypatch.undo()

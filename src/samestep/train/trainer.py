@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -88,6 +89,11 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             origin = _origin(setup, settings)
             progress = _first_progress(setup, settings, folder=folder, origin=origin)
             on_rank_0(lambda: folder.open(settings))
+            log.info(
+                "threads: %d; wait policy %s",
+                torch.get_num_threads(),
+                os.environ.get("OMP_WAIT_POLICY", "of the OpenMP library").lower(),
+            )
             with (
                 RunReporter(folder, settings, total=setup.steps, done=progress.step) as reporter,
                 interruptible(reporter.say) as stop_signal,
