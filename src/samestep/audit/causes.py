@@ -67,7 +67,8 @@ _TABLE = (
         ),
         advice=(
             "Count the targets of the whole accumulated batch first, sum the losses, and divide "
-            "once."
+            "once. In a transformers.Trainer, take num_items_in_batch in compute_loss and divide "
+            "the summed loss by it."
         ),
     ),
     Cause(

@@ -56,6 +56,7 @@ from samestep.audit.adapters.trainer_setup import (
     take_rows_in_order,
     to_float64,
 )
+from samestep.audit.adapters.watch import StepWatch
 from samestep.audit.subject import (
     DEFAULT_SETTINGS,
     Capability,
@@ -275,11 +276,17 @@ class TrainerSubject:
             optimizer = install_optimizer(trainer)
             collator.start(collator.rows)
             seed_all(settings.seed)
-            with scale_gradients(trainer.model, settings.gradient_scale):
+            watch = StepWatch(trainer.model, moves=settings.watch_moves)
+            with scale_gradients(trainer.model, settings.gradient_scale), watch.on():
                 trainer.train()
             if _changes_batches(settings) and not collator.collated:
                 raise CheckError("the trainer does not use its data_collator")
-            observation = observe_trainer(trainer, optimizer, initial=self._initial)
+            observation = replace(
+                observe_trainer(trainer, optimizer, initial=self._initial),
+                left=watch.left(),
+                stepped=True,
+                moves=tuple(watch.moves),
+            )
             self._slowest = max(self._slowest, time.perf_counter() - start)
             if all_rows is None:
                 return observation

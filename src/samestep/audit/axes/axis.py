@@ -247,10 +247,8 @@ def _blamed(error: Exception) -> str:
     text = f"{type(error).__name__}: {error}"
     if in_subject and not folders[-1].is_relative_to(ADAPTERS.parent):
         return f"the subject failed: {text}"
-    return (
-        f"the auditor failed, which is no fault of the subject's: {text} "
-        f"({Path(frames[-1].filename).name}:{frames[-1].lineno}); please report it"
-    )
+    where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
+    return f"the audit itself failed, which is no fault of the subject's: {text} ({where})"
 
 
 def _diagnosis(axis: Axis, measurement: Measurement) -> Diagnosis:

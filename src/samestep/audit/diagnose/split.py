@@ -68,10 +68,10 @@ def diagnose_empty(
     experiments: Experiments, split: Split, *, masked_examples: tuple[int, ...]
 ) -> Diagnosis:
     """Why a micro-batch without targets changes the step."""
-    if not is_finite(experiments.run(split, masked_examples=masked_examples).gradient):
-        return Diagnosis("mean-of-means", 0.0, "the empty micro-batch divides 0 by 0")
     if is_faulty(experiments, split):
         return diagnose_split(experiments, split)
+    if not is_finite(experiments.run(split, masked_examples=masked_examples).gradient):
+        return Diagnosis("mean-of-means", 0.0, "the empty micro-batch divides 0 by 0")
     return diagnose_split(experiments, split, masked_examples=masked_examples)
 
 
@@ -149,7 +149,7 @@ def _checked(
     **changes: object,
 ) -> Diagnosis:
     """A hypothesis that fits, unless the micro-batches' own gradients already hold the fault."""
-    text = f"micro-batches weighted {hypothesis.weighting}; {_shown(evidence)}"
+    text = f"micro-batches weighted {hypothesis.weighting}{_in_words(evidence)}; {_shown(evidence)}"
     whole = least_squares(evidence.whole, evidence.alone)
     if not hypothesis.scales_whole and whole.residual > evidence.residual_tolerance:
         inside = _inside(experiments, split, evidence=evidence, **changes)
@@ -248,6 +248,17 @@ def _lost(whole: LeastSquares, split: LeastSquares, *, evidence: SplitEvidence) 
         return None
     cause = "last-micro-batch-only" if kept <= 1 else "dropped-examples"
     return Diagnosis(cause, split.residual, _shown(evidence))
+
+
+def _in_words(evidence: SplitEvidence) -> str:
+    """What each micro-batch weighs, and would by its targets; empty if it cannot be said."""
+    parts = least_squares(evidence.split, evidence.alone)
+    targets = evidence.targets
+    if targets is None or not sum(targets) or parts.residual > evidence.residual_tolerance:
+        return ""
+    weights = " ".join(f"{weight:.3g}" for weight in parts.coefficients)
+    shares = " ".join(f"{count / sum(targets):.3g}" for count in targets)
+    return f": they weigh {weights}, by targets it would be {shares}"
 
 
 def _shown(evidence: SplitEvidence) -> str:
