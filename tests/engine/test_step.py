@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import samestep
 from samestep.engine.terms import Term
-from samestep.errors import ConfigError, StepError
+from samestep.errors import ConfigError, NotFiniteError, StepError
 
 I = -100  # noqa: E741
 
@@ -180,3 +180,15 @@ def test_an_optimizer_over_other_weights_is_refused() -> None:
     optimizer = torch.optim.SGD([model.weight, nn.Parameter(torch.ones(3))], lr=1.0)
     with pytest.raises(ConfigError, match=r"1 weights that are not the model's.*\(3,\)"):
         samestep.step(model, optimizer, MICRO_BATCHES, loss_fn)
+
+
+def test_a_norm_that_overflows_over_finite_elements_is_named() -> None:
+    model = Scores(torch.float32)
+
+    def huge(model: Scores, micro_batch: dict[str, Tensor]) -> Term:
+        return Term(loss_fn(model, micro_batch).total * 1e30)
+
+    with pytest.raises(NotFiniteError, match=r"every element .* is finite, but .*in weight"):
+        samestep.step(model, sgd(model), MICRO_BATCHES, huge)
+    assert torch.equal(model.weight.detach(), torch.arange(10.0))
+    assert model.weight.grad is None

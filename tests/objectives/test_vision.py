@@ -225,7 +225,7 @@ def spoil(folder: Path, kind: str) -> str:
         message += ": no such file"
     elif kind == "no image":
         file.write_text("hello", encoding="utf-8")
-        message += ": not an image of a known format"
+        message += ": none of the formats that are read"
     elif kind == "cut short":
         file.write_bytes(file.read_bytes()[:60])
         message += ": cannot be read"

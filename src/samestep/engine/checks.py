@@ -199,7 +199,8 @@ def nonfinite_gradient_error(
 
     Args:
         model: The model; its ``.grad`` are cleared.
-        gradients: The gradients of the step, of which one at least is not finite.
+        gradients: The gradients of the step, of which one at least is not finite, or whose norm
+            is not.
 
     Returns:
         The error to raise.
@@ -209,6 +210,19 @@ def nonfinite_gradient_error(
         for name, parameter in model.named_parameters()
         if parameter in gradients and not is_finite(gradients[parameter])
     ]
+    if not names:
+        largest = {
+            name: float(gradients[parameter].abs().max())
+            for name, parameter in model.named_parameters()
+            if parameter in gradients and parameter.numel()
+        }
+        model.zero_grad()
+        name = max(largest, key=largest.__getitem__)
+        return NotFiniteError(
+            "the step was not taken: every element of the gradient is finite, but their norm "
+            f"overflows; the largest, {largest[name]:.3g}, is in {name}. The weights are "
+            "unchanged. Usual causes: a term's weight, or inputs, that are far too large"
+        )
     model.zero_grad()
     return NotFiniteError(
         f"the step was not taken: the loss is finite but its gradient is not, in {names[0]}"

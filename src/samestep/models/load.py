@@ -1,8 +1,13 @@
 """Loading models and tokenizers from a Hub name, a folder, or a GGUF file (converted once)."""
 
+import atexit
+import json
 import logging
+import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +21,10 @@ from transformers import (
     AutoTokenizer,
     ProcessorMixin,
 )
+from transformers.utils import cached_file
 
 from samestep.errors import ConfigError
-from samestep.utils.files import cache_folder, sha256_of, sync
+from samestep.utils.files import cache_folder, sha256_of, sync_tree
 from samestep.utils.hub import find_on_hub
 from samestep.utils.waiting import waiting
 
@@ -31,6 +37,9 @@ _UNKEYED_NOISE = (
     "router_jitter_noise",
 )
 """Settings of configs for randomness that cannot be tied to examples."""
+
+_IS_SAFETENSORS = re.compile(r"[^/\\\x00]+\.safetensors")
+"""Names of files of weights: a file beside the index."""
 
 _NEW_HEAD_CLASSES = (
     "AutoModel",
@@ -91,21 +100,42 @@ def convert_gguf(file: Path) -> Path:
     if not file.is_file():
         raise ConfigError(f"model: there is no file {file}")
     folder = cache_folder() / "gguf" / sha256_of(file)[:32]
-    if folder.is_dir():
+    if (folder / "config.json").is_file():
         return folder
     _log.info("converting %s to safetensors (once)", file.name)
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    unfinished = _unfinished_folder(folder)
     try:
         with waiting(f"converting {file.name}"):
             _write_safetensors(file, unfinished)
-        for path in (*unfinished.iterdir(), unfinished):
-            sync(path)
-        unfinished.rename(folder)
-    finally:
+        sync_tree(unfinished)
+        with suppress(OSError):  # another run was first: its folder has the same content
+            unfinished.rename(folder)
+            return folder
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
+        raise ConfigError(
+            f"model: {file} could not be converted in {unfinished.parent}: {error}. Make room "
+            "there, or set SAMESTEP_CACHE to another folder"
+        ) from error
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    if (folder / "config.json").is_file():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        return folder
+    return unfinished  # what has the name is not whole, and cannot be replaced
+
+
+def _unfinished_folder(folder: Path) -> Path:
+    """A new folder beside another, or, where none can be made, among temporary files."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        _log.warning("the cache cannot be written (%s): what is converted is not kept", error)
+        unfinished = Path(tempfile.mkdtemp(prefix="samestep-"))
+        atexit.register(shutil.rmtree, unfinished, ignore_errors=True)
+        return unfinished
 
 
 def _write_safetensors(file: Path, folder: Path) -> None:
@@ -215,6 +245,7 @@ def load_model(
         if init == "random":
             model = auto.from_config(config, dtype=dtype, **options)
         else:
+            _check_safetensors(source, "model.safetensors.index.json")
             model, loading = auto.from_pretrained(
                 source,
                 config=config,
@@ -228,7 +259,10 @@ def load_model(
         if dtype == torch.float64:
             # The grouped products that transformers prefers for experts have no float64.
             model.set_experts_implementation("eager")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError),
+        *(RuntimeError, SafetensorError, ZeroDivisionError),
+    ) as error:
         raise ConfigError(
             f"model: {source} could not be loaded: {_first_line(error)}. It takes a folder with "
             "config.json and *.safetensors, a Hub name, or a .gguf file"
@@ -237,6 +271,24 @@ def load_model(
     # What its weights were before they became `dtype`: they are saved as they came.
     model.stored_dtype = stored if init == "pretrained" else None
     return model.train()
+
+
+def _check_safetensors(source: str, index: str) -> None:
+    """Refuse an index that names other files: libraries would unpickle them."""
+    path = cached_file(source, index, _raise_exceptions_for_missing_entries=False)
+    if path is not None:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()
+        wrong = sorted({str(name) for name in names if not _IS_SAFETENSORS.fullmatch(str(name))})
+        if wrong:
+            raise ConfigError(
+                f"model: {index} of {source} names {', '.join(wrong[:3])}: weights are read from "
+                "*.safetensors files beside it alone. Save the model anew with safetensors"
+            )
+    if (Path(source) / "adapter_config.json").exists():
+        raise ConfigError(
+            f"model: {source} holds an adapter (adapter_config.json) beside a model's config.json: "
+            "merge it into the weights, or move it elsewhere"
+        )
 
 
 def _nested_configs(config: Any) -> Iterator[Any]:
@@ -300,6 +352,7 @@ def load_diffusion(
         if init == "random":
             model = model_class.from_config(config).to(dtype)
         else:
+            _check_safetensors(source, "diffusion_pytorch_model.safetensors.index.json")
             model = model_class.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as error:
         raise ConfigError(

@@ -28,6 +28,9 @@ from samestep.errors import ConfigError, DataError
 
 Label = TypeVar("Label")
 
+_MOST_NUMBERED = 10_000
+"""Numbered classes that rows may leave out: more, and a number is an identifier, or a slip."""
+
 
 def class_records(
     rows: Sequence[Row],
@@ -53,8 +56,9 @@ def class_records(
         DataError: Rows are malformed or have a class that is not among them; lists every one.
     """
     labels = read_labels(rows, _class_label, columns="text (or messages) and label")
-    names = list(classes) if classes is not None else _all_classes(labels)
-    _check_classes(rows, ([label] for label in labels), names=names, what="label")
+    of_rows = [[label] for label in labels]
+    names = list(classes) if classes is not None else _all_classes(rows, of_rows)
+    _check_classes(rows, of_rows, names=names, what="label")
     if len(names) < 2:
         raise DataError(f"every row has the class {names[0]!r}: there is nothing to tell apart")
     field = torch.tensor([names.index(label) for label in labels])
@@ -114,7 +118,7 @@ def tag_records(
         raise ConfigError("tags of words need a fast tokenizer, which tells a token's word")
     tagged = read_labels(rows, _tagged_words, columns="tokens and tags")
     learned = [[tag for tag in tags if tag is not None] for _, tags in tagged]
-    names = list(classes) if classes is not None else _all_classes([*chain.from_iterable(learned)])
+    names = list(classes) if classes is not None else _all_classes(rows, learned)
     _check_classes(rows, learned, names=names, what="tag")
     encoded = tokenizer(
         [words for words, _ in tagged],
@@ -251,11 +255,22 @@ def _class_name(label: Any) -> str:
     return str(label)
 
 
-def _all_classes(labels: Sequence[str]) -> list[str]:
+def _all_classes(rows: Sequence[Row], labels: Sequence[Sequence[str]]) -> list[str]:
     """The names of the classes that labels have: sorted; of numbers, all up to the highest."""
-    if all(label.isdigit() for label in labels):
-        return [str(number) for number in range(max(map(int, labels), default=0) + 1)]
-    return sorted(set(labels))
+    found = set(chain.from_iterable(labels))
+    if not all(label.isascii() and label.isdigit() for label in found):
+        return sorted(found)
+    digits = max((label.lstrip("0") for label in found), key=lambda text: (len(text), text))
+    number = int(digits[:18] or 0) + 1
+    if number > _MOST_NUMBERED + 100 * len(found):
+        pairs = zip(rows, labels, strict=True)
+        row = next(row for row, some in pairs if digits in {text.lstrip("0") for text in some})
+        raise DataError(
+            f"{row.origin}: class {digits[:40]}: numbered classes are all those from 0 to the "
+            f"highest, but the rows have {len(found)} of them. Number them 0, 1, 2, or name them "
+            "by classes"
+        )
+    return [str(number) for number in range(number)]
 
 
 def _check_classes(

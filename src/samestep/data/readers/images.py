@@ -18,9 +18,15 @@ from samestep.data.messages import Messages, read_messages
 from samestep.data.rows import RowError
 from samestep.data.target_spans import Span
 from samestep.errors import ConfigError
+from samestep.utils.files import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is decoded, whatever a file is called. Pillow knows more, some by running other programs on
+the content (EPS: Ghostscript)."""
 
 
 def image_messages(values: Mapping[str, Any], folder: Path) -> tuple[Messages, list[Path]]:
@@ -84,13 +90,16 @@ def _open_image(file: Path) -> "Image":
     except ImportError:
         raise ConfigError("images need Pillow: pip install 'samestep[vision]'") from None
     try:
-        with Image.open(file) as image:
+        with open_regular(file) as content, Image.open(content, formats=_FORMATS) as image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise RowError(f"image {file}: no such file") from None
     except UnidentifiedImageError:
-        raise RowError(f"image {file}: not an image of a known format") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        known = ", ".join(_FORMATS)
+        raise RowError(f"image {file}: none of the formats that are read ({known})") from None
+    except MemoryError:
+        raise RowError(f"image {file}: cannot be read (it does not fit into memory)") from None
+    except Exception as error:  # decoders of damaged files raise whatever they trip over
         raise RowError(f"image {file}: cannot be read ({error})") from None
 
 
