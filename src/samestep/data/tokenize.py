@@ -255,11 +255,9 @@ def read_cache(path: Path) -> Examples | None:
     Returns:
         The examples; None if there is no file, or it is damaged (a warning says so).
     """
-    if not path.exists():
-        return None
     try:
-        return Examples.load(path)
-    except DataError as error:
+        return Examples.load(path) if path.is_file() else None
+    except Exception as error:  # whatever damage does to a reader: the cache is then not there
         log.warning("token cache: %s; tokenising again", error)
         return None
 

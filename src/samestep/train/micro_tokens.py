@@ -9,6 +9,7 @@ time further, with ever less to gain.
 import hashlib
 import json
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from samestep.train.optim import state_per_weight
 from samestep.train.precision import one_step
 from samestep.train.recipes.base import Recipe
 from samestep.train.settings.base import TrainSettings
-from samestep.utils.files import cache_folder, write_atomically
+from samestep.utils.files import cache_folder, open_regular, write_atomically
 from samestep.utils.memory import available_memory, describe_device, peak_memory
 from samestep.utils.waiting import waiting
 
@@ -224,13 +225,27 @@ def cached_costs(path: Path, measure: Callable[[], Costs | None]) -> Costs | Non
         The costs; None if they cannot be measured, which is not written.
     """
     try:
-        return Costs(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # not there, or damaged: measure again
+        with open_regular(path) as file:
+            return _checked(Costs(**json.loads(file.read())))
+    except (OSError, ValueError, TypeError, RecursionError):  # not there, or damaged: measure again
         costs = measure()
     if costs is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(asdict(costs)) + "\n")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(asdict(costs)) + "\n")
+        except OSError as error:
+            log.warning("micro_tokens: what was measured is not kept (%s)", error)
     return costs
+
+
+def _checked(costs: Costs) -> Costs:
+    """The costs, if they can be such; refuses what damage makes of a file with TypeError."""
+    numbers = [number for number in asdict(costs).values() if number is not None]
+    kinds = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+    known = None not in (costs.seconds, costs.seconds_per_token, costs.bytes_per_token)
+    if kinds and known and costs.seconds >= 0 < costs.seconds_per_token:
+        return costs
+    raise TypeError("no costs")
 
 
 def choose_micro_tokens(

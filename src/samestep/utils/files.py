@@ -1,10 +1,13 @@
 """Writing files so that a crash leaves the old content or the new, never half of it."""
 
+import atexit
 import errno
 import hashlib
 import os
 import shutil
 import stat
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -120,7 +123,17 @@ def cache_folder() -> Path:
     given = os.environ.get("SAMESTEP_CACHE")
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samestep"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samestep"
+    except RuntimeError:  # a user without a home, as in some containers
+        return _cache_of_this_process()
+
+
+@cache
+def _cache_of_this_process() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="samestep-cache-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def sha256_of(path: Path) -> str:
