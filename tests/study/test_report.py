@@ -72,6 +72,12 @@ def test_names_cannot_become_markup(html: str) -> None:
     assert all(len(re.split(r"(?<!\\)\|", row)) == len(ARM_HEADERS) + 2 for row in rows)
 
 
+def test_names_in_markdown_stay_names() -> None:
+    from samestep.study.markdown import _escape
+
+    assert _escape("&lt;b&gt;\x1b[2J\n") == "&amp;lt;b&amp;gt;\\\\x1b\\[2J "
+
+
 def test_the_page_refers_to_nothing_outside_itself(html: str) -> None:
     start, end = html.index("<script>"), html.index('<script type="application/json"')
     own = html[:start] + html[end:]

@@ -170,3 +170,12 @@ def test_the_shipped_studies_are_good(file: Path) -> None:
     found, _, _ = read_study([str(file), "--out", "o", "--model", "m"])
     assert len(expand_grid(found)) >= 3
     assert {arm.normalisation for arm in expand_grid(found)} >= {"exact", "mean-of-means"}
+
+
+def test_names_that_a_terminal_or_a_figure_cannot_show_are_refused() -> None:
+    block = {"name": "a\x1b[2J", "split": "32 x 1"}
+    assert "cannot be shown" in refused(arms=[block, {"split": "1 x 32"}])
+
+
+def test_a_field_that_is_given_twice_in_a_block_is_refused() -> None:
+    assert "lr_ is given twice" in refused(arms=[{"lr-": 1, "lr_": 2}, {"split": "1 x 32"}])

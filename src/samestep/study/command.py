@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from samestep.errors import ConfigError
 from samestep.study.results import load_results, save_results
 from samestep.study.spec import StudySpec, parse_spec
-from samestep.utils.messages import read_yaml
+from samestep.utils.messages import printable, read_yaml
 
 _EXIT_INTERRUPTED = 130
 
@@ -73,12 +73,12 @@ def _report(out: Path) -> None:
     results = load_results(out / "results.json")
     write_report(results, out)
     for comparison in compare_arms(results):
-        print(f"{comparison.arm} [{comparison.group}]: {comparison.verdict}")
+        print(printable(f"{comparison.arm} [{comparison.group}]: {comparison.verdict}"))
     print(f"report in {out / 'report.html'}")
 
 
 def _print_progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def read_study(arguments: Sequence[str]) -> tuple[StudySpec, Path, int]:

@@ -14,6 +14,7 @@ from samestep.study.comparison import (
 from samestep.study.normalisation import EXPLANATIONS
 from samestep.study.results import ArmResult, Results
 from samestep.study.statistics import batch_size_advice
+from samestep.utils.messages import printable
 
 ARM_HEADERS = (
     "arm",
@@ -182,12 +183,12 @@ def _table_line(cells: Sequence[str]) -> str:
 
 
 _ESCAPES = str.maketrans(
-    {mark: f"\\{mark}" for mark in "\\`*_[]|#"} | {"<": "&lt;", ">": "&gt;", "\n": " "}
+    {mark: f"\\{mark}" for mark in "\\`*_[]|#"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 )
 
 
 def _escape(text: str) -> str:
-    return text.translate(_ESCAPES)
+    return printable(text.replace("\n", " ").replace("\t", " ")).translate(_ESCAPES)
 
 
 def _format_losses(arm: ArmResult) -> str:

@@ -110,6 +110,8 @@ class Block(Grid):
         lists = (self.split, self.normalisation, self.padding, self.lr, self.cut)
         if self.name is not None and any(len(values) != 1 for values in lists):
             raise ValueError(f"name {self.name!r} is for one arm, but this block makes several")
+        if self.name is not None and not self.name.isprintable():
+            raise ValueError(f"name {self.name!r} holds characters that cannot be shown")
         return self
 
 
@@ -222,7 +224,13 @@ def parse_spec(fields: Mapping[str, Any], *, source: str) -> StudySpec:
 
 
 def _with_underscores(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {str(name).replace("-", "_"): value for name, value in fields.items()}
+    plain: dict[str, Any] = {}
+    for name, value in fields.items():
+        field = str(name).replace("-", "_")
+        if field in plain:
+            raise ConfigError(f"{field} is given twice, with a hyphen and without: keep one")
+        plain[field] = value
+    return plain
 
 
 def _overridden_everywhere(fields: Mapping[str, Any]) -> list[str]:

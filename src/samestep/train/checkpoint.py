@@ -74,7 +74,8 @@ def save(
         optimizer: Its state.
         progress: How far the run is.
         keep: Checkpoints to keep, this one included.
-        origin: What the run depends on and the checkpoint does not hold; `read_origin` gives it.
+        origin: What the run depends on and the checkpoint does not hold;
+            `samestep.train.checkpoint_files.read_origin` gives it.
 
     Returns:
         The checkpoint's folder.

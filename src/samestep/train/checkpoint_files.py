@@ -84,7 +84,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_origin(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was given as ``origin``; empty in checkpoints of earlier versions.
+    """What a checkpoint was saved with as ``origin``; empty in those of earlier versions.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
