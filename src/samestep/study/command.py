@@ -12,7 +12,8 @@ from pydantic.fields import FieldInfo
 from samestep.errors import ConfigError
 from samestep.study.results import load_results, save_results
 from samestep.study.spec import StudySpec, parse_spec
-from samestep.utils.messages import printable, read_yaml
+from samestep.utils.messages import read_yaml
+from samestep.utils.text import printable
 
 _EXIT_INTERRUPTED = 130
 

@@ -14,7 +14,7 @@ from samestep.study.comparison import (
 from samestep.study.normalisation import EXPLANATIONS
 from samestep.study.results import ArmResult, Results
 from samestep.study.statistics import batch_size_advice
-from samestep.utils.messages import printable
+from samestep.utils.text import printable
 
 ARM_HEADERS = (
     "arm",
