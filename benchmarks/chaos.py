@@ -8,11 +8,13 @@ bit for bit (of two ranks: of an unbroken run on two ranks).
 """
 
 import argparse
+import json
 import os
 import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
+SUPPORT = Path(__file__).parent.parent / "tests" / "support"
+sys.path.insert(0, str(SUPPORT))
 
 import torch
 from runs import llama_folder, run_config, write_rows
@@ -211,6 +214,24 @@ def damaged(runs: Runs, draw: random.Random) -> Any:
     return inject
 
 
+def attacked_saves() -> list[Tally]:
+    """Kills and failures at every file operation of saves of a tiny network."""
+    done = subprocess.run(
+        [sys.executable, str(SUPPORT / "save_attack.py")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    result = json.loads(done.stdout.splitlines()[-1])
+    tallies = []
+    for name, tried in result["tried"].items():
+        lost = [line for line in result["lost"] if line.startswith(f"{name}, ")]
+        tally = Tally(f"each file operation of a save ({name}): kill -9, EIO, ENOSPC, EACCES")
+        tally.injected, tally.survived = tried, tried - len(lost)
+        tallies.append(tally)
+    return tallies
+
+
 def _hidden(folder: Path) -> set[str]:
     with suppress(FileNotFoundError):
         return {name for name in os.listdir(folder) if name.startswith(".step-")}
@@ -246,6 +267,7 @@ def main() -> None:
             tally = Tally(fault)
             break_and_resume(runs, tally, max(1, round(number * options.scale)), inject)
             tallies.append(tally)
+    tallies += attacked_saves()
     minutes = (time.monotonic() - started) / 60
     options.out.write_text(page(tallies, minutes), encoding="utf-8")
     if any(tally.survived < tally.injected for tally in tallies):
@@ -265,10 +287,9 @@ has the weights of a run that nothing broke, equal bit for bit.
 | --- | --- | --- | --- |
 {rows}
 
-Every file operation of a save is made to kill the process, and to fail once with EIO, ENOSPC and
-EACCES, in its turn: a first save, the next step, a step that is saved already, and the start after
-a kill in the middle of that. Each time the run starts from a whole checkpoint, from before or from
-after, and the next save leaves no trace (`tests/train/test_checkpoint_faults.py`).
+In the last rows every file operation of a save (of a tiny network) kills the process, or fails once,
+in its turn. It is survived if a run then starts from a whole checkpoint, from before or from after,
+and the next save leaves no trace (`tests/train/test_checkpoint_faults.py`).
 
 Further faults are injected by the tests, each once or a few times: memory that runs out (by a
 hook, and for real), losses that are not finite, full, slow and read-only disks, changed rows, a

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import torch
 from runs import llama_folder, read_lines, run_config, write_rows
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from samestep.errors import CheckpointError, ConfigError, NotFiniteError, SequenceTooLargeError
 from samestep.train import trainer
@@ -255,9 +257,11 @@ except CheckpointError as error:
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> None:
     """Files of the child may not grow past a limit: the system refuses the shard's bytes."""
-    config = run_config(tmp_path, steps=2, save_every=1)
+    config = run_config(tmp_path, steps=4, save_every=1, keep=9)
     train(config)
     checkpoints = tmp_path / "out" / "checkpoints"
+    for step in (3, 4):
+        shutil.rmtree(checkpoints / f"step-0000000{step}")
     settings = tmp_path / "out" / "config.yaml"
 
     def again(limit: int) -> subprocess.CompletedProcess[str]:
@@ -269,16 +273,12 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) ->
                 str(limit),
                 str(settings),
                 "--resume",
-                "--steps",
-                "4",
             ],
             capture_output=True,
             text=True,
             check=False,
         )
 
-    text = settings.read_text(encoding="utf-8")
-    settings.write_text(text.replace("steps: 2", "steps: 4"), encoding="utf-8")
     done = again(30_000)
     assert done.returncode == 1
     assert "step-00000003 could not be written" in done.stderr
@@ -286,6 +286,62 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) ->
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000001", "step-00000002"]
     assert again(0).returncode == 0
     assert (checkpoints / "step-00000004").is_dir()
+
+
+@pytest.mark.parametrize("at", ["save_pretrained", "rename", "summary.json"])
+def test_a_disk_that_is_full_at_the_end_is_named_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    train(run_config(tmp_path, steps=1))
+    before = weights(tmp_path / "out")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def full_rename(path: Path, target: Path) -> Path:
+        if path.name == ".model.tmp":
+            full()
+        os.rename(path, target)
+        return target
+
+    with monkeypatch.context() as patch:
+        if at == "save_pretrained":
+            patch.setattr(LlamaForCausalLM, "save_pretrained", full)
+        elif at == "rename":
+            patch.setattr(Path, "rename", full_rename)
+        else:
+            patch.setattr(trainer, "write_atomically", full)
+        with pytest.raises(CheckpointError, match=r"could not be written.*No space left"):
+            train(run_config(tmp_path, steps=1, resume=True))
+    assert worst(weights(tmp_path / "out"), before) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not names & {".model.tmp", ".model.old"}
+    train(run_config(tmp_path, steps=1, resume=True))
+
+
+def test_a_planted_link_does_not_lead_the_export_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in (".model.tmp", ".model.old"):
+        (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere")
+    train(run_config(tmp_path, steps=1))
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+
+
+def test_a_model_is_not_trained_over_itself(tmp_path: Path) -> None:
+    train(run_config(tmp_path, steps=1))
+    model = str(tmp_path / "out" / "model")
+    with pytest.raises(ConfigError, match=r"model: .* lies in .*out/model"):
+        train(run_config(tmp_path, steps=1, overwrite=True, model=model))
+    assert weights(tmp_path / "out")
+
+
+def test_weights_that_are_not_finite_end_the_run_and_are_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="are not finite"):
+        train(run_config(tmp_path, steps=1, weight_decay=1e300))
+    assert not (tmp_path / "out" / "model").exists()
+    assert not list((tmp_path / "out" / "checkpoints").glob("*"))
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

@@ -336,6 +336,7 @@ class Trainer:
             origin=self.origin,
         )
         self._saved = self.clock()
+        self.watchdog.heartbeat(f"after saving step {self.progress.step}")
 
     def _watched(
         self, loss_fn: LossFn, *, step_number: int | None = None, number: int = 1
