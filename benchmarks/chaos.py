@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SUPPORT = Path(__file__).parent.parent / "tests" / "support"
-sys.path.insert(0, str(SUPPORT))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 import torch
 from runs import llama_folder, run_config, write_rows
@@ -34,6 +33,7 @@ from safetensors.torch import load_file
 from samestep.errors import Interrupted, RankError
 from samestep.train.trainer import train
 
+ATTACK = Path(__file__).parent.parent / "tests" / "support" / "save_attack.py"
 STEPS = 12
 PATIENCE = 60
 """Seconds after which a run that should have ended counts as hanging."""
@@ -217,7 +217,7 @@ def damaged(runs: Runs, draw: random.Random) -> Any:
 def attacked_saves() -> list[Tally]:
     """Kills and failures at every file operation of saves of a tiny network."""
     done = subprocess.run(
-        [sys.executable, str(SUPPORT / "save_attack.py")],
+        [sys.executable, str(ATTACK)],
         capture_output=True,
         text=True,
         check=True,
@@ -287,9 +287,9 @@ has the weights of a run that nothing broke, equal bit for bit.
 | --- | --- | --- | --- |
 {rows}
 
-In the last rows every file operation of a save (of a tiny network) kills the process, or fails once,
-in its turn. It is survived if a run then starts from a whole checkpoint, from before or from after,
-and the next save leaves no trace (`tests/train/test_checkpoint_faults.py`).
+In the last rows every file operation of a save (of a tiny network) kills the process, or fails
+once, in its turn. It is survived if a run then starts from a whole checkpoint, from before or from
+after, and the next save leaves no trace (`tests/train/test_checkpoint_faults.py`).
 
 Further faults are injected by the tests, each once or a few times: memory that runs out (by a
 hook, and for real), losses that are not finite, full, slow and read-only disks, changed rows, a
