@@ -17,8 +17,9 @@ import tyro
 from rich.console import Console
 
 from samestep.audit.report import print_report, render_page
-from samestep.errors import CheckError
-from samestep.utils.files import write_atomically
+from samestep.errors import CheckError, ConfigError
+from samestep.utils.extras import REPORT_PACKAGES, require_extra
+from samestep.utils.files import check_room, write_atomically
 
 TEMPLATE = Path(__file__).with_name("template.py")
 
@@ -38,6 +39,8 @@ class CheckArguments:
     """Write the report to this file."""
     html: Path | None = None
     """Write a page with the report to this file (needs samestep[report])."""
+    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Say of each skipped axis why."""
     timeout: float = 300.0
     """Seconds after which a subject that hangs is stopped."""
     init: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -61,16 +64,37 @@ def run(arguments: Sequence[str]) -> int:
         return _init(Path(options.subject or "subject.py"))
     if options.subject is None:
         raise CheckError("which loop? `samestep check FILE.py`; `--init` writes one to start from")
+    _check_outputs(options)
     console = Console(stderr=True, highlight=False)
     axes = options.axes.split(",") if options.axes else []
     with console.status("starting", spinner="dots") as status:
         report = _audit(options.subject, axes, timeout=options.timeout, progress=status.update)
-    print_report(report, Console(highlight=False))
+    print_report(report, Console(highlight=False), verbose=options.verbose)
     if options.json is not None:
         write_atomically(options.json, json.dumps(report, indent=2) + "\n")
     if options.html is not None:
         write_atomically(options.html, render_page(report))
     return 0 if report["verdict"] == "exact" else 1
+
+
+def _check_outputs(options: CheckArguments) -> None:
+    """Refuse, before the work, what could not be written after it."""
+    if options.html is not None:
+        require_extra("report", REPORT_PACKAGES, what="--html")
+    given = [("json", options.json), ("html", options.html)]
+    problems = [
+        f"--{name} {path}: {problem}"
+        for name, path in given
+        if path is not None
+        for problem in ["this is a folder" if path.is_dir() else check_room(path.absolute().parent)]
+        if problem
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+class SubjectError(Exception):
+    """The traceback of an error in the process of a subject, as text."""
 
 
 def _init(path: Path) -> int:
@@ -118,7 +142,8 @@ def _audit(reference: str, axes: list[str], *, timeout: float, progress: Any) ->
             raise CheckError(f"{reference} ended with code {code}, in: {last}\n{tail}")
         report: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     if "error" in report:
-        raise CheckError(report["error"])
+        cause = report.get("traceback")
+        raise CheckError(report["error"]) from (SubjectError(f"\n{cause}") if cause else None)
     return report
 
 

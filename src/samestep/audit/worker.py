@@ -9,6 +9,8 @@ import contextlib
 import json
 import os
 import sys
+import sysconfig
+import traceback
 from pathlib import Path
 
 from samestep.audit.check import check_subject, load_subject
@@ -33,10 +35,38 @@ def main() -> int:
         with contextlib.redirect_stdout(sys.stderr):
             report = check_subject(load_subject(reference), axes or None, progress=say)
     except CheckError as error:
-        Path(result).write_text(json.dumps({"error": str(error)}), encoding="utf-8")
+        failure = {"error": str(error)}
+        cause = error.__cause__ or error.__context__
+        if cause is not None:
+            failure["error"] += own_line(cause)
+            failure["traceback"] = "".join(traceback.format_exception(cause))
+        Path(result).write_text(json.dumps(failure), encoding="utf-8")
         return 2
     Path(result).write_text(json.dumps(report.as_dict()), encoding="utf-8")
     return 0
+
+
+def own_line(error: BaseException) -> str:
+    """The line of the user's own code that an error came from, as a line of text; or empty.
+
+    Args:
+        error: What the subject raised.
+
+    Returns:
+        File, line, function and code, after a line break.
+    """
+    ours = str(Path(__file__).parent.parent)
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((ours, "<"))
+        and "site-packages" not in frame.filename
+        and not frame.filename.startswith(sysconfig.get_path("stdlib"))
+    ]
+    if not own:
+        return ""
+    last = own[-1]
+    return f"\n  {last.filename}:{last.lineno}, in {last.name}: {last.line}\n  (--debug shows all)"
 
 
 if __name__ == "__main__":

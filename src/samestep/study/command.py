@@ -12,6 +12,8 @@ from pydantic.fields import FieldInfo
 from samestep.errors import ConfigError
 from samestep.study.results import load_results, save_results
 from samestep.study.spec import StudySpec, parse_spec
+from samestep.utils.extras import REPORT_PACKAGES, require_extra
+from samestep.utils.files import check_room
 from samestep.utils.messages import read_yaml
 from samestep.utils.text import printable
 
@@ -31,13 +33,14 @@ def run(arguments: Sequence[str]) -> int:
         SamestepError: As `samestep.study.run.run_study`.
     """
     spec, out, jobs = read_study(arguments)
+    # Hours of work are not to end in a report that cannot be drawn or written.
+    require_extra("report", REPORT_PACKAGES, what="the report of a study")
+    problem = check_room(out)
+    if problem:
+        raise ConfigError(f"out: {problem}")
     # After the arguments are known to be good: these imports load PyTorch.
     from samestep.study.run import run_study
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out: {out} cannot be a folder ({error.strerror})") from None
     try:
         results = run_study(spec, out, jobs=jobs, on_progress=_print_progress)
     except KeyboardInterrupt:

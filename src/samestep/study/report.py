@@ -10,6 +10,7 @@ from samestep.study import markdown
 from samestep.study.comparison import compare_arms, summarise
 from samestep.study.results import Results
 from samestep.study.statistics import batch_size_advice
+from samestep.utils.extras import install_command
 from samestep.utils.files import write_atomically
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def write_report(results: Results, out: Path) -> list[Path]:
         figures = draw_figures(results)
         page = render_page(results, figures)
     except ImportError as error:
-        raise ConfigError(f"report: {error}: pip install 'samestep[report]'") from error
+        raise ConfigError(f"report: {error}: {install_command('report')}") from error
     written = []
     for name, figure in figures.items():
         path = out / f"{name}.png"

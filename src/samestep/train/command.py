@@ -14,6 +14,7 @@ from samestep.train.settings.base import RENAMED_FIELDS, TrainSettings, finalize
 from samestep.train.settings.command_line import arities, train_help, unknown_names
 from samestep.train.settings.objectives import settings_class
 from samestep.train.settings.paths import hub_names, missing_paths
+from samestep.utils.extras import require_extra
 from samestep.utils.flags import CommandLine, split_command_line
 from samestep.utils.messages import read_yaml
 from samestep.utils.text import printable
@@ -162,6 +163,11 @@ def check_paths(settings: TrainSettings) -> None:
             RunFolder(Path(settings.out)).check(settings)
     except ConfigError as error:
         problems.append(str(error))
+    if settings.track:
+        try:
+            require_extra("track", settings.track, what="track")
+        except ConfigError as error:
+            problems.append(str(error))
     if problems:
         raise ConfigError("\n".join(problems))
 

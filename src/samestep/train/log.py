@@ -16,6 +16,7 @@ from samestep.engine.step import StepReport
 from samestep.errors import ConfigError
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
+from samestep.utils.extras import install_command
 from samestep.utils.files import open_regular, write_atomically
 
 log = logging.getLogger("samestep")
@@ -184,7 +185,7 @@ def open_trackers(
         return [_TRACKERS[name](folder, run=run, config=config) for name in names]
     except ImportError as error:
         raise ConfigError(
-            f"track: a package is missing ({error}): pip install 'samestep[track]'"
+            f"track: a package is missing ({error}): {install_command('track')}"
         ) from error
 
 

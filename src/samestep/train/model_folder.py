@@ -43,7 +43,9 @@ def save_model(model: Any, tokenizer: Any, *, folder: Path, merge: bool) -> None
 def _write_model(model: Any, tokenizer: Any, *, folder: Path, weights: Any) -> None:
     # Adapters are small and new: they stay as they were trained.
     stored = None if _is_adapter(model) else getattr(model, "stored_dtype", None)
-    if stored is not None and stored != model.dtype:
+    if stored is not None and stored.itemsize >= model.dtype.itemsize:
+        stored = None  # the run was asked for this type
+    if stored is not None:
         weights = _converted(model.state_dict() if weights is None else weights, stored)
     aside, old = unfinished_model(folder)
     try:

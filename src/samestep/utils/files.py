@@ -143,3 +143,29 @@ def sha256_of(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+_ROOM = 2**25
+"""Bytes that a report of any size fits into."""
+
+
+def check_room(folder: Path) -> str:
+    """Why a report could not be written into a folder; empty if it can. The folder is made.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        What is wrong.
+    """
+    probe = folder / f".room.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"room")
+        probe.unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return f"{folder} cannot be written ({error.strerror or error})"
+    if free < _ROOM:
+        return f"the disk of {folder} has {free / 2**20:.0f} MB left, of {_ROOM / 2**20:.0f} needed"
+    return ""
