@@ -17,6 +17,9 @@ _COLOURS = (
 )
 """One an arm; readable on white and on dark."""
 
+_FEWEST_FOR_A_LINE = 2
+"""Points of a curve up to which it is drawn as points alone."""
+
 _MOST_POINTS = 25
 """Curves of more steps are drawn without a dot at each."""
 
@@ -156,7 +159,13 @@ def _curve_chart(
     longest = max((sum(point["arm"] == arm.label for point in points) for arm in arms), default=0)
     # Exact arms lie on each other: the reference is wide, so that it shows behind the others.
     references = [arm.label for arm in arms if arm.reference]
-    line = base.mark_line(point=longest <= _MOST_POINTS).encode(
+    # Between two measurements nothing is known: no line pretends to.
+    curve_mark = (
+        base.mark_line(point=longest <= _MOST_POINTS)
+        if longest > _FEWEST_FOR_A_LINE
+        else base.mark_point(filled=True, size=60)
+    )
+    line = curve_mark.encode(
         y="mean:Q",
         strokeWidth=alt.condition(
             alt.FieldOneOfPredicate(field="arm", oneOf=references), alt.value(6), alt.value(2)
