@@ -13,6 +13,7 @@ PACKAGES: dict[str, set[str]] = {
     "utils": {"errors"},
     "kernels": {"errors", "utils"},
     "engine": {"errors", "utils"},
+    "hf": {"engine", "errors", "utils"},
     "losses": {"engine", "errors", "kernels", "utils"},
     "data": {"engine", "errors", "utils"},
     "models": {"data", "engine", "errors", "kernels", "losses", "utils"},

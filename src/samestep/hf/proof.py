@@ -1,0 +1,179 @@
+"""Proof from values: is a loss a mean over a unit, whatever the cut? Asked of the first window."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samestep.errors import ConfigError, StepError
+from samestep.hf.units import NAMED, Batch, Unit, num_examples, num_rows, row_tensors
+from samestep.utils.agreement import FACTOR, rounding_noise
+
+Cut = tuple[list[int], list[int]]
+
+_ASK = "give exact(trainer, unit=...) the name of the unit or a function that counts it"
+
+
+def infer_unit(trainer: Any, window: Sequence[Batch]) -> Unit:
+    """Find what a trainer's loss averages: L_AB = (n_A L_A + n_B L_B) / (n_A + n_B).
+
+    Args:
+        trainer: Its loss is computed three times for each cut that is needed.
+        window: Micro-batches; the loss of one with several rows is compared with its parts'.
+
+    Returns:
+        The one unit that explains every value.
+
+    Raises:
+        ConfigError: No unit does, or several do.
+    """
+    candidates = list(NAMED.values())
+    for batch in window:
+        for cut in _cuts(batch, paired=False):
+            losses, noise = _losses(trainer, batch, cut, paired=False, trim=False)
+            candidates = [
+                unit
+                for unit in candidates
+                if not unit.paired and _explains(unit, batch, cut, losses, noise, trim=False)
+            ]
+            if len(candidates) == 1:
+                return candidates[0]
+            if not candidates:
+                raise ConfigError(
+                    "the loss is no mean over shifted labels, labels or rows: the loss of "
+                    f"{num_rows(batch)} rows, {losses[0]:.6g}, does not follow from those of its "
+                    f"parts, {losses[1]:.6g} and {losses[2]:.6g}. Return a mean over one unit from "
+                    f"compute_loss, and do not couple rows; or {_ASK}"
+                )
+    names = ", ".join(unit.name for unit in candidates)
+    raise ConfigError(
+        f"what the loss is a mean over cannot be told from the first window ({names} fit): {_ASK}"
+    )
+
+
+def prove_unit(trainer: Any, window: Sequence[Batch], unit: Unit) -> None:
+    """Compare two cuts of a window: as it came, and each micro-batch in two, trimmed of padding.
+
+    Args:
+        trainer: Its loss is computed three times for each cut.
+        window: Micro-batches; those of one row cannot be cut.
+        unit: What the loss should be a mean over.
+
+    Raises:
+        StepError: The losses differ by more than rounding explains.
+        ConfigError: No micro-batch has several rows.
+    """
+    cuts = [(batch, cut) for batch in window for cut in _cuts(batch, paired=unit.paired)[:1]]
+    if not cuts:
+        raise ConfigError(
+            "prove=True cuts micro-batches in two, but those of the first window have one row "
+            "each: prove with a larger per_device_train_batch_size; the step does not depend on it"
+        )
+    for batch, cut in cuts:
+        losses, noise = _losses(trainer, batch, cut, paired=unit.paired, trim=True)
+        if not _explains(unit, batch, cut, losses, noise, trim=True):
+            raise StepError(
+                f"the loss of {num_rows(batch)} rows, {losses[0]:.8g}, is not the mean of its "
+                f"parts', {losses[1]:.8g} and {losses[2]:.8g}, over their {unit.name}: the model "
+                "attends to padding or couples the rows of a micro-batch, or the unit is another. "
+                "Find out which with `samestep check`; sort rows by length, or pass unit=..."
+            )
+
+
+def _cuts(batch: Batch, *, paired: bool) -> list[Cut]:
+    """Some ways to divide the rows, or the pairs, of a batch in two."""
+    units = num_examples(batch, paired=paired)
+    places = sorted({1, units // 2, units - 1} - {0, units}) if units > 1 else []
+    return [(list(range(at)), list(range(at, units))) for at in places]
+
+
+def select_rows(batch: Batch, rows: Sequence[int], *, paired: bool) -> dict[str, Any]:
+    """A batch of some rows, or some pairs, of a batch."""
+    half = num_rows(batch) // 2
+    chosen = [*rows, *(row + half for row in rows)] if paired else list(rows)
+    held = row_tensors(batch)
+    return {name: held[name][chosen] if name in held else value for name, value in batch.items()}
+
+
+def _trim(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch without the columns that are padding in every row."""
+    mask = batch.get("attention_mask")
+    ids = batch.get("input_ids")
+    if not (isinstance(mask, Tensor) and isinstance(ids, Tensor) and mask.shape == ids.shape):
+        return batch
+    columns = (mask != 0).any(0)
+    return {
+        name: value[:, columns]
+        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == ids.shape
+        else value
+        for name, value in batch.items()
+    }
+
+
+def _parts(batch: Batch, cut: Cut, *, paired: bool, trim: bool) -> list[dict[str, Any]]:
+    parts = [select_rows(batch, rows, paired=paired) for rows in cut]
+    return [dict(batch), *(_trim(part) if trim else part for part in parts)]
+
+
+def _losses(
+    trainer: Any, batch: Batch, cut: Cut, *, paired: bool, trim: bool
+) -> tuple[list[float], float]:
+    """The losses of a batch and of its two parts, and their relative noise."""
+    parts = _parts(batch, cut, paired=paired, trim=trim)
+    with _undisturbed(trainer):
+
+        def run() -> list[Tensor]:
+            return [loss_of(trainer, part) for part in parts]
+
+        losses = [float(loss) for loss in run()]
+        noise = max(rounding_noise(run))
+    return losses, noise
+
+
+def loss_of(trainer: Any, part: Batch) -> Tensor:
+    """The loss of a batch by itself, without the wrapper that ranks exchange through."""
+    inputs = trainer._prepare_inputs(dict(part))
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        try:
+            loss: Tensor = trainer.compute_loss(trainer.model, inputs)
+        except TypeError as error:
+            raise ConfigError(
+                f"the loss needs more than its micro-batch: {error}. exact() does not pass "
+                "num_items_in_batch: return the mean of the micro-batch where it is None"
+            ) from error
+    return loss.detach().mean()
+
+
+def _explains(
+    unit: Unit, batch: Batch, cut: Cut, losses: Sequence[float], noise: float, *, trim: bool
+) -> bool:
+    try:
+        parts = _parts(batch, cut, paired=unit.paired, trim=trim)
+        numbers = [int(unit.count(part)) for part in parts]
+    except StepError:
+        return False
+    whole, first, second = numbers
+    if first == 0 or second == 0 or whole != first + second:
+        return whole == first + second and whole > 0 and unit.masks
+    mean = (first * losses[1] + second * losses[2]) / whole
+    return abs(losses[0] - mean) <= FACTOR * noise * max(map(abs, losses))
+
+
+@contextmanager
+def _undisturbed(trainer: Any) -> Iterator[None]:
+    """Leave neither metrics nor random numbers nor the model's mode behind."""
+    model, metrics = trainer.model, getattr(trainer, "_metrics", None)
+    was_training = model.training
+    if metrics is not None:
+        trainer._metrics = {mode: defaultdict(list) for mode in metrics}
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        model.train(was_training)
+        if metrics is not None:
+            trainer._metrics = metrics
