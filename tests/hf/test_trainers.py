@@ -60,10 +60,23 @@ def test_the_unit_of_a_loss_of_ones_own_is_found(tmp_path: Path, trainer: Any) -
     assert worst(whole, wrong) > 1e-2
 
 
+def test_units_are_told_apart_when_data_come_that_differ(tmp_path: Path) -> None:
+    def trainer(size: int, accumulation: int) -> Any:
+        made = plain("LlamaForCausalLM", "next", trainer=MeanOfTokens)(size, accumulation, tmp_path)
+        for row in made.train_dataset[:4]:  # the first token is no target: two units are the same
+            row["labels"] = [-100, *row["input_ids"][1:]]
+        for row in made.train_dataset[4:]:
+            row["labels"] = row["input_ids"]
+        return exact(made)
+
+    for one, other in zip(gradients(trainer(4, 1)), gradients(trainer(2, 2)), strict=True):
+        assert worst(one, other) < 2e-6
+
+
 @pytest.mark.parametrize(
     ("trainer", "size", "words"),
     [
-        (SumOfTokens, 4, "no mean over shifted labels"),
+        (SumOfTokens, 4, "no mean over shifted-labels, labels, rows"),
         (DividesByItems, 4, "num_items_in_batch"),
         (MeanOfTokens, 1, "cannot be told"),
     ],
@@ -272,7 +285,7 @@ def test_answers_that_are_cut_or_padded_unevenly_are_refused(tmp_path: Path) -> 
 
 
 def test_only_trainers_are_taken() -> None:
-    with pytest.raises(ConfigError, match="takes a transformers.Trainer"):
+    with pytest.raises(ConfigError, match=r"takes a transformers\.Trainer"):
         exact(nn.Linear(1, 1))
 
 

@@ -5,28 +5,19 @@ is multiplied by n_i * ranks / N, with N counted over the window and the ranks b
 backward. What remains is the sum of all S_i over N, however the window was cut.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
 
 from samestep.engine.collectives import gather_results
 from samestep.errors import ConfigError
-from samestep.hf.metrics import average_metrics, metric_counts
-from samestep.hf.proof import infer_unit, loss_of, prove_unit, select_rows
+from samestep.hf.evaluation import ExactEvaluation
+from samestep.hf.metrics import metric_counts
+from samestep.hf.proof import prove_unit, select_rows
 from samestep.hf.refusals import is_complete, refuse_inexact
-from samestep.hf.units import (
-    NAMED,
-    Batch,
-    Unit,
-    known_unit,
-    library_classes,
-    num_examples,
-    unit_named,
-)
+from samestep.hf.state import State, UnitOption, trainer_of, unit_of
+from samestep.hf.units import Batch, Unit, known_unit, library_classes, num_examples, unit_named
 from samestep.hf.window import (
-    Window,
     count_window,
     ignore_rows,
     rows_of_this_rank,
@@ -34,25 +25,8 @@ from samestep.hf.window import (
     zero_loss,
 )
 
-UnitOption = str | Callable[[Batch], Any] | None
 
-
-@dataclass
-class _State:
-    """What is remembered of a trainer between its hooks."""
-
-    unit: Unit | None
-    complete: bool
-    unproved: bool
-    window: Window = field(default_factory=Window)
-    in_step: bool = False
-    evaluated: list[tuple[float, float]] | None = None
-    metrics: dict[str, list[dict[str, float]]] = field(
-        default_factory=lambda: {"train": [], "eval": []}
-    )
-
-
-class Exact:
+class Exact(ExactEvaluation):
     """Put it before a trainer's class: ``class MyTrainer(Exact, Trainer)``.
 
     Attributes:
@@ -62,7 +36,6 @@ class Exact:
 
     samestep_unit: UnitOption = None
     samestep_prove: bool = False
-    _samestep: _State
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -79,10 +52,10 @@ class Exact:
         """Prefetch a window as the trainer does, and count it over the ranks."""
         parent: Any = super()
         batches, count = parent.get_batch_samples(epoch_iterator, num_batches, device)
-        state, trainer = self._samestep, _any(self)
+        state, trainer = self._samestep, trainer_of(self)
         if state.complete:
             return batches, count
-        unit = _unit_of(self, batches)
+        unit = unit_of(self, batches)
         if state.unproved:
             state.unproved = False
             gather_results(lambda: prove_unit(trainer, batches, unit))
@@ -123,7 +96,7 @@ class Exact:
         if state.complete:
             return parent.compute_loss(model, inputs, return_outputs, num_items_in_batch, **options)
         if state.in_step or state.evaluated is not None:
-            mode = "train" if _any(self).model.training else "eval"
+            mode = "train" if trainer_of(self).model.training else "eval"
             counts = metric_counts(self, inputs)
             state.metrics[mode] += [counts] if counts else []
         if not state.in_step:
@@ -133,66 +106,8 @@ class Exact:
             inputs = with_a_target(inputs)
         result = parent.compute_loss(model, inputs, return_outputs, None, **options)
         loss = result[0] if return_outputs else result
-        scaled = loss * state.window.factor() if count else zero_loss(loss, _any(self).model)
+        scaled = loss * state.window.factor() if count else zero_loss(loss, trainer_of(self).model)
         return (scaled, *result[1:]) if return_outputs else scaled
-
-    def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> Any:
-        """The trainer's own; the loss is kept with its count."""
-        parent: Any = super()
-        state, trainer = self._samestep, _any(self)
-        if state.complete or state.evaluated is None or not _has_targets(trainer, inputs):
-            return parent.prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        unit = _unit_of(self, [inputs])
-        whole = inputs
-        keep = rows_of_this_rank(trainer.accelerator, inputs, paired=unit.paired)
-        partial = keep < num_examples(whole, paired=unit.paired)
-        alone = select_rows(whole, range(keep), paired=unit.paired) if partial else whole
-        if partial and unit.masks:
-            inputs = ignore_rows(whole, keep)
-        count = float(unit.count(alone)) if keep else 0.0
-        found = parent.prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if found[0] is not None:
-            loss = float(found[0].mean())
-            if keep and partial and not unit.masks and not library_classes(trainer):
-                loss = float(loss_of(trainer, alone))
-            state.evaluated.append((loss * count if count else 0.0, count))
-        return found
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: Any = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
-        """The trainer's own; its loss is the sum over all targets, divided once."""
-        parent: Any = super()
-        state = self._samestep
-        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if state.complete:
-            return parent.evaluation_loop(*arguments)
-        outer, state.evaluated = state.evaluated, []
-        try:
-            output = parent.evaluation_loop(*arguments)
-            parts = gather_results(lambda: _sums(state.evaluated or []))
-        finally:
-            state.evaluated = outer
-        total, count = _sums(parts)
-        if count and f"{metric_key_prefix}_loss" in output.metrics:
-            output.metrics[f"{metric_key_prefix}_loss"] = total / count
-        return output
-
-    def log(self, logs: Any, *args: Any, **options: Any) -> None:
-        """The trainer's own; metrics of micro-batches are averaged in their own units."""
-        parent: Any = super()
-        state = self._samestep
-        mode = "train" if _any(self).model.training else "eval"
-        average_metrics(self, mode, state.metrics[mode])
-        state.metrics[mode] = []
-        parent.log(logs, *args, **options)
 
 
 def exact(trainer: Any, *, unit: UnitOption = None, prove: bool = False) -> Any:
@@ -238,32 +153,13 @@ def _prepare(trainer: Any, *, unit: UnitOption, prove: bool) -> None:
     refuse_inexact(trainer)
     complete = is_complete(trainer)
     found = known_unit(trainer) if unit is None and not complete else None
-    trainer._samestep = _State(
+    trainer._samestep = State(
         unit=unit_named(unit) if unit is not None else found,
         complete=complete,
         unproved=prove and not complete,
     )
     if not complete:
         trainer.loss_is_scaled_for_ga = True
-
-
-def _any(trainer: Exact) -> Any:
-    """The same object, of which the trainer's own attributes can be asked."""
-    return trainer
-
-
-def _unit_of(trainer: Exact, batches: Sequence[Batch]) -> Unit:
-    """The trainer's unit; found from the values of these batches where nothing tells it."""
-    state = trainer._samestep
-    if state.unit is None:
-        names = gather_results(lambda: infer_unit(trainer, batches).name)
-        if len({*names}) > 1:
-            raise ConfigError(
-                f"the ranks found different units ({', '.join(names)}): give exact(trainer, "
-                "unit=...) the name of the unit or a function that counts it"
-            )
-        state.unit = NAMED[names[0]]
-    return state.unit
 
 
 def _without_repeats(trainer: Any, batch: Batch, unit: Unit) -> tuple[Batch, bool]:
@@ -276,13 +172,3 @@ def _without_repeats(trainer: Any, batch: Batch, unit: Unit) -> tuple[Batch, boo
     if keep and not library_classes(trainer):  # TRL gathers rows: each rank must have as many
         return select_rows(batch, range(keep), paired=unit.paired), False
     return batch, not keep
-
-
-def _has_targets(trainer: Any, inputs: Batch) -> bool:
-    if library_classes(trainer):
-        return True
-    return all(inputs.get(name) is not None for name in trainer.label_names)
-
-
-def _sums(parts: Sequence[Sequence[float]]) -> tuple[float, float]:
-    return sum(part[0] for part in parts), sum(part[1] for part in parts)

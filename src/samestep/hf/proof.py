@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from samestep.errors import ConfigError, StepError
-from samestep.hf.units import NAMED, Batch, Unit, num_examples, num_rows, row_tensors
+from samestep.hf.units import Batch, Unit, num_examples, num_rows, row_tensors
 from samestep.utils.agreement import FACTOR, rounding_noise
 
 Cut = tuple[list[int], list[int]]
@@ -17,41 +17,59 @@ Cut = tuple[list[int], list[int]]
 _ASK = "give exact(trainer, unit=...) the name of the unit or a function that counts it"
 
 
-def infer_unit(trainer: Any, window: Sequence[Batch]) -> Unit:
+def narrow_units(trainer: Any, window: Sequence[Batch], units: Sequence[Unit]) -> list[Unit]:
     """Find what a trainer's loss averages: L_AB = (n_A L_A + n_B L_B) / (n_A + n_B).
 
     Args:
         trainer: Its loss is computed three times for each cut that is needed.
         window: Micro-batches; the loss of one with several rows is compared with its parts'.
+        units: Those that are possible.
 
     Returns:
-        The one unit that explains every value.
+        Those that explain every value; no more cuts are tried once they all count the same here.
 
     Raises:
-        ConfigError: No unit does, or several do.
+        ConfigError: No unit does.
     """
-    candidates = list(NAMED.values())
+    found = list(units)
     for batch in window:
         for cut in _cuts(batch, paired=False):
             losses, noise = _losses(trainer, batch, cut, paired=False, trim=False)
-            candidates = [
-                unit
-                for unit in candidates
-                if not unit.paired and _explains(unit, batch, cut, losses, noise, trim=False)
-            ]
-            if len(candidates) == 1:
-                return candidates[0]
-            if not candidates:
+            found = [one for one in found if _explains(one, batch, cut, losses, noise, trim=False)]
+            if not found:
                 raise ConfigError(
-                    "the loss is no mean over shifted labels, labels or rows: the loss of "
+                    f"the loss is no mean over {', '.join(one.name for one in units)}: the loss of "
                     f"{num_rows(batch)} rows, {losses[0]:.6g}, does not follow from those of its "
                     f"parts, {losses[1]:.6g} and {losses[2]:.6g}. Return a mean over one unit from "
                     f"compute_loss, and do not couple rows; or {_ASK}"
                 )
-    names = ", ".join(unit.name for unit in candidates)
+            if count_alike(window, found):
+                return found
+    return found
+
+
+def count_alike(window: Sequence[Batch], units: Sequence[Unit]) -> bool:
+    """Whether several units have the same number in every micro-batch."""
+    return all(len({_count(unit, batch) for unit in units}) == 1 for batch in window)
+
+
+def refuse_ambiguous(units: Sequence[Unit]) -> None:
+    """Refuse a loss of which the values do not tell the unit.
+
+    Raises:
+        ConfigError: Always.
+    """
+    names = ", ".join(unit.name for unit in units) or "none fits on all ranks"
     raise ConfigError(
-        f"what the loss is a mean over cannot be told from the first window ({names} fit): {_ASK}"
+        f"what the loss is a mean over cannot be told from the first window ({names}): {_ASK}"
     )
+
+
+def _count(unit: Unit, batch: Batch) -> float | None:
+    try:
+        return float(unit.count(batch))
+    except StepError:
+        return None
 
 
 def prove_unit(trainer: Any, window: Sequence[Batch], unit: Unit) -> None:
@@ -150,12 +168,10 @@ def loss_of(trainer: Any, part: Batch) -> Tensor:
 def _explains(
     unit: Unit, batch: Batch, cut: Cut, losses: Sequence[float], noise: float, *, trim: bool
 ) -> bool:
-    try:
-        parts = _parts(batch, cut, paired=unit.paired, trim=trim)
-        numbers = [int(unit.count(part)) for part in parts]
-    except StepError:
+    parts = _parts(batch, cut, paired=unit.paired, trim=trim)
+    whole, first, second = (_count(unit, part) for part in parts)
+    if whole is None or first is None or second is None:
         return False
-    whole, first, second = numbers
     if first == 0 or second == 0 or whole != first + second:
         return whole == first + second and whole > 0 and unit.masks
     mean = (first * losses[1] + second * losses[2]) / whole
