@@ -1,0 +1,28 @@
+"""Two ranks give the gradient, the logged loss and the evaluation of one."""
+
+from pathlib import Path
+
+import pytest
+from exact_cases import worst
+from exact_rank_work import trained
+from gloo import on_ranks
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [("BertForMaskedLM", "tokens"), ("BertForSequenceClassification", "row")],
+)
+@pytest.mark.parametrize("rows", [8, 7])
+def test_two_ranks_are_one(tmp_path: Path, name: str, labels: str, rows: int) -> None:
+    """With 7 rows a rank repeats one, to be as long as the other: it must not count twice."""
+    gradient, loss, evaluated = trained(name, labels, (8, 1), str(tmp_path), rows=rows)
+    for found in on_ranks(2, trained, name, labels, (2, 2), str(tmp_path), rows=rows):
+        assert worst(gradient, found[0]) < 2e-6
+        assert found[1:] == pytest.approx((loss, evaluated), rel=1e-6)
+
+
+def test_two_ranks_are_not_one_without_it(tmp_path: Path) -> None:
+    case = ("BertForMaskedLM", "tokens")
+    gradient, *_ = trained(*case, (8, 1), str(tmp_path))
+    for found in on_ranks(2, trained, *case, (2, 2), str(tmp_path), apply=False):
+        assert worst(gradient, found[0]) > 1e-2
