@@ -11,16 +11,18 @@ import transformers
 
 from samestep.engine.collectives import gather_results
 from samestep.errors import ConfigError
-from samestep.hf.evaluation import ExactEvaluation
-from samestep.hf.metrics import metric_counts
+from samestep.hf.evaluation import ExactEvaluation, metric_counts
 from samestep.hf.proof import prove_unit, select_rows
 from samestep.hf.refusals import is_complete, refuse_inexact
-from samestep.hf.state import State, UnitOption, trainer_of, unit_of
 from samestep.hf.units import Batch, Unit, known_unit, library_classes, num_examples, unit_named
 from samestep.hf.window import (
+    State,
+    UnitOption,
     count_window,
     ignore_rows,
     rows_of_this_rank,
+    trainer_of,
+    unit_of,
     with_a_target,
     zero_loss,
 )
