@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from exact_cases import dpo, plain, reward, sft
 
-from samestep.hf import exact
+from samestep.hf.exact_trainer import exact
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL against transformers
 

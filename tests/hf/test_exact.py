@@ -7,7 +7,7 @@ import pytest
 import torch
 from exact_cases import dpo, gradients, plain, reward, sft, worst
 
-from samestep.hf import exact
+from samestep.hf.exact_trainer import exact
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL against transformers
 

@@ -7,7 +7,7 @@ import pytest
 from exact_cases import plain
 
 import samestep
-from samestep.hf import exact
+from samestep.hf.exact_trainer import exact
 
 AXES = ("micro-batch", "short-window", "zero-target", "reported", "evaluation-batch")
 

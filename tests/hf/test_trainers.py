@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from samestep.errors import ConfigError, StepError
-from samestep.hf import Exact, exact
+from samestep.hf.exact_trainer import Exact, exact
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL against transformers
 

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from exact_cases import gradients, plain
 
 from samestep.engine import collectives
-from samestep.hf import exact
+from samestep.hf.exact_trainer import exact
 
 
 def trained(

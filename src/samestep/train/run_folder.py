@@ -12,11 +12,7 @@ from filelock import FileLock, Timeout
 from samestep.errors import CheckpointError, ConfigError
 from samestep.train.checkpoint_files import all_checkpoints, read_origin
 from samestep.train.settings.base import RESUME_MAY_CHANGE, TrainSettings, with_current_names
-from samestep.utils.files import (
-    remove,
-    replaced_name,
-    write_atomically,
-)
+from samestep.utils.files import remove, replaced_name, write_atomically
 from samestep.utils.messages import read_yaml
 
 log = logging.getLogger("samestep")

@@ -21,33 +21,26 @@ from samestep.engine.collectives import (
     all_gather_object,
     gather_results,
     on_rank_0,
-    rank,
     run_or_fail_together,
 )
 from samestep.engine.evaluate import EvalReport, evaluate
 from samestep.engine.parallel import is_sharded
 from samestep.engine.step import StepReport, step
 from samestep.engine.terms import LossFn
-from samestep.errors import (
-    CheckpointError,
-    ConfigError,
-    Interrupted,
-    NotFiniteError,
-    StopRequestedError,
-)
+from samestep.errors import CheckpointError, Interrupted, NotFiniteError, StopRequestedError
 from samestep.models.activations import ActivationOffload
 from samestep.models.dropout import key_dropout
 from samestep.train import checkpoint
-from samestep.train.checkpoint_files import read_origin, remove_checkpoints
+from samestep.train.checkpoint_files import remove_checkpoints
 from samestep.train.forward import find_nonfinite_rows, with_context
 from samestep.train.launch import process_group
 from samestep.train.micro_batches import MicroBatches, Report, retry_on_oom
 from samestep.train.model_folder import save_model
 from samestep.train.optim import learning_rate, set_learning_rate
-from samestep.train.origin import differences, origin_of
 from samestep.train.precision import choose_precision, one_step
-from samestep.train.progress import DataFingerprint, Progress
+from samestep.train.progress import Progress
 from samestep.train.reporter import RunReporter
+from samestep.train.resume import current_origin, first_progress
 from samestep.train.rounded_updates import UpdateWatch
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
@@ -86,8 +79,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         on_rank_0(lambda: folder.hold(settings))
         try:
             setup = set_up(settings)
-            origin = _origin(setup, settings)
-            progress = _first_progress(setup, settings, folder=folder, origin=origin)
+            origin = current_origin(setup, settings)
+            progress = first_progress(setup, settings, folder=folder, origin=origin)
             on_rank_0(lambda: folder.open(settings))
             log.info(
                 "threads: %d; wait policy %s",
@@ -121,12 +114,6 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         return summary
 
 
-def _origin(setup: TrainingSetup, settings: TrainSettings) -> dict[str, Any]:
-    """What checkpoints keep of what the run depends on; rank 0 reads the files."""
-    files = gather_results(lambda: origin_of(settings, setup.model) if rank() == 0 else {})[0]
-    return {"settings": settings.saved(), "files": files}
-
-
 def _write_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     try:
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
@@ -135,46 +122,6 @@ def _write_summary(summary: dict[str, Any], folder: RunFolder) -> None:
         raise CheckpointError(
             f"{folder.summary} could not be written ({error}); the model in {folder.model} is whole"
         ) from error
-
-
-def _first_progress(
-    setup: TrainingSetup, settings: TrainSettings, *, folder: RunFolder, origin: dict[str, Any]
-) -> Progress:
-    """Where the run starts: at its last intact checkpoint if it is resumed, else at step 0."""
-    data = DataFingerprint.of(setup.train)
-    path = checkpoint.newest_intact(folder.checkpoints) if settings.resume else None
-    if path is None:
-        if settings.resume:
-            log.warning("resume: there is no checkpoint in %s: starting at step 0", folder.root)
-        return Progress(step=0, tokens=0, seconds=0.0, skipped=0, data=data)
-    _check_origin(path, origin["files"])
-    progress = checkpoint.load(path, setup.model, optimizer=setup.optimizer)
-    difference = progress.data.difference(data)
-    if difference:
-        raise ConfigError(
-            f"resume: the training rows are not those of {path}: {settings.data} or the tokenizer "
-            f"has changed since ({difference}). Restore it, or start anew with --overwrite"
-        )
-    log.info("resuming after step %d, from %s", progress.step, path)
-    return progress
-
-
-def _check_origin(path: Path, now: dict[str, str]) -> None:
-    """Refuse to go on with other files than those that the run began with."""
-    before = read_origin(path).get("files")
-    if before is None:
-        log.warning(
-            "resume: %s is of an earlier version of samestep: whether the model's files have "
-            "changed since is not known",
-            path,
-        )
-        return
-    changed = "\n  - ".join(["", *differences(before, now)])
-    if changed:
-        raise ConfigError(
-            f"resume: what the run depends on is not what it was at {path}:{changed}\n"
-            "Restore it, or start anew with --overwrite"
-        )
 
 
 @dataclass(kw_only=True)

@@ -12,12 +12,7 @@ import torch
 from samestep.audit.causes import Diagnosis
 from samestep.audit.diagnose.state import order_dependence
 from samestep.audit.experiments import Experiments, merged
-from samestep.audit.gradients import (
-    LeastSquares,
-    global_norm,
-    least_squares,
-    subtract,
-)
+from samestep.audit.gradients import LeastSquares, global_norm, least_squares, subtract
 from samestep.audit.hypotheses import SplitEvidence
 from samestep.audit.subject import Gradient, Split
 

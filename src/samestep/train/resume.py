@@ -1,0 +1,85 @@
+"""Where a run starts: at step 0, or at its last checkpoint, if that is of the same run."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from samestep.engine.collectives import gather_results, rank
+from samestep.errors import ConfigError
+from samestep.train import checkpoint
+from samestep.train.checkpoint_files import read_origin
+from samestep.train.origin import differences, origin_of
+from samestep.train.progress import DataFingerprint, Progress
+from samestep.train.run_folder import RunFolder
+from samestep.train.settings.base import TrainSettings
+from samestep.train.setup import TrainingSetup
+
+log = logging.getLogger("samestep")
+
+
+def current_origin(setup: TrainingSetup, settings: TrainSettings) -> dict[str, Any]:
+    """What checkpoints keep of what the run depends on; rank 0 reads the files.
+
+    Args:
+        setup: The model and what it was loaded from.
+        settings: The settings.
+
+    Returns:
+        ``settings``, as ``config.yaml`` has them, and ``files``, digests by what they are of.
+    """
+    files = gather_results(lambda: origin_of(settings, setup.model) if rank() == 0 else {})[0]
+    return {"settings": settings.saved(), "files": files}
+
+
+def first_progress(
+    setup: TrainingSetup, settings: TrainSettings, *, folder: RunFolder, origin: dict[str, Any]
+) -> Progress:
+    """Where the run starts: at its last intact checkpoint if it is resumed, else at step 0.
+
+    Args:
+        setup: Its model and optimizer get what the checkpoint holds.
+        settings: ``resume``, ``data``.
+        folder: Where the checkpoints are.
+        origin: Of `current_origin`.
+
+    Returns:
+        How far the run is.
+
+    Raises:
+        ConfigError: The rows, or what else the run depends on, are others than at the checkpoint.
+        CheckpointError: No checkpoint can be read.
+    """
+    data = DataFingerprint.of(setup.train)
+    path = checkpoint.newest_intact(folder.checkpoints) if settings.resume else None
+    if path is None:
+        if settings.resume:
+            log.warning("resume: there is no checkpoint in %s: starting at step 0", folder.root)
+        return Progress(step=0, tokens=0, seconds=0.0, skipped=0, data=data)
+    _check_origin(path, origin["files"])
+    progress = checkpoint.load(path, setup.model, optimizer=setup.optimizer)
+    difference = progress.data.difference(data)
+    if difference:
+        raise ConfigError(
+            f"resume: the training rows are not those of {path}: {settings.data} or the tokenizer "
+            f"has changed since ({difference}). Restore it, or start anew with --overwrite"
+        )
+    log.info("resuming after step %d, from %s", progress.step, path)
+    return progress
+
+
+def _check_origin(path: Path, now: dict[str, str]) -> None:
+    """Refuse to go on with other files than those that the run began with."""
+    before = read_origin(path).get("files")
+    if before is None:
+        log.warning(
+            "resume: %s is of an earlier version of samestep: whether the model's files have "
+            "changed since is not known",
+            path,
+        )
+        return
+    changed = "\n  - ".join(["", *differences(before, now)])
+    if changed:
+        raise ConfigError(
+            f"resume: what the run depends on is not what it was at {path}:{changed}\n"
+            "Restore it, or start anew with --overwrite"
+        )
