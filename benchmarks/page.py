@@ -17,7 +17,9 @@ Written by `python benchmarks/page.py` from the files in `benchmarks/results/`. 
 measures again (hours on 2 cores; `python benchmarks/run.py --work gsm` and so on do one work at a
 time), `make profile` prints where a step's time goes.
 
-What makes it fast: sequences are packed without padding; nothing is computed twice; the head
+What makes it fast: sequences are packed without padding (on GPUs by `varlen_attn` as torch 2.10 to
+2.13 have it, in float32 and on 2.9 by the memory-efficient kernel over borders, else sequence by
+sequence: written for GPUs, not yet run there); nothing is computed twice; the head
 multiplies targets alone, in chunks, and never holds whole logits; what follows attention in a
 decoder's last layer is computed at the targets alone; float32 products, those of long sequences'
 attention too, go through oneDNN where MKL keeps the processor to AVX2 (AMD with AVX-512); large

@@ -91,7 +91,12 @@ def test_a_model_trains_by_it_and_selective_checkpointing_keeps_its_result(name:
     for mode in ("none", "selective", "full"):
         checkpoint_activations(model, mode)  # type: ignore[arg-type]
         with Count() as count:
-            samestep.backward(model, cut(model, examples, [5], "none"), samestep.CausalLMLoss())
+            samestep.backward(
+                model,
+                cut(model, examples, [5], "none"),
+                samestep.CausalLMLoss(),
+                check_sums=False,
+            )
         assert worst(gradients(model), expected) < 1e-12
         calls[mode] = count.calls
     long = sum(len(example.input_ids) >= 5 for example in examples)

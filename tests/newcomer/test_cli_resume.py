@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_stop_prints_the_command_that_goes_on(folder: Path) -> None:
-    arguments = ["train", "run.yaml", "--steps", "2000", "--lr", "1e-3"]
+    arguments = ["train", "run.yaml", "--steps", "2000", "--lr", "1e-3", "--schedule", "constant"]
     with subprocess.Popen(
         [sys.executable, "-m", "samestep", *arguments],
         env=os.environ | {"NO_COLOR": "1", "COLUMNS": "80"},

@@ -259,7 +259,9 @@ def test_a_run_with_the_former_names_goes_on(
 def test_the_former_names_say_the_new_one(tmp_path: Path) -> None:
     needed = ["--model", "m", "--data", "d", "--out", "o"]
     for flags in (["--dtype", "bfloat16"], ["--mixed-precision"]):
-        with pytest.raises(ConfigError, match=f"{flags[0]} is called --precision now"):
+        with pytest.raises(
+            ConfigError, match=f"{flags[0]}: no such flag; it is called --precision now"
+        ):
             read_settings([*needed, *flags])
 
 

@@ -32,11 +32,11 @@ def test_bfloat16_weights_are_warned_of_once_and_float32_ones_never(
     for name, dtype, lr in [("small", "bfloat16", 1e-6), ("large", "bfloat16", 1e-1)]:
         caplog.clear()
         with caplog.at_level(logging.WARNING, "samestep"):
-            train(run_config(tmp_path, dtype=dtype, lr=lr, steps=4, out=str(tmp_path / name)))
+            train(run_config(tmp_path, precision=dtype, lr=lr, steps=4, out=str(tmp_path / name)))
         (found[name],) = shares(caplog)
-        assert "--dtype float32" in caplog.text
+        assert "--precision float32" in caplog.text
     assert found["small"] < found["large"]
     caplog.clear()
     with caplog.at_level(logging.WARNING, "samestep"):
-        train(run_config(tmp_path, dtype="float32", steps=4, out=str(tmp_path / "float32")))
+        train(run_config(tmp_path, precision="float32", steps=4, out=str(tmp_path / "float32")))
     assert shares(caplog) == []

@@ -10,7 +10,7 @@ import tyro
 from samestep.errors import ConfigError
 from samestep.train.launch import launch, process_group, ranks_to_launch, under_torchrun
 from samestep.train.run_folder import RunFolder
-from samestep.train.settings.base import RENAMED_FIELDS, TrainSettings, finalize
+from samestep.train.settings.base import TrainSettings, finalize, with_current_names
 from samestep.train.settings.command_line import arities, train_help, unknown_names
 from samestep.train.settings.objectives import settings_class
 from samestep.train.settings.paths import hub_names, missing_paths
@@ -135,7 +135,7 @@ def _fields_of_file(path: Path | None, flags: Sequence[str]) -> dict[str, Any]:
         if path is None:
             raise ConfigError(f"resume: there is no run in {out} (no {config})")
         return fields
-    saved = {RENAMED_FIELDS.get(name, name): value for name, value in read_yaml(config).items()}
+    saved = with_current_names(read_yaml(config))
     if path is None:
         return saved
     return {**{name: saved[name] for name in ("lr",) if name in saved}, **fields}

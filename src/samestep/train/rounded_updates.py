@@ -76,7 +76,7 @@ class UpdateWatch:
         if self._left == 0:
             log.warning(
                 "weights in %s: the update changed %s of them in step %d (learning rate %.2g); the "
-                "rest rounded back to what it was. Use float32 weights (--dtype float32), or a "
+                "rest rounded back to what it was. Use float32 weights (--precision float32), or a "
                 "larger learning rate",
                 str(self._weights[0].dtype).removeprefix("torch."),
                 f"{self._shares[-1]:.0%}" if self._shares[-1] >= 0.01 else "less than 1%",

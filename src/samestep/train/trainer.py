@@ -48,6 +48,7 @@ from samestep.train.setup import TrainingSetup, set_up, step_plans
 from samestep.train.watchdog import Watchdog, interruptible, watch_ranks
 from samestep.utils.files import write_atomically
 from samestep.utils.memory import device_peak, process_peak
+from samestep.utils.plugins import is_reference
 
 log = logging.getLogger("samestep")
 
@@ -225,6 +226,8 @@ class Trainer:
                     ),
                     max_grad_norm=self.settings.max_grad_norm,
                     counters=setup.objective.counters,
+                    # Only a loss of the user's own may be something else than a sum.
+                    check_sums=is_reference(self.settings.objective),
                 )
 
         return self._retry_on_oom(attempt, setup.micro_batches, indices=plan.examples)

@@ -85,7 +85,9 @@ def _differences(experiments: Experiments, left: Left, other: Left) -> dict[str,
         size = float(other.moved[name].norm())
         error = float((left.moved[name] - other.moved[name]).norm())
         rounding = max(left.rounding[name], other.rounding.get(name, 0.0), noise.get(name, 0.0))
-        if not error <= TOLERANCE_FACTOR * rounding + experiments.tolerance * size:
+        # A weight that does not move has no tolerance of its own, however large the factor is.
+        bound = TOLERANCE_FACTOR * rounding + (experiments.tolerance * size if size else 0.0)
+        if not error <= bound:
             found[name] = error / size if size and math.isfinite(error) else math.inf
     return found
 

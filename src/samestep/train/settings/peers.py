@@ -89,8 +89,8 @@ PEER_FIELDS: Mapping[str, Meaning] = {
         "there is nothing to set: save_every and eval_every count steps",
     ),
     **_none("do_train do_eval do_predict", "there is nothing to set: eval_data asks to evaluate"),
-    **_same("dtype", "torch_dtype bf16 precision", "float32, bfloat16 or float64"),
-    **_none("fp16", "float16 is not offered: dtype takes float32, bfloat16 or float64"),
+    **_same("precision", "torch_dtype bf16", "mixed, float32, bfloat16 or float64"),
+    **_none("fp16", "float16 is not offered: precision takes mixed, float32, bfloat16 or float64"),
     **_none(
         "load_in_4bit load_in_8bit quantization",
         "quantised weights are not offered: lora_rank trains adapters over whole ones",
