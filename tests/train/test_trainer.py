@@ -154,7 +154,7 @@ def test_a_signal_finishes_the_micro_batch_and_saves(
     train(whole)
     keyed: list[int] = []
 
-    at = 3 + 4 + 2  # the trial before the first step runs three forwards, that step four
+    at = 4 + 2  # in the second step
 
     def signals_in_the_second(*_: Any, **__: Any) -> None:
         keyed.append(1)
