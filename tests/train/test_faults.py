@@ -114,7 +114,9 @@ from samestep.train.trainer import train
 
 megabytes, warm, *arguments = sys.argv[1:]
 # What a first run leaves behind (code, caches, arenas) must not count against the limit.
-train(read_settings([*arguments, "--micro-batch", "1", "--out", warm]))
+elsewhere = list(arguments)
+elsewhere[elsewhere.index("--out") + 1] = warm
+train(read_settings([*elsewhere, "--micro-batch", "1"]))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 limit = used + int(megabytes) * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
