@@ -19,6 +19,9 @@ from samestep.audit.subject import Gradient, Split
 WHOLE_NUMBER = 1e-4
 """How far a multiple may be from a whole number and still be one."""
 
+MOST_COPIES = 2
+"""Of an example in the whole batch, beside the first; with more, any fraction were a multiple."""
+
 NEIGHBOURS = 5
 """Of different lengths, that an example is put beside."""
 
@@ -63,7 +66,8 @@ def by_example(
         return None
     text = ", ".join(f"example {index} x {times:.4g}" for index, times in odd.items())
     text = f"within their micro-batch: {text}"
-    if all(_is_multiple(times) for times in odd.values()):
+    most = _most_copies(experiments, split)
+    if all(_is_multiple(times, of_whole=most) for times in odd.values()):
         dropped = all(abs(times) < WHOLE_NUMBER for times in odd.values())
         cause = "dropped-examples" if dropped else "duplicated-examples"
         return Diagnosis(cause, fit.residual, text)
@@ -107,8 +111,20 @@ def _within_micro_batches(fit: _Fit, split: Split) -> Iterator[tuple[int, float]
             yield from ((index, fit.ratios[index] / middle) for index in micro_batch)
 
 
-def _is_multiple(times: float) -> bool:
-    return times > -WHOLE_NUMBER and abs(times - round(times)) <= WHOLE_NUMBER
+def _most_copies(experiments: Experiments, split: Split) -> int:
+    """How often the whole batch may hold an example, judged by the rows that it has too many."""
+    whole = merged(split)[0]
+    shapes = [experiments.subject.batch_shape((index,)) for index in whole]
+    together = experiments.subject.batch_shape(whole)
+    if together is None or together[0] == sum(shape[0] for shape in shapes if shape):
+        return 1  # unknown, or every example has its rows, once
+    return 1 + min(MOST_COPIES, max(0, together[0] - len(whole)))
+
+
+def _is_multiple(times: float, *, of_whole: int) -> bool:
+    """Whether a weight over that in the whole batch is one of copies over copies."""
+    multiples = [times * copies for copies in range(1, of_whole + 1)]
+    return times > -WHOLE_NUMBER and any(abs(m - round(m)) <= WHOLE_NUMBER for m in multiples)
 
 
 def _full_rank(gradients: Sequence[Gradient]) -> bool:
