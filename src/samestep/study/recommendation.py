@@ -55,6 +55,6 @@ def _warnings(compared: Sequence[ArmComparison]) -> list[str]:
     shown = (
         f"{', '.join(worse)} trained worse than the noise between seeds"
         if worse
-        else "that they train worse is not shown by these runs, that they are another run is"
+        else "whether they also train worse, these runs do not show"
     )
     return [f"Keep away from {labels}: another step than the batch's own; {shown}."]
