@@ -93,7 +93,7 @@ def compare_answers(before: Path, after: Path) -> None:
     """Short held-out questions, asked before and after; one in full, and the count of all."""
     console.rule(f"2. {QUESTIONS} held-out questions")
     tokenizer = AutoTokenizer.from_pretrained(after)
-    held_out = load_rows(ROOT / "data" / "gsm_eval.jsonl")[HELD_OUT:]
+    held_out = [row.values for row in load_rows(ROOT / "data" / "gsm_eval.jsonl")[HELD_OUT:]]
     rows = sorted(held_out, key=lambda row: len(row["prompt"]))[:QUESTIONS]
     table = Table("", "gives a result (####)", "right results")
     console.print(rows[0]["prompt"].strip(), style="bold")
