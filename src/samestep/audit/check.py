@@ -19,7 +19,10 @@ from samestep.audit.subject import Subject
 from samestep.errors import CheckError
 from samestep.utils.plugins import load_object
 
-PACKAGES = ("samestep", "torch", "transformers", "trl", "accelerate", "lightning")
+PACKAGES = (
+    *("samestep", "torch", "transformers", "trl", "accelerate", "lightning"),
+    "sentence_transformers",
+)
 """Those whose versions a report names."""
 
 
