@@ -13,6 +13,7 @@ from pathlib import Path
 
 import ddp_scripts
 import models_and_batches
+import next_steps
 import other_losses
 import precision
 import reports
@@ -31,6 +32,7 @@ FAMILIES = {
     "models and batches": models_and_batches.CASES,
     "reports": reports.CASES,
     "updates": updates.CASES,
+    "next steps": next_steps.CASES,
     "precision": precision.CASES,
     "DDP scripts": ddp_scripts.CASES,
     "trainer subclasses": trainer_subclasses.CASES,

@@ -150,6 +150,17 @@ _TABLE = (
         ),
     ),
     Cause(
+        "gradients-left-over",
+        meaning=(
+            "Gradients of one step are still there when the next one begins, and are added to "
+            "its own."
+        ),
+        advice=(
+            "Call optimizer.zero_grad() once in every step: after optimizer.step(), or before the "
+            "first micro-batch. Look for a window that ends without it, as an unfinished one."
+        ),
+    ),
+    Cause(
         "weights-left-out",
         meaning=(
             "Some weights get no gradient as soon as the batch is split, the others are exact: "

@@ -27,6 +27,7 @@ from samestep.audit.adapters.batches import (
 from samestep.audit.adapters.instrument import (
     WithoutDropout,
     disable_dropout,
+    end_step,
     force_float64,
     perturb_weights,
     read_weights,
@@ -166,6 +167,7 @@ class LoopSubject:
     """
 
     uniform = False
+    clears = False
 
     def __init__(self, loop: LoopFunctions, *, name: str) -> None:
         if len(loop.examples) < 4:
@@ -241,6 +243,11 @@ class LoopSubject:
         with self._fresh_model(settings) as (inner, model):
             if settings.evaluate_first:
                 self._evaluate(model, 2, settings=settings)
+                seed_all(settings.seed)
+            for _ in range(settings.steps_before):
+                before = self._step(inner, model, split=split, settings=settings)
+                own = not before.stepped and self.loop.step is not None
+                end_step(inner, updates=own, clears=settings.clear_between)
                 seed_all(settings.seed)
             return self._step(inner, model, split=split, settings=settings)
 

@@ -17,8 +17,8 @@ from samestep.audit.adapters.batches import (
     possible_denominators,
 )
 from samestep.audit.adapters.instrument import (
+    end_step,
     force_float64,
-    perturb_weights,
     read_weights,
     scalars_of,
     scale_gradients,
@@ -42,19 +42,19 @@ from samestep.audit.adapters.trainer_data import (
 )
 from samestep.audit.adapters.trainer_setup import (
     check_signature,
+    copied_tensors,
     describe_error,
     install_optimizer,
     make_trainer,
-    named_tensors,
     networks_of,
     observe_trainer,
     only_metrics,
     padding_side,
     padding_token,
+    restore,
     strip_trainer,
     suppress_output,
     take_rows_in_order,
-    to_float64,
 )
 from samestep.audit.adapters.watch import StepWatch
 from samestep.audit.subject import (
@@ -91,6 +91,7 @@ class TrainerSubject:
     """
 
     uniform = True
+    clears = True
     terms: tuple[str, ...] = ()
 
     def __init__(self, factory: Callable[..., Any], *, name: str) -> None:
@@ -156,8 +157,7 @@ class TrainerSubject:
                 f"{name}: {held * rows} rows of training data are too few to cut: give "
                 f"{4 * rows} or more, of different lengths"
             )
-        tensors = named_tensors(trainer.model)
-        self._initial = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+        self._initial = copied_tensors(trainer.model)
         self._even = bool(trainer.accelerator.even_batches)
         self._stream = is_stream(self._data)
         self._padding_side = padding_side(trainer)
@@ -213,7 +213,13 @@ class TrainerSubject:
 
     def run(self, split: Split, settings: RunSettings = DEFAULT_SETTINGS) -> Observation:
         """One update of a new trainer."""
-        return self._train(split, settings, accumulation=settings.window or len(split))
+        before = settings.steps_before
+        return self._train(
+            split * (1 + before),
+            settings,
+            accumulation=settings.window or len(split),
+            updates=1 + before,
+        )
 
     def run_as_steps(
         self, split: Split, settings: RunSettings = DEFAULT_SETTINGS
@@ -276,13 +282,22 @@ class TrainerSubject:
             optimizer = install_optimizer(trainer)
             collator.start(collator.rows)
             seed_all(settings.seed)
-            watch = StepWatch(trainer.model, moves=settings.watch_moves)
+            watch, initial = StepWatch(trainer.model, moves=settings.watch_moves), self._initial
+
+            def begin_last() -> None:
+                nonlocal initial
+                initial = copied_tensors(trainer.model)
+                end_step(trainer.model, updates=False, clears=settings.clear_between)
+                watch.restart()
+                seed_all(settings.seed)
+
+            optimizer.skip(settings.steps_before, then=begin_last)
             with scale_gradients(trainer.model, settings.gradient_scale), watch.on():
                 trainer.train()
             if _changes_batches(settings) and not collator.collated:
                 raise CheckError("the trainer does not use its data_collator")
             observation = replace(
-                observe_trainer(trainer, optimizer, initial=self._initial),
+                observe_trainer(trainer, optimizer, initial=initial),
                 left=watch.left(),
                 stepped=True,
                 moves=tuple(watch.moves),
@@ -351,7 +366,7 @@ class TrainerSubject:
             trainer.data_collator = stand_in_for(trainer.data_collator, collator)
             take_rows_in_order(trainer)
             networks = networks_of(trainer)
-            self._restore(trainer, settings)
+            restore(trainer, settings, initial=self._initial)
             if not settings.dropout:
                 trainer.neftune_noise_alpha = trainer.args.neftune_noise_alpha = None
                 stack.enter_context(without_noise(networks))
@@ -360,24 +375,6 @@ class TrainerSubject:
             if settings.model_context is not None:
                 stack.enter_context(settings.model_context(trainer.model))
             yield trainer, collator
-
-    def _restore(self, trainer: Any, settings: RunSettings) -> None:
-        """The initial weights, in a type; other networks keep theirs, in the type too."""
-        dtype = settings.dtype
-        if dtype is not None:
-            trainer.accelerator.native_amp = False
-            for network in networks_of(trainer):
-                to_float64(network) if dtype == torch.float64 else network.to(dtype)
-        # Of a model that all trainers share: a mark by which it would not be wrapped for ranks.
-        vars(trainer.model).pop("_is_accelerate_prepared", None)
-        with torch.no_grad():
-            for name, tensor in named_tensors(trainer.model).items():
-                first = self._initial[name]
-                floating = dtype is not None and first.is_floating_point()
-                tensor.data = first.to(tensor.device, dtype if floating else first.dtype).clone()
-                tensor.grad = None
-        if settings.perturbation is not None:
-            perturb_weights(trainer.model, settings.perturbation.displacement)
 
     def _batch(self, micro_batch: Sequence[int], settings: RunSettings = _NATIVE) -> Any:
         """The trainer's own batch of these examples."""

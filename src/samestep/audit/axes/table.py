@@ -15,6 +15,7 @@ from samestep.audit.axes.gradient import (
     terms,
     zero_target,
 )
+from samestep.audit.axes.next_step import next_step
 from samestep.audit.axes.ranks import ranks
 from samestep.audit.axes.reported import evaluation_batch, reported
 
@@ -37,6 +38,12 @@ _TABLE = (
         "fewer micro-batches than a full window; for trainers, a smaller last one too",
         short_window,
         needs=("window",),
+    ),
+    Axis(
+        "next-step",
+        "a step before it: the second of two in a row, whole against split, and with the "
+        "gradients that the first one left emptied",
+        next_step,
     ),
     Axis("zero-target", "a micro-batch without targets", zero_target, needs=("masking",)),
     Axis("terms", "the cut again, of each loss term alone", terms, needs=("terms",)),
