@@ -211,6 +211,18 @@ _TABLE = (
         ),
     ),
     Cause(
+        "knob-dependent",
+        meaning=(
+            "A size of the loop's own (chunk of a loss, mini-batch, recomputation) changes the "
+            "gradient of the same batch."
+        ),
+        advice=(
+            "Sum over the parts that the size makes, and divide once, by the count of the whole "
+            "batch; keep every part, and give each the weight of what it holds. What the parts "
+            "share, such as a statistic, is computed once for all."
+        ),
+    ),
+    Cause(
         "world-scaled",
         meaning=(
             "The gradient is multiplied by the number of ranks: it is summed over ranks but "

@@ -17,11 +17,15 @@ Gradient: TypeAlias = dict[str, Tensor]
 
 Side: TypeAlias = Literal["right", "left"]
 
+Knob: TypeAlias = tuple[str, int]
+"""A knob of the subject's and which of its values, counted from 0."""
+
 Capability: TypeAlias = Literal[
-    "padding", "packing", "masking", "window", "terms", "ranks", "evaluation"
+    "padding", "packing", "masking", "window", "terms", "ranks", "evaluation", "knobs"
 ]
 """What not every subject can do: pad more, pack, mask the targets of an example, take the
-micro-batches of a full window, run a loss term alone, run on several ranks, evaluate."""
+micro-batches of a full window, run a loss term alone, run on several ranks, evaluate, change a size
+of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +64,7 @@ class RunSettings:
         wide_constants: What is computed in float32 is computed in float64, constants too.
         steps_before: Steps of the same split that are made before the one that is observed.
         clear_between: Empty ``.grad`` after each of those.
+        knob: The knob that has another value than the subject's own.
     """
 
     dtype: torch.dtype | None = torch.float64
@@ -83,6 +88,7 @@ class RunSettings:
     wide_constants: bool = False
     steps_before: int = 0
     clear_between: bool = False
+    knob: Knob | None = None
 
 
 DEFAULT_SETTINGS = RunSettings()
@@ -177,6 +183,7 @@ class Subject(Protocol):
         size: Examples of the effective batch.
         uniform: Whether micro-batches must be of one size (the last may be smaller).
         terms: Names of the loss terms that can be run alone.
+        knobs: The values of each size of its own.
         clears: Whether a step of it is known to end with, or to begin by, emptying the gradients.
     """
 
@@ -184,6 +191,7 @@ class Subject(Protocol):
     size: int
     uniform: bool
     terms: tuple[str, ...]
+    knobs: Mapping[str, Sequence[Any]]
     clears: bool
 
     def missing(self) -> Mapping[Capability, str]:

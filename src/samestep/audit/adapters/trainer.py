@@ -1,6 +1,7 @@
 """A factory of `transformers.Trainer`, or of any trainer derived from it, as a subject."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from samestep.audit.adapters.instrument import (
     seed_all,
     without_noise,
 )
+from samestep.audit.adapters.knobs import NO_KNOBS, Knobs
 from samestep.audit.adapters.processes import rank_timeout, run_on_ranks
 from samestep.audit.adapters.trainer_data import (
     MISSING_FOR_ROLLOUTS,
@@ -84,6 +86,7 @@ class TrainerSubject:
     Args:
         factory: ``make_trainer(*, per_device_train_batch_size, gradient_accumulation_steps)``.
         name: For the report.
+        knobs: Further keywords of the factory that may not change the step.
 
     Raises:
         CheckError: The factory raises, does not return a trainer, does not pass the sizes on, or
@@ -94,9 +97,10 @@ class TrainerSubject:
     clears = True
     terms: tuple[str, ...] = ()
 
-    def __init__(self, factory: Callable[..., Any], *, name: str) -> None:
+    def __init__(self, factory: Callable[..., Any], *, name: str, knobs: Knobs = NO_KNOBS) -> None:
         check_signature(factory, name=name)
         self.factory = factory
+        self._knobs, self.knobs = knobs, knobs.values
         self.rows_per_example = 1
         self._slowest = 0.0
         self._padding: CollatorPadding | None = None
@@ -179,6 +183,8 @@ class TrainerSubject:
             "packing": "a trainer packs its data when it is made; compare two factories instead",
             "terms": "a trainer does not expose its loss terms",
         }
+        if not self.knobs:
+            reasons["knobs"] = "the factory has no knobs = {name: (values, ...)} beside it"
         if self._rollouts is not None:
             return {**reasons, **MISSING_FOR_ROLLOUTS}
         batch = self._batch((0, 1))
@@ -341,7 +347,9 @@ class TrainerSubject:
             stack.enter_context(suppress_output())
             seed_all(settings.seed)
             batch_size = len(split[0]) * self.rows_per_example
-            trainer = make_trainer(self.factory, batch_size, accumulation=accumulation)
+            stack.enter_context(self._knobs.on_holder(settings.knob))
+            factory = functools.partial(self.factory, **self._knobs.keyword(settings.knob))
+            trainer = make_trainer(factory, batch_size, accumulation=accumulation)
             strip_trainer(trainer, stream_steps=updates)
             held = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
             first_rows = range(self.size * self.rows_per_example)
