@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ddp_scripts
+import knobs_and_loaders
 import models_and_batches
+import next_steps
 import other_losses
 import precision
 import reports
@@ -31,6 +33,8 @@ FAMILIES = {
     "models and batches": models_and_batches.CASES,
     "reports": reports.CASES,
     "updates": updates.CASES,
+    "next steps": next_steps.CASES,
+    "knobs and loaders": knobs_and_loaders.CASES,
     "precision": precision.CASES,
     "DDP scripts": ddp_scripts.CASES,
     "trainer subclasses": trainer_subclasses.CASES,

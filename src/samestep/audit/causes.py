@@ -150,6 +150,17 @@ _TABLE = (
         ),
     ),
     Cause(
+        "gradients-left-over",
+        meaning=(
+            "Gradients of one step are still there when the next one begins, and are added to "
+            "its own."
+        ),
+        advice=(
+            "Call optimizer.zero_grad() once in every step: after optimizer.step(), or before the "
+            "first micro-batch. Look for a window that ends without it, as an unfinished one."
+        ),
+    ),
+    Cause(
         "weights-left-out",
         meaning=(
             "Some weights get no gradient as soon as the batch is split, the others are exact: "
@@ -197,6 +208,18 @@ _TABLE = (
         advice=(
             "Let the last batch be short, step the optimizer for an unfinished window too, and cut "
             "every row by a rule of its own."
+        ),
+    ),
+    Cause(
+        "knob-dependent",
+        meaning=(
+            "A size of the loop's own (chunk of a loss, mini-batch, recomputation) changes the "
+            "gradient of the same batch."
+        ),
+        advice=(
+            "Sum over the parts that the size makes, and divide once, by the count of the whole "
+            "batch; keep every part, and give each the weight of what it holds. What the parts "
+            "share, such as a statistic, is computed once for all."
         ),
     ),
     Cause(

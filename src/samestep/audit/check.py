@@ -10,7 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from samestep.audit.adapters.loop import LoopFunctions, LoopSubject
+from samestep.audit.adapters.functions import LoopFunctions
+from samestep.audit.adapters.knobs import Knobs
+from samestep.audit.adapters.loop import LoopSubject
 from samestep.audit.axes.axis import Axis, AxisResult, run_axis
 from samestep.audit.axes.table import AXES, DEFAULT_AXES
 from samestep.audit.causes import Cause, with_causes
@@ -19,7 +21,10 @@ from samestep.audit.subject import Subject
 from samestep.errors import CheckError
 from samestep.utils.plugins import load_object
 
-PACKAGES = ("samestep", "torch", "transformers", "trl", "accelerate", "lightning")
+PACKAGES = (
+    *("samestep", "torch", "transformers", "trl", "accelerate", "lightning"),
+    "sentence_transformers",
+)
 """Those whose versions a report names."""
 
 
@@ -249,7 +254,9 @@ def as_subject(source: Any, *, name: str | None = None) -> Subject:
         # Imports the trainers' libraries, which other subjects do not need.
         from samestep.audit.adapters.trainer import TrainerSubject
 
-        return TrainerSubject(factory, name=label)
+        declared = getattr(factory, "knobs", None) or _member(source, "knobs")
+        knobs = Knobs.of(declared, functions=[factory], holder=source, open_ended=True)
+        return TrainerSubject(factory, name=label, knobs=knobs)
     return LoopSubject(LoopFunctions.of(source), name=label)
 
 
@@ -258,6 +265,10 @@ def _trainer_factory(source: Any) -> Callable[..., Any] | None:
     if inspect.isroutine(source) or isinstance(source, functools.partial):
         factory: Callable[..., Any] = source
         return factory
-    if isinstance(source, Mapping):
-        return source.get("make_trainer")
-    return getattr(source, "make_trainer", None)
+    made: Callable[..., Any] | None = _member(source, "make_trainer")
+    return made
+
+
+def _member(source: Any, name: str) -> Any:
+    """What a mapping or an object has under a name; None if nothing."""
+    return source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)

@@ -122,7 +122,11 @@ class Experiments:
     @cached_property
     def with_wide_constants(self) -> "Experiments":
         """The same, with everything that is computed in float32 computed in float64."""
-        settings = replace(self.settings, wide_constants=True)
+        return self.departing(wide_constants=True)
+
+    def departing(self, **changes: object) -> "Experiments":
+        """Experiments that depart from other settings, with a noise of their own."""
+        settings = self._changed(changes)
         return Experiments(self.subject, settings, self.causes, self.coarsest_rounding)
 
     def run(self, split: Split, **changes: object) -> Observation:

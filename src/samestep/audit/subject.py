@@ -17,11 +17,15 @@ Gradient: TypeAlias = dict[str, Tensor]
 
 Side: TypeAlias = Literal["right", "left"]
 
+Knob: TypeAlias = tuple[str, int]
+"""A knob of the subject's and which of its values, counted from 0."""
+
 Capability: TypeAlias = Literal[
-    "padding", "packing", "masking", "window", "terms", "ranks", "evaluation"
+    "padding", "packing", "masking", "window", "terms", "ranks", "evaluation", "knobs"
 ]
 """What not every subject can do: pad more, pack, mask the targets of an example, take the
-micro-batches of a full window, run a loss term alone, run on several ranks, evaluate."""
+micro-batches of a full window, run a loss term alone, run on several ranks, evaluate, change a size
+of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +62,9 @@ class RunSettings:
             computes; None: nothing.
         watch_moves: Look at every backward for what moved since the one before.
         wide_constants: What is computed in float32 is computed in float64, constants too.
+        steps_before: Steps of the same split that are made before the one that is observed.
+        clear_between: Empty ``.grad`` after each of those.
+        knob: The knob that has another value than the subject's own.
     """
 
     dtype: torch.dtype | None = torch.float64
@@ -79,6 +86,9 @@ class RunSettings:
     model_context: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
     watch_moves: bool = False
     wide_constants: bool = False
+    steps_before: int = 0
+    clear_between: bool = False
+    knob: Knob | None = None
 
 
 DEFAULT_SETTINGS = RunSettings()
@@ -90,7 +100,8 @@ class Left:
 
     Attributes:
         moved: After less before, of every floating weight, frozen ones too, and of every floating
-            buffer that a checkpoint holds; by name.
+            buffer that a checkpoint holds; by name. And the state that the optimizers hold of each
+            weight after the step.
         rounding: How far each may be off by the rounding of its own type.
         rates: The learning rates of each update.
         rates_after: Those that the optimizers hold after the step.
@@ -172,12 +183,16 @@ class Subject(Protocol):
         size: Examples of the effective batch.
         uniform: Whether micro-batches must be of one size (the last may be smaller).
         terms: Names of the loss terms that can be run alone.
+        knobs: The values of each size of its own.
+        clears: Whether a step of it is known to end with, or to begin by, emptying the gradients.
     """
 
     name: str
     size: int
     uniform: bool
     terms: tuple[str, ...]
+    knobs: Mapping[str, Sequence[Any]]
+    clears: bool
 
     def missing(self) -> Mapping[Capability, str]:
         """The capabilities that this subject lacks, and why."""

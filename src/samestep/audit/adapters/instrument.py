@@ -33,6 +33,10 @@ _SINGLE = {torch.float32: Tensor.float}
 _NARROW = {**_SINGLE, torch.float16: Tensor.half, torch.bfloat16: Tensor.bfloat16}
 
 
+MOVEMENT = 0.01
+"""How far the audit's own update moves the weights, of their size."""
+
+
 def seed_all(seed: int) -> None:
     """Seed every random number generator that a loop may draw from."""
     torch.manual_seed(seed)
@@ -181,6 +185,27 @@ def perturb_weights(model: nn.Module, displacement: Gradient) -> None:
             if name in displacement:
                 direction = unsketch(displacement[name], weight, fold=fold)
                 weight.add_(direction.to(weight.device, weight.dtype))
+
+
+def end_step(model: nn.Module, *, updates: bool, clears: bool) -> None:
+    """What comes between one step and the next.
+
+    Args:
+        model: The user's own.
+        updates: Move the weights along what is in ``.grad``, by a hundredth of their size, and
+            empty it: the part of the loop that follows a ``step`` which leaves gradients.
+        clears: Empty ``.grad``.
+    """
+    held = [weight for weight in model.parameters() if weight.grad is not None]
+    if updates and held:
+        gradients = [weight.grad for weight in held if weight.grad is not None]
+        along = float(nn.utils.get_total_norm(gradients))
+        rate = MOVEMENT * float(nn.utils.get_total_norm(held)) / along if along else 0.0
+        with torch.no_grad():
+            for weight, gradient in zip(held, gradients, strict=True):
+                weight.sub_(gradient, alpha=rate)
+    if updates or clears:
+        model.zero_grad(set_to_none=True)
 
 
 @contextlib.contextmanager

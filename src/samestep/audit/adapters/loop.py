@@ -1,15 +1,12 @@
-"""A custom loop as a subject: the user's own functions by name, and the runs of them."""
+"""A custom loop as a subject: the runs of the user's own functions."""
 
 import contextlib
 import copy
-import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import CodeType, FunctionType, ModuleType
+from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from samestep.audit.adapters.batches import (
@@ -24,9 +21,11 @@ from samestep.audit.adapters.batches import (
     possible_denominators,
     token_length,
 )
+from samestep.audit.adapters.functions import OPTIONAL, LoopFunctions
 from samestep.audit.adapters.instrument import (
     WithoutDropout,
     disable_dropout,
+    end_step,
     force_float64,
     perturb_weights,
     read_weights,
@@ -51,108 +50,6 @@ from samestep.errors import CheckError
 
 T = TypeVar("T")
 
-_REQUIRED = {
-    "model": "model() -> nn.Module, the same architecture each time",
-    "examples": "the examples of one effective batch, a sequence",
-    "collate": "collate(list of examples) -> batch",
-    "step": "step(model, micro_batches): leaves the gradient in .grad; or",
-    "train": "train(model, micro_batches): updates the weights",
-}
-_OPTIONAL = {
-    "pack": "pack(list of examples) -> batch, without padding",
-    "evaluate": "evaluate(model, batches) -> loss, or {name: value}",
-    "terms": "names of loss terms; step or train then takes term=",
-    "wrap": "wrap(model) -> model for several ranks, such as DistributedDataParallel; None where "
-    "step or train calls torch.distributed by itself",
-    "shard": "shard(indices, rank, world) -> the indices of one rank, as your sampler deals them",
-}
-
-
-@dataclass(frozen=True)
-class LoopFunctions:
-    """The user's own functions, by the names under which a subject file defines them.
-
-    Attributes:
-        model: Makes the model, the same architecture each time.
-        examples: Of one effective batch.
-        collate: From examples to a batch.
-        step: Leaves the gradient in ``.grad``; this or ``train``.
-        train: Updates the weights.
-        pack: From examples to a batch without padding.
-        evaluate: From a model and batches to a loss, or numbers by name.
-        terms: Names of loss terms.
-        wrap: From a model to one for several ranks.
-        shard: From indices, rank and world to the indices of that rank.
-        ranks: Whether it runs on several ranks: it names ``wrap``, or calls torch.distributed.
-    """
-
-    model: Callable[[], nn.Module]
-    examples: Sequence[Any]
-    collate: Callable[[list[Any]], Any]
-    step: Callable[..., Any] | None = None
-    train: Callable[..., Any] | None = None
-    pack: Callable[[list[Any]], Any] | None = None
-    evaluate: Callable[[nn.Module, list[Any]], Any] | None = None
-    terms: tuple[str, ...] = ()
-    wrap: Callable[[nn.Module], nn.Module] | None = None
-    shard: Callable[[list[int], int, int], Sequence[int]] | None = None
-    ranks: bool = False
-
-    @classmethod
-    def of(cls, source: Any) -> "LoopFunctions":
-        """Read the names off a module, a class instance, or a mapping.
-
-        Raises:
-            CheckError: A needed name is missing; lists all that are.
-        """
-        members = _members(source)
-        missing = [name for name in ("model", "examples", "collate") if name not in members]
-        if "step" not in members and "train" not in members:
-            missing.append("step")
-        if missing:
-            lines = "\n".join(f"  - {_REQUIRED[name]}" for name in missing)
-            raise CheckError(f"the subject lacks:\n{lines}\n`samestep check --init` writes one")
-        fields = {name: members[name] for name in (*_REQUIRED, *_OPTIONAL) if name in members}
-        examples = fields["examples"]
-        fields["examples"] = list(examples() if callable(examples) else examples)
-        fields["terms"] = tuple(fields.get("terms") or ())
-        function = fields.get("step") or fields.get("train")
-        return cls(**fields, ranks="wrap" in fields or _calls_distributed(function))
-
-    @property
-    def update(self) -> Callable[..., Any]:
-        """``step``, or else ``train``."""
-        function = self.step or self.train
-        assert function is not None
-        return function
-
-    def takes(self, argument: str) -> bool:
-        """Whether ``step`` or ``train`` takes an argument of this name."""
-        return argument in inspect.signature(self.update).parameters
-
-
-def _members(source: Any) -> dict[str, Any]:
-    if isinstance(source, Mapping):
-        return dict(source)
-    if isinstance(source, ModuleType):
-        return vars(source)
-    return {name: getattr(source, name) for name in dir(source) if not name.startswith("_")}
-
-
-def _calls_distributed(function: Any, visited: frozenset[str] = frozenset()) -> bool:
-    """Whether a function, or one of its own file that it calls, names torch.distributed."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    if code is None:
-        return False
-    inside = [const for const in code.co_consts if isinstance(const, CodeType)]
-    names = {name for each in (code, *inside) for name in each.co_names} - visited
-    scope = function.__globals__
-    if "distributed" in names or any(scope.get(name) is torch.distributed for name in names):
-        return True
-    called = [scope[name] for name in names if isinstance(scope.get(name), FunctionType)]
-    own = [each for each in called if each.__module__ == function.__module__]
-    return any(_calls_distributed(each, visited | names) for each in own)
-
 
 class LoopSubject:
     """Runs a custom loop; see `samestep.audit.subject.Subject`.
@@ -166,6 +63,7 @@ class LoopSubject:
     """
 
     uniform = False
+    clears = False
 
     def __init__(self, loop: LoopFunctions, *, name: str) -> None:
         if len(loop.examples) < 4:
@@ -177,6 +75,7 @@ class LoopSubject:
         self.name = name
         self.size = len(loop.examples)
         self.terms = loop.terms
+        self.knobs = loop.knobs.values
         seed_all(0)
         self._initial = {key: value.clone() for key, value in loop.model().state_dict().items()}
         self._slowest = 0.0
@@ -192,13 +91,15 @@ class LoopSubject:
         loop = self.loop
         reasons: dict[Capability, str] = {}
         if loop.pack is None:
-            reasons["packing"] = f"the subject has no {_OPTIONAL['pack']}"
+            reasons["packing"] = f"the subject has no {OPTIONAL['pack']}"
         if loop.evaluate is None:
-            reasons["evaluation"] = f"the subject has no {_OPTIONAL['evaluate']}"
+            reasons["evaluation"] = f"the subject has no {OPTIONAL['evaluate']}"
         if not loop.ranks:
-            reasons["ranks"] = f"the subject has no {_OPTIONAL['wrap']}"
+            reasons["ranks"] = f"the subject has no {OPTIONAL['wrap']}"
+        if not loop.knobs.values:
+            reasons["knobs"] = f"the subject has no {OPTIONAL['knobs']}"
         if not loop.terms:
-            reasons["terms"] = f"the subject has no {_OPTIONAL['terms']}"
+            reasons["terms"] = f"the subject has no {OPTIONAL['terms']}"
         if self._counts is None or self._collate(loop.examples[:1])["labels"].is_floating_point():
             reasons["masking"] = "batches have no tensor 'labels' of classes"
         if self._padding is None:
@@ -233,14 +134,31 @@ class LoopSubject:
     def run(self, split: Split, settings: RunSettings = DEFAULT_SETTINGS) -> Observation:
         """One step on fresh weights."""
         start = time.perf_counter()
-        observation = self._in_group(self._run, split, settings)
+        with self._turned(settings):
+            observation = self._in_group(self._run, split, settings)
         self._slowest = max(self._slowest, time.perf_counter() - start)
         return observation
+
+    @contextlib.contextmanager
+    def _turned(self, settings: RunSettings) -> Iterator[None]:
+        """Within the block the loop has the knob of a run."""
+        before = self.loop
+        self.loop = before.turned(settings.knob)
+        try:
+            with before.knobs.on_holder(settings.knob):
+                yield
+        finally:
+            self.loop = before
 
     def _run(self, split: Split, settings: RunSettings) -> Observation:
         with self._fresh_model(settings) as (inner, model):
             if settings.evaluate_first:
                 self._evaluate(model, 2, settings=settings)
+                seed_all(settings.seed)
+            for _ in range(settings.steps_before):
+                before = self._step(inner, model, split=split, settings=settings)
+                own = not before.stepped and self.loop.step is not None
+                end_step(inner, updates=own, clears=settings.clear_between)
                 seed_all(settings.seed)
             return self._step(inner, model, split=split, settings=settings)
 
@@ -323,6 +241,7 @@ class LoopSubject:
         """The user's model with fresh weights, and the one that the loop gets."""
         seed_all(settings.seed)
         inner = self.loop.model()
+        self.loop.knobs.on_model(inner, settings.knob)
         inner.load_state_dict(self._initial)
         if settings.dtype is not None:
             inner.to(settings.dtype)

@@ -1,6 +1,7 @@
 """A factory of `transformers.Trainer`, or of any trainer derived from it, as a subject."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,14 +18,15 @@ from samestep.audit.adapters.batches import (
     possible_denominators,
 )
 from samestep.audit.adapters.instrument import (
+    end_step,
     force_float64,
-    perturb_weights,
     read_weights,
     scalars_of,
     scale_gradients,
     seed_all,
     without_noise,
 )
+from samestep.audit.adapters.knobs import NO_KNOBS, Knobs
 from samestep.audit.adapters.processes import rank_timeout, run_on_ranks
 from samestep.audit.adapters.trainer_data import (
     MISSING_FOR_ROLLOUTS,
@@ -42,19 +44,19 @@ from samestep.audit.adapters.trainer_data import (
 )
 from samestep.audit.adapters.trainer_setup import (
     check_signature,
+    copied_tensors,
     describe_error,
     install_optimizer,
     make_trainer,
-    named_tensors,
     networks_of,
     observe_trainer,
     only_metrics,
     padding_side,
     padding_token,
+    restore,
     strip_trainer,
     suppress_output,
     take_rows_in_order,
-    to_float64,
 )
 from samestep.audit.adapters.watch import StepWatch
 from samestep.audit.subject import (
@@ -84,6 +86,7 @@ class TrainerSubject:
     Args:
         factory: ``make_trainer(*, per_device_train_batch_size, gradient_accumulation_steps)``.
         name: For the report.
+        knobs: Further keywords of the factory that may not change the step.
 
     Raises:
         CheckError: The factory raises, does not return a trainer, does not pass the sizes on, or
@@ -91,11 +94,13 @@ class TrainerSubject:
     """
 
     uniform = True
+    clears = True
     terms: tuple[str, ...] = ()
 
-    def __init__(self, factory: Callable[..., Any], *, name: str) -> None:
+    def __init__(self, factory: Callable[..., Any], *, name: str, knobs: Knobs = NO_KNOBS) -> None:
         check_signature(factory, name=name)
         self.factory = factory
+        self._knobs, self.knobs = knobs, knobs.values
         self.rows_per_example = 1
         self._slowest = 0.0
         self._padding: CollatorPadding | None = None
@@ -156,8 +161,7 @@ class TrainerSubject:
                 f"{name}: {held * rows} rows of training data are too few to cut: give "
                 f"{4 * rows} or more, of different lengths"
             )
-        tensors = named_tensors(trainer.model)
-        self._initial = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+        self._initial = copied_tensors(trainer.model)
         self._even = bool(trainer.accelerator.even_batches)
         self._stream = is_stream(self._data)
         self._padding_side = padding_side(trainer)
@@ -179,6 +183,8 @@ class TrainerSubject:
             "packing": "a trainer packs its data when it is made; compare two factories instead",
             "terms": "a trainer does not expose its loss terms",
         }
+        if not self.knobs:
+            reasons["knobs"] = "the factory has no knobs = {name: (values, ...)} beside it"
         if self._rollouts is not None:
             return {**reasons, **MISSING_FOR_ROLLOUTS}
         batch = self._batch((0, 1))
@@ -213,7 +219,13 @@ class TrainerSubject:
 
     def run(self, split: Split, settings: RunSettings = DEFAULT_SETTINGS) -> Observation:
         """One update of a new trainer."""
-        return self._train(split, settings, accumulation=settings.window or len(split))
+        before = settings.steps_before
+        return self._train(
+            split * (1 + before),
+            settings,
+            accumulation=settings.window or len(split),
+            updates=1 + before,
+        )
 
     def run_as_steps(
         self, split: Split, settings: RunSettings = DEFAULT_SETTINGS
@@ -276,13 +288,22 @@ class TrainerSubject:
             optimizer = install_optimizer(trainer)
             collator.start(collator.rows)
             seed_all(settings.seed)
-            watch = StepWatch(trainer.model, moves=settings.watch_moves)
+            watch, initial = StepWatch(trainer.model, moves=settings.watch_moves), self._initial
+
+            def begin_last() -> None:
+                nonlocal initial
+                initial = copied_tensors(trainer.model)
+                end_step(trainer.model, updates=False, clears=settings.clear_between)
+                watch.restart()
+                seed_all(settings.seed)
+
+            optimizer.skip(settings.steps_before, then=begin_last)
             with scale_gradients(trainer.model, settings.gradient_scale), watch.on():
                 trainer.train()
             if _changes_batches(settings) and not collator.collated:
                 raise CheckError("the trainer does not use its data_collator")
             observation = replace(
-                observe_trainer(trainer, optimizer, initial=self._initial),
+                observe_trainer(trainer, optimizer, initial=initial),
                 left=watch.left(),
                 stepped=True,
                 moves=tuple(watch.moves),
@@ -326,7 +347,9 @@ class TrainerSubject:
             stack.enter_context(suppress_output())
             seed_all(settings.seed)
             batch_size = len(split[0]) * self.rows_per_example
-            trainer = make_trainer(self.factory, batch_size, accumulation=accumulation)
+            stack.enter_context(self._knobs.on_holder(settings.knob))
+            factory = functools.partial(self.factory, **self._knobs.keyword(settings.knob))
+            trainer = make_trainer(factory, batch_size, accumulation=accumulation)
             strip_trainer(trainer, stream_steps=updates)
             held = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
             first_rows = range(self.size * self.rows_per_example)
@@ -351,7 +374,7 @@ class TrainerSubject:
             trainer.data_collator = stand_in_for(trainer.data_collator, collator)
             take_rows_in_order(trainer)
             networks = networks_of(trainer)
-            self._restore(trainer, settings)
+            restore(trainer, settings, initial=self._initial)
             if not settings.dropout:
                 trainer.neftune_noise_alpha = trainer.args.neftune_noise_alpha = None
                 stack.enter_context(without_noise(networks))
@@ -360,24 +383,6 @@ class TrainerSubject:
             if settings.model_context is not None:
                 stack.enter_context(settings.model_context(trainer.model))
             yield trainer, collator
-
-    def _restore(self, trainer: Any, settings: RunSettings) -> None:
-        """The initial weights, in a type; other networks keep theirs, in the type too."""
-        dtype = settings.dtype
-        if dtype is not None:
-            trainer.accelerator.native_amp = False
-            for network in networks_of(trainer):
-                to_float64(network) if dtype == torch.float64 else network.to(dtype)
-        # Of a model that all trainers share: a mark by which it would not be wrapped for ranks.
-        vars(trainer.model).pop("_is_accelerate_prepared", None)
-        with torch.no_grad():
-            for name, tensor in named_tensors(trainer.model).items():
-                first = self._initial[name]
-                floating = dtype is not None and first.is_floating_point()
-                tensor.data = first.to(tensor.device, dtype if floating else first.dtype).clone()
-                tensor.grad = None
-        if settings.perturbation is not None:
-            perturb_weights(trainer.model, settings.perturbation.displacement)
 
     def _batch(self, micro_batch: Sequence[int], settings: RunSettings = _NATIVE) -> Any:
         """The trainer's own batch of these examples."""

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer
 
-from samestep.audit.adapters.instrument import scalars_of
+from samestep.audit.adapters.instrument import perturb_weights, scalars_of
 from samestep.audit.adapters.trainer_data import is_stream
 from samestep.audit.gradients import global_norm, sketch, sketch_fold
-from samestep.audit.subject import Gradient, Observation, Side
+from samestep.audit.subject import Gradient, Observation, RunSettings, Side
 from samestep.errors import CheckError
 
 SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -172,9 +172,15 @@ class RecordingSGD(torch.optim.SGD):
     def __init__(self, model: nn.Module) -> None:
         self.gradient: Gradient = {}
         self.updates = 0
+        self._skipped = 0
+        self._then: Callable[[], None] | None = None
         self._fold = sketch_fold(model)
         self._weights = [(n, w) for n, w in model.named_parameters() if w.requires_grad]
         super().__init__([weight for _, weight in self._weights], lr=LEARNING_RATE)
+
+    def skip(self, updates: int, *, then: Callable[[], None]) -> None:
+        """Forget the first updates; then call this."""
+        self._skipped, self._then = updates, then
 
     def step(self, closure: Any = None) -> Any:
         """Record, then update; the rate is constant, whatever a schedule wants."""
@@ -187,11 +193,14 @@ class RecordingSGD(torch.optim.SGD):
                 kept = sketch(weight.grad, self._fold)
                 self.gradient[name] = self.gradient.get(name, 0) + kept  # a new tensor each time
                 weight.add_(weight.grad, alpha=-LEARNING_RATE)
+        if self._then is not None and self._skipped == self.updates:
+            self.gradient, self.updates, self._skipped = {}, 0, 0
+            self._then()
         return loss
 
 
 def install_optimizer(trainer: Any) -> RecordingSGD:
-    """Give a trainer our optimizer and a constant schedule."""
+    """Give a trainer our optimizer, and a schedule that it does not follow."""
     recording = RecordingSGD(trainer.model)
 
     def create_optimizer(model: Any = None) -> Any:
@@ -200,7 +209,8 @@ def install_optimizer(trainer: Any) -> RecordingSGD:
 
     def create_scheduler(num_training_steps: int, optimizer: Any = None) -> Any:
         del num_training_steps, optimizer
-        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(recording, lambda _: 1.0)
+        # It moves, so that one that moves once a micro-batch is seen; the update does not follow.
+        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(recording, lambda n: 1 / (1 + n))
         return trainer.lr_scheduler
 
     trainer.optimizer, trainer.lr_scheduler = recording, None
@@ -286,9 +296,39 @@ def to_float64(network: nn.Module) -> None:
             module.set_experts_implementation("eager")
 
 
+def restore(trainer: Any, settings: RunSettings, *, initial: Mapping[str, Tensor]) -> None:
+    """The initial weights, in a type; other networks keep theirs, in the type too.
+
+    Args:
+        trainer: Changed in place.
+        settings: Of the run.
+        initial: Weights and buffers of its model, by name.
+    """
+    dtype = settings.dtype
+    if dtype is not None:
+        trainer.accelerator.native_amp = False
+        for network in networks_of(trainer):
+            to_float64(network) if dtype == torch.float64 else network.to(dtype)
+    # Of a model that all trainers share: a mark by which it would not be wrapped for ranks.
+    vars(trainer.model).pop("_is_accelerate_prepared", None)
+    with torch.no_grad():
+        for name, tensor in named_tensors(trainer.model).items():
+            first = initial[name]
+            floating = dtype is not None and first.is_floating_point()
+            tensor.data = first.to(tensor.device, dtype if floating else first.dtype).clone()
+            tensor.grad = None
+    if settings.perturbation is not None:
+        perturb_weights(trainer.model, settings.perturbation.displacement)
+
+
 def named_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Weights and buffers, by name."""
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+def copied_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Copies of weights and buffers, by name."""
+    return {name: tensor.detach().clone() for name, tensor in named_tensors(network).items()}
 
 
 @contextlib.contextmanager

@@ -39,9 +39,13 @@ class StepWatch:
     def __init__(self, model: nn.Module, *, moves: bool = False) -> None:
         self._model = model
         self._names = {id(weight): name for name, weight in model.named_parameters()}
-        self._before, self._held = read_weights(model), read_state(model)
-        self._last: Gradient | None = None
         self._watches_moves = moves
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was seen: the step begins here."""
+        self._before, self._held = read_weights(self._model), read_state(self._model)
+        self._last: Gradient | None = None
         self._optimizers: dict[int, torch.optim.Optimizer] = {}
         self._waiting: set[int] = set()
         self.steps: list[Gradient] = []
@@ -159,18 +163,31 @@ class StepWatch:
 
     def left(self) -> Left:
         """What the step leaves: how far everything moved, and the rates."""
-        after = read_state(self._model)
+        after, held = read_state(self._model), self._read_optimizers()
+        moved = {
+            name: value - self._held[name]
+            for name, value in after.items()
+            if name in self._held and value.shape == self._held[name].shape
+        }
+        rounding = {name: _rounding(self._model, name, value) for name, value in after.items()}
         return Left(
-            moved={
-                name: value - self._held[name]
-                for name, value in after.items()
-                if name in self._held and value.shape == self._held[name].shape
-            },
-            rounding={name: _rounding(self._model, name, value) for name, value in after.items()},
+            moved={**moved, **kept(held, _fold(self._model))},
+            rounding={**rounding, **{name: _rounding_of(state) for name, state in held.items()}},
             rates=tuple(self.rates),
             rates_after=tuple(map(_rates, self._optimizers.values())),
             trained=frozenset(n for n, w in self._model.named_parameters() if w.requires_grad),
         )
+
+    def _read_optimizers(self) -> dict[str, Tensor]:
+        """What the optimizers hold of each weight, as "exp_avg of layer.weight"."""
+        return {
+            f"{key} of {self._names[id(weight)]}": value.detach()
+            for optimizer in self._optimizers.values()
+            for weight, state in optimizer.state.items()
+            if id(weight) in self._names
+            for key, value in state.items()
+            if isinstance(value, Tensor) and value.is_floating_point()
+        }
 
 
 def changed_names(now: Gradient, before: Gradient) -> list[str]:
@@ -185,9 +202,13 @@ def changed_names(now: Gradient, before: Gradient) -> list[str]:
 
 def read_state(model: nn.Module) -> Gradient:
     """All weights, frozen ones too, and the buffers that a checkpoint would hold, if floating."""
-    held = _floating(model)
-    elements = sum(tensor.numel() for tensor in held.values())
-    return kept(held, max(1, -(-elements // MAX_ELEMENTS)))
+    return kept(_floating(model), _fold(model))
+
+
+def _fold(model: nn.Module) -> int:
+    """How many elements are kept as one: of large models not all are."""
+    elements = sum(tensor.numel() for tensor in _floating(model).values())
+    return max(1, -(-elements // MAX_ELEMENTS))
 
 
 def _floating(model: nn.Module) -> dict[str, Tensor]:
@@ -209,6 +230,10 @@ def _rounding(model: nn.Module, name: str, kept_value: Tensor) -> float:
     """How far a tensor of this size may be off by the rounding of its own type."""
     tensor = _floating_type(model, name)
     return float(torch.finfo(tensor).eps * kept_value.norm())
+
+
+def _rounding_of(tensor: Tensor) -> float:
+    return float(torch.finfo(tensor.dtype).eps * tensor.norm())
 
 
 def _floating_type(model: nn.Module, name: str) -> torch.dtype:

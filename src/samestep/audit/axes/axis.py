@@ -191,7 +191,7 @@ def run_axis(axis: Axis, experiments: Experiments) -> AxisResult:
     except CheckError as error:
         return AxisResult(axis.name, "skipped", str(error))
     except Exception as error:  # the subject ran by default, but not under this axis
-        return AxisResult(axis.name, "skipped", _blamed(error))
+        return AxisResult(axis.name, "skipped", blamed(error))
     diagnosis = None if exact else _diagnosis(axis, measurement)
     cause = None if diagnosis is None else diagnosis.cause
     evidence = [measurement.evidence, "" if diagnosis is None else diagnosis.evidence]
@@ -239,8 +239,12 @@ def _judged(axis: Axis, experiments: Experiments) -> tuple[Measurement, bool]:
     return replace(again, evidence="; ".join(filter(None, [again.evidence, text]))), True
 
 
-def _blamed(error: Exception) -> str:
-    """An error, and whose it is: the subject's, or the auditor's own."""
+def blamed(error: Exception) -> str:
+    """An error, and whose it is: the subject's, or the auditor's own.
+
+    Args:
+        error: What a run raised.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     folders = [Path(frame.filename).resolve().parent for frame in frames]
     in_subject = any(folder == ADAPTERS for folder in folders)
@@ -259,4 +263,4 @@ def _diagnosis(axis: Axis, measurement: Measurement) -> Diagnosis:
     try:
         return measurement.diagnose()
     except Exception as error:  # the subject is the user's code: anything may come
-        return Diagnosis(UNEXPLAINED, difference, f"in a run of the diagnosis {_blamed(error)}")
+        return Diagnosis(UNEXPLAINED, difference, f"in a run of the diagnosis {blamed(error)}")

@@ -15,6 +15,8 @@ from samestep.audit.axes.gradient import (
     terms,
     zero_target,
 )
+from samestep.audit.axes.knobs import knobs
+from samestep.audit.axes.next_step import next_step
 from samestep.audit.axes.ranks import ranks
 from samestep.audit.axes.reported import evaluation_batch, reported
 
@@ -37,6 +39,19 @@ _TABLE = (
         "fewer micro-batches than a full window; for trainers, a smaller last one too",
         short_window,
         needs=("window",),
+    ),
+    Axis(
+        "next-step",
+        "a step before it: the second of two in a row, whole against split, and with the "
+        "gradients that the first one left emptied",
+        next_step,
+    ),
+    Axis(
+        "knobs",
+        "the sizes of its own that a subject declares: chunks of a loss, recomputation on or off",
+        knobs,
+        needs=("knobs",),
+        cause="knob-dependent",
     ),
     Axis("zero-target", "a micro-batch without targets", zero_target, needs=("masking",)),
     Axis("terms", "the cut again, of each loss term alone", terms, needs=("terms",)),

@@ -37,7 +37,11 @@ class LeftDifference:
 
 
 def compare_left(
-    experiments: Experiments, observed: Observation, expected: Observation
+    experiments: Experiments,
+    observed: Observation,
+    expected: Observation,
+    *,
+    tolerance: float | None = None,
 ) -> LeftDifference | None:
     """What one step leaves otherwise than another, beyond what rounding makes.
 
@@ -45,16 +49,20 @@ def compare_left(
         experiments: The subject's, whose noise is measured.
         observed: The step in question.
         expected: The step that it should be.
+        tolerance: A relative difference that is known to be noise; None: the subject's.
 
     Returns:
         None if both leave the same, or if the subject is random.
     """
     if observed.stepped != expected.stepped:
         return _without_update(observed)
+    if observed.updates != expected.updates:
+        text = f"{observed.updates} optimizer steps instead of {expected.updates}"
+        return LeftDifference("optimizer-step-per-micro-batch", 1.0, (), text)
     left, other = observed.left, expected.left
     if left is None or other is None or not experiments.is_deterministic:
         return None
-    differences = _differences(experiments, left, other)
+    differences = _differences(experiments, left, other, tolerance=tolerance)
     rates = _of_rates(left, other)
     if not differences and not rates:
         return None
@@ -75,19 +83,25 @@ def _without_update(observed: Observation) -> LeftDifference:
     return LeftDifference("dropped-examples", 1.0, (), text)
 
 
-def _differences(experiments: Experiments, left: Left, other: Left) -> dict[str, float]:
+def _differences(
+    experiments: Experiments, left: Left, other: Left, *, tolerance: float | None
+) -> dict[str, float]:
     """By name, the difference of the movements over the movement, where it is no noise."""
-    noise = experiments.left_noise
+    known = experiments.tolerance if tolerance is None else tolerance
     found = {}
     for name in left.moved:
         if name not in other.moved or left.moved[name].shape != other.moved[name].shape:
             continue
         size = float(other.moved[name].norm())
         error = float((left.moved[name] - other.moved[name]).norm())
-        rounding = max(left.rounding[name], other.rounding.get(name, 0.0), noise.get(name, 0.0))
+        rounding = max(left.rounding[name], other.rounding.get(name, 0.0))
         # A weight that does not move has no tolerance of its own, however large the factor is.
-        bound = TOLERANCE_FACTOR * rounding + (experiments.tolerance * size if size else 0.0)
-        if not error <= bound:
+        if error <= TOLERANCE_FACTOR * rounding + (known * size if size else 0.0):
+            continue
+        # Its noise takes many runs to measure: only where something differs.
+        rounding = max(rounding, experiments.left_noise.get(name, 0.0))
+        own = experiments.tolerance * size if size else 0.0
+        if not error <= TOLERANCE_FACTOR * rounding + own:
             found[name] = error / size if size and math.isfinite(error) else math.inf
     return found
 
@@ -111,12 +125,19 @@ def _shown(rates: tuple[tuple[float, ...], ...]) -> str:
 def _names(ranked: list[tuple[str, float]], left: Left) -> str:
     """What ends elsewhere, in words: trained weights, and what no gradient moves."""
     parts = []
-    for words, trained in (("trained weights", True), ("no trained weights", False)):
-        own = [name for name, _ in ranked if (name in left.trained) == trained]
+    kinds = [_kind(name, left) for name, _ in ranked]
+    for words in dict.fromkeys(("trained weights", "no trained weights", *kinds)):
+        own = [name for (name, _), kind in zip(ranked, kinds, strict=True) if kind == words]
         if own:
             rest = f" and {len(own) - SHOWN} more" if len(own) > SHOWN else ""
             parts.append(f"{', '.join(own[:SHOWN])}{rest} ({words})")
     return f"the step leaves other values in {' and in '.join(parts)}" if parts else ""
+
+
+def _kind(name: str, left: Left) -> str:
+    if " of " in name:
+        return "state of the optimizer"
+    return "trained weights" if name in left.trained else "no trained weights"
 
 
 def moved_between(experiments: Experiments, split: Split, **changes: object) -> Diagnosis | None:
