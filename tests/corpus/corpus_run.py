@@ -20,6 +20,7 @@ import models_and_batches
 import other_losses
 import precision
 import reports
+import state_between
 import token_loops
 import trainer_subclasses
 import updates
@@ -38,6 +39,7 @@ FAMILIES = {
     "precision": precision.CASES,
     "DDP scripts": ddp_scripts.CASES,
     "trainer subclasses": trainer_subclasses.CASES,
+    "state between": state_between.CASES,
 }
 FINAL_SEEDS = (200, 201, 202)
 """Not used while developing, and of other numbers of examples and lengths than seeds below 100."""
