@@ -1,60 +1,11 @@
 """The causes that the auditor can name: what each means, and what to change."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
 
+from samestep.audit.cause import Cause, Diagnosis
 from samestep.errors import CheckError
 
-
-@dataclass(frozen=True)
-class Cause:
-    """Why a step depends on how its batch was split.
-
-    Attributes:
-        name: In reports; lower case, with hyphens.
-        meaning: What it is, a sentence.
-        advice: What to change.
-        weights: Where the cause weights micro-batches: from what was measured of an inexact split
-            to the factor of each micro-batch's own gradient, or None if it does not apply. The
-            cause is named where that sum is the gradient of the split. None: only an axis names it.
-
-    Example:
-        >>> from samestep import Cause
-        >>> cause = Cause("mean-of-chunks", "Each chunk is averaged.", "Divide once.")
-        >>> cause.paragraph
-        'Each chunk is averaged. Divide once.'
-    """
-
-    name: str
-    meaning: str
-    advice: str
-    weights: Callable[[Any], Sequence[float] | None] | None = None
-
-    @property
-    def paragraph(self) -> str:
-        """What it is and what to change."""
-        return f"{self.meaning} {self.advice}"
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """A cause and how well it predicts what was seen.
-
-    Attributes:
-        cause: The name of a cause, or "unexplained".
-        residual: Norm of observed minus predicted gradient, over the observed one's.
-        evidence: One line of numbers for the reader.
-
-    Example:
-        >>> from samestep import Diagnosis
-        >>> Diagnosis("mean-of-means", residual=0.0, evidence="added up").cause
-        'mean-of-means'
-    """
-
-    cause: str
-    residual: float
-    evidence: str
+__all__ = ["CAUSES", "UNEXPLAINED", "Cause", "Diagnosis", "advice_for", "with_causes"]
 
 
 _TABLE = (
@@ -99,6 +50,19 @@ _TABLE = (
         advice="Sum in one unit, count in the same unit over the whole batch, and divide once.",
     ),
     Cause(
+        "weighted-by-size",
+        meaning=(
+            "What a micro-batch weighs depends on its size by a law that no count of the whole "
+            "batch is, as where a loop of two passes takes the mean over a chunk for its sum, or "
+            "multiplies a loss by a size that is already in it."
+        ),
+        advice=(
+            "Look at the second pass, where cached gradients meet the outputs again, and at every "
+            "mean() and len() between the loss and backward: let each chunk add up its own sum, "
+            "and divide once by a count of the whole batch."
+        ),
+    ),
+    Cause(
         "last-micro-batch-only",
         meaning=(
             "Only one micro-batch reaches the update: gradients are cleared between micro-batches, "
@@ -130,6 +94,18 @@ _TABLE = (
             "are added."
         ),
         advice="Clip once, after the last micro-batch.",
+    ),
+    Cause(
+        "partial-norm",
+        meaning=(
+            "Gradients are clipped after they are added up, but by the norm of a part of them: of "
+            "one rank's shard, of one group of weights, of the last micro-batch."
+        ),
+        advice=(
+            "Look at what the call that clips is given: it needs all weights and their whole "
+            "gradients. Of sharded weights, add the squared norms up over the ranks before the "
+            "root (with FSDP, the wrapper's own clip_grad_norm_), and clip by that."
+        ),
     ),
     Cause(
         "optimizer-step-per-micro-batch",
@@ -283,6 +259,20 @@ _TABLE = (
         advice="Key them to (seed, step, example).",
     ),
     Cause(
+        "recomputed-differently",
+        meaning=(
+            "What is computed again for the backward draws other random numbers than the forward "
+            "did, so the gradient is not that of the loss: the dropout masks of a checkpointed "
+            "layer, or of the second pass of a cached loss."
+        ),
+        advice=(
+            "Keep the state of the random number generators with the checkpoint: "
+            "preserve_rng_state=True in torch.utils.checkpoint, or, in a checkpoint or a second "
+            "pass of your own, save the state before the first forward and set it again before "
+            "the second."
+        ),
+    ),
+    Cause(
         "accumulation-dtype",
         meaning=(
             "Gradients add up in the low precision of the weights: each addition rounds, and the "
@@ -341,6 +331,17 @@ _TABLE = (
             "too much."
         ),
         advice="Add up sums and counts over all batches, and divide once.",
+    ),
+    Cause(
+        "padding-scored",
+        meaning=(
+            "A number that is reported scores or counts padding, so it depends on how long the "
+            "rows were padded, and so on what shared their batch."
+        ),
+        advice=(
+            "Look at what the metric compares and divides by: leave out the places whose label is "
+            "-100 or whose attention mask is 0, in the hits as in the count (not numel())."
+        ),
     ),
     Cause(
         "metric-mean-of-means",

@@ -196,6 +196,10 @@ class Experiments:
             return self.small_gradient(split, **changes)
         return self.run(split, **changes).gradient
 
+    def natural_gradient(self, split: Split, **changes: object) -> Gradient:
+        """The loop's gradient as it is, clipped or not, without what is no gradient of the loss."""
+        return self._without_offset(self.run(split, **changes).gradient)
+
     def _without_offset(self, gradient: Gradient) -> Gradient:
         return gradient if self._offset is None else subtract(gradient, self._offset)
 

@@ -105,6 +105,7 @@ def hypotheses(evidence: SplitEvidence, causes: Iterable[Cause] = ()) -> Iterato
     def weighted(cause: str, weights: Sequence[float], weighting: str) -> Hypothesis:
         return Hypothesis(cause, linear_combination(alone, weights), weighting)
 
+    yield from _by_accumulation(evidence)
     yield weighted("mean-of-means", [1 / number] * number, "all alike")
     yield weighted("unscaled-sum", [1.0] * number, "added up")
     yield weighted("example-weighted", _shares(evidence.examples), "by examples")
@@ -128,26 +129,33 @@ def hypotheses(evidence: SplitEvidence, causes: Iterable[Cause] = ()) -> Iterato
         yield weighted(own.name, weights, f"as {own.name} says")
 
 
-def _multiples_of_whole(evidence: SplitEvidence) -> Iterator[Hypothesis]:
-    """Scales of the whole gradient: by the accumulation, or by a count that the split changes."""
+def _by_accumulation(evidence: SplitEvidence) -> Iterator[Hypothesis]:
+    """Scales of the whole gradient by the accumulation.
 
-    def scaled(cause: str, factor: float, weighting: str) -> Hypothesis:
-        return Hypothesis(cause, scale(evidence.whole, factor), weighting, scales_whole=True)
-
+    They come first: where the loop divides by a constant, all micro-batches weigh alike too.
+    """
     number = len(evidence.alone)
-    yield scaled("unscaled-sum", number, "the whole, times the accumulation")
-    yield scaled("divided-twice", 1 / number, "the whole, over the accumulation")
+    yield _scaled(evidence, "unscaled-sum", number, "the whole, times the accumulation")
+    yield _scaled(evidence, "divided-twice", 1 / number, "the whole, over the accumulation")
+
+
+def _scaled(evidence: SplitEvidence, cause: str, factor: float, weighting: str) -> Hypothesis:
+    return Hypothesis(cause, scale(evidence.whole, factor), weighting, scales_whole=True)
+
+
+def _multiples_of_whole(evidence: SplitEvidence) -> Iterator[Hypothesis]:
+    """Scales of the whole gradient by a count that the split changes, or by a wrong one."""
     *parts, whole = evidence.denominators
     for name, (cause, of_whole) in whole.items():
         split = sum(held[name].value for held in parts if name in held)
         if split and split != of_whole:
-            yield scaled(cause, of_whole / split, f"the whole, by {name}")
+            yield _scaled(evidence, cause, of_whole / split, f"the whole, by {name}")
     if evidence.targets is None:
         return
     for name, (cause, count) in whole.items():
         if cause != "example-weighted" and sum(evidence.targets) > 0 and count:
-            factor = sum(evidence.targets) / count
-            yield scaled(cause, factor, f"the whole, by {name} in place of the targets")
+            factor, text = sum(evidence.targets) / count, f"by {name} in place of the targets"
+            yield _scaled(evidence, cause, factor, f"the whole, {text}")
 
 
 def _only_one(evidence: SplitEvidence) -> Iterator[Hypothesis]:

@@ -84,6 +84,8 @@ def _paragraph(cause: str, axes: list[dict[str, Any]]) -> Panel:
     first = axes[0]
     names = ", ".join(axis["name"] for axis in axes)
     lines = [escape(first["advice"]), "", f"[dim]compared:[/] {escape(first['reason'])}"]
+    if first.get("also"):
+        lines.insert(1, f"[dim]beside it:[/] {escape(', '.join(first['also']))}")
     if first["evidence"]:
         lines.append(f"[dim]evidence:[/] {escape(first['evidence'])}")
     if first["worst"]:

@@ -132,6 +132,7 @@ class Observation:
         stepped: Whether the weights were updated at all.
         moves: For each backward but the first, the names of what moved since the one before; only
             where `RunSettings.watch_moves` asks.
+        draws: Backwards during which random numbers were drawn; only where it asks.
     """
 
     gradient: Gradient
@@ -142,6 +143,7 @@ class Observation:
     left: Left | None = None
     stepped: bool = False
     moves: tuple[frozenset[str], ...] = ()
+    draws: int = 0
 
     @property
     def moved(self) -> Gradient:

@@ -307,6 +307,7 @@ class TrainerSubject:
                 left=watch.left(),
                 stepped=True,
                 moves=tuple(watch.moves),
+                draws=watch.draws,
             )
             self._slowest = max(self._slowest, time.perf_counter() - start)
             if all_rows is None:

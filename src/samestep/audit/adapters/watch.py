@@ -34,6 +34,7 @@ class StepWatch:
         steps: The gradient that each step of an optimizer was given.
         rates: The learning rates of each of these steps.
         moves: For each backward but the first, what moved since the one before.
+        draws: Backwards during which random numbers were drawn; counted with ``moves``.
     """
 
     def __init__(self, model: nn.Module, *, moves: bool = False) -> None:
@@ -51,6 +52,7 @@ class StepWatch:
         self.steps: list[Gradient] = []
         self.rates: list[tuple[float, ...]] = []
         self.moves: list[frozenset[str]] = []
+        self.draws = 0
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
@@ -120,7 +122,10 @@ class StepWatch:
             if self._last is not None:
                 self.moves.append(frozenset(changed_names(now, self._last)))
             self._last = now
-            return run_backward(*args, **options)
+            state = torch.get_rng_state()
+            result = run_backward(*args, **options)
+            self.draws += not torch.equal(state, torch.get_rng_state())
+            return result
 
         engine["_engine_run_backward"] = looked_at
         try:
@@ -159,6 +164,7 @@ class StepWatch:
             left=self.left(),
             stepped=bool(self.steps) or not still,
             moves=tuple(self.moves),
+            draws=self.draws,
         )
 
     def left(self) -> Left:

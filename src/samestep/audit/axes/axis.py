@@ -153,6 +153,7 @@ class AxisResult:
         residual: How far the cause's prediction is from what was seen.
         evidence: Numbers behind the cause.
         advice: What the cause is and what to change.
+        also: Causes that are true beside it.
     """
 
     name: str
@@ -167,6 +168,7 @@ class AxisResult:
     residual: float | None = None
     evidence: str = ""
     advice: str = ""
+    also: tuple[str, ...] = ()
 
 
 def run_axis(axis: Axis, experiments: Experiments) -> AxisResult:
@@ -194,6 +196,7 @@ def run_axis(axis: Axis, experiments: Experiments) -> AxisResult:
         return AxisResult(axis.name, "skipped", blamed(error))
     diagnosis = None if exact else _diagnosis(axis, measurement)
     cause = None if diagnosis is None else diagnosis.cause
+    also = () if diagnosis is None else diagnosis.also
     evidence = [measurement.evidence, "" if diagnosis is None else diagnosis.evidence]
     noise_floor = measurement.noise_floor
     if noise_floor is None and measurement.relative_difference is not None:
@@ -210,7 +213,8 @@ def run_axis(axis: Axis, experiments: Experiments) -> AxisResult:
         cause=cause,
         residual=None if diagnosis is None else diagnosis.residual,
         evidence="; ".join(filter(None, evidence)),
-        advice=advice_for(cause, experiments.causes),
+        advice=" ".join(advice_for(name, experiments.causes) for name in (cause, *also)),
+        also=also,
     )
 
 

@@ -7,9 +7,9 @@ import torch
 from samestep.audit.axes.axis import Measurement
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.coupling import PADDING_COLUMNS, diagnose_pack, diagnose_padding
-from samestep.audit.diagnose.reported import diagnose_objective
+from samestep.audit.diagnose.reported import diagnose_objective, recomputed_differently
 from samestep.audit.diagnose.split import diagnose_empty, diagnose_split
-from samestep.audit.diagnose.state import LeftDifference, compare_left
+from samestep.audit.diagnose.state import LeftDifference, compare_left, moves_beside
 from samestep.audit.experiments import Experiments, candidate_splits, sizes_of, uneven_split
 from samestep.audit.gradients import (
     GradientDifference,
@@ -54,7 +54,8 @@ def micro_batch(experiments: Experiments) -> Measurement:
         subject = experiments.subject
         ragged = uneven_split(subject.size) if subject.uniform else splits[0]
         shows = relative_difference(experiments.run(ragged).gradient, whole) > experiments.tolerance
-        diagnosis = diagnose_split(experiments, ragged if shows or note else at)
+        worse = ragged if shows or note else at
+        diagnosis = moves_beside(experiments, worse, diagnose_split(experiments, worse))
         if diagnosis.cause != UNEXPLAINED or "loss" not in experiments.run(batch).reported:
             return diagnosis
         return diagnose_objective(experiments) or diagnosis
@@ -222,6 +223,10 @@ def dropout(experiments: Experiments) -> Measurement:
     """The split with dropout on, from the same seed."""
     split = experiments.splits[-1]
     difference = _difference(experiments, split, reference=experiments.whole_batch, dropout=True)
+    again = recomputed_differently(experiments)
+    if again is not None:
+        reason = "the gradient against the loss that it is of, with dropout on, same seed"
+        return Measurement(reason, again.residual, exact=False, diagnose=lambda: again)
 
     def diagnose() -> Diagnosis:
         dropped = experiments.run(split, dropout=True).gradient

@@ -6,6 +6,7 @@ from dataclasses import replace
 from samestep.audit.axes.axis import Measurement
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.coupling import coupling
+from samestep.audit.diagnose.sizes import shortened_after_adding
 from samestep.audit.diagnose.split import diagnose_split
 from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import (
@@ -105,7 +106,11 @@ def _measure(
             reason += ", with gradients too small to be clipped"
         elif difference.relative_difference > experiments.tolerance:
             evidence = f"with gradients too small to be clipped: {small.relative_difference:.1e}"
-            clipped = Diagnosis("clip-per-micro-batch", small.relative_difference, evidence)
+            natural, bound = observations[0].gradient, experiments.residual_tolerance
+            partial = shortened_after_adding(natural, gradient, bound=bound)
+            clipped = partial or Diagnosis(
+                "clip-per-micro-batch", small.relative_difference, evidence
+            )
             return Measurement.of(difference, reason, diagnose=lambda: clipped)
     return Measurement.of(
         difference,

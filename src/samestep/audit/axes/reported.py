@@ -13,6 +13,7 @@ from samestep.audit.diagnose.reported import (
     explain_by_parts,
     is_loss,
     relative_change,
+    with_padding,
 )
 from samestep.audit.experiments import TOLERANCE_FACTOR, Experiments, sizes_of, uneven_split
 from samestep.audit.gradients import noise_estimate
@@ -40,12 +41,17 @@ def evaluation_batch(experiments: Experiments) -> Measurement:
                 return Diagnosis("batch-coupled-term", coupled, text)
         batches = uneven_split(size)
         alone = [experiments.evaluate(len(batch), batch).get(key, math.nan) for batch in batches]
-        return explain_by_parts(
+        diagnosis = explain_by_parts(
             by_size[3][key],
             alone,
             examples=list(map(len, batches)),
             cause="eval-mean-of-means" if is_loss(key) else "metric-mean-of-means",
         )
+
+        def read(**changes: object) -> float:
+            return experiments.evaluate(3, None, **changes).get(key, math.nan)
+
+        return with_padding(experiments, diagnosis, read=read)
 
     def perturbed(key: str) -> list[list[float]]:
         points = (None, *experiments.perturbations)

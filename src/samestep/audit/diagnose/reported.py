@@ -1,15 +1,17 @@
 """Why a reported number changes with the split, and whether the reported loss is the objective."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
+from samestep.audit.diagnose.coupling import PADDING_COLUMNS, diagnose_seen_padding
 from samestep.audit.diagnose.split import diagnose_split, is_faulty
 from samestep.audit.diagnose.state import compare_left
 from samestep.audit.experiments import Experiments, merged
-from samestep.audit.gradients import global_norm, scale
+from samestep.audit.gradients import global_norm, relative_difference, scale
 from samestep.audit.subject import Gradient, Perturbation, Split
 
 STEPS = (2e-6, 2e-5, 2e-4, 2e-3, 2e-2)
@@ -49,13 +51,44 @@ def diagnose_number(experiments: Experiments, split: Split, *, key: str) -> Diag
             return left.diagnosis()
     alone = [experiments.run((micro,)).reported.get(key, math.nan) for micro in split]
     cause = "reported-not-optimised" if loss else "metric-mean-of-means"
-    number = experiments.run(split).reported[key]
-    diagnosis = explain_by_parts(number, alone, examples=list(map(len, split)), cause=cause)
+
+    def read(**changes: object) -> float:
+        return experiments.run(split, **changes).reported.get(key, math.nan)
+
+    diagnosis = explain_by_parts(read(), alone, examples=list(map(len, split)), cause=cause)
+    if not loss:
+        diagnosis = with_padding(experiments, diagnosis, read=read)
     if diagnosis.cause != UNEXPLAINED:
         return diagnosis
     if faulty:  # a number that follows from the gradient, such as its norm
         return diagnose_split(experiments, split)
     return Diagnosis(cause, diagnosis.residual, diagnosis.evidence) if loss else diagnosis
+
+
+def with_padding(
+    experiments: Experiments, diagnosis: Diagnosis, *, read: Callable[..., float]
+) -> Diagnosis:
+    """A diagnosis of a number, unless more padding changes the number: then that comes first.
+
+    Args:
+        experiments: The subject's.
+        diagnosis: Without looking at padding.
+        read: The number, under changed settings.
+    """
+    if "padding" in experiments.subject.missing():
+        return diagnosis
+    for side in experiments.subject.padding_sides():
+        plain, padded = read(), read(extra_padding=PADDING_COLUMNS, padding_side=side)
+        change = relative_change(padded, plain)
+        if change <= max(experiments.tolerance, MAX_PREDICTION_ERROR):
+            continue
+        text = f"{PADDING_COLUMNS} more columns of padding make {padded:.6g} of {plain:.6g}"
+        seen = diagnose_seen_padding(experiments)
+        if seen is not None:  # the forward of real tokens sees it, whatever is scored
+            return replace(seen, evidence=f"{text}; {seen.evidence}")
+        beside = () if diagnosis.cause == UNEXPLAINED else (diagnosis.cause,)
+        return Diagnosis("padding-scored", change, text, beside)
+    return diagnosis
 
 
 def explain_by_parts(
@@ -114,40 +147,93 @@ def diagnose_objective(experiments: Experiments, split: Split | None = None) -> 
         the cause.
     """
     at = experiments.whole_batch if split is None else split
-    gradient = experiments.small_gradient(at)
+    slopes = _slopes(experiments, at)
+    if slopes is None:
+        return None
+    factor, residual, bound = slopes
+    if abs(factor) < MAX_SLOPE_ERROR or residual > bound:
+        text = f"slopes of the reported loss miss the gradient's by {residual:.1e}"
+        if experiments.run(at, watch_moves=True).draws:
+            text += "; random numbers are drawn during backward"
+            return Diagnosis("recomputed-differently", residual, text)
+        return Diagnosis("reported-not-optimised", residual, text)
+    return None if split is not None else _wrong_count(experiments, factor, bound=bound)
+
+
+def recomputed_differently(experiments: Experiments) -> Diagnosis | None:
+    """Whether dropout draws other masks where a forward is computed again for its backward.
+
+    Returns:
+        None where dropout changes nothing, where the gradient is that of the reported loss with
+        dropout on, or where it is not that with dropout off either.
+    """
+    at, on = experiments.whole_batch, {"dropout": True}
+    dropped = experiments.run(at, **on)
+    moved = relative_difference(dropped.gradient, experiments.run(at).gradient)
+    if moved <= experiments.tolerance:
+        return None
+    draws = experiments.run(at, **on, watch_moves=True).draws
+    still = experiments.run(at, watch_moves=True).draws
+    seen = "random numbers are drawn during backward, as where a forward runs again"
+    if not math.isfinite(dropped.reported.get("loss", math.nan)):
+        if not draws or still:
+            return None
+        return Diagnosis("recomputed-differently", 0.0, f"with dropout on, {seen}")
+    with_masks = _slopes(experiments, at, **on)
+    if with_masks is None or with_masks[1] <= with_masks[2]:
+        return None
+    without = _slopes(experiments, at)
+    if without is None or without[1] > without[2]:
+        return None
+    text = (
+        f"with dropout on, slopes of the reported loss miss the gradient's by {with_masks[1]:.1e}, "
+        f"without by {without[1]:.1e}"
+    )
+    text = f"{text}; {seen}" if draws else text
+    return Diagnosis("recomputed-differently", with_masks[1], text)
+
+
+def _slopes(
+    experiments: Experiments, at: Split, **changes: object
+) -> tuple[float, float, float] | None:
+    """How long the loss's gradient is over the one applied, how far it is off, and how far it may.
+
+    Returns:
+        None if the loss has too few digits to tell, or if there is no gradient.
+    """
+    gradient = experiments.small_gradient(at, **changes)
     length = global_norm(gradient)
     if not length:
         return None
     along = scale(gradient, 1 / length)
-    slope, step, uncertainty = _steady_slope(experiments, at, line=along)
+    slope, step, uncertainty = _steady_slope(experiments, at, line=along, **changes)
     bound = max(MAX_SLOPE_ERROR, SAFETY * uncertainty)
     if bound > MAX_UNCERTAINTY:
         return None
     factor = slope / length
     error = max(
-        abs(_slope(experiments, at, line=line, step=step) - factor * _dot(gradient, line)) / length
+        abs(
+            _slope(experiments, at, line=line, step=step, **changes) - factor * _dot(gradient, line)
+        )
+        / length
         for line in (_with_random_signs(along, seed) for seed in (1, 2))
     )
-    residual = error / max(abs(factor), 1e-12)
-    if abs(factor) < MAX_SLOPE_ERROR or residual > bound:
-        text = f"slopes of the reported loss miss the gradient's by {residual:.1e}"
-        return Diagnosis("reported-not-optimised", residual, text)
-    return None if split is not None else _wrong_count(experiments, factor, bound=bound)
+    return factor, error / max(abs(factor), 1e-12), bound
 
 
 def _steady_slope(
-    experiments: Experiments, split: Split, *, line: Gradient
+    experiments: Experiments, split: Split, *, line: Gradient, **changes: object
 ) -> tuple[float, float, float]:
     """The slope along a line, the displacement that shows it best, and how uncertain it is.
 
     A loss that is computed or logged in few digits needs longer displacements.
     """
     noise = max(experiments.coarsest_rounding, experiments.noise_floor)
-    noise *= abs(experiments.run(split).reported["loss"])
+    noise *= abs(experiments.run(split, **changes).reported["loss"])
     found = []
     for step in STEPS:
         slope, half = (
-            _slope(experiments, split, line=line, step=each) for each in (step, step / 2)
+            _slope(experiments, split, line=line, step=each, **changes) for each in (step, step / 2)
         )
         error = abs(slope - half) + noise / step
         uncertainty = error / abs(slope) if slope else math.inf
@@ -173,10 +259,12 @@ def _wrong_count(experiments: Experiments, factor: float, *, bound: float) -> Di
     return None
 
 
-def _slope(experiments: Experiments, split: Split, *, line: Gradient, step: float) -> float:
+def _slope(
+    experiments: Experiments, split: Split, *, line: Gradient, step: float, **changes: object
+) -> float:
     """Of the reported loss along a direction of unit length."""
     ahead, behind = (
-        experiments.rerun(split, perturbation=Perturbation(scale(line, sign * step)))
+        experiments.rerun(split, **changes, perturbation=Perturbation(scale(line, sign * step)))
         for sign in (1.0, -1.0)
     )
     return (ahead.reported["loss"] - behind.reported["loss"]) / (2 * step)

@@ -8,8 +8,13 @@ the loop itself takes for the answer.
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.coupling import coupling, diagnose_seen_padding, leak_in_row
 from samestep.audit.diagnose.examples import by_example, cut_by_neighbours, fits_by_example
+from samestep.audit.diagnose.sizes import (
+    by_size,
+    shortened_after_adding,
+    whole_follows_a_count,
+)
 from samestep.audit.diagnose.state import moved_between, order_dependence
-from samestep.audit.diagnose.weights import by_weights
+from samestep.audit.diagnose.weights import by_weights, several_laws
 from samestep.audit.experiments import Experiments, merged
 from samestep.audit.gradients import (
     LeastSquares,
@@ -42,15 +47,20 @@ def diagnose_split(experiments: Experiments, split: Split, **changes: object) ->
     difference = relative_difference(evidence.split, evidence.whole)
     if difference <= experiments.small_tolerance:
         # With small gradients the split is exact: what remains is what is done to large ones.
-        return Diagnosis("clip-per-micro-batch", difference, _shown(evidence))
+        natural, bound = experiments.natural_gradient(split, **changes), evidence.residual_tolerance
+        partial = shortened_after_adding(natural, evidence.split, bound=bound)
+        return partial or Diagnosis("clip-per-micro-batch", difference, _shown(evidence))
     diagnosis = moved_between(experiments, split, **changes)
     diagnosis = diagnosis or by_weights(evidence, experiments.causes.values())
     diagnosis = diagnosis or _by_hypothesis(
         experiments, split, evidence=evidence, difference=difference, **changes
     )
+    if diagnosis.cause in (UNEXPLAINED, "second-term-per-micro-batch"):
+        diagnosis = several_laws(evidence, experiments.causes.values()) or diagnosis
     if _bends_large_gradients(experiments, split, **changes):
         text = f"gradients are cut short before they are added; besides, {diagnosis.cause}: "
-        return Diagnosis("clip-per-micro-batch", 0.0, text + diagnosis.evidence)
+        beside = () if diagnosis.cause == UNEXPLAINED else (diagnosis.cause, *diagnosis.also)
+        return Diagnosis("clip-per-micro-batch", 0.0, text + diagnosis.evidence, beside)
     return diagnosis
 
 
@@ -155,6 +165,10 @@ def _checked(
         inside = _inside(experiments, split, evidence=evidence, **changes)
         if inside is not None:
             return inside
+    if not hypothesis.scales_whole and not whole_follows_a_count(evidence):
+        sized = by_size(evidence)
+        if sized is not None:
+            return sized
     if hypothesis.cause == "example-weighted":
         # The unit of the whole may be no count but a size of the micro-batch as a whole.
         coupled = coupling(experiments, split, **changes)
@@ -175,14 +189,15 @@ def _nonlinear(
     moved = experiments.seed_sensitivity(split, **changes)
     if moved > experiments.small_tolerance:
         text = f"the same cut from another seed differs by {moved:.1e}"
-        return Diagnosis("rng", moved, text)
+        draws = experiments.run(split, **changes, watch_moves=True).draws
+        return Diagnosis("rng", moved, text, ("recomputed-differently",) if draws else ())
     whole = least_squares(evidence.whole, evidence.alone)
     parts = least_squares(evidence.split, evidence.alone)
     residual = max(whole.residual, parts.residual)
     if residual <= evidence.residual_tolerance:
-        lost = _lost(whole, parts, evidence=evidence)
-        if lost is not None:
-            return lost
+        known = _lost(whole, parts, evidence=evidence) or by_size(evidence)
+        if known is not None:
+            return known
     inside = _inside(experiments, split, evidence=evidence, **changes)
     if inside is not None:
         return inside

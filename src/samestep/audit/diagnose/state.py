@@ -4,7 +4,7 @@ And what moves between the micro-batches of a step, so that later ones see anoth
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from samestep.audit.causes import Diagnosis
 from samestep.audit.experiments import TOLERANCE_FACTOR, Experiments, merged
@@ -167,6 +167,31 @@ def moved_between(experiments: Experiments, split: Split, **changes: object) -> 
         f"they give a gradient that differs by {by_order:.1e}"
     )
     return Diagnosis("state-per-micro-batch", 0.0, text)
+
+
+def moves_beside(experiments: Experiments, split: Split, diagnosis: Diagnosis) -> Diagnosis:
+    """A diagnosis of the gradient, with what else moves once a micro-batch beside it.
+
+    A fault of the gradient moves weights and averages elsewhere, but no rate, and nothing between
+    two backwards.
+    """
+    causes = (diagnosis.cause, *diagnosis.also)
+    if {"state-per-micro-batch", "optimizer-step-per-micro-batch"} & {*causes}:
+        return diagnosis
+    of_split, of_whole = (
+        experiments.run(each, watch_moves=True) for each in (split, merged(split))
+    )
+    if of_split.left is None or of_whole.left is None:
+        return diagnosis
+    rates = _of_rates(of_split.left, of_whole.left)
+    before = _times_moved(of_whole)
+    names = [name for name, times in _times_moved(of_split).items() if times > before.get(name, 0)]
+    moving = f"{', '.join(names[:SHOWN])} moved between the micro-batches" if names else ""
+    if not rates and not moving:
+        return diagnosis
+    text = "; ".join(filter(None, (diagnosis.evidence, f"besides, {rates or moving}")))
+    also = (*diagnosis.also, "state-per-micro-batch")
+    return replace(diagnosis, evidence=text, also=also)
 
 
 def _times_moved(observed: Observation) -> dict[str, int]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from samestep.audit.causes import Cause, Diagnosis
-from samestep.audit.gradients import compare_gradients, global_norm, least_squares
+from samestep.audit.gradients import compare_gradients, global_norm, least_squares, subtract
 from samestep.audit.hypotheses import SplitEvidence, hypotheses
 from samestep.audit.subject import Gradient
 
@@ -64,6 +64,42 @@ def _law(own: SplitEvidence, causes: Iterable[Cause], shown: str) -> Diagnosis |
             text = f"{shown}; there micro-batch {number + 1} alone is kept"
             return Diagnosis("last-micro-batch-only", fit.residual, text)
     return None
+
+
+def several_laws(evidence: SplitEvidence, causes: Iterable[Cause]) -> Diagnosis | None:
+    """Laws side by side, where every weight is exact or follows one, and not all the same.
+
+    Args:
+        evidence: Of an inexact split.
+        causes: Those that could be named, the user's own too.
+
+    Returns:
+        The law of the weights that differ most, the others beside it.
+    """
+    every = compare_gradients(evidence.split, evidence.whole, most=len(evidence.whole) + 1).worst
+    found: dict[str, list[str]] = {}
+    size = global_norm(evidence.whole)
+    for name, difference in every:
+        if difference <= evidence.residual_tolerance:
+            continue
+        own = _only(evidence, [name])
+        if global_norm(subtract(own.split, own.whole)) <= evidence.residual_tolerance * size:
+            continue
+        law = _law(own, causes, "") if _elements(own.split) > 1 else None
+        if law is None:
+            return None
+        found.setdefault(law.cause, []).append(name)
+    if len(found) < 2:
+        return None
+    ranked = sorted(found, key=lambda cause: -_difference(evidence, found[cause]))
+    text = "; ".join(f"{cause}: {', '.join(found[cause][:SHOWN])}" for cause in ranked)
+    return Diagnosis(ranked[0], 0.0, f"weights follow laws of their own: {text}", tuple(ranked[1:]))
+
+
+def _difference(evidence: SplitEvidence, names: Sequence[str]) -> float:
+    """How far these weights are from where they should be."""
+    own = _only(evidence, names)
+    return global_norm(subtract(own.split, own.whole))
 
 
 def _only(evidence: SplitEvidence, names: Sequence[str]) -> SplitEvidence:

@@ -1,0 +1,105 @@
+"""Laws of a micro-batch's size, and norms of a part: what scales gradients that are right in kind.
+
+Where a split and its whole are both sums of the micro-batches' own gradients, their coefficients
+say how much of each micro-batch the split holds over how much the whole does. Where each weight's
+gradient is the unclipped one times a factor, all were added up before they were clipped.
+"""
+
+from collections.abc import Mapping
+
+from samestep.audit.causes import Diagnosis
+from samestep.audit.gradients import global_norm, least_squares
+from samestep.audit.hypotheses import SplitEvidence
+from samestep.audit.subject import Gradient
+
+SAME = 1e-6
+"""Relative difference up to which two factors are one."""
+
+MINIMUM = 1e-6
+"""Norm of a weight's gradient over the whole gradient's from which on it has a direction."""
+
+
+def by_size(evidence: SplitEvidence) -> Diagnosis | None:
+    """A factor of each micro-batch that depends on how many examples it holds, and on nothing else.
+
+    Micro-batches of one size have to have one factor although their targets differ.
+    """
+    ratios = _ratios(evidence)
+    if ratios is None:
+        return None
+    by: dict[int, list[float]] = {}
+    counts: dict[int, set[int]] = {}
+    for at, (size, ratio) in enumerate(zip(evidence.examples, ratios, strict=True)):
+        by.setdefault(size, []).append(ratio)
+        counts.setdefault(size, set()).add(at if evidence.targets is None else evidence.targets[at])
+    repeated = [values for size, values in by.items() if len(counts[size]) > 1]
+    if not repeated or not all(_alike(values) for values in repeated) or _alike(ratios):
+        return None
+    shown = ", ".join(f"{size} x {values[0]:.4g}" for size, values in sorted(by.items()))
+    text = f"over the whole batch's, a micro-batch weighs by its number of examples alone: {shown}"
+    return Diagnosis("weighted-by-size", 0.0, text)
+
+
+def whole_follows_a_count(evidence: SplitEvidence) -> bool:
+    """Whether the whole weighs micro-batches by shares, or all alike, as sums over counts do."""
+    whole = least_squares(evidence.whole, evidence.alone)
+    return abs(sum(whole.coefficients) - 1) <= SAME or _alike(list(whole.coefficients))
+
+
+def _ratios(evidence: SplitEvidence) -> list[float] | None:
+    """How much of each micro-batch the split holds, over how much the whole does."""
+    whole = least_squares(evidence.whole, evidence.alone)
+    split = least_squares(evidence.split, evidence.alone)
+    if max(whole.residual, split.residual) > evidence.residual_tolerance:
+        return None
+    if any(abs(own) < 1e-9 for own in (*whole.coefficients, *split.coefficients)):
+        return None
+    pairs = zip(split.coefficients, whole.coefficients, strict=True)
+    return [own / of_whole for own, of_whole in pairs]
+
+
+def _alike(values: list[float]) -> bool:
+    return max(values) - min(values) <= SAME * max(map(abs, values))
+
+
+def shortened_after_adding(
+    observed: Gradient, unclipped: Gradient, *, bound: float
+) -> Diagnosis | None:
+    """Whether each weight's gradient is the unclipped one times a factor of its own.
+
+    Clipping before the addition changes directions; clipping after it by the norm of a part does
+    not.
+
+    Args:
+        observed: The clipped gradient.
+        unclipped: The same step's, too small to be clipped.
+        bound: Relative residual up to which two gradients have one direction.
+    """
+    factors = _factors(observed, unclipped, bound=bound)
+    if not factors:
+        return None
+    kinds = sorted({float(f"{factor:.4g}") for factor in factors.values()})
+    shown = ", ".join(f"x {factor:.4g}" for factor in kinds[:4])
+    text = (
+        f"each of {len(factors)} weights has the direction of the unclipped gradient, shortened "
+        f"({shown}): all was added up before it was clipped"
+    )
+    return Diagnosis("partial-norm", 0.0, text)
+
+
+def _factors(
+    observed: Gradient, unclipped: Gradient, *, bound: float
+) -> Mapping[str, float] | None:
+    """By weight; None where one has another direction."""
+    least = MINIMUM * global_norm(unclipped)
+    factors = {}
+    for name, expected in unclipped.items():
+        if float(expected.norm()) <= least or expected.numel() < 2:
+            continue
+        if name not in observed:
+            return None
+        fit = least_squares({name: observed[name]}, [{name: expected}])
+        if fit.residual > bound:
+            return None
+        factors[name] = fit.coefficients[0]
+    return factors
