@@ -50,7 +50,8 @@ class Bitwise:
     any order and dealt to any ranks. `state_dict` belongs in a checkpoint.
 
     Attributes:
-        digest: SHA-256 of the summed gradient of the last step; empty before the first.
+        digest: SHA-256 of the summed gradient of the last step; empty before the first, and after
+            one that failed.
         digests: The same of each weight, by name.
         retaken: How many steps were taken again on another grid; the first one always is.
 
@@ -122,6 +123,7 @@ class Bitwise:
             StepError: A micro-batch that ran twice gave another gradient the second time.
         """
         names = _named_weights(model, scaler)
+        self.digest, self.digests = "", {}
         with determinism():
             for _ in range(_ATTEMPTS):
                 sums = GridSums(
