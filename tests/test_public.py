@@ -13,6 +13,7 @@ from samestep import errors
 
 PUBLIC = [
     "Axis",
+    "Bitwise",
     "CausalLMLoss",
     "Cause",
     "CheckError",

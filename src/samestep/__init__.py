@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from samestep.audit.check import CheckReport as CheckReport
     from samestep.audit.check import assert_same_step as assert_same_step
     from samestep.audit.check import check as check
+    from samestep.engine.bitwise import Bitwise as Bitwise
     from samestep.engine.counts import target_weights as target_weights
     from samestep.engine.evaluate import EvalReport as EvalReport
     from samestep.engine.evaluate import evaluate as evaluate
@@ -47,6 +48,7 @@ __version__ = "0.2.0"
 
 _HOME = {
     "Axis": "samestep.audit.axes.axis",
+    "Bitwise": "samestep.engine.bitwise",
     "CausalLMLoss": "samestep.objectives.language",
     "Cause": "samestep.audit.causes",
     "CheckReport": "samestep.audit.check",
@@ -72,6 +74,7 @@ _HOME = {
 
 __all__ = [
     "Axis",
+    "Bitwise",
     "CausalLMLoss",
     "Cause",
     "CheckError",

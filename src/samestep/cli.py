@@ -26,6 +26,7 @@ Training steps that do not depend on how the batch was split.
 
 commands:
   train [RUN.YAML] [--FIELD VALUE ...]   fine-tune a language model
+  verify RUN                             take steps of a --bitwise run again, and compare
   check FILE.py[:NAME]                   audit a training loop and name the cause
   study [STUDY.YAML] --out DIR           compare batch configurations and draw a report
   report DIR                             draw a study's report again
@@ -120,6 +121,10 @@ def _run(command: str, arguments: list[str]) -> int:
         from samestep.train.command import run
 
         return run(arguments)
+    if command == "verify":
+        from samestep.train.verify_command import run
+
+        return run(arguments)
     if command == "check":
         from samestep.audit.command import run
 
@@ -134,6 +139,6 @@ def _run(command: str, arguments: list[str]) -> int:
         return report(arguments)
     if command.endswith((".yaml", ".yml")):
         raise ConfigError(f"which command? `samestep train {command}`, or study?")
-    near = difflib.get_close_matches(command, ["train", "check", "study", "report"], n=1)
+    near = difflib.get_close_matches(command, ["train", "verify", "check", "study", "report"], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"there is no command {command!r}{hint} (`samestep --help` lists them)")

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from samestep.engine.exact_sum import exact_parts, rounded_sum
 from samestep.engine.targets import (
     IGNORE,
     check_collated_positions,
@@ -17,6 +18,9 @@ from samestep.engine.targets import (
 )
 from samestep.engine.terms import Constant, Counter, Counts, MicroBatch, Unit
 from samestep.errors import ConfigError, StepError
+
+CountParts: TypeAlias = dict[str, list[float]]
+"""By unit, floats whose exact sum is how many there are: what ranks send to each other."""
 
 
 def targets_per_sequence(micro_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -134,7 +138,25 @@ def count_labels(micro_batch: Mapping[str, Any]) -> Counts:
 def count_units(
     micro_batches: Iterable[MicroBatch], counters: Mapping[str, Counter] | None = None
 ) -> Counts:
-    """Count every unit over the micro-batches of one effective batch.
+    """Count every unit over micro-batches, as `count_parts` does, and add up.
+
+    Args:
+        micro_batches: As for `count_parts`.
+        counters: As for `count_parts`.
+
+    Returns:
+        The counts by unit.
+
+    Raises:
+        StepError: As for `count_parts`.
+    """
+    return add_counts([count_parts(micro_batches, counters)])
+
+
+def count_parts(
+    micro_batches: Iterable[MicroBatch], counters: Mapping[str, Counter] | None = None
+) -> CountParts:
+    """Count every unit over micro-batches that are a part of an effective batch.
 
     Args:
         micro_batches: All of them; those that are mappings with ``labels`` are counted by
@@ -142,14 +164,14 @@ def count_units(
         counters: A counter for each further unit, or to replace a default one.
 
     Returns:
-        The counts by unit, added up.
+        By unit floats whose exact sum is the count, for `add_counts`.
 
     Raises:
         StepError: A counter gave something that is not a finite number of at least 0, or as for
             `count_labels`; labels are no tensor, or some micro-batches have none.
     """
     counters = counters or {}
-    totals: Counts = dict.fromkeys(counters, 0.0)
+    found: dict[str, list[float]] = {unit: [] for unit in counters}
     labelled: list[bool] = []
     for index, micro_batch in enumerate(micro_batches):
         labelled.append(isinstance(micro_batch, Mapping) and "labels" in micro_batch)
@@ -167,8 +189,8 @@ def count_units(
                     f"the counter of unit {unit!r} gave {count} for micro-batch {index}: "
                     "a count is a finite number of at least 0"
                 )
-            totals[unit] = totals.get(unit, 0.0) + count
-    return totals
+            found.setdefault(unit, []).append(count)
+    return {unit: exact_parts(each) for unit, each in found.items()}
 
 
 def _count_labels_of(micro_batch: Mapping[str, Any], index: int) -> Counts:
@@ -183,7 +205,7 @@ def _count_labels_of(micro_batch: Mapping[str, Any], index: int) -> Counts:
 
 
 @contextmanager
-def uncounted_guard(micro_batch: MicroBatch, counts: Counts) -> Iterator[None]:
+def uncounted_guard(micro_batch: MicroBatch, counts: Mapping[str, Any]) -> Iterator[None]:
     """Say that nothing was counted where a loss cannot read such a micro-batch either.
 
     Args:
@@ -209,20 +231,32 @@ def uncounted_guard(micro_batch: MicroBatch, counts: Counts) -> Iterator[None]:
         ) from error
 
 
-def add_counts(counts: Iterable[Counts]) -> Counts:
-    """The counts of a batch from those of its parts.
+def join_counts(parts: Iterable[CountParts]) -> CountParts:
+    """The parts of what several parts of a batch hold together.
 
     Args:
-        counts: One for each part; a unit may be missing in some of them.
+        parts: `count_parts` of each; a unit may be missing in some of them.
+
+    Returns:
+        Of all of them, by unit.
+    """
+    found: dict[str, list[float]] = {}
+    for part in parts:
+        for unit, each in part.items():
+            found.setdefault(unit, []).extend(each)
+    return {unit: exact_parts(each) for unit, each in found.items()}
+
+
+def add_counts(parts: Iterable[CountParts]) -> Counts:
+    """The counts of a batch from those of its parts, rounded once: the same for any parts.
+
+    Args:
+        parts: As for `join_counts`.
 
     Returns:
         Their sum by unit.
     """
-    totals: Counts = {}
-    for part in counts:
-        for unit, count in part.items():
-            totals[unit] = totals.get(unit, 0.0) + count
-    return totals
+    return {unit: rounded_sum(each) for unit, each in join_counts(parts).items()}
 
 
 def input_tokens(micro_batch: MicroBatch) -> int:

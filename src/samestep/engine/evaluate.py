@@ -10,7 +10,14 @@ from torch import nn
 from samestep.engine.batch_statistics import check_batch_norm
 from samestep.engine.checks import check_micro_batches
 from samestep.engine.collectives import all_gather_object, any_rank
-from samestep.engine.counts import add_counts, count_units, input_tokens, uncounted_guard
+from samestep.engine.counts import (
+    CountParts,
+    add_counts,
+    count_parts,
+    input_tokens,
+    join_counts,
+    uncounted_guard,
+)
 from samestep.engine.first_step import SumCheck
 from samestep.engine.modes import eval_mode
 from samestep.engine.normalize import TermAccumulator, TermTotals, reduce_terms, reduce_totals
@@ -67,6 +74,7 @@ def evaluate(
     normalize: Unit = "token",
     counters: Mapping[str, Counter] | None = None,
     check_sums: bool = True,
+    bitwise: bool = False,
 ) -> EvalReport:
     """The objective and every term over a whole data set, without gradients.
 
@@ -81,6 +89,8 @@ def evaluate(
         normalize: As for `samestep.step`.
         counters: As for `samestep.step`.
         check_sums: As for `samestep.step`.
+        bitwise: Give `Coupled` terms the same bits on any ranks, in any order of the micro-batches;
+            the sums of other terms have them anyway.
 
     Returns:
         The report.
@@ -109,24 +119,24 @@ def evaluate(
     """
     started = time.perf_counter()
     prepare_for_step(model)
-    accumulator, gathered = TermAccumulator(), GatheredTerms()
+    accumulator, gathered = TermAccumulator(), GatheredTerms(sort=bitwise)
 
-    def run_micro_batches() -> tuple[TermTotals, PartShapes, Counts, int, int]:
-        counts, tokens = list[Counts](), list[int]()
+    def run_micro_batches() -> tuple[TermTotals, PartShapes, CountParts, int, int]:
+        counts, tokens = list[CountParts](), list[int]()
         for micro_batch, is_counted in _scheduled(model, check_micro_batches(micro_batches)):
-            counted = count_units([micro_batch], counters)
+            counted = count_parts([micro_batch], counters)
             check_sums_once([micro_batch])
             with memory_guard(micro_batch), uncounted_guard(micro_batch, counted):
                 result = loss_fn(unwrap(model), micro_batch)
             if not is_counted:
                 continue
-            terms = gathered.add(result)
+            terms = gathered.add(result, micro_batch)
             if terms:
                 accumulator.add(reduce_terms(terms, micro_batch, normalize=normalize))
             counts.append(counted)
             tokens.append(input_tokens(micro_batch))
         shapes = gathered.shapes()
-        return accumulator.totals(), shapes, add_counts(counts), sum(tokens), len(tokens)
+        return accumulator.totals(), shapes, join_counts(counts), sum(tokens), len(tokens)
 
     with eval_mode(model), torch.no_grad():
         check_batch_norm(model)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from samestep.engine.batch_statistics import BufferWatch
-from samestep.engine.counts import add_counts, count_units
+from samestep.engine.counts import add_counts, count_parts
 from samestep.engine.cut import Halves, cut_in_two
 from samestep.engine.modes import eval_mode
 from samestep.engine.normalize import reduce_terms
@@ -202,7 +202,7 @@ class SumCheck:
         )
 
     def _counts(self, micro_batches: Sequence[MicroBatch]) -> Counts:
-        return add_counts([count_units([one], self._counters) for one in micro_batches])
+        return add_counts([count_parts([one], self._counters) for one in micro_batches])
 
     def _is_random(self, halves: Halves) -> bool:
         """Whether other random numbers give other sums."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from samestep.engine.counts import targets_per_sequence, weights_per_target
+from samestep.engine.exact_sum import exact_parts, rounded_sum
 from samestep.engine.terms import (
     Constant,
     Counts,
@@ -38,9 +39,9 @@ TermKind: TypeAlias = tuple[Unit, float]
 """A term's unit and weight."""
 
 TermTotals: TypeAlias = dict[str, dict[str, Any]]
-"""What one rank sends to the others of each term, as JSON: "total", "unit", "weight",
-"nonfinite", the number of the first micro-batch whose total was not finite, or None, and "graph",
-whether its total had a graph in any micro-batch."""
+"""What one rank sends to the others of each term, as JSON: "total" (`exact_parts`), "unit",
+"weight", "nonfinite", the number of the first micro-batch whose total was not finite, or None, and
+"graph", whether its total had a graph in any micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class TermAccumulator:
         nonfinite = [index for index, total in enumerate(totals) if not math.isfinite(total)]
         unit, weight = self._kinds[name]
         return {
-            "total": totals[nonfinite[0]] if nonfinite else math.fsum(totals),
+            "total": exact_parts(totals),
             "nonfinite": nonfinite[0] if nonfinite else None,
             "unit": {"constant": unit.value} if isinstance(unit, Constant) else unit,
             "weight": weight,
@@ -242,15 +243,16 @@ def reduce_totals(
             unit = term["unit"]
             unit = Constant(unit["constant"]) if isinstance(unit, dict) else unit
             _check_same_kind(kinds, name, kind=(unit, term["weight"]))
-            totals.setdefault(name, []).append(term["total"])
+            totals.setdefault(name, []).extend(term["total"])
             if term["nonfinite"] is not None:
                 of_rank = f" of rank {rank}" if len(totals_by_rank) > 1 else ""
                 problems.append(
-                    f"term {name!r} is {term['total']} in micro-batch {term['nonfinite']}{of_rank}"
+                    f"term {name!r} is {term['total'][0]} in micro-batch "
+                    f"{term['nonfinite']}{of_rank}"
                 )
     values = {}
-    for name, rank_sums in totals.items():
-        total, unit = sum(rank_sums), kinds[name][0]
+    for name, parts in totals.items():
+        total, unit = rounded_sum(parts), kinds[name][0]
         count = divisor(name, unit, counts=counts)
         if count == 0 and total != 0 and math.isfinite(total):
             problems.append(f"term {name!r} sums to {total} over unit {unit!r}, of which 0")

@@ -7,13 +7,15 @@ final when its gradient is made, and the micro-batches may be of any size and nu
 
 The whole step is this file and those beside it, of which each does one part:
 
-- what is a target, and what is counted: `samestep.engine.targets`, `samestep.engine.counts`;
+- what is a target, and what is counted: `samestep.engine.targets`, `samestep.engine.counts`,
+  `samestep.engine.batch`;
 - what a loss returns: `samestep.engine.terms`;
 - dividing, and adding terms up over micro-batches and ranks: `samestep.engine.normalize`;
 - a first pass for terms that couple the batch: `samestep.engine.two_pass`;
 - adding gradients up over micro-batches and ranks, and clipping: `samestep.engine.gradients`;
 - which micro-batches a rank runs under DDP and FSDP2: `samestep.engine.parallel`;
 - talking to the other ranks: `samestep.engine.collectives`;
+- the same bits whatever the ranks: `samestep.engine.bitwise`, `samestep.engine.exact_sum`;
 - refusing and explaining: `samestep.engine.checks`, `samestep.engine.batch_statistics`,
   `samestep.engine.oom`;
 - a trial before the first step, that the loss sums: `samestep.engine.first_step`, which cuts a
@@ -27,23 +29,23 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from samestep.engine.batch import count_batch, has_no_targets
 from samestep.engine.batch_statistics import check_batch_norm
+from samestep.engine.bitwise import Bitwise, GridSums
 from samestep.engine.checks import (
-    check_micro_batches,
     check_optimizer_params,
     check_scaler,
     check_terms_reach_weights,
     check_trains,
-    no_micro_batch_error,
     nonfinite_gradient_error,
 )
-from samestep.engine.collectives import gather_results
-from samestep.engine.counts import add_counts, count_units, input_tokens, uncounted_guard
+from samestep.engine.counts import uncounted_guard
 from samestep.engine.first_step import SumCheck
 from samestep.engine.gradients import (
     assign_gradients,
@@ -61,7 +63,6 @@ from samestep.engine.normalize import (
 )
 from samestep.engine.oom import memory_guard
 from samestep.engine.parallel import (
-    Idle,
     gather_micro_batch_results,
     is_sharded,
     no_gradient_sync,
@@ -121,6 +122,7 @@ def step(
     counters: Mapping[str, Counter] | None = None,
     scaler: GradScaler | None = None,
     check_sums: bool = True,
+    bitwise: Bitwise | None = None,
 ) -> StepReport:
     """One optimizer step on one effective batch, the same however the batch is split.
 
@@ -141,6 +143,8 @@ def step(
         scaler: A gradient scaler for float16 autocast; a step that overflows is skipped.
         check_sums: Cut one micro-batch in two, on the first step of a model and a loss, and compare
             the terms: a mean is no sum. It costs about two forwards, once; later steps nothing.
+        bitwise: One object for all steps of a run: then the same micro-batches give the same bits,
+            in any order and on any ranks.
 
     Returns:
         The report.
@@ -190,7 +194,8 @@ def step(
     weights = prepare_for_step(model)
     check_optimizer_params(model, optimizer)
 
-    loss, terms, gradients = accumulate(
+    run = partial(
+        accumulate,
         model,
         weights,
         micro_batches=local_micro_batches,
@@ -201,7 +206,13 @@ def step(
         counters=counters,
         check_sums=check_sums,
     )
-    if _has_no_targets(counts):
+    if bitwise is None:
+        loss, terms, gradients = run()
+    else:
+        loss, terms, gradients = bitwise.sum_exactly(
+            lambda sums: run(grid_sums=sums), model, packs=num_micro_batches, scaler=scaler
+        )
+    if has_no_targets(counts):
         skipped = "no targets"
     else:
         if scaler is not None:
@@ -297,6 +308,7 @@ def accumulate(
     scaler: GradScaler | None = None,
     counters: Mapping[str, Counter] | None = None,
     check_sums: bool = True,
+    grid_sums: GridSums | None = None,
 ) -> tuple[float, dict[str, float], dict[nn.Parameter, Tensor]]:
     """Forward and backward of each micro-batch, with every share already normalised.
 
@@ -310,6 +322,7 @@ def accumulate(
         scaler: As for `step`.
         counters: As for `step`.
         check_sums: As for `step`.
+        grid_sums: Adds the gradients up as integers, in the place of floats.
 
     Returns:
         The objective, each term's total / count, and the gradient of each weight that got one
@@ -324,7 +337,7 @@ def accumulate(
     check_scaler(model, weights, scaler=scaler)
     model.zero_grad()
     accumulator = TermAccumulator()
-    schedule = [] if _has_no_targets(counts) else schedule_micro_batches(model, micro_batches)
+    schedule = [] if has_no_targets(counts) else schedule_micro_batches(model, micro_batches)
 
     def run_micro_batches() -> tuple[TermTotals, list[int]]:
         """Run this rank's micro-batches: their totals, and the weights without a gradient."""
@@ -340,56 +353,26 @@ def accumulate(
                 share = objective_share(sums, counts)
                 if share is not None:
                     (share if scaler is None else scaler.scale(share)).backward()
-                accumulator.add(sums)
+                if grid_sums is None or grid_sums.end_pack(sums):
+                    accumulator.add(sums)
         gathered.check_repeated(model, schedule, loss_fn=loss_fn)
         return accumulator.totals(), params_without_grad(weights, gradients)
 
     check_sums_once = SumCheck(
         model, loss_fn, normalize=normalize, counters=counters, enabled=check_sums
     )
-    with no_gradient_sync(model), float32_accumulation(weights) as gradients:
-        gathered = first_pass(model, schedule, loss_fn=loss_fn)
+    adding = float32_accumulation(weights) if grid_sums is None else grid_sums.adding()
+    with no_gradient_sync(model), adding as gradients:
+        gathered = first_pass(model, schedule, loss_fn=loss_fn, sort=grid_sums is not None)
+        if grid_sums is not None:
+            schedule = grid_sums.with_trial(schedule)
         totals, without_grad = zip(
             *gather_micro_batch_results(model, run_micro_batches), strict=True
         )
         loss, terms = reduce_totals(totals, counts)
         check_terms_reach_weights(totals, without_grad, num_weights=len(weights))
+    if grid_sums is not None:
+        return loss, terms, grid_sums.reduce(without_grad)
     if not is_sharded(model):
         sum_over_replicas(gradients, weights, without_grad_by_rank=without_grad)
     return loss, terms, gradients
-
-
-def count_batch(
-    micro_batches: Iterable[MicroBatch], counters: Mapping[str, Counter] | None
-) -> tuple[list[MicroBatch], Counts, int, int]:
-    """This rank's micro-batches, and what the effective batch holds over all ranks.
-
-    Args:
-        micro_batches: As for `step`.
-        counters: As for `step`.
-
-    Returns:
-        The micro-batches of this rank; the counts, the number of input tokens and the number of
-        micro-batches over all ranks.
-
-    Raises:
-        StepError: As for `samestep.engine.counts.count_units`.
-        ConfigError: ``micro_batches`` is no iterable of micro-batches.
-        DataError: No rank has a micro-batch.
-    """
-    local: list[MicroBatch] = []
-
-    def count_local() -> tuple[Counts, int, int]:
-        local.extend(check_micro_batches(micro_batches))
-        counted = [item for item in local if not isinstance(item, Idle)]
-        return count_units(counted, counters), sum(map(input_tokens, counted)), len(counted)
-
-    counts, tokens, num_micro_batches = zip(*gather_results(count_local), strict=True)
-    if sum(num_micro_batches) == 0:
-        raise no_micro_batch_error(micro_batches)
-    return local, add_counts(counts), sum(tokens), sum(num_micro_batches)
-
-
-def _has_no_targets(counts: Counts) -> bool:
-    """Whether the batch was counted and holds nothing to learn from."""
-    return bool(counts) and not any(counts.values())

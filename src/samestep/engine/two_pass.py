@@ -6,14 +6,24 @@ micro-batch's objective, whose gradient is by the chain rule that of value(s). T
 GradCache (arXiv:2101.06983), here for any statistic.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from samestep.engine.collectives import all_reduce_sum, any_rank, gather_rows, rank, row_offset
+from samestep.engine.collectives import (
+    all_gather_object,
+    all_reduce_sum,
+    any_rank,
+    gather_rows,
+    rank,
+    row_offset,
+)
+from samestep.engine.content import content_digest
 from samestep.engine.normalize import TermSum
 from samestep.engine.oom import memory_guard
 from samestep.engine.parallel import Schedule, gather_micro_batch_results, is_sharded, unwrap
@@ -71,9 +81,15 @@ class GatheredTerms:
     """Coupled terms over a whole effective batch: their parts, then their values and gradients.
 
     With several ranks each adds its own micro-batches; `compute` gathers the parts of all.
+
+    Args:
+        sort: Put the parts in the order of what their micro-batches hold, so that the value and its
+            gradient have the same bits on any ranks, in any order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, sort: bool = False) -> None:
+        self._sort = sort
+        self._keys: list[str] = []
         self._parts: dict[str, list[Tensor]] = {}
         self._terms: dict[str, Coupled] = {}  # of the first micro-batch, which stand for all
         self._gradients: dict[str, list[Tensor]] = {}  # of the value, at each part
@@ -82,11 +98,12 @@ class GatheredTerms:
         self._num_micro_batches = 0
         self._reports = True
 
-    def add(self, loss: LossResult) -> dict[str, Term]:
+    def add(self, loss: LossResult, micro_batch: MicroBatch) -> dict[str, Term]:
         """Keep the parts of one micro-batch.
 
         Args:
             loss: What the loss returned for it.
+            micro_batch: It.
 
         Returns:
             The terms that are not coupled.
@@ -102,6 +119,8 @@ class GatheredTerms:
         for name, term in coupled.items():
             self._parts[name].append(term.part.detach().double())
         self._num_micro_batches += 1
+        if self._sort and coupled:
+            self._keys.append(content_digest(micro_batch))
         return terms
 
     def shapes(self) -> PartShapes:
@@ -122,14 +141,15 @@ class GatheredTerms:
         """
         first_shapes = next((rank_shapes for rank_shapes in shapes if rank_shapes), {})
         for name, (gather, shape, device) in first_shapes.items():
-            statistic, offset = _gather_over_ranks(
+            gather_parts = partial(_gather_sorted, keys=self._keys) if self._sort else _gather_parts
+            statistic, places = gather_parts(
                 self._parts.get(name, []), gather=gather, shape=shape, device=device
             )
             if name in self._terms:
-                self._differentiate(name, statistic, offset=offset)
+                self._differentiate(name, statistic, places=places)
         self._reports = bool(self._terms) and not any(shapes[: rank()])
 
-    def _differentiate(self, name: str, statistic: Tensor, *, offset: int) -> None:
+    def _differentiate(self, name: str, statistic: Tensor, *, places: Sequence[int]) -> None:
         term, parts = self._terms[name], self._parts[name]
         with torch.enable_grad():
             leaf = statistic.requires_grad_()
@@ -142,8 +162,10 @@ class GatheredTerms:
         if term.gather == "sum":
             self._gradients[name] = [gradient] * len(parts)
         else:
-            sizes = [len(part) for part in parts]
-            self._gradients[name] = list(gradient[offset : offset + sum(sizes)].split(sizes))
+            self._gradients[name] = [
+                gradient[place : place + len(part)]
+                for place, part in zip(places, parts, strict=True)
+            ]
 
     def values(self) -> dict[str, TermSum]:
         """The terms' values over the whole batch, without a graph, on the one rank that reports."""
@@ -220,7 +242,9 @@ class GatheredTerms:
             )
 
 
-def first_pass(model: nn.Module, schedule: Schedule, *, loss_fn: LossFn) -> GatheredTerms:
+def first_pass(
+    model: nn.Module, schedule: Schedule, *, loss_fn: LossFn, sort: bool = False
+) -> GatheredTerms:
     """Gather what a `TwoPass` loss couples; nothing is run for any other loss.
 
     Args:
@@ -228,6 +252,7 @@ def first_pass(model: nn.Module, schedule: Schedule, *, loss_fn: LossFn) -> Gath
         schedule: This rank's micro-batches, of
             `samestep.engine.parallel.schedule_micro_batches`.
         loss_fn: The loss.
+        sort: As for `GatheredTerms`.
 
     Returns:
         What `GatheredTerms.resolve` needs in the second pass.
@@ -235,14 +260,14 @@ def first_pass(model: nn.Module, schedule: Schedule, *, loss_fn: LossFn) -> Gath
     Raises:
         StepError: The coupled terms do not fit together, or have no finite value.
     """
-    gathered = GatheredTerms()
+    gathered = GatheredTerms(sort=sort)
 
     def run_micro_batches() -> PartShapes:
         for micro_batch, index in schedule:
             with memory_guard(micro_batch):
                 result = loss_fn(unwrap(model), micro_batch)
             if index is not None:
-                gathered.add(result)
+                gathered.add(result, micro_batch)
         return gathered.shapes()
 
     if isinstance(loss_fn, TwoPass):
@@ -251,19 +276,44 @@ def first_pass(model: nn.Module, schedule: Schedule, *, loss_fn: LossFn) -> Gath
     return gathered
 
 
-def _gather_over_ranks(
+def _gather_parts(
     parts: list[Tensor], *, gather: str, shape: list[int], device: str
-) -> tuple[Tensor, int]:
-    """The statistic of all ranks' parts, and where this rank's rows start in it.
+) -> tuple[Tensor, list[int]]:
+    """The statistic of all ranks' parts, and where the rows of each part of this rank start in it.
 
     A rank without parts takes part with zeros of a part's shape, or with no rows.
     """
-    shape = shape if gather == "sum" else [0, *shape[1:]]
-    zeros = torch.zeros(shape, dtype=torch.float64, device=device)
+    zeros = torch.zeros(
+        shape if gather == "sum" else [0, *shape[1:]], dtype=torch.float64, device=device
+    )
     if gather == "sum":
-        return all_reduce_sum(torch.stack(parts).sum(0) if parts else zeros), 0
+        return all_reduce_sum(torch.stack(parts).sum(0) if parts else zeros), []
     rows = torch.cat(parts) if parts else zeros
-    return gather_rows(rows), row_offset(len(rows))
+    starts = itertools.accumulate((len(part) for part in parts), initial=row_offset(len(rows)))
+    return gather_rows(rows), list(starts)[: len(parts)]
+
+
+def _gather_sorted(
+    parts: list[Tensor], *, keys: Sequence[str], gather: str, shape: list[int], device: str
+) -> tuple[Tensor, list[int]]:
+    """`_gather_parts`, with the parts of all ranks in the order of their keys."""
+    as_rows = [part[None] if gather == "sum" else part for part in parts]
+    zeros = torch.zeros(
+        [0, *(shape if gather == "sum" else shape[1:])], dtype=torch.float64, device=device
+    )
+    rows = gather_rows(torch.cat(as_rows) if parts else zeros)
+    sizes_by_rank = all_gather_object([len(part) for part in as_rows])
+    keys_by_rank = all_gather_object(list(keys))
+    pieces = rows.split([size for sizes in sizes_by_rank for size in sizes])
+    labels = [
+        (key, number, at) for number, own in enumerate(keys_by_rank) for at, key in enumerate(own)
+    ]
+    order = sorted(range(len(labels)), key=lambda at: labels[at])
+    statistic = torch.cat([pieces[at] for at in order])
+    starts = itertools.accumulate((len(pieces[at]) for at in order), initial=0)
+    start_of = dict(zip([labels[at][1:] for at in order], starts, strict=False))
+    places = [start_of[rank(), at] for at in range(len(parts))]
+    return (statistic.sum(0) if gather == "sum" else statistic), places
 
 
 def _split_terms(loss: LossResult) -> tuple[dict[str, Term], dict[str, Coupled]]:

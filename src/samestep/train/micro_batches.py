@@ -32,6 +32,8 @@ class MicroBatches:
         micro_tokens: Tokens a micro-batch, those of padding included.
         padded: Whether the collator pads its sequences to one length.
         device: Where the tensors go.
+        whole_packs: Cut the records of all ranks first, and deal micro-batches to the ranks: then
+            what is computed together does not depend on the ranks.
 
     Attributes:
         device: The same.
@@ -46,8 +48,10 @@ class MicroBatches:
         micro_tokens: int = DEFAULT_MICRO_TOKENS,
         padded: bool,
         device: torch.device,
+        whole_packs: bool = False,
     ) -> None:
         self._records = records
+        self._whole_packs = whole_packs
         self._collate = collate
         self._padded = padded
         self.device = device
@@ -64,8 +68,9 @@ class MicroBatches:
         Yields:
             Micro-batches; one that is `Idle` on a rank that gets no record.
         """
-        own = self.rank_indices(indices)
-        yield from self.batches(own, step)
+        own = self._own_packs(indices)
+        for pack in own:
+            yield self._make(pack, step)
         if not own:
             shortest = min(indices, key=lambda index: self._records.lengths[index])
             yield Idle(self._make([shortest], step))
@@ -79,12 +84,23 @@ class MicroBatches:
         Returns:
             Those of this rank.
         """
+        if self._whole_packs:
+            return [index for pack in self._own_packs(indices) for index in pack]
         costs = self._lengths(indices)
         return [indices[position] for position in shard_by_cost(costs, ranks=world_size())[rank()]]
 
+    def _own_packs(self, indices: Sequence[int]) -> list[list[int]]:
+        """The records of each micro-batch of this rank."""
+        if not self._whole_packs:
+            own = self.rank_indices(indices)
+            return [[own[at] for at in part] for part in self._cut(own)]
+        packs = [[indices[at] for at in part] for part in self._cut(indices)]
+        costs = [sum(self._lengths(pack)) for pack in packs]
+        return [packs[at] for at in sorted(shard_by_cost(costs, ranks=world_size())[rank()])]
+
     def count(self, indices: Sequence[int]) -> int:
         """How many micro-batches this rank makes of the records of all ranks; at least 1."""
-        return len(self._cut(self.rank_indices(indices))) or 1
+        return len(self._own_packs(indices)) or 1
 
     def describe(self, indices: Sequence[int]) -> str:
         """How well records fill the micro-batches that they are cut into, for the log.

@@ -7,6 +7,7 @@ from typing import Any
 from samestep.engine.collectives import gather_results, rank
 from samestep.errors import ConfigError
 from samestep.train import checkpoint
+from samestep.train.bitwise import BitRun
 from samestep.train.checkpoint_files import read_origin
 from samestep.train.origin import differences, origin_of
 from samestep.train.progress import DataFingerprint, Progress
@@ -32,7 +33,12 @@ def current_origin(setup: TrainingSetup, settings: TrainSettings) -> dict[str, A
 
 
 def first_progress(
-    setup: TrainingSetup, settings: TrainSettings, *, folder: RunFolder, origin: dict[str, Any]
+    setup: TrainingSetup,
+    settings: TrainSettings,
+    *,
+    folder: RunFolder,
+    origin: dict[str, Any],
+    bits: BitRun | None = None,
 ) -> Progress:
     """Where the run starts: at its last intact checkpoint if it is resumed, else at step 0.
 
@@ -41,6 +47,7 @@ def first_progress(
         settings: ``resume``, ``data``.
         folder: Where the checkpoints are.
         origin: Of `current_origin`.
+        bits: Gets what the checkpoint holds of it.
 
     Returns:
         How far the run is.
@@ -56,6 +63,8 @@ def first_progress(
             log.warning("resume: there is no checkpoint in %s: starting at step 0", folder.root)
         return Progress(step=0, tokens=0, seconds=0.0, skipped=0, data=data)
     _check_origin(path, origin["files"])
+    if bits is not None:
+        bits.restore(read_origin(path).get("bitwise"), path)
     progress = checkpoint.load(path, setup.model, optimizer=setup.optimizer)
     difference = progress.data.difference(data)
     if difference:

@@ -11,7 +11,11 @@ from filelock import FileLock, Timeout
 
 from samestep.errors import CheckpointError, ConfigError
 from samestep.train.checkpoint_files import all_checkpoints, read_origin
-from samestep.train.settings.base import RESUME_MAY_CHANGE, TrainSettings, with_current_names
+from samestep.train.settings.base import (
+    TrainSettings,
+    resume_may_change,
+    with_current_names,
+)
 from samestep.utils.files import remove, replaced_name, write_atomically
 from samestep.utils.messages import read_yaml
 
@@ -28,6 +32,7 @@ class RunFolder:
         config: ``config.yaml``, the settings.
         log: ``log.jsonl``, a line a step.
         evaluations: ``eval.jsonl``, a line an evaluation.
+        digests: ``digests.jsonl``, under ``bitwise`` a line a step.
         summary: ``summary.json``, written at the end.
         checkpoints: ``checkpoints/``.
         model: ``model/``, the trained model or adapter.
@@ -39,6 +44,7 @@ class RunFolder:
         self.config = root / "config.yaml"
         self.log = root / "log.jsonl"
         self.evaluations = root / "eval.jsonl"
+        self.digests = root / "digests.jsonl"
         self.summary = root / "summary.json"
         self.checkpoints = root / "checkpoints"
         self.model = root / "model"
@@ -129,15 +135,16 @@ class RunFolder:
             raise ConfigError("\n".join(problems))
 
     def _check_same(self, settings: TrainSettings) -> None:
-        before = self._settings_before()
+        before = self.settings_before()
         if before is None:
             return
         now, defaults = settings.saved(), type(settings).model_fields
-        kept = RESUME_MAY_CHANGE & now.keys()
-        unknown = now.keys() - before.keys() - RESUME_MAY_CHANGE
+        free = resume_may_change(before, settings)
+        kept = free & now.keys()
+        unknown = now.keys() - before.keys() - free
         changed = [
             f"  - {name}: was {before.get(name)!r}, is {now.get(name)!r}"
-            for name in sorted({*before, *now} - RESUME_MAY_CHANGE - unknown)
+            for name in sorted({*before, *now} - free - unknown)
             if before.get(name) != now.get(name)
         ]
         longer = {name for name in ("steps", "epochs") if before.get(name) != now.get(name)}
@@ -162,7 +169,7 @@ class RunFolder:
                 *(self.root, ", ".join(lost)),
             )
 
-    def _settings_before(self) -> dict[str, Any] | None:
+    def settings_before(self) -> dict[str, Any] | None:
         """The settings that the run had: the newest checkpoint's copy, else config.yaml."""
         for checkpoint in reversed(all_checkpoints(self.checkpoints)):
             with suppress(CheckpointError):
@@ -265,6 +272,7 @@ class RunFolder:
             self.config,
             self.log,
             self.evaluations,
+            self.digests,
             self.summary,
             self.checkpoints,
             self.model,

@@ -117,6 +117,7 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
             micro_tokens=micro_tokens,
             padded=padding != "none",
             device=device,
+            whole_packs=settings.bitwise,
         )
 
     objective = with_products(recipe.build(model, data), model, settings)

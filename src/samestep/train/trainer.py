@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from samestep.errors import CheckpointError, Interrupted, NotFiniteError, StopRe
 from samestep.models.activations import ActivationOffload
 from samestep.models.dropout import key_dropout
 from samestep.train import checkpoint
+from samestep.train.bitwise import BitRun, choose_threads, fail_with_budget, repeatable
 from samestep.train.checkpoint_files import remove_checkpoints
 from samestep.train.forward import find_nonfinite_rows, with_context
 from samestep.train.launch import process_group
@@ -77,12 +78,18 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     with process_group():
         settings = run_or_fail_together(lambda: choose_precision(settings))
         folder = RunFolder(Path(settings.out))
+        settings = choose_threads(settings, folder)
         on_rank_0(lambda: folder.hold(settings))
-        try:
+        with repeatable(settings), ExitStack() as at_end:
+            at_end.callback(folder.close)
             setup = set_up(settings)
             origin = current_origin(setup, settings)
-            progress = first_progress(setup, settings, folder=folder, origin=origin)
+            bits = BitRun(setup, origin=origin) if settings.bitwise else None
+            progress = first_progress(setup, settings, folder=folder, origin=origin, bits=bits)
             on_rank_0(lambda: folder.open(settings))
+            if bits is not None:
+                at_end.callback(bits.close)
+                bits.open(folder, done=progress.step)
             log.info(
                 "threads: %d; wait policy %s",
                 torch.get_num_threads(),
@@ -102,6 +109,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                     watchdog=watchdog,
                     progress=progress,
                     origin=origin,
+                    bits=bits,
                 )
                 trainer.run()
             on_rank_0(folder.check_held)
@@ -110,8 +118,6 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             on_rank_0(lambda: _write_summary(summary, folder))
             if settings.keep == 0:  # the model is what remains
                 on_rank_0(lambda: remove_checkpoints(folder.checkpoints))
-        finally:
-            folder.close()
         return summary
 
 
@@ -138,6 +144,7 @@ class Trainer:
         watchdog: Gets a heartbeat before each micro-batch.
         progress: How far the run is.
         origin: What checkpoints keep of what the run depends on.
+        bits: Under ``bitwise``: what carries and writes them.
         evaluations: Those of this call, in order.
         clock: Seconds, for ``save_minutes``.
     """
@@ -150,6 +157,7 @@ class Trainer:
     watchdog: Watchdog
     progress: Progress
     origin: dict[str, Any]
+    bits: BitRun | None = None
     evaluations: list[EvalReport] = field(default_factory=list)
     clock: Callable[[], float] = time.monotonic
 
@@ -160,16 +168,14 @@ class Trainer:
             Interrupted: A signal came; the run is saved.
         """
         self._saved = self.clock()
-        self._updates = UpdateWatch(self.setup.model)
         try:
             self._evaluate_if_due()
-            for plan in self._plans():
-                self._step(plan)
-                last = self.progress.step == self.setup.steps
+            for step_number in self.steps(self.setup.steps):
+                last = step_number == self.setup.steps
                 self._evaluate_if_due()
                 # Every rank must do the same: rank 0's clock and anybody's signal count.
                 asked = all_gather_object([self._overdue(), self.stop_signal()])
-                due = asked[0][0] or _is_due(self.settings.save_every, self.progress.step)
+                due = asked[0][0] or _is_due(self.settings.save_every, step_number)
                 stopped = not last and any(signal for _, signal in asked)
                 if last or (due and not stopped):
                     self._save()
@@ -180,14 +186,18 @@ class Trainer:
             self._save()
             raise Interrupted(number, step=self.progress.step, out=self.settings.out) from None
 
+    def steps(self, last: int) -> Iterator[int]:
+        """Take the steps up to one, and no more than that; yields each that is done."""
+        self._updates = UpdateWatch(self.setup.model)
+        plans = step_plans(self.setup.train, self.settings, start=self.progress.step)
+        for plan in itertools.takewhile(lambda plan: plan.step < last, plans):
+            self._step(plan)
+            yield self.progress.step
+
     def _overdue(self) -> bool:
         """Whether the last checkpoint is ``save_minutes`` old."""
         minutes = self.settings.save_minutes
         return minutes is not None and self.clock() - self._saved >= 60 * minutes
-
-    def _plans(self) -> Iterator[StepPlan]:
-        plans = step_plans(self.setup.train, self.settings, start=self.progress.step)
-        return itertools.takewhile(lambda plan: plan.step < self.setup.steps, plans)
 
     def _step(self, plan: StepPlan) -> None:
         lr = learning_rate(plan.step, total=self.setup.steps, settings=self.settings)
@@ -209,6 +219,8 @@ class Trainer:
         self.progress = self.progress.after(report)
         done = self.progress.step
         on_rank_0(lambda: self.reporter.step(report, step=done, epoch=plan.progress, lr=lr))
+        if self.bits is not None:
+            self.bits.after_step(done)
 
     def _optimizer_step(self, plan: StepPlan) -> StepReport:
         setup = self.setup
@@ -228,6 +240,7 @@ class Trainer:
                     counters=setup.objective.counters,
                     # Only a loss of the user's own may be something else than a sum.
                     check_sums=is_reference(self.settings.objective),
+                    bitwise=None if self.bits is None else self.bits.sums,
                 )
 
         return self._retry_on_oom(attempt, setup.micro_batches, indices=plan.examples)
@@ -267,6 +280,7 @@ class Trainer:
                     micro_batches.of_this_rank(everything, 0),
                     self._watched(objective.loss_fn, number=micro_batches.count(everything)),
                     counters=objective.counters,
+                    bitwise=self.bits is not None,
                 )
 
         report = self._retry_on_oom(attempt, micro_batches, indices=everything)
@@ -277,14 +291,17 @@ class Trainer:
     def _save(self) -> None:
         self.watchdog.heartbeat("saving", timed=False)
         on_rank_0(self.folder.check_held)
+        kept = {} if self.bits is None else {"bitwise": self.bits.state()}
         checkpoint.save(
             self.folder.checkpoints,
             self.setup.model,
             optimizer=self.setup.optimizer,
             progress=self.progress,
             keep=self.settings.keep or _KEPT_ON_THE_WAY,
-            origin=self.origin,
+            origin=self.origin | kept,
         )
+        if self.bits is not None:
+            self.bits.save(self.progress.step)
         self._saved = self.clock()
         self.watchdog.heartbeat(f"after saving step {self.progress.step}")
 
@@ -321,6 +338,10 @@ class Trainer:
     def _retry_on_oom(
         self, work: Callable[[], Report], micro_batches: MicroBatches, *, indices: Sequence[int]
     ) -> Report:
+        if self.bits is not None:
+            return fail_with_budget(
+                work, setup=self.setup, micro_batches=micro_batches, indices=indices
+            )
         model = self.setup.model
         return retry_on_oom(
             model,

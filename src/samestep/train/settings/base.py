@@ -43,12 +43,20 @@ def with_current_names(saved: Mapping[str, Any]) -> dict[str, Any]:
 RESUME_MAY_CHANGE = frozenset(
     {
         *("micro_batch", "micro_tokens", "memory_limit", "padding", "gradient_checkpointing"),
-        *("activation_offload", "device"),
+        *("activation_offload", "device", "threads"),
         *("ranks", "parallel", "cpu_offload", "rank_timeout", "not_finite"),
         *("eval_data", "eval_every", "save_every", "save_minutes", "keep", "track", "merge", "out"),
     }
 )
 """Settings that a resumed run may change, because they cannot change a step."""
+
+DEFINES_BITS = frozenset(
+    {"micro_batch", "micro_tokens", "padding", "gradient_checkpointing", "threads"}
+)
+"""Those of them that a run under ``bitwise`` keeps: they cannot change the step, but its bits."""
+
+BITWISE_MICRO_TOKENS = 1024
+"""Tokens a pack under ``bitwise`` where none are given: no measurement may choose them."""
 
 
 _LORA_LR_FACTOR = 10
@@ -189,6 +197,13 @@ class TrainSettings(BaseModel):
     seed: int = Field(default=0, ge=0)
     """Of the random weights, the order of the data, and dropout."""
 
+    bitwise: bool = False
+    """The same bits on any number of ranks, through any interruption; `samestep verify` checks
+    them. The packs (--micro-tokens or --micro-batch) are then part of the run."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of each process on a CPU. Changes speed, not the step; under --bitwise part of the
+    run, as many as there are when it starts."""
+
     ranks: int | None = Field(default=None, ge=1)
     """Processes to start on this machine. Under torchrun it is torchrun that says how many."""
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
@@ -262,6 +277,8 @@ def finalize(settings: Settings) -> Settings:
         filled["batch_size"] = 32
     if settings.steps is None and settings.epochs is None:
         filled["epochs"] = 1
+    if settings.bitwise:
+        filled |= _defined_bits(settings)
     if settings.lora_rank is not None and settings.lora_alpha is None:
         filled["lora_alpha"] = 2.0 * settings.lora_rank
     chosen = settings.model_fields_set | filled.keys()
@@ -272,8 +289,42 @@ def finalize(settings: Settings) -> Settings:
     return result
 
 
+def _defined_bits(settings: TrainSettings) -> dict[str, Any]:
+    """What ``auto`` is where nothing may depend on a machine's memory or on a measurement."""
+    filled: dict[str, Any] = {"parallel": "ddp"}
+    if settings.micro_tokens == "auto" and settings.micro_batch is None:
+        filled["micro_tokens"] = BITWISE_MICRO_TOKENS
+    if settings.gradient_checkpointing == "auto":
+        filled["gradient_checkpointing"] = "none"
+    return filled
+
+
+def resume_may_change(before: Mapping[str, Any], settings: TrainSettings) -> frozenset[str]:
+    """The settings that a resumed run may change.
+
+    Args:
+        before: Those that the run had.
+        settings: Those that it is to go on with.
+
+    Returns:
+        Their names: under ``bitwise`` those that change no bit. A run may leave ``bitwise``.
+    """
+    if not settings.bitwise:
+        return RESUME_MAY_CHANGE | ({"bitwise"} if before.get("bitwise") else set())
+    defined = DEFINES_BITS - ({"threads"} if settings.threads is None else set())
+    return RESUME_MAY_CHANGE - defined
+
+
 def _contradictions(settings: TrainSettings) -> list[str]:
     problems = []
+    if settings.bitwise and settings.parallel == "fsdp2":
+        problems.append(
+            "bitwise: not under parallel fsdp2, which sums in an order that depends on the ranks"
+        )
+    if settings.bitwise and settings.precision == "float64":
+        problems.append(
+            "bitwise: sums keep fewer bits than float64 has: precision float32 or mixed"
+        )
     if settings.batch_size is not None and settings.batch_tokens is not None:
         problems.append("batch_size and batch_tokens are both given: keep one")
     if settings.steps is not None and settings.epochs is not None:

@@ -14,12 +14,12 @@ GROUPS = {
     "rows": ("row_format", "max_length", "append_eos", "trust_remote_code"),
     "the step, and how long": (
         *("batch_size", "batch_tokens", "steps", "epochs", "optimizer", "lr", "schedule"),
-        *("warmup", "weight_decay", "max_grad_norm", "seed", "not_finite"),
+        *("warmup", "weight_decay", "max_grad_norm", "seed", "not_finite", "bitwise"),
     ),
     "adapters": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge"),
     "memory and speed; none of these changes the step": (
         *("micro_batch", "micro_tokens", "memory_limit", "padding", "gradient_checkpointing"),
-        *("activation_offload", "device"),
+        *("activation_offload", "device", "threads"),
     ),
     "precision": ("dtype", "mixed_precision"),
     "several processes": ("ranks", "parallel", "cpu_offload", "rank_timeout"),

@@ -1,0 +1,163 @@
+"""Sums that do not depend on the order: of numbers, and of gradients as integers on a grid.
+
+Floats are added exactly (`exact_parts`, `rounded_sum`): a sum is kept as a few floats that do not
+overlap, and rounded once, when all parts of all ranks are there.
+
+Gradients are too large for that. Each element is rounded once to a whole multiple of a power of
+two, the grid of its weight; from there on it is a 64-bit integer, and integers add up exactly in
+any order and over any all-reduce. The grid is the same for every pack and rank of a step.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 62
+"""Bits of an integer that a sum may fill: one for the sign, one to spare."""
+
+GROWTH_BITS = 10
+"""How many times, as a power of two, a step's largest element may exceed that of the last step."""
+
+SHRINK_BITS = 8
+"""How many times, as a power of two, it may stay below it, before the grid is too coarse."""
+
+_PIECE = {"cpu": 2**17}
+"""Elements that are rounded at a time, so that what is between stays in a CPU's cache."""
+
+_FLOAT32_SHIFTS = range(-126, 128)
+"""Powers of two that float32 multiplies by exactly."""
+
+
+def exact_parts(values: Iterable[float]) -> list[float]:
+    """A few floats whose exact sum is that of the values (Shewchuk 1997, as in `math.fsum`).
+
+    Args:
+        values: Finite numbers, or some that are not, which are then all that is left.
+
+    Returns:
+        The parts; none of no values.
+    """
+    parts: list[float] = []
+    odd: list[float] = []
+    for value in values:
+        if not math.isfinite(value):
+            odd.append(value)
+            continue
+        kept = []
+        for part in parts:
+            large, small = (value, part) if abs(value) >= abs(part) else (part, value)
+            value = large + small
+            rest = small - (value - large)
+            if rest:
+                kept.append(rest)
+        parts = [*kept, value]
+    return odd or parts
+
+
+def rounded_sum(parts: Iterable[float]) -> float:
+    """The sum of numbers, rounded once: the same in any order; infinite or NaN if one of them is.
+
+    Args:
+        parts: Such as `exact_parts` of every rank, one after another.
+
+    Returns:
+        The sum.
+    """
+    numbers = list(parts)
+    odd = [number for number in numbers if not math.isfinite(number)]
+    return sum(odd) if odd else math.fsum(numbers)
+
+
+def grid_bits(packs: int) -> int:
+    """How many bits the largest element of the last step gets on the grid of this one.
+
+    Args:
+        packs: How many packs the step adds up, over all ranks.
+
+    Returns:
+        The bits; 46 for 64 packs, where float32 has 24.
+    """
+    return WORD_BITS - GROWTH_BITS - math.ceil(math.log2(max(1, packs)))
+
+
+def exponent_of(largest: float) -> int | None:
+    """The least e with ``largest < 2**e``; None of 0, which says nothing of a grid."""
+    return math.frexp(largest)[1] if largest > 0 else None
+
+
+def fits(exponent: int | None, largest: float) -> bool:
+    """Whether a grid made for one magnitude holds another, exactly: no overflow, enough bits.
+
+    Args:
+        exponent: `exponent_of` the largest element that the grid was made for.
+        largest: The largest element of any pack now.
+
+    Returns:
+        True too if there is nothing to add: then any grid is as good.
+    """
+    now = exponent_of(largest)
+    if now is None:
+        return True
+    return exponent is not None and -SHRINK_BITS <= now - exponent <= GROWTH_BITS
+
+
+def add_rounded_(total: Tensor, values: Tensor, shift: int) -> None:
+    """Add ``round(values * 2**shift)`` to integers, each element rounded once, halves to even.
+
+    Args:
+        total: int64; changed in place.
+        values: Floats of as many elements; those of which the product needs more than 63 bits
+            leave garbage: the caller has looked at the largest.
+        shift: The power of two.
+    """
+    wide = values.dtype == torch.float64 or shift not in _FLOAT32_SHIFTS
+    dtype = torch.float64 if wide else torch.float32
+    piece = _PIECE.get(values.device.type, 2**26)
+    pairs = zip(total.view(-1).split(piece), values.reshape(-1).split(piece), strict=True)
+    for into, part in pairs:
+        scaled = part.to(dtype) * 2.0**shift
+        into.add_(scaled.round_().to(torch.int64))
+
+
+def from_grid(total: Tensor, shift: int, dtype: torch.dtype) -> Tensor:
+    """``total * 2**-shift``: what the integers stand for, rounded to float64 and then to a type.
+
+    Args:
+        total: int64.
+        shift: As for `add_rounded_`.
+        dtype: Of the result.
+
+    Returns:
+        Of the shape of ``total``.
+    """
+    result = torch.empty(total.shape, dtype=dtype, device=total.device)
+    piece = _PIECE.get(total.device.type, 2**26)
+    for into, part in zip(result.view(-1).split(piece), total.view(-1).split(piece), strict=True):
+        into.copy_(part.double() * 2.0**-shift)
+    return result
+
+
+def largest_magnitude(values: Tensor) -> Tensor:
+    """The largest absolute value, 0-d float64: exact; infinite if one is not finite."""
+    if values.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=values.device)
+    low, high = torch.aminmax(values.detach())
+    found = torch.maximum(-low, high).double()
+    return torch.where(found.isfinite(), found, torch.inf)
+
+
+def digest_of(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and bytes, hexadecimal."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def digest_of_all(digests: Sequence[tuple[str, str]]) -> str:
+    """SHA-256 of names and digests, hexadecimal."""
+    text = "".join(f"{name} {digest}\n" for name, digest in digests)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,253 @@
+"""The same bits: any ranks, dealing, order of packs and restarts; and mutants that must show."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import bit_runs
+import pytest
+import torch
+from bit_runs import Draw, coupled, plain_loss, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import samestep
+from samestep.engine import bitwise as bitwise_module
+from samestep.engine.bitwise import GridSums
+from samestep.engine.collectives import rank
+from samestep.errors import ConfigError, StepError
+
+DRAWS = st.builds(
+    Draw,
+    ranks=st.tuples(*[st.sampled_from([1, 2, 4])] * bit_runs.STEPS),
+    seed=st.integers(0, 10**6),
+    restarts=st.frozensets(st.just(1)),
+    lost=st.integers(0, 1),
+)
+SOME = [
+    Draw((2, 2), seed=1),
+    Draw((4, 1), seed=2, restarts=frozenset({1})),
+    Draw((4, 4), seed=3),
+]
+"""Worlds that show every mutant."""
+
+
+@functools.cache
+def unbroken(loss_fn: Any, data: int = 0) -> Any:
+    return run(Draw(), loss_fn=loss_fn, data=data)
+
+
+@pytest.fixture(autouse=True)
+def restore_determinism() -> Iterator[None]:
+    """Threads switch PyTorch's flag on and off for each other."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@settings(max_examples=30)
+@given(DRAWS, st.integers(0, 2))
+def test_the_same_bits_whatever_the_ranks(draw: Draw, data: int) -> None:
+    assert run(draw, data=data) == unbroken(plain_loss, data)
+
+
+@settings(max_examples=25)
+@given(DRAWS, st.integers(0, 2))
+def test_the_same_bits_of_terms_that_couple_the_batch(draw: Draw, data: int) -> None:
+    assert run(draw, loss_fn=coupled, data=data) == unbroken(coupled, data)
+
+
+def add_floats(patch: pytest.MonkeyPatch) -> None:
+    """A float sum: gradients added up in float32, in the order in which they come."""
+
+    def add_float(total: Tensor, values: Tensor, shift: int) -> None:
+        total.view(torch.float64).add_(values).copy_(total.view(torch.float64).float())
+
+    patch.setattr(bitwise_module, "add_rounded_", add_float)
+    patch.setattr(
+        bitwise_module, "from_grid", lambda total, shift, dtype: total.view(torch.float64).float()
+    )
+
+    def add_over_ranks(total: Tensor) -> Tensor:
+        bitwise_module.dist.all_reduce(total.view(torch.float64))
+        return total
+
+    patch.setattr(bitwise_module, "_summed", add_over_ranks)
+
+
+def cut_by_rank(patch: pytest.MonkeyPatch) -> None:
+    """Packs that depend on the rank: what a rank holds is one pack."""
+
+    def deal(parts: Any, ranks: int, draw: Any) -> Any:
+        whole = deal_packs(parts, ranks, draw)
+        return [[_joined(own)] if own else [] for own in whole]
+
+    deal_packs = bit_runs.deal
+    patch.setattr(bit_runs, "deal", deal)
+
+
+def _joined(packs: Any) -> Any:
+    length = max(pack["labels"].shape[1] for pack in packs)
+
+    def padded(pack: Any, fill: int) -> Tensor:
+        rows = pack["input_ids"] if fill == 0 else pack["labels"]
+        return nn.functional.pad(rows, (0, length - rows.shape[1]), value=fill)
+
+    return {
+        "input_ids": torch.cat([padded(pack, 0) for pack in packs]),
+        "labels": torch.cat([padded(pack, -100) for pack in packs]),
+        "example_weights": torch.cat([pack["example_weights"] for pack in packs]),
+    }
+
+
+def clip_in_rank_order(patch: pytest.MonkeyPatch) -> None:
+    """A norm over the weights that begins with another one on each rank."""
+
+    def reduce(self: GridSums, without_grad: Any) -> Any:
+        pairs = list(reduce_in_order(self, without_grad).items())
+        return dict(pairs[rank() :] + pairs[: rank()])
+
+    reduce_in_order = GridSums.reduce
+    patch.setattr(GridSums, "reduce", reduce)
+
+
+def local_grid(patch: pytest.MonkeyPatch) -> None:
+    """A grid from the largest element of this rank alone."""
+
+    def of_this_rank(self: GridSums, reached: Any) -> dict[str, float]:
+        with pytest.MonkeyPatch.context() as alone:
+            alone.setattr(bitwise_module, "world_size", lambda: 1)
+            return over_ranks(self, reached)
+
+    over_ranks = GridSums._largest_over_ranks
+    patch.setattr(GridSums, "_largest_over_ranks", of_this_rank)
+
+
+def shows(draw: Draw, alone: Any) -> bool:
+    """Whether a run differs from another, or its ranks from each other: what they send, even."""
+    try:
+        return bool(run(draw) != alone)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return "ranks part" in str(error) or not isinstance(error, AssertionError)
+
+
+@pytest.mark.parametrize("mutant", [add_floats, cut_by_rank, clip_in_rank_order, local_grid])
+def test_mutants_show(mutant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is caught by the comparison that the drawn worlds pass."""
+    mutant(monkeypatch)
+    alone = run(Draw())
+    assert any(shows(draw, alone) for draw in SOME)
+
+
+def step(loss_fn: Any, bitwise: samestep.Bitwise, model: nn.Module, **options: Any) -> Any:
+    packs = bit_runs.packs(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return samestep.step(
+        model, optimizer, packs, loss_fn, bitwise=bitwise, check_sums=False, **options
+    )
+
+
+def test_a_grid_that_does_not_fit_is_left_and_the_step_taken_again() -> None:
+    """Too small, too large or none: the step is that of the grid which its own elements give."""
+    found = []
+    for shift in (None, 0, -15, +15):
+        torch.manual_seed(0)
+        model, bitwise = bit_runs.TwoLayers(), samestep.Bitwise()
+        if shift is not None:
+            state = {name: e + shift for name, e in found[0][2]["exponents"].items()}
+            bitwise.load_state_dict({"exponents": state})
+        report = step(plain_loss, bitwise, model)
+        found.append((bitwise.digest, report.grad_norm, bitwise.state_dict(), bitwise.retaken))
+    assert [retaken for *_, retaken in found] == [1, 0, 1, 1]
+    assert len({(digest, norm) for digest, norm, *_ in found}) == 1
+
+
+def test_the_sum_is_no_worse_than_that_of_floats() -> None:
+    """Against float64 sums of the same micro-batches' gradients, weight by weight."""
+    torch.manual_seed(0)
+    model = bit_runs.TwoLayers().float()
+    packs = [pack for number in range(12) for pack in bit_runs.packs(number)]
+    tokens = [float(samestep.target_weights(pack, "token").sum()) for pack in packs]
+    wanted = [torch.zeros_like(weight, dtype=torch.float64) for weight in model.parameters()]
+    for pack, number in zip(packs, tokens, strict=True):
+        samestep.backward(model, [pack], plain_loss, check_sums=False)
+        for weight, exact in zip(model.parameters(), wanted, strict=True):
+            if weight.grad is not None:
+                exact += weight.grad.double() * number / sum(tokens)
+
+    def errors(bitwise: samestep.Bitwise | None) -> list[float]:
+        before = [weight.detach().clone() for weight in model.parameters()]
+        seen: list[Tensor] = []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer.register_step_pre_hook(
+            lambda *_: seen.extend(weight.grad.clone() for weight in model.parameters())
+        )
+        samestep.step(model, optimizer, packs, plain_loss, check_sums=False, bitwise=bitwise)
+        assert all(map(torch.equal, before, model.parameters()))
+        return [
+            float((g.double() - w).norm() / w.norm()) for g, w in zip(seen, wanted, strict=True)
+        ]
+
+    on_grid, as_floats = errors(samestep.Bitwise()), errors(None)
+    for grid, floats in zip(on_grid, as_floats, strict=True):
+        assert grid <= 1.1 * floats
+
+
+def test_what_is_drawn_anew_is_found_by_running_a_pack_twice() -> None:
+    def noisy(model: nn.Module, pack: Any) -> samestep.Term:
+        total = plain_loss(model, pack)["nll"].total.sum()
+        return samestep.Term(total * (1 + 1e-3 * torch.rand(())), unit="sequence")
+
+    with pytest.raises(StepError, match=r"another result the second time, for .*embed\.weight"):
+        step(noisy, samestep.Bitwise(), bit_runs.TwoLayers())
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_leaves_the_grid() -> None:
+    def broken(model: nn.Module, pack: Any) -> samestep.Term:
+        total = plain_loss(model, pack)["nll"].total.sum()
+        return samestep.Term(total + (model.inner.bias * 0).sqrt().sum(), unit="sequence")
+
+    model, bitwise = bit_runs.TwoLayers(), samestep.Bitwise()
+    step(plain_loss, bitwise, model)
+    before = bitwise.state_dict()
+    with pytest.raises(samestep.NotFiniteError, match=r"inner\.bias"):
+        step(broken, bitwise, model)
+    assert bitwise.state_dict()["exponents"]["inner.bias"] == before["exponents"]["inner.bias"]
+
+
+def test_what_has_no_bits_to_keep_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"embed\.weight is float64"):
+        step(plain_loss, samestep.Bitwise(), bit_runs.TwoLayers().double())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(ConfigError, match="gradient scaler"):
+        step(plain_loss, samestep.Bitwise(), bit_runs.TwoLayers(), scaler=scaler)
+
+    def unrepeatable(model: nn.Module, pack: Any) -> Any:
+        raise RuntimeError("put_ does not have a deterministic implementation, but you set ...")
+
+    with pytest.raises(ConfigError, match="put_ does not have a deterministic"):
+        step(unrepeatable, samestep.Bitwise(), bit_runs.TwoLayers())
+    monkeypatch.setattr(bitwise_module, "is_sharded", lambda model: True)
+    with pytest.raises(ConfigError, match="FSDP2 sums gradients by itself"):
+        step(plain_loss, samestep.Bitwise(), bit_runs.TwoLayers())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_same_bits_on_a_gpu() -> None:
+    """One rank: order of packs and a restart."""
+    found = set()
+    for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
+        torch.manual_seed(0)
+        model, bitwise = bit_runs.TwoLayers().cuda(), samestep.Bitwise()
+        optimizer = bit_runs.optimizer_of(model)
+        for number in range(3):
+            packs = [
+                {name: value.cuda() for name, value in pack.items()}
+                for pack in (bit_runs.packs(number)[at] for at in order)
+            ]
+            samestep.step(model, optimizer, packs, plain_loss, check_sums=False, bitwise=bitwise)
+            state, bitwise = bitwise.state_dict(), samestep.Bitwise()
+            bitwise.load_state_dict(state)
+        found.add(tuple(weight.detach().cpu().numpy().tobytes() for weight in model.parameters()))
+    assert len(found) == 1
