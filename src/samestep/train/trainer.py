@@ -92,6 +92,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                 RunReporter(folder, settings, total=setup.steps, done=progress.step) as reporter,
                 interruptible(reporter.say) as stop_signal,
                 watch_ranks(settings.rank_timeout) as watchdog,
+                setup.micro_batches.made_ahead(),
             ):
                 trainer = Trainer(
                     settings=settings,
@@ -186,8 +187,14 @@ class Trainer:
         return minutes is not None and self.clock() - self._saved >= 60 * minutes
 
     def _plans(self) -> Iterator[StepPlan]:
-        plans = step_plans(self.setup.train, self.settings, start=self.progress.step)
-        return itertools.takewhile(lambda plan: plan.step < self.setup.steps, plans)
+        """The steps that remain; as each begins, the micro-batches of the next one are begun."""
+        all_plans = step_plans(self.setup.train, self.settings, start=self.progress.step)
+        plans = itertools.takewhile(lambda plan: plan.step < self.setup.steps, all_plans)
+        for plan, following in itertools.pairwise(itertools.chain(plans, [None])):
+            assert plan is not None
+            if following is not None:
+                self.setup.micro_batches.prepare(following.examples, following.step)
+            yield plan
 
     def _step(self, plan: StepPlan) -> None:
         lr = learning_rate(plan.step, total=self.setup.steps, settings=self.settings)
