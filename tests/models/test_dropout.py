@@ -12,6 +12,7 @@ import samestep
 from samestep.data.collate import Padding, collate_examples
 from samestep.errors import ConfigError
 from samestep.kernels import packed_attention
+from samestep.models import dropout
 from samestep.models.dropout import ExampleDropout, key_dropout, replace_dropout
 
 
@@ -79,18 +80,63 @@ def test_gradient_checkpointing_draws_the_same_masks_again() -> None:
     assert worst(gradient(model, 5, "right"), wanted) < 1e-12
 
 
+def keyed_layer(p: float, *, layer: int = 0, step: int = 0, rows: int = 4) -> ExampleDropout:
+    """A layer with the keys of a pack of ragged rows."""
+    found = ExampleDropout(p, layer)
+    key_dropout(found, collate_examples(ragged(rows)), seed=0, step=step)
+    return found
+
+
 def test_the_share_that_is_kept_and_the_scale() -> None:
-    layer = ExampleDropout(0.25, 0)
-    layer.shape, layer.sequences = (1, 1000), [((0, 0, 0), 0, slice(0, 1000))]
-    out = layer(torch.ones(1, 1000, 20))
+    layer = keyed_layer(0.25)
+    tokens = layer.keys.shape[2]
+    out = layer(torch.ones(1, tokens, 4000))
     assert out.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
-    assert float((out > 0).float().mean()) == pytest.approx(0.75, abs=0.01)
+    spread = (0.25 * 0.75 / out.numel()) ** 0.5  # of a share of independent draws
+    assert float((out > 0).float().mean()) == pytest.approx(0.75, abs=5 * spread)
     assert torch.equal(layer.eval()(out), out)
+
+
+def test_masks_of_neighbours_are_as_good_as_independent() -> None:
+    """Features, positions, examples, layers and steps: no two masks agree more than chance."""
+    width = 2**14
+    layers = [keyed_layer(0.5, layer=layer, step=step) for layer in (0, 1) for step in (0, 1)]
+    drawn = torch.cat([one(torch.ones(1, one.keys.shape[2], width))[0] > 0 for one in layers])
+    signs = 2 * drawn.double() - 1
+    # Besides each other: each mask moved on by some features, which a weak hash would repeat.
+    moved = torch.cat([signs, signs.roll(1, 1), signs.roll(64, 1)])
+    agreement = (moved @ moved.T / width).fill_diagonal_(0)
+    assert float(agreement.abs().max()) < 6 / width**0.5
+
+
+def test_a_weak_hash_would_fail_the_same_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dropout, "hash_", lambda numbers: numbers)
+    with pytest.raises(AssertionError):
+        test_masks_of_neighbours_are_as_good_as_independent()
+
+
+def test_the_numbers_are_those_of_the_definition() -> None:
+    """Plain Python gives the same: nothing of them depends on a device or a generator."""
+
+    def scalar_hash(number: int) -> int:
+        for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+            number = ((number ^ number >> shift) * factor) & (2**32 - 1)
+        return number ^ number >> 15
+
+    layer = keyed_layer(0.3, layer=2)
+    out = layer(torch.ones(1, layer.keys.shape[2], 3))
+    salt = scalar_hash(3)
+    for position, pair in enumerate(layer.keys[:, 0].T.tolist()):
+        first, second = (scalar_hash(key ^ salt) for key in pair)
+        for feature in range(3):
+            drawn = scalar_hash((first + feature * 0x9E3779B9) % 2**32)
+            kept = scalar_hash(drawn ^ second) >= 0.3 * 2**32
+            assert (float(out[0, position, feature]) > 0) == kept
 
 
 def test_states_that_hide_the_examples_are_refused() -> None:
     layer = ExampleDropout(0.25, 0)
-    layer.shape = (2, 5)
+    layer.keys = torch.zeros(2, 2, 5, dtype=torch.int64)
     with pytest.raises(ConfigError, match="Set this model's dropout to 0"):
         layer(torch.ones(10, 4))
 

@@ -166,7 +166,8 @@ def assign_gradients(gradients: dict[nn.Parameter, Tensor]) -> None:
     """Put gradients where an optimizer looks: ``.grad``, rounded once to the weight's dtype.
 
     Args:
-        gradients: The gradient of each weight that got one.
+        gradients: The gradient of each weight that got one; empty afterwards, so that sums in
+            float32 are gone, one after another, before the optimizer runs.
     """
-    for parameter, gradient in gradients.items():
-        parameter.grad = gradient.to(parameter.dtype)
+    for parameter in list(gradients):
+        parameter.grad = gradients.pop(parameter).to(parameter.dtype)

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from samestep.errors import ConfigError
 from samestep.kernels.long_attention import causal_attention, is_faster
-from samestep.kernels.varlen import Pack, attend
+from samestep.kernels.varlen import Pack, attend, has_kernels
 from samestep.utils.agreement import computes_in_float32
 from samestep.utils.autocast import product_dtype
 
@@ -98,7 +98,7 @@ def packed_attention(
     window = None if sliding_window is None or sliding_window >= max_length_q else sliding_window
     pack = Pack(query, key, value, cu_seq_lens_q, max_length_q, scale, causal, window)
     # FlashAttention knows no float32, in which a low precision may be checked.
-    out = attend(pack) if query.is_cuda and not computes_in_float32() else None
+    out = attend(pack) if has_kernels(query) and not computes_in_float32() else None
     return _by_sequence(pack) if out is None else out, None
 
 

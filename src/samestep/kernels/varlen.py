@@ -11,14 +11,22 @@ scale and a window, 2.12 groups heads. What it does not know is done here, with 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+try:  # PyTorch has it for a shorter time than the rest of what samestep needs
+    from torch.nn.attention.varlen import varlen_attn as _varlen_attn
+except ImportError:
+    _varlen_attn = None  # type: ignore[assignment]
+
 Kernel = Callable[..., Any]
+
+# What was asked once, in plain dictionaries: compiled layers read those, and nothing else of it.
+_recent: dict[torch.device, bool] = {}
+_parameters: dict[Kernel, frozenset[str]] = {}
 
 _WIDEST, _MULTIPLE = 256, 8
 """Widths of heads that FlashAttention takes."""
@@ -52,6 +60,11 @@ class Pack:
     window: int | None
 
 
+def has_kernels(query: Tensor) -> bool:
+    """Whether a tensor is where these kernels are: on a CUDA device."""
+    return query.is_cuda
+
+
 def attend(pack: Pack) -> Tensor | None:
     """Attention by the fastest kernel that takes the pack.
 
@@ -69,21 +82,16 @@ def attend(pack: Pack) -> Tensor | None:
     return None
 
 
-@cache
 def flash_function() -> Kernel | None:
     """PyTorch's ``varlen_attn``; None before 2.10."""
-    try:
-        # Here, because PyTorch has it for a shorter time than the rest of what samestep needs.
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
+    return _varlen_attn
 
 
-@cache
 def _has_flash(device: torch.device) -> bool:
     """Whether a GPU is recent enough for FlashAttention."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device not in _recent:
+        _recent[device] = torch.cuda.get_device_capability(device) >= (8, 0)
+    return _recent[device]
 
 
 def takes(function: Kernel, pack: Pack) -> bool:
@@ -101,9 +109,10 @@ def takes(function: Kernel, pack: Pack) -> bool:
     return pack.query.dtype in (torch.bfloat16, torch.float16) and width <= _WIDEST and window
 
 
-@cache
 def _names(function: Kernel) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
+    if function not in _parameters:
+        _parameters[function] = frozenset(inspect.signature(function).parameters)
+    return _parameters[function]
 
 
 def by_flash(function: Kernel, pack: Pack) -> Tensor:

@@ -1,12 +1,13 @@
 """Dropout whose random numbers belong to the example, not to the micro-batch.
 
 PyTorch's dropout draws from one stream in the order of computation, so a different split gives
-different masks. Here the mask of a sequence is a function of (seed, step, example, layer): the
-step stays a function of the effective batch, a resumed run needs no generator state, and gradient
-checkpointing draws the same mask again.
+different masks. Here each element's number is a hash of (seed, step, example, position, layer,
+feature): the step stays a function of the effective batch, a resumed run needs no generator state,
+and gradient checkpointing draws the same mask again. The hash is integer arithmetic on tensors, so
+it has the same bits on every device, costs no loop over sequences, and compiles with its layer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,26 +17,53 @@ from torch import Tensor, nn
 from samestep.engine.targets import sequence_spans
 from samestep.errors import ConfigError
 
+_MASK = 2**32 - 1
+_GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio: multiples of it are spread evenly
+_WHOLE_SEQUENCE = 2**32 - 1
+"""The position of a state that stands for a whole sequence."""
+
+
+def hash_(numbers: Tensor) -> Tensor:
+    """A hash of 32-bit numbers, in place: one to one, each bit of a number moves half of all bits.
+
+    The constants are of Chris Wellons' hash-prospector; below 2**31, so that no product overflows.
+
+    Args:
+        numbers: int64 in [0, 2**32); overwritten.
+
+    Returns:
+        The same tensor, with int64 in [0, 2**32).
+
+    Examples:
+        >>> hash_(torch.tensor([0, 1, 2]))
+        tensor([         0, 2261973619,  229111015])
+    """
+    numbers ^= numbers >> 16
+    numbers.mul_(0x21F0AAAD).bitwise_and_(_MASK)
+    numbers ^= numbers >> 15
+    numbers.mul_(0x735A2D97).bitwise_and_(_MASK)
+    numbers ^= numbers >> 15
+    return numbers
+
 
 class ExampleDropout(nn.Module):
-    """Replaces an ``nn.Dropout``; `key_dropout` sets the sequences of each micro-batch.
+    """Replaces an ``nn.Dropout``; `key_dropout` sets the keys of each micro-batch.
 
     Args:
         p: Probability that an element is dropped.
         layer: The number of this layer in its model.
 
     Attributes:
-        shape: Rows and length of the micro-batch.
-        sequences: For each sequence its key (seed, step, example), its row, and its positions
-            there.
+        keys: Of each position: two 32-bit numbers [2, rows, length], int64.
+        sequence_keys: Of each sequence as a whole [2, sequences], int64.
     """
 
     def __init__(self, p: float, layer: int) -> None:
         super().__init__()
         self.p = p
         self.layer = layer
-        self.shape: tuple[int, ...] = ()
-        self.sequences: list[tuple[tuple[int, ...], int, slice]] = []
+        self.keys = torch.zeros(2, 0, 0, dtype=torch.int64)
+        self.sequence_keys = torch.zeros(2, 0, dtype=torch.int64)
 
     def forward(self, states: Tensor) -> Tensor:
         """Drop elements; none in eval mode.
@@ -51,23 +79,23 @@ class ExampleDropout(nn.Module):
         """
         if not self.training:
             return states
-        if states.dim() == 2 and len(states) == len(self.sequences):
-            return self._drop(states, [(key, at) for at, (key, _, _) in enumerate(self.sequences)])
-        if states.shape[:2] != self.shape:
+        if states.dim() == 2 and len(states) == self.sequence_keys.shape[1]:
+            return self._drop(states, self.sequence_keys)
+        if states.shape[:2] != self.keys.shape[1:]:
             raise ConfigError(
-                f"dropout saw {tuple(states.shape)} in a micro-batch of {self.shape} tokens: it "
-                "cannot tell the examples apart, so the step would depend on the split. Set this "
-                "model's dropout to 0"
+                f"dropout saw {tuple(states.shape)} in a micro-batch of "
+                f"{tuple(self.keys.shape[1:])} tokens: it cannot tell the examples apart, so the "
+                "step would depend on the split. Set this model's dropout to 0"
             )
-        return self._drop(states, [(key, (row, span)) for key, row, span in self.sequences])
+        return self._drop(states, self.keys)
 
-    def _drop(self, states: Tensor, places: Sequence[tuple[tuple[int, ...], Any]]) -> Tensor:
-        mask = torch.zeros_like(states)
-        for key, place in places:
-            seed = np.random.SeedSequence([*key, self.layer]).generate_state(1, np.uint64)[0]
-            generator = torch.Generator(states.device).manual_seed(int(seed >> np.uint64(1)))
-            mask[place] = mask[place].bernoulli_(1 - self.p, generator=generator)
-        return states * mask / (1 - self.p)
+    def _drop(self, states: Tensor, keys: Tensor) -> Tensor:
+        first, second = hash_(keys ^ hash_(torch.full_like(keys, self.layer + 1)))[..., None]
+        features = states[0].numel() if states.dim() == 2 else states[0, 0].numel()
+        steps = torch.arange(features, device=states.device) * _GOLDEN
+        drawn = hash_((first + steps).bitwise_and_(_MASK)).bitwise_xor_(second)
+        kept = hash_(drawn) >= round(self.p * 2**32)
+        return states * kept.view(states.shape) / (1 - self.p)
 
 
 def replace_dropout(model: nn.Module) -> int:
@@ -118,11 +146,28 @@ def key_dropout(model: nn.Module, micro_batch: Mapping[str, Any], *, seed: int, 
     layers = [module for module in model.modules() if isinstance(module, ExampleDropout)]
     if not layers:
         return
+    device = micro_batch["input_ids"].device
+    shape, spans = micro_batch["input_ids"].shape, sequence_spans(micro_batch)
+    positions = np.zeros((2, *shape), dtype=np.int64)
+    whole = np.zeros((2, len(spans)), dtype=np.int64)
     examples = micro_batch["example_ids"].tolist()
-    sequences: list[tuple[tuple[int, ...], int, slice]] = [
-        ((seed, step, example), row, span)
-        for example, (row, span) in zip(examples, sequence_spans(micro_batch), strict=True)
-    ]
+    for at, (example, (row, span)) in enumerate(zip(examples, spans, strict=True)):
+        key = np.random.SeedSequence([seed, step, example]).generate_state(1, np.uint64)[0]
+        length = span.stop - span.start
+        positions[:, row, span] = _position_keys(key, np.arange(length, dtype=np.uint64))
+        whole[:, at] = _position_keys(key, np.array([_WHOLE_SEQUENCE], dtype=np.uint64))[:, 0]
+    keys, sequence_keys = (
+        torch.from_numpy(one).to(device, non_blocking=True) for one in (positions, whole)
+    )
     for layer in layers:
-        layer.shape = tuple(micro_batch["input_ids"].shape)
-        layer.sequences = sequences
+        layer.keys, layer.sequence_keys = keys, sequence_keys
+
+
+def _position_keys(key: Any, positions: Any) -> Any:
+    """Two 32-bit numbers for each position of a sequence: SplitMix64 of its key, cut in two."""
+    mixed = key + (positions + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    halves = [mixed >> np.uint64(32), mixed & np.uint64(_MASK)]
+    return np.stack(halves).astype(np.int64)

@@ -2,7 +2,10 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -13,9 +16,13 @@ from samestep.data.records import Records
 from samestep.engine.collectives import rank, world_size
 from samestep.engine.parallel import Idle, is_sharded
 from samestep.errors import OutOfMemoryError, SequenceTooLargeError
+from samestep.train.ahead import Ahead, pinned
 
 DEFAULT_MICRO_TOKENS = 1024
 """Tokens a micro-batch where nothing was measured."""
+
+_making = threading.Lock()
+"""Held while a micro-batch is made: processors of images serve one thread at a time."""
 
 Collator: TypeAlias = Callable[[Records, Sequence[int], int], dict[str, Any]]
 """(data set, indices of its records, number of the step) to a micro-batch on the CPU; what is
@@ -55,6 +62,7 @@ class MicroBatches:
         self._collate = collate
         self._padded = padded
         self.device = device
+        self._ahead = Ahead()
         self._by_number = micro_batch is not None
         self._budget = micro_tokens if micro_batch is None else micro_batch
 
@@ -74,6 +82,26 @@ class MicroBatches:
         if not own:
             shortest = min(indices, key=lambda index: self._records.lengths[index])
             yield Idle(self._make([shortest], step))
+
+    @contextmanager
+    def made_ahead(self) -> Iterator[None]:
+        """A block in which `prepare` works in the background, where that leaves the CPU free."""
+        if not leaves_cpu_free(self.device):
+            yield
+            return
+        with self._ahead.running():
+            yield
+
+    def prepare(self, indices: Sequence[int], step: int) -> None:
+        """Begin to make what `of_this_rank` will be asked for next, inside `made_ahead`.
+
+        Args:
+            indices: As for `of_this_rank`.
+            step: As for `of_this_rank`.
+        """
+        own = self.rank_indices(indices)
+        parts = [partial(self._collated, part, step) for part in self._parts(own)]
+        self._ahead.start(self._key(own, step), parts)
 
     def rank_indices(self, indices: Sequence[int]) -> list[int]:
         """The records that this rank gets.
@@ -130,8 +158,9 @@ class MicroBatches:
         Yields:
             Micro-batches on the device.
         """
-        for positions in self._cut(indices):
-            yield self._make([indices[position] for position in positions], step)
+        made = self._ahead.take(self._key(indices, step))
+        for at, part in enumerate(self._parts(indices)):
+            yield self._make(part, step) if made is None else to_device(made[at], self.device)
 
     def halve(self, indices: Sequence[int]) -> str:
         """Halve the budget from here on, so that these records are cut finer.
@@ -158,8 +187,23 @@ class MicroBatches:
             padded=self._padded,
         )
 
+    def _parts(self, indices: Sequence[int]) -> list[list[int]]:
+        return [[indices[position] for position in part] for part in self._cut(indices)]
+
+    def _key(self, indices: Sequence[int], step: int) -> Hashable:
+        return tuple(indices), step, self._budget
+
+    def _collated(self, indices: Sequence[int], step: int) -> dict[str, Any]:
+        with _making:
+            return pinned(self._collate(self._records, indices, step))
+
     def _make(self, indices: Sequence[int], step: int) -> dict[str, Any]:
-        return to_device(self._collate(self._records, indices, step), self.device)
+        return to_device(self._collated(indices, step), self.device)
+
+
+def leaves_cpu_free(device: torch.device) -> bool:
+    """Whether steps on a device leave the CPU time to make the next micro-batches meanwhile."""
+    return device.type != "cpu"
 
 
 log = logging.getLogger("samestep")

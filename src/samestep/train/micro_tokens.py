@@ -25,6 +25,7 @@ from samestep.engine.step import backward
 from samestep.engine.terms import Objective
 from samestep.errors import OutOfMemoryError
 from samestep.kernels.gemm import processor_name
+from samestep.models.compiled import compiled_layers
 from samestep.train.forward import with_keyed_dropout
 from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS
 from samestep.train.optim import state_per_weight
@@ -269,9 +270,8 @@ def choose_micro_tokens(
         The budget.
     """
     settings, choice = recipe.settings, budget_range(model.device)
-    path = cache_folder() / "costs" / f"{_key(model, settings)}.json"
     try:
-        costs = cached_costs(path, lambda: _measure(model, objective, seed=settings.seed, cut=cut))
+        costs = measured_costs(model, objective, settings=settings, cut=cut)
     except OutOfMemoryError as error:
         if recipe.recompute_activations(model):
             return choose_micro_tokens(model, objective, recipe=recipe, cut=cut, longest=longest)
@@ -300,6 +300,27 @@ def choose_micro_tokens(
     if peak is not None and limit is not None and peak > limit:
         log.warning("micro_tokens: even that is above the limit of %.1f GB", limit / 1e9)
     return budget
+
+
+def measured_costs(
+    model: Any, objective: Objective, *, settings: TrainSettings, cut: CutFirstStep
+) -> Costs | None:
+    """What micro-batches cost, from the cache folder or measured now.
+
+    Args:
+        model: As for `choose_micro_tokens`, as are ``objective`` and ``cut``.
+        objective: What is optimised.
+        settings: Of the run.
+        cut: The first step's micro-batches under a budget.
+
+    Returns:
+        The costs; None if they cannot be measured.
+
+    Raises:
+        OutOfMemoryError: What is measured does not fit into memory.
+    """
+    path = cache_folder() / "costs" / f"{_key(model, settings)}.json"
+    return cached_costs(path, lambda: _measure(model, objective, seed=settings.seed, cut=cut))
 
 
 def _memory_limit(device: torch.device, gigabytes: float | None) -> float | None:
@@ -351,6 +372,7 @@ def _key(model: Any, settings: TrainSettings) -> str:
         "trained": [len(trained), sum(weight.numel() for weight in trained)],
         "dtype": [str(model.dtype), settings.precision],
         "settings": [settings.objective, settings.padding, *mode],
+        "compiled": len(compiled_layers(model)),
         "device": describe_device(model.device),
         "machine": [platform.node(), processor_name(), torch.get_num_threads()],
         "versions": [samestep.__version__, torch.__version__],

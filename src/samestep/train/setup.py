@@ -22,6 +22,7 @@ from samestep.models.dropout import replace_dropout
 from samestep.models.load import resolve_source
 from samestep.models.lora import add_lora
 from samestep.models.probes import cut_last_layer
+from samestep.train.compilation import choose_compilation
 from samestep.train.forward import precompute_fields
 from samestep.train.launch import is_first_on_machine
 from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS, Collator, MicroBatches
@@ -131,13 +132,23 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
         data = _precompute(model, data, objective=objective, settings=settings, cut=cut)
     first = next(step_plans(data[0], settings)).examples
     micro_tokens = _micro_tokens(model, settings)
+
+    def cut_first(budget: int) -> list[dict[str, Any]]:
+        return list(cut(data[0], budget).batches(first, 0))
+
+    steps = _total_steps(data[0], settings)
+    choose_compilation(
+        model,
+        objective,
+        recipe=recipe,
+        padding=padding,
+        products=lambda: products(model, settings, keep_copies=False),
+        cut=cut_first,
+        tokens=steps * sum(data[0].lengths[at] for at in first) / world_size(),
+    )
     if _measures(recipe):
         micro_tokens = choose_micro_tokens(
-            model,
-            objective,
-            recipe=recipe,
-            cut=lambda budget: list(cut(data[0], budget).batches(first, 0)),
-            longest=max(data[0].lengths),
+            model, objective, recipe=recipe, cut=cut_first, longest=max(data[0].lengths)
         )
     train = cut(data[0], micro_tokens)
     own = train.rank_indices(first) or first[:1]
@@ -154,7 +165,7 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
         collate=collate,
         micro_batches=train,
         eval_micro_batches=cut(data[1], micro_tokens) if data[1:] else None,
-        steps=_total_steps(data[0], settings),
+        steps=steps,
     )
 
 
@@ -275,7 +286,7 @@ def _load_model(recipe: Recipe, data: list[Records], *, device: torch.device) ->
         )
         raise_trained(model)
     replace_dropout(model)
-    if device.type == "cpu":  # its changed layers would break the graphs of compiled ones
+    if device.type == "cpu" and settings.compile != "layers":  # changed layers break their graphs
         speed_up_linear(model)
     return model
 

@@ -99,6 +99,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                 RunReporter(folder, settings, total=setup.steps, done=progress.step) as reporter,
                 interruptible(reporter.say) as stop_signal,
                 watch_ranks(settings.rank_timeout) as watchdog,
+                setup.micro_batches.made_ahead(),
             ):
                 trainer = Trainer(
                     settings=settings,
@@ -189,8 +190,7 @@ class Trainer:
     def steps(self, last: int) -> Iterator[int]:
         """Take the steps up to one, and no more than that; yields each that is done."""
         self._updates = UpdateWatch(self.setup.model)
-        plans = step_plans(self.setup.train, self.settings, start=self.progress.step)
-        for plan in itertools.takewhile(lambda plan: plan.step < last, plans):
+        for plan in self._plans(last):
             self._step(plan)
             yield self.progress.step
 
@@ -198,6 +198,16 @@ class Trainer:
         """Whether the last checkpoint is ``save_minutes`` old."""
         minutes = self.settings.save_minutes
         return minutes is not None and self.clock() - self._saved >= 60 * minutes
+
+    def _plans(self, last: int) -> Iterator[StepPlan]:
+        """The steps up to one; as each begins, the micro-batches of the next one are begun."""
+        all_plans = step_plans(self.setup.train, self.settings, start=self.progress.step)
+        plans = itertools.takewhile(lambda plan: plan.step < last, all_plans)
+        for plan, following in itertools.pairwise(itertools.chain(plans, [None])):
+            assert plan is not None
+            if following is not None:
+                self.setup.micro_batches.prepare(following.examples, following.step)
+            yield plan
 
     def _step(self, plan: StepPlan) -> None:
         lr = learning_rate(plan.step, total=self.setup.steps, settings=self.settings)

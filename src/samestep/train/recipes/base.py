@@ -1,5 +1,6 @@
 """What an objective does with its settings, in the order of a run: the base class of recipes."""
 
+import logging
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, ClassVar
@@ -14,12 +15,15 @@ from samestep.data.rows import Row
 from samestep.engine.terms import Objective
 from samestep.errors import ConfigError
 from samestep.models.activations import checkpoint_activations
+from samestep.models.compiled import run_eagerly
 from samestep.models.load import check_token_range, load_model, load_tokenizer, resolve_source
 from samestep.models.probes import choose_padding, logits_of
 from samestep.train.precision import weight_dtype
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.objectives import OBJECTIVES
 from samestep.utils.plugins import load_object
+
+log = logging.getLogger("samestep")
 
 
 class Recipe:
@@ -206,6 +210,8 @@ class Recipe:
         done = model.is_activation_checkpointing or not model.supports_gradient_checkpointing
         if fixed or done:
             return False
+        if run_eagerly(model):
+            log.info("compile: none from here on: layers that recompute run uncompiled")
         checkpoint_activations(model, "selective")
         return True
 

@@ -43,7 +43,7 @@ def with_current_names(saved: Mapping[str, Any]) -> dict[str, Any]:
 RESUME_MAY_CHANGE = frozenset(
     {
         *("micro_batch", "micro_tokens", "memory_limit", "padding", "gradient_checkpointing"),
-        *("activation_offload", "device", "threads"),
+        *("activation_offload", "device", "threads", "compile"),
         *("ranks", "parallel", "cpu_offload", "rank_timeout", "not_finite"),
         *("eval_data", "eval_every", "save_every", "save_minutes", "keep", "track", "merge", "out"),
     }
@@ -190,6 +190,9 @@ class TrainSettings(BaseModel):
     """What the backward computes again: nothing, all but matrix products and attention, or whole
     layers. auto: nothing, or (selective) where the longest row would not fit into memory. Changes
     speed and memory, not the step."""
+    compile: Literal["auto", "none", "layers"] = "auto"
+    """layers: torch.compile of each decoder layer, once for all lengths. auto: on accelerators, if
+    that is measured to be faster and the run is long enough to earn it back. Not the step."""
     activation_offload: bool = False
     """On accelerators: activations wait for the backward in the CPU's memory, not recomputed."""
     device: str = "auto"
@@ -335,6 +338,13 @@ def _contradictions(settings: TrainSettings) -> list[str]:
         problems.append("micro_batch and micro_tokens are both given: keep one")
     if settings.activation_offload and settings.gradient_checkpointing in ("selective", "full"):
         problems.append("activation_offload: it needs gradient_checkpointing none")
+    if settings.compile == "layers" and (
+        settings.activation_offload or settings.gradient_checkpointing in ("selective", "full")
+    ):
+        problems.append(
+            "compile: layers that recompute or offload their activations run uncompiled; use auto, "
+            "or gradient_checkpointing none without activation_offload"
+        )
     if settings.resume and settings.overwrite:
         problems.append("resume and overwrite contradict each other")
     if settings.lora_rank is None:

@@ -1,0 +1,260 @@
+"""``compile``: few graphs for a run of ragged packs, the same step, and a choice that is said.
+
+Compiled layers are made of graphs; the tests count those, and run them as they are: kernels of a
+compiler (and of a GPU) are not needed for that. On GPUs: written for, not yet run.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import build, gradients, ragged, worst
+from runs import run_config
+from torch import Tensor
+
+import samestep
+from samestep.data.collate import collate_examples
+from samestep.errors import ConfigError
+from samestep.kernels import packed_attention, varlen
+from samestep.models import compiled
+from samestep.models.activations import checkpoint_activations
+from samestep.models.compiled import compilable_layers, compile_layers, run_eagerly
+from samestep.models.probes import choose_padding, cut_last_layer
+from samestep.train import compilation
+from samestep.train.compilation import choose_compilation
+from samestep.train.micro_tokens import Costs
+from samestep.train.recipes.base import recipe_for
+from samestep.train.settings.base import finalize
+from samestep.train.setup import set_up
+
+FEW = 6
+"""Graphs of a run: with gradients and without, of all positions and of targets, and the like."""
+
+
+class Graphs:
+    """A backend that counts the graphs that it gets, and how often they run."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor] = lambda out: out) -> None:
+        self.made = self.runs = 0
+        self._change = change
+
+    def __call__(self, module: Any, _: Any) -> Any:
+        self.made += 1
+
+        def run(*inputs: Any) -> Any:
+            self.runs += 1
+            return tuple(
+                self._change(out) if isinstance(out, Tensor) and out.requires_grad else out
+                for out in module.forward(*inputs)
+            )
+
+        return run
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+    found = Graphs()
+    monkeypatch.setattr(compiled, "BACKEND", found)
+    torch._dynamo.reset()
+    yield found
+    torch._dynamo.reset()
+
+
+def packs(numbers: list[int]) -> list[dict[str, Any]]:
+    examples = ragged(sum(numbers))
+    parts = torch.arange(len(examples)).split(numbers)
+    return [collate_examples([examples[at] for at in part.tolist()]) for part in parts]
+
+
+def ready(name: str = "llama") -> Any:
+    """A model as a run prepares it: packed, its last layer cut to the targets."""
+    model = build(name)
+    assert choose_padding(model, "none") == "none"
+    cut_last_layer(model, "none")
+    return model
+
+
+def outputs(model: Any) -> Tensor:
+    micro = compilation._probe(model, padding="none")
+    names = ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")
+    found: Tensor = model(**{name: micro[name] for name in names}).logits
+    return found
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, _: Any, longest: int, __: int,
+    *, scale: float, window_size: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """`varlen_attn` of PyTorch 2.11, causal, from the definition."""
+    assert window_size == (-1, 0)
+    at = torch.arange(query.shape[0])
+    of = torch.bucketize(at, borders[1:].long(), right=True)
+    seen = (of[:, None] == of[None]) & (at[None] <= at[:, None])
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
+
+
+@pytest.fixture
+def gpu_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packs go the way that they go on a GPU, to a kernel in plain PyTorch."""
+    monkeypatch.setattr(packed_attention, "has_kernels", lambda query: True)
+    monkeypatch.setattr(varlen, "_has_flash", lambda device: True)
+    monkeypatch.setattr(varlen, "takes", lambda function, pack: True)
+    monkeypatch.setattr(varlen, "flash_function", lambda: attention)
+    varlen._names(attention)
+
+
+@pytest.mark.usefixtures("gpu_attention")
+def test_ragged_packs_need_a_handful_of_graphs_and_change_nothing(graphs: Graphs) -> None:
+    model, loss = ready(), samestep.CausalLMLoss()
+    numbers = [3, 1, 8, 2, 19]
+    samestep.backward(model, packs([33]), loss)
+    wanted = gradients(model)
+    assert compile_layers(model, lambda: outputs(model)) == ""
+    before = graphs.runs
+    samestep.backward(model, packs(numbers), loss)
+    assert graphs.runs - before >= len(numbers) * len(compilable_layers(model))
+    assert worst(gradients(model), wanted) < 1e-12
+    samestep.evaluate(model, packs([4, 29]), loss)
+    made = graphs.made
+    assert made <= FEW
+    samestep.backward(model, packs([6, 2, 3, 8, 1, 13]), loss)
+    samestep.evaluate(model, packs([33]), loss)
+    assert graphs.made == made
+    assert worst(gradients(model), wanted) < 1e-12
+    assert torch._dynamo.utils.counters["graph_break"] == {}
+    # Layers that recompute run uncompiled; the step is the same.
+    assert run_eagerly(model)
+    assert not run_eagerly(model)
+    before = graphs.runs
+    checkpoint_activations(model, "selective")
+    samestep.backward(model, packs(numbers), loss)
+    assert worst(gradients(model), wanted) < 1e-12
+    assert graphs.runs == before
+
+
+@pytest.mark.usefixtures("gpu_attention")
+def test_a_compiler_that_computes_something_else_is_not_used(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ready()
+    monkeypatch.setattr(compiled, "BACKEND", Graphs(lambda out: out * (1 + 1e-4)))
+    assert "compiled layers give other outputs" in compile_layers(model, lambda: outputs(model))
+    assert not run_eagerly(model)
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no kernels here")
+
+    monkeypatch.setattr(compiled, "BACKEND", broken)
+    torch._dynamo.reset()
+    reason = compile_layers(model, lambda: outputs(model))
+    assert reason.startswith("compiling fails here: BackendCompilerFailed: ")
+    assert not run_eagerly(model)
+
+
+def test_on_a_gpu_a_layer_is_one_graph_attention_included(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced only, with PyTorch's own ``varlen_attn``: its kernel needs a GPU."""
+    model = ready().to(torch.bfloat16)
+    layer = model.model.layers[0]
+    monkeypatch.setattr(packed_attention, "has_kernels", lambda query: True)
+    monkeypatch.setitem(varlen._recent, torch.device("cpu"), True)
+    function = varlen.flash_function()
+    assert function is not None
+    varlen._names(function)  # asked before any layer is compiled, as a run does
+
+    def run(micro: dict[str, Any]) -> Any:
+        states = torch.randn(1, micro["input_ids"].shape[1], 32, dtype=torch.bfloat16)
+        rotation = model.model.rotary_emb(states, micro["position_ids"])
+        borders = {name: micro[name] for name in ("cu_seq_lens_q", "max_length_q")}
+        return layer(states.requires_grad_(), position_embeddings=rotation, **borders)
+
+    made = []
+
+    def trace(module: Any, _: Any) -> Any:
+        made.append([str(node.target) for node in module.graph.nodes])
+        return lambda *inputs: (torch.zeros(1),)  # the kernel itself needs a GPU
+
+    layer.compile(dynamic=True, fullgraph=True, backend=trace)
+    for micro in packs([3, 2, 5]):
+        run(micro)
+    assert len(made) == 1
+    assert any("varlen_attn" in target for target in made[0])
+
+
+def test_what_something_looks_into_stays_as_it_is() -> None:
+    assert len(compilable_layers(ready())) == len(build("llama").model.layers) - 1
+    assert compilable_layers(torch.nn.Linear(2, 2)) == []
+    assert "looks into" in compile_layers(torch.nn.Linear(2, 2), lambda: torch.zeros(1))
+
+
+@pytest.mark.usefixtures("gpu_attention")
+def test_a_run_compiles_its_layers_on_request(
+    tmp_path: Path, graphs: Graphs, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "samestep")
+    settings = {"precision": "float64", "micro_batch": 3}
+    setup = set_up(finalize(run_config(tmp_path, compile="layers", **settings)))
+    assert "compile: layers, 1 of them; compiling took" in caplog.text
+    plain = set_up(finalize(run_config(tmp_path, **settings)))
+    found = []
+    for one in (setup, plain):
+        micros = list(one.micro_batches.batches(range(16), 0))
+        samestep.backward(one.model, micros, one.objective.loss_fn)
+        found.append(gradients(one.model))
+    assert worst(*found) < 1e-12
+    assert graphs.runs > 0
+    assert graphs.made <= FEW
+    # Memory that runs out lets layers recompute: uncompiled from there on, and it is said.
+    assert setup.recipe.recompute_activations(setup.model)
+    assert "compile: none from here on" in caplog.text
+
+
+def test_a_run_that_cannot_have_what_it_asks_for_says_so(tmp_path: Path, graphs: Graphs) -> None:
+    with pytest.raises(ConfigError, match="compile: compiling fails here"):
+        set_up(run_config(tmp_path, compile="layers"))
+
+
+def test_contradictions_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="compile: layers that recompute or offload"):
+        run_config(tmp_path, compile="layers", gradient_checkpointing="full")
+
+
+@pytest.mark.parametrize(
+    ("steps", "costs", "wanted"),
+    [
+        (10, [Costs(0.1, 1e-3, None, 0.0)], "compile: none, since the run takes about "),
+        (10**6, [Costs(0.1, 1e-3, None, 0.0), Costs(0.1, 8e-4, None, 0.0)], "1.25 times as fast"),
+        (10**6, [Costs(0.1, 1e-3, None, 0.0), Costs(0.1, 2e-3, None, 0.0)], "no faster here"),
+        (10**6, [None], "too small to measure"),
+    ],
+    ids=["short", "pays", "slower", "unknown"],
+)
+def test_auto_compiles_where_a_run_earns_it_back(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    steps: int,
+    costs: list[Costs | None],
+    wanted: str,
+) -> None:
+    caplog.set_level(logging.INFO, "samestep")
+    model, settings = ready(), run_config(tmp_path)
+    measured = iter(costs)
+    monkeypatch.setattr(compilation, "measured_costs", lambda *_, **__: next(measured))
+    monkeypatch.setattr(compilation, "_on_accelerator", lambda model: True)
+    monkeypatch.setattr(compilation, "compile_layers", lambda model, run: "")
+    choose_compilation(
+        model,
+        None,  # type: ignore[arg-type]
+        recipe=recipe_for(settings),
+        padding="none",
+        products=lambda: torch.no_grad(),
+        cut=lambda budget: [],
+        tokens=steps * 100,
+    )
+    assert wanted in caplog.text
