@@ -26,7 +26,9 @@ Training steps that do not depend on how the batch was split.
 
 commands:
   train [RUN.YAML] [--FIELD VALUE ...]   fine-tune a language model
+  doctor                                 is the step of what is installed here exact?
   check FILE.py[:NAME]                   audit a training loop and name the cause
+  certificate FILE.py[:NAME]             the same as a file, and as a badge
   study [STUDY.YAML] --out DIR           compare batch configurations and draw a report
   report DIR                             draw a study's report again
 
@@ -120,6 +122,14 @@ def _run(command: str, arguments: list[str]) -> int:
         from samestep.train.command import run
 
         return run(arguments)
+    if command == "doctor":
+        from samestep.doctor.command import run
+
+        return run(arguments)
+    if command == "certificate":
+        from samestep.audit.certificate_command import run
+
+        return run(arguments)
     if command == "check":
         from samestep.audit.command import run
 
@@ -134,6 +144,7 @@ def _run(command: str, arguments: list[str]) -> int:
         return report(arguments)
     if command.endswith((".yaml", ".yml")):
         raise ConfigError(f"which command? `samestep train {command}`, or study?")
-    near = difflib.get_close_matches(command, ["train", "check", "study", "report"], n=1)
+    commands = ["train", "doctor", "check", "certificate", "study", "report"]
+    near = difflib.get_close_matches(command, commands, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"there is no command {command!r}{hint} (`samestep --help` lists them)")

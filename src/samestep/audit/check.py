@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from samestep import __version__
 from samestep.audit.adapters.loop import LoopFunctions, LoopSubject
 from samestep.audit.axes.axis import Axis, AxisResult, run_axis
 from samestep.audit.axes.table import AXES, DEFAULT_AXES
@@ -202,8 +201,7 @@ def _chosen(axes: Sequence[str | Axis]) -> list[Axis]:
 
 def _versions() -> dict[str, str]:
     installed = [name for name in PACKAGES if importlib.util.find_spec(name) is not None]
-    found = {name: version(name) for name in installed} | {"samestep": __version__}
-    return {"python": platform.python_version(), **found}
+    return {"python": platform.python_version(), **{name: version(name) for name in installed}}
 
 
 def load_subject(reference: str) -> Subject:
