@@ -14,16 +14,18 @@ PACKAGES: dict[str, set[str]] = {
     "kernels": {"errors", "utils"},
     "engine": {"errors", "utils"},
     "hf": {"engine", "errors", "utils"},
+    "loops": {"engine", "errors", "utils"},
     "losses": {"engine", "errors", "kernels", "utils"},
     "data": {"engine", "errors", "utils"},
     "models": {"data", "engine", "errors", "kernels", "losses", "utils"},
     "objectives": {"data", "engine", "errors", "losses", "models", "utils"},
     "audit": {"engine", "errors", "utils"},
+    "doctor": {"audit", "errors", "hf", "loops", "utils"},
     "train": {
         *("data", "engine", "errors", "kernels", "losses", "models", "objectives", "utils"),
     },
     "study": {"data", "engine", "errors", "models", "train", "utils"},
-    "cli": {"audit", "errors", "study", "train", "utils"},
+    "cli": {"audit", "doctor", "errors", "study", "train", "utils"},
     "__main__": {"cli"},
 }
 """What each package, or module at the root, may import of samestep beside itself, lowest first."""

@@ -44,6 +44,7 @@ PUBLIC = [
     "model_inputs",
     "step",
     "target_weights",
+    "windows",
 ]
 """Every public name: a change here is a change for users, and stands in CHANGELOG.md."""
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from samestep.engine.terms import Term as Term
     from samestep.engine.terms import constant as constant
     from samestep.engine.two_pass import TwoPass as TwoPass
+    from samestep.loops.accelerate import windows as windows
     from samestep.losses.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from samestep.models.outputs import model_inputs as model_inputs
     from samestep.objectives.language import CausalLMLoss as CausalLMLoss
@@ -70,6 +71,7 @@ _HOME = {
     "model_inputs": "samestep.models.lm_head",
     "step": "samestep.engine.step",
     "target_weights": "samestep.engine.counts",
+    "windows": "samestep.loops.accelerate",
 }
 
 __all__ = [
@@ -105,6 +107,7 @@ __all__ = [
     "model_inputs",
     "step",
     "target_weights",
+    "windows",
 ]
 
 

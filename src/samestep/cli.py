@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from samestep import __version__
 from samestep.errors import (
@@ -19,23 +20,45 @@ from samestep.errors import (
 )
 from samestep.utils.text import printable
 
-USAGE = """\
+_COMMANDS = {
+    "train": ("[RUN.YAML] [--FIELD VALUE ...]", "fine-tune a language model", "train.command"),
+    "verify": (
+        "RUN",
+        "take steps of a --bitwise run again, and compare",
+        "train.verify_command",
+    ),
+    "doctor": ("", "is the step of what is installed here exact?", "doctor.command"),
+    "check": ("FILE.py[:NAME]", "audit a training loop and name the cause", "audit.command"),
+    "certificate": (
+        "FILE.py[:NAME]",
+        "the same as a file, and as a badge",
+        "audit.certificate_command",
+    ),
+    "study": (
+        "[STUDY.YAML] --out DIR",
+        "compare batch configurations and draw a report",
+        "study.command",
+    ),
+    "report": ("DIR", "draw a study's report again", "study.command:report"),
+}
+"""What a command takes, what it does, and the module under `samestep` whose ``run`` does it, or ``:NAME``."""
+
+USAGE = (
+    """\
 usage: samestep COMMAND ...
 
 Training steps that do not depend on how the batch was split.
 
 commands:
-  train [RUN.YAML] [--FIELD VALUE ...]   fine-tune a language model
-  verify RUN                             take steps of a --bitwise run again, and compare
-  check FILE.py[:NAME]                   audit a training loop and name the cause
-  study [STUDY.YAML] --out DIR           compare batch configurations and draw a report
-  report DIR                             draw a study's report again
-
+"""
+    + "".join(f"  {f'{name} {takes}':<38} {does}\n" for name, (takes, does, _) in _COMMANDS.items())
+    + """
 options:
   -h, --help     this text; `samestep train --help` lists the fields of a command
   --version      the version
   --debug        after a command: show the traceback of an error
 """
+)
 
 FAILED, BAD_INPUT, RANK_LOST = 1, 2, 3
 """Exit codes beside 0: the run failed; settings, flags or data are wrong; another rank died or
@@ -117,28 +140,12 @@ def _stopped(error: KeyboardInterrupt, number: int) -> str:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    if command == "train":
-        from samestep.train.command import run
-
-        return run(arguments)
-    if command == "verify":
-        from samestep.train.verify_command import run
-
-        return run(arguments)
-    if command == "check":
-        from samestep.audit.command import run
-
-        return run(arguments)
-    if command == "study":
-        from samestep.study.command import run
-
-        return run(arguments)
-    if command == "report":
-        from samestep.study.command import report
-
-        return report(arguments)
+    if command in _COMMANDS:
+        module, _, name = _COMMANDS[command][-1].partition(":")
+        code: int = getattr(import_module(f"samestep.{module}"), name or "run")(arguments)
+        return code
     if command.endswith((".yaml", ".yml")):
         raise ConfigError(f"which command? `samestep train {command}`, or study?")
-    near = difflib.get_close_matches(command, ["train", "verify", "check", "study", "report"], n=1)
+    near = difflib.get_close_matches(command, _COMMANDS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"there is no command {command!r}{hint} (`samestep --help` lists them)")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,10 +16,21 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from samestep.audit.baseline import (
+    Comparison,
+    Known,
+    compare,
+    read_baseline,
+    subject_in,
+    updated,
+    write_baseline,
+)
+from samestep.audit.formats import junit, junit_error, sarif, sarif_error
 from samestep.audit.report import print_report, render_page
 from samestep.errors import CheckError, ConfigError
 from samestep.utils.extras import REPORT_PACKAGES, require_extra
 from samestep.utils.files import check_room, write_atomically
+from samestep.utils.text import printable
 
 TEMPLATE = Path(__file__).with_name("template.py")
 
@@ -28,7 +39,8 @@ TEMPLATE = Path(__file__).with_name("template.py")
 class CheckArguments:
     """Audit a training loop: does its step depend on how the batch was split, and why?
 
-    Exit code 0: exact; 1: inexact; 2: the subject could not be run.
+    Exit code 0: exact, or with --baseline no fault but known ones; 1: inexact; 2: the subject could
+    not be run.
     """
 
     subject: Annotated[str | None, tyro.conf.Positional] = None
@@ -39,6 +51,14 @@ class CheckArguments:
     """Write the report to this file."""
     html: Path | None = None
     """Write a page with the report to this file (needs samestep[report])."""
+    junit: Path | None = None
+    """Write the axes as tests in JUnit's XML to this file."""
+    sarif: Path | None = None
+    """Write the inexact axes as results of a code scan, SARIF 2.1.0, to this file."""
+    baseline: Path | None = None
+    """The known faults: they are listed and pass, new ones fail, mended ones are named."""
+    update_baseline: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write what is found to the file of --baseline as known."""
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Say of each skipped axis why."""
     timeout: float = 300.0
@@ -54,10 +74,11 @@ def run(arguments: Sequence[str]) -> int:
         arguments: ``FILE.py[:NAME] [--flag value ...]``.
 
     Returns:
-        0 exact, 1 inexact.
+        0 exact, or no fault that is not known; 1 inexact.
 
     Raises:
         CheckError: The subject could not be run.
+        ConfigError: The baseline is missing or none, or a file cannot be written.
     """
     options = tyro.cli(CheckArguments, args=list(arguments), prog="samestep check")
     if options.init:
@@ -65,23 +86,69 @@ def run(arguments: Sequence[str]) -> int:
     if options.subject is None:
         raise CheckError("which loop? `samestep check FILE.py`; `--init` writes one to start from")
     _check_outputs(options)
+    known = _read_known(options)
     console = Console(stderr=True, highlight=False)
     axes = options.axes.split(",") if options.axes else []
-    with console.status("starting", spinner="dots") as status:
-        report = _audit(options.subject, axes, timeout=options.timeout, progress=status.update)
+    try:
+        with console.status("starting", spinner="dots") as status:
+            report = audit_in_child(
+                options.subject, axes, timeout=options.timeout, progress=status.update
+            )
+    except CheckError as error:
+        _write(options.junit, junit_error(options.subject, str(error)))
+        _write(options.sarif, sarif_error(options.subject, str(error)))
+        raise
     print_report(report, Console(highlight=False), verbose=options.verbose)
+    compared = None if known is None else _compare(options, report, known)
     if options.json is not None:
         write_atomically(options.json, json.dumps(report, indent=2) + "\n")
     if options.html is not None:
         write_atomically(options.html, render_page(report))
+    _write(options.junit, junit(options.subject, report, compared=compared))
+    _write(options.sarif, sarif(options.subject, report, compared=compared))
+    if compared is not None:
+        return 1 if compared.new else 0
     return 0 if report["verdict"] == "exact" else 1
+
+
+def _write(path: Path | None, text: str) -> None:
+    if path is not None:
+        write_atomically(path, text)
+
+
+def _read_known(options: CheckArguments) -> Known | None:
+    """The file of known faults, read before the work; None if none is named."""
+    if options.baseline is None:
+        if options.update_baseline:
+            raise ConfigError("--update-baseline writes the file of --baseline: name one")
+        return None
+    return read_baseline(options.baseline, missing_is_empty=options.update_baseline)
+
+
+def _compare(options: CheckArguments, report: dict[str, Any], known: Known) -> Comparison:
+    """The report against the known faults, told; these are brought up to date if that is asked."""
+    assert options.baseline is not None
+    assert options.subject is not None
+    subject = subject_in(options.baseline, options.subject)
+    compared = compare(report, known.get(subject, {}))
+    lines = compared.lines(str(options.baseline), written=options.update_baseline)
+    if options.update_baseline:
+        known[subject] = updated(report, known.get(subject, {}))
+        write_baseline(options.baseline, known)
+        compared = compare(report, known[subject])
+    print("\n".join(map(printable, lines)))
+    report["baseline"] = compared.as_dict()
+    return compared
 
 
 def _check_outputs(options: CheckArguments) -> None:
     """Refuse, before the work, what could not be written after it."""
     if options.html is not None:
         require_extra("report", REPORT_PACKAGES, what="--html")
-    given = [("json", options.json), ("html", options.html)]
+    names = ("json", "html", "junit", "sarif")
+    given = [(name, getattr(options, name)) for name in names]
+    if options.update_baseline:
+        given.append(("baseline", options.baseline))
     problems = [
         f"--{name} {path}: {problem}"
         for name, path in given
@@ -89,6 +156,9 @@ def _check_outputs(options: CheckArguments) -> None:
         for problem in ["this is a folder" if path.is_dir() else check_room(path.absolute().parent)]
         if problem
     ]
+    paths = [path.absolute() for _, path in given if path is not None]
+    twice = sorted({str(path) for path in paths if paths.count(path) > 1})
+    problems += [f"{path}: two reports cannot be written to one file" for path in twice]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -105,8 +175,24 @@ def _init(path: Path) -> int:
     return 0
 
 
-def _audit(reference: str, axes: list[str], *, timeout: float, progress: Any) -> dict[str, Any]:
-    """The report of a child process that is always ended, whatever it does."""
+def audit_in_child(
+    reference: str, axes: Sequence[str], *, timeout: float, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Audit a subject in a child process that is always ended, whatever it does.
+
+    Args:
+        reference: ``FILE.py[:NAME]`` or ``package.module[:NAME]``.
+        axes: Names; none: those that run by default.
+        timeout: Seconds after which it is stopped.
+        progress: Called with what it is about.
+
+    Returns:
+        `samestep.audit.check.CheckReport.as_dict`, with ``source`` beside it: see
+        `samestep.audit.source.describe_source`.
+
+    Raises:
+        CheckError: The subject could not be run.
+    """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "report.json"
         errors = Path(folder) / "stderr"

@@ -9,11 +9,11 @@ import contextlib
 import json
 import os
 import sys
-import sysconfig
 import traceback
 from pathlib import Path
 
 from samestep.audit.check import check_subject, load_subject
+from samestep.audit.source import describe_source, is_own
 from samestep.errors import CheckError
 
 
@@ -42,7 +42,8 @@ def main() -> int:
             failure["traceback"] = "".join(traceback.format_exception(cause))
         Path(result).write_text(json.dumps(failure), encoding="utf-8")
         return 2
-    Path(result).write_text(json.dumps(report.as_dict()), encoding="utf-8")
+    found = {**report.as_dict(), "source": describe_source(reference)}
+    Path(result).write_text(json.dumps(found), encoding="utf-8")
     return 0
 
 
@@ -55,14 +56,7 @@ def own_line(error: BaseException) -> str:
     Returns:
         File, line, function and code, after a line break.
     """
-    ours = str(Path(__file__).parent.parent)
-    own = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((ours, "<"))
-        and "site-packages" not in frame.filename
-        and not frame.filename.startswith(sysconfig.get_path("stdlib"))
-    ]
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if is_own(frame.filename)]
     if not own:
         return ""
     last = own[-1]

@@ -3,8 +3,6 @@
 import re
 from typing import Any
 
-import transformers as hf
-
 VOCABULARY = 128
 FIRST_WORD = 40
 """Token ids below are special in some model; text uses those from here on."""
@@ -60,19 +58,21 @@ UNSET: dict[str, Any] = {
 """Fields that some configurations leave to a checkpoint."""
 
 
-def small(config_class: type, **changes: Any) -> Any:
+def small(config_class: Any, *, fields: dict[str, Any] | None = None, **changes: Any) -> Any:
     """A configuration a few thousand times smaller than the default.
 
     Args:
         config_class: Of `transformers`.
+        fields: Of the configuration to shrink; by default those of the class.
         **changes: Fields to set at the top, such as the number of labels.
 
     Returns:
         The configuration; special tokens have small ids of their own.
     """
-    fields = _shrink(config_class().to_dict(), ids=iter(range(3, FIRST_WORD)))
-    fields.update(changes)
-    config = config_class.from_dict(fields)
+    large = config_class().to_dict() if fields is None else fields
+    shrunk = _shrink(large, ids=iter(range(3, FIRST_WORD)))
+    shrunk.update(changes)
+    config = config_class.from_dict(shrunk)
     for one in {id(part): part for part in (config, config.get_text_config())}.values():
         one.pad_token_id, one.bos_token_id, one.eos_token_id = 0, 1, 2
         one.use_cache = False
@@ -164,6 +164,3 @@ def _rope(value: dict[str, Any]) -> dict[str, Any]:
 def parameters(model: Any) -> int:
     """Number of weights."""
     return sum(weight.numel() for weight in model.parameters())
-
-
-__all__ = ["FIRST_WORD", "VOCABULARY", "hf", "parameters", "small"]
