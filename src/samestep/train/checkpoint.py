@@ -46,7 +46,7 @@ from samestep.train.checkpoint_files import (
     step_folder,
     write_state,
 )
-from samestep.train.progress import DataFingerprint, Progress
+from samestep.train.progress import Progress
 from samestep.utils.files import remove, sha256_of, sync
 
 log = logging.getLogger("samestep")
@@ -64,7 +64,7 @@ def save(
     keep: int,
     origin: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint, each rank its part, then delete all but the newest ``keep``.
+    """Write a checkpoint, each rank its part, then delete all but the newest ``keep`` and the best.
 
     A checkpoint of the same step stays until the new one stands.
 
@@ -104,7 +104,7 @@ def save(
     def finish() -> None:
         write_state(aside, state)
         put_in_place(target)
-        prune(folder, step=progress.step, keep=keep)
+        prune(folder, step=progress.step, keep=keep, best=progress.choice.step)
 
     try:
         on_rank_0(clear)
@@ -202,8 +202,7 @@ def load(checkpoint: Path, model: nn.Module, *, optimizer: Optimizer) -> Progres
         if changed:
             raise CheckpointError(f"{checkpoint} changed while it was read: {changed}")
         optimizer.load_state_dict(_unflatten(moments, state["optimizer"]))
-        progress = state["progress"]
-        return Progress(**{**progress, "data": DataFingerprint(**progress["data"])})
+        return Progress.from_saved(state["progress"])
     except (
         *(OSError, SafetensorError, CheckpointException),
         *(ValueError, KeyError, TypeError, IndexError),

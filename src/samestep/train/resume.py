@@ -7,7 +7,7 @@ from typing import Any
 from samestep.engine.collectives import gather_results, rank
 from samestep.errors import ConfigError
 from samestep.train import checkpoint
-from samestep.train.checkpoint_files import read_origin
+from samestep.train.checkpoint_files import read_origin, step_folder
 from samestep.train.origin import differences, origin_of
 from samestep.train.progress import DataFingerprint, Progress
 from samestep.train.run_folder import RunFolder
@@ -65,6 +65,33 @@ def first_progress(
         )
     log.info("resuming after step %d, from %s", progress.step, path)
     return progress
+
+
+def load_best(
+    progress: Progress, setup: TrainingSetup, *, settings: TrainSettings, folder: RunFolder
+) -> None:
+    """Put the weights of the best evaluation in place, at the end of a run that chooses by one.
+
+    Args:
+        progress: Of the run.
+        setup: Its model gets what the checkpoint holds.
+        settings: ``best``.
+        folder: Where the checkpoints are.
+
+    Raises:
+        CheckpointError: The checkpoint of that step cannot be read.
+    """
+    choice = progress.choice
+    if settings.best is None or choice.step is None:
+        return
+    if choice.step != progress.step:
+        path = step_folder(folder.checkpoints, choice.step)
+        checkpoint.load(path, setup.model, optimizer=setup.optimizer)
+    early = f"; the run ended after step {progress.step} of {setup.steps}"
+    log.info(
+        *("best: %s %.6g after step %d, which becomes the model%s", settings.best, choice.value),
+        *(choice.step, early if progress.step < setup.steps else ""),
+    )
 
 
 def _check_origin(path: Path, now: dict[str, str]) -> None:

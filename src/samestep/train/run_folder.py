@@ -11,7 +11,8 @@ from filelock import FileLock, Timeout
 
 from samestep.errors import CheckpointError, ConfigError
 from samestep.train.checkpoint_files import all_checkpoints, read_origin
-from samestep.train.settings.base import RESUME_MAY_CHANGE, TrainSettings, with_current_names
+from samestep.train.settings.base import TrainSettings, may_change, with_current_names
+from samestep.train.settings.paths import texts_of
 from samestep.utils.files import remove, replaced_name, write_atomically
 from samestep.utils.messages import read_yaml
 
@@ -114,8 +115,10 @@ class RunFolder:
         """Overwriting deletes what the folder holds, and the end of a run replaces the model."""
         own = [path.resolve() for path in self._contents()]
         problems = []
-        for name, value in settings.saved().items():
-            if name == "out" or not isinstance(value, str) or "\0" in value:
+        saved = settings.saved().items()
+        given = [(name, text) for name, value in saved for text in texts_of(value)]
+        for name, value in given:
+            if name == "out" or "\0" in value:
                 continue
             with suppress(OSError, RuntimeError):
                 path = Path(value).expanduser()
@@ -133,11 +136,12 @@ class RunFolder:
         if before is None:
             return
         now, defaults = settings.saved(), type(settings).model_fields
-        kept = RESUME_MAY_CHANGE & now.keys()
-        unknown = now.keys() - before.keys() - RESUME_MAY_CHANGE
+        free = may_change(settings)
+        kept = free & now.keys()
+        unknown = now.keys() - before.keys() - free
         changed = [
             f"  - {name}: was {before.get(name)!r}, is {now.get(name)!r}"
-            for name in sorted({*before, *now} - RESUME_MAY_CHANGE - unknown)
+            for name in sorted({*before, *now} - free - unknown)
             if before.get(name) != now.get(name)
         ]
         longer = {name for name in ("steps", "epochs") if before.get(name) != now.get(name)}

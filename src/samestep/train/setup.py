@@ -1,7 +1,7 @@
 """What a run needs before its first step: model, data, optimizer; nothing is written here."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,10 @@ from samestep.models.dropout import replace_dropout
 from samestep.models.load import resolve_source
 from samestep.models.lora import add_lora
 from samestep.models.probes import cut_last_layer
+from samestep.train.evaluator import EvaluationSet, check_choice
 from samestep.train.forward import precompute_fields
 from samestep.train.launch import is_first_on_machine
+from samestep.train.metrics import with_metrics
 from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS, Collator, MicroBatches
 from samestep.train.micro_tokens import budget_range, choose_micro_tokens
 from samestep.train.optim import build_optimizer, load_optimizer, load_schedule
@@ -37,6 +39,7 @@ from samestep.train.precision import (
 )
 from samestep.train.recipes.base import Recipe, recipe_for
 from samestep.train.settings.base import TrainSettings
+from samestep.train.settings.evaluation import evaluation_sets
 from samestep.train.sharding import choose_parallelism, shard
 from samestep.utils.memory import keep_large_blocks
 from samestep.utils.waiting import waiting
@@ -55,10 +58,10 @@ class TrainingSetup:
         optimizer: Over the weights that train.
         objective: What is optimised, in training and evaluation.
         train: Training records.
-        evaluation: Records to evaluate on, or None.
+        evaluations: What to evaluate on, by name.
+        evaluated: What is evaluated: the objective, and metrics beside it.
         collate: Makes a micro-batch of records of either.
         micro_batches: Cuts training records.
-        eval_micro_batches: Cuts evaluation records; None without them.
         steps: Steps of the whole run.
     """
 
@@ -68,10 +71,10 @@ class TrainingSetup:
     optimizer: Optimizer
     objective: Objective
     train: Records
-    evaluation: Records | None
+    evaluations: Mapping[str, EvaluationSet]
+    evaluated: Objective
     collate: Collator
     micro_batches: MicroBatches
-    eval_micro_batches: MicroBatches | None
     steps: int
 
 
@@ -119,7 +122,9 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
             device=device,
         )
 
-    objective = with_products(recipe.build(model, data), model, settings)
+    built = recipe.build(model, data)
+    objective = with_products(built, model, settings)
+    evaluated = with_products(with_metrics(built, settings.metrics), model, settings)
     if isinstance(objective.loss_fn, TwoPass):
         log.info(
             "%s couples the examples of a batch: every micro-batch runs forward once more, without "
@@ -142,6 +147,11 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
     own = train.rank_indices(first) or first[:1]
     log.info("the first step on this rank: %s", train.describe(own))
     describe(model, settings)
+    evaluations = {
+        name: EvaluationSet(records, cut(records, micro_tokens))
+        for name, records in zip(evaluation_sets(settings), data[1:], strict=True)
+    }
+    check_choice(model, evaluated, sets=evaluations, settings=settings)
     return TrainingSetup(
         recipe=recipe,
         model=model,
@@ -149,10 +159,10 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
         optimizer=build_optimizer(model, settings),
         objective=objective,
         train=data[0],
-        evaluation=data[1] if data[1:] else None,
+        evaluations=evaluations,
+        evaluated=evaluated,
         collate=collate,
         micro_batches=train,
-        eval_micro_batches=cut(data[1], micro_tokens) if data[1:] else None,
         steps=_total_steps(data[0], settings),
     )
 
@@ -204,9 +214,9 @@ def load_data(recipe: Recipe) -> tuple[Any, list[Records]]:
     tokenizer = recipe.load_tokenizer(resolve_source(settings.tokenizer or source))
     with waiting(f"reading {settings.data}"):
         data = [recipe.read(settings.data, tokenizer, None)]
-    if settings.eval_data:
-        with waiting(f"reading {settings.eval_data}"):
-            data.append(recipe.read(settings.eval_data, tokenizer, data[0]))
+    for held_out in evaluation_sets(settings).values():
+        with waiting(f"reading {held_out}"):
+            data.append(recipe.read(held_out, tokenizer, data[0]))
     for records in data:
         if records.report is None:  # read by a recipe of the user's own
             with_report(records, (), tokenizer, format="records")
@@ -223,10 +233,10 @@ def described(settings: TrainSettings, data: Sequence[Records]) -> list[str]:
     Returns:
         Some lines for each.
     """
-    sources = (settings.data, settings.eval_data)
+    sources = (settings.data, *evaluation_sets(settings).values())
     return [
-        records.report.render(source if isinstance(source, str) else ", ".join(source or ()))
-        for source, records in zip(sources, data, strict=False)
+        records.report.render(source if isinstance(source, str) else ", ".join(source))
+        for source, records in zip(sources, data, strict=True)
         if records.report is not None
     ]
 

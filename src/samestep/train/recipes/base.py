@@ -158,7 +158,8 @@ class Recipe:
         Raises:
             ConfigError: A token or a position has no embedding.
         """
-        check_token_range(model, dict(zip(("data", "eval_data"), data, strict=False)))
+        for at, records in enumerate(data):
+            check_token_range(model, {"eval_data" if at else "data": records})
 
     def choose_padding(self, model: Any) -> Padding:
         """The layout of micro-batches; the model's attention is set to serve it.

@@ -5,11 +5,17 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from samestep.errors import ConfigError
 from samestep.train.optim import OPTIMIZERS, SCHEDULES
+from samestep.train.settings.evaluation import (
+    EVALUATION_MAY_CHANGE,
+    EvaluationFields,
+    evaluation_problems,
+    one_or_several,
+)
 from samestep.train.settings.peers import peer_notes
 from samestep.utils.messages import describe_validation_errors
 from samestep.utils.plugins import is_reference
@@ -45,10 +51,24 @@ RESUME_MAY_CHANGE = frozenset(
         *("micro_batch", "micro_tokens", "memory_limit", "padding", "gradient_checkpointing"),
         *("activation_offload", "device"),
         *("ranks", "parallel", "cpu_offload", "rank_timeout", "not_finite"),
-        *("eval_data", "eval_every", "save_every", "save_minutes", "keep", "track", "merge", "out"),
+        *EVALUATION_MAY_CHANGE,
+        *("save_every", "save_minutes", "keep", "track", "merge", "out"),
     }
 )
 """Settings that a resumed run may change, because they cannot change a step."""
+
+
+def may_change(settings: "TrainSettings") -> frozenset[str]:
+    """The settings that a resumed run may change: not those by which its model is chosen.
+
+    Args:
+        settings: Of the run as it is to go on.
+
+    Returns:
+        Names of fields.
+    """
+    chosen_by = EVALUATION_MAY_CHANGE if settings.best is not None else ()
+    return RESUME_MAY_CHANGE - (set(chosen_by) - {"patience"})
 
 
 _LORA_LR_FACTOR = 10
@@ -75,17 +95,10 @@ def _shown_as(table: Mapping[str, Any]) -> Any:
     return tyro.conf.arg(metavar="{" + ",".join(table) + "}|FILE.py:NAME|MODULE:NAME")
 
 
-def _one_or_several(value: Any) -> Any:
-    """One source as itself, as it always was; several as a tuple."""
-    if isinstance(value, list | tuple):
-        return value[0] if len(value) == 1 else tuple(value)
-    return value
+_SOURCES = BeforeValidator(one_or_several)
 
 
-_SOURCES = BeforeValidator(_one_or_several)
-
-
-class TrainSettings(BaseModel):
+class TrainSettings(EvaluationFields):
     """The settings that all objectives share; each objective's own class adds its own."""
 
     model_config = ConfigDict(
@@ -121,8 +134,6 @@ class TrainSettings(BaseModel):
     """Hub name or folder, if it is not beside the model."""
     init: Literal["pretrained", "random"] = "pretrained"
     """Start from the model's weights, or from random ones (needs its config alone)."""
-    eval_data: Annotated[str | tuple[str, ...] | None, _SOURCES] = None
-    """Rows to evaluate on, before, after, and every --eval-every steps."""
     row_format: str | None = None
     """What turns columns of your own into known ones: file.py:name or package.module:name."""
     max_length: int | None = Field(default=None, ge=2)
@@ -200,8 +211,6 @@ class TrainSettings(BaseModel):
     not_finite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not finite: end the run, or go on without it."""
 
-    eval_every: int | None = Field(default=None, ge=1)
-    """Steps between evaluations."""
     save_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints, beside --save-minutes."""
     save_minutes: float | None = Field(default=10.0, gt=0)
@@ -254,7 +263,11 @@ def finalize(settings: Settings) -> Settings:
     Raises:
         ConfigError: All contradictions, in one message.
     """
-    problems = [*settings.problems(), *_contradictions(settings)]
+    problems = [
+        *settings.problems(),
+        *_contradictions(settings),
+        *evaluation_problems(settings, settings.objective),
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
     filled: dict[str, Any] = {}

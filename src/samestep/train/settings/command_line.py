@@ -10,7 +10,11 @@ from samestep.utils.flags import Arity, arity_of, describe_fields
 from samestep.utils.plugins import nearest
 
 GROUPS = {
-    "what to train": ("objective", "model", "data", "out", "tokenizer", "init", "eval_data"),
+    "what to train": ("objective", "model", "data", "out", "tokenizer", "init"),
+    "evaluating, and choosing by it": (
+        *("eval_data", "eval_every", "metrics", "best", "best_is", "patience"),
+        "min_improvement",
+    ),
     "rows": ("row_format", "max_length", "append_eos", "trust_remote_code"),
     "the step, and how long": (
         *("batch_size", "batch_tokens", "steps", "epochs", "optimizer", "lr", "schedule"),
@@ -23,8 +27,8 @@ GROUPS = {
     ),
     "precision": ("dtype", "mixed_precision"),
     "several processes": ("ranks", "parallel", "cpu_offload", "rank_timeout"),
-    "saving, evaluating, going on": (
-        *("eval_every", "save_every", "save_minutes", "keep", "track", "resume", "overwrite"),
+    "saving, going on": (
+        *("save_every", "save_minutes", "keep", "track", "resume", "overwrite", "dry_run"),
     ),
 }
 """Fields by what they are for, as help shows them; those of an objective alone stand first."""
