@@ -1,5 +1,6 @@
 """Evaluations of a run: when they are due, every set by itself, and what a set is."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,6 +13,7 @@ from samestep.engine.evaluate import EvalReport, evaluate
 from samestep.engine.modes import eval_mode
 from samestep.engine.terms import LossFn, Objective, named_terms
 from samestep.train.choice import check_best
+from samestep.train.ema import WeightAverage
 from samestep.train.metrics import finished
 from samestep.train.micro_batches import MicroBatches
 from samestep.train.precision import one_step
@@ -60,6 +62,7 @@ class Evaluator:
         reporter: Writes the reports down.
         watched: Makes of the loss one that looks at signals before each micro-batch.
         retry: Repeats an evaluation that did not fit into memory.
+        average: Evaluated in the place of the weights, if there is one.
         history: The reports of this call by set, in order.
     """
 
@@ -71,6 +74,7 @@ class Evaluator:
     reporter: RunReporter
     watched: _Watch
     retry: _Retry
+    average: WeightAverage | None = None
     history: list[dict[str, EvalReport]] = field(default_factory=list)
 
     def is_due(self, step: int) -> bool:
@@ -88,7 +92,8 @@ class Evaluator:
         Returns:
             The reports by set, the same on all ranks.
         """
-        reports = {name: self._evaluate(each) for name, each in self.sets.items()}
+        with self.average.in_place() if self.average else contextlib.nullcontext():
+            reports = {name: self._evaluate(each) for name, each in self.sets.items()}
         on_rank_0(lambda: self._write(reports, step))
         self.history.append(reports)
         self.reporter.evaluated.add(step)

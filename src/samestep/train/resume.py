@@ -56,7 +56,7 @@ def first_progress(
             log.warning("resume: there is no checkpoint in %s: starting at step 0", folder.root)
         return Progress(step=0, tokens=0, seconds=0.0, skipped=0, data=data)
     _check_origin(path, origin["files"])
-    progress = checkpoint.load(path, setup.model, optimizer=setup.optimizer)
+    progress = _load(path, setup)
     difference = progress.data.difference(data)
     if difference:
         raise ConfigError(
@@ -65,6 +65,11 @@ def first_progress(
         )
     log.info("resuming after step %d, from %s", progress.step, path)
     return progress
+
+
+def _load(path: Path, setup: TrainingSetup) -> Progress:
+    average = None if setup.average is None else setup.average.tensors
+    return checkpoint.load(path, setup.model, optimizer=setup.optimizer, average=average)
 
 
 def load_best(
@@ -86,7 +91,7 @@ def load_best(
         return
     if choice.step != progress.step:
         path = step_folder(folder.checkpoints, choice.step)
-        checkpoint.load(path, setup.model, optimizer=setup.optimizer)
+        _load(path, setup)
     early = f"; the run ended after step {progress.step} of {setup.steps}"
     log.info(
         *("best: %s %.6g after step %d, which becomes the model%s", settings.best, choice.value),

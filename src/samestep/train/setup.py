@@ -22,13 +22,14 @@ from samestep.models.dropout import replace_dropout
 from samestep.models.load import resolve_source
 from samestep.models.lora import add_lora
 from samestep.models.probes import cut_last_layer
+from samestep.train.ema import WeightAverage
 from samestep.train.evaluator import EvaluationSet, check_choice
 from samestep.train.forward import precompute_fields
 from samestep.train.launch import is_first_on_machine
 from samestep.train.metrics import with_metrics
 from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS, Collator, MicroBatches
 from samestep.train.micro_tokens import budget_range, choose_micro_tokens
-from samestep.train.optim import build_optimizer, load_optimizer, load_schedule
+from samestep.train.optim import build_optimizer, freeze, load_optimizer, load_schedule
 from samestep.train.precision import (
     choose_precision,
     describe,
@@ -56,6 +57,7 @@ class TrainingSetup:
         model: On its device, in train mode.
         tokenizer: Saved beside the model at the end.
         optimizer: Over the weights that train.
+        average: Of the weights that train, or None.
         objective: What is optimised, in training and evaluation.
         train: Training records.
         evaluations: What to evaluate on, by name.
@@ -69,6 +71,7 @@ class TrainingSetup:
     model: Any
     tokenizer: Any
     optimizer: Optimizer
+    average: WeightAverage | None
     objective: Objective
     train: Records
     evaluations: Mapping[str, EvaluationSet]
@@ -157,6 +160,7 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
         model=model,
         tokenizer=tokenizer,
         optimizer=build_optimizer(model, settings),
+        average=None if settings.ema is None else WeightAverage(model, settings.ema),
         objective=objective,
         train=data[0],
         evaluations=evaluations,
@@ -283,6 +287,8 @@ def _load_model(recipe: Recipe, data: list[Records], *, device: torch.device) ->
             task=recipe.peft_task,
         )
         raise_trained(model)
+    if settings.freeze:
+        freeze(model, settings.freeze)
     replace_dropout(model)
     if device.type == "cpu":  # its changed layers would break the graphs of compiled ones
         speed_up_linear(model)

@@ -103,6 +103,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                 )
                 trainer.run()
             load_best(trainer.progress, setup, settings=settings, folder=folder)
+            if setup.average is not None:
+                setup.average.put_in_place()
             on_rank_0(folder.check_held)
             save_model(setup.model, setup.tokenizer, folder=folder.model, merge=settings.merge)
             summary = summarise(setup, trainer.progress, settings, evaluator=trainer.evaluator)
@@ -152,6 +154,7 @@ class Trainer:
             reporter=self.reporter,
             watched=self._watched,
             retry=self._retry_on_oom,
+            average=self.setup.average,
         )
 
     def run(self) -> None:
@@ -210,6 +213,8 @@ class Trainer:
         after = self.setup.objective.after_step
         if after is not None:
             after(self.setup.model, report.skipped is None)
+        if self.setup.average is not None and report.skipped is None:
+            self.setup.average.update()
         self.progress = self.progress.after(report)
         done = self.progress.step
         on_rank_0(lambda: self.reporter.step(report, step=done, epoch=plan.progress, lr=lr))
@@ -281,6 +286,7 @@ class Trainer:
             progress=self.progress,
             keep=self.settings.keep or _KEPT_ON_THE_WAY,
             origin=self.origin,
+            average=self.setup.average.tensors if self.setup.average else None,
         )
         self._saved = self.clock()
         self.watchdog.heartbeat(f"after saving step {self.progress.step}")

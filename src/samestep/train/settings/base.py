@@ -4,21 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-import tyro
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from samestep.errors import ConfigError
-from samestep.train.optim import OPTIMIZERS, SCHEDULES
 from samestep.train.settings.evaluation import (
     EVALUATION_MAY_CHANGE,
     EvaluationFields,
     evaluation_problems,
     one_or_several,
 )
+from samestep.train.settings.optimization import OptimizationFields, optimization_problems
 from samestep.train.settings.peers import peer_notes
 from samestep.utils.messages import describe_validation_errors
-from samestep.utils.plugins import is_reference
 
 RENAMED_FIELDS = {
     "centring": "center_rewards",
@@ -75,30 +72,10 @@ _LORA_LR_FACTOR = 10
 """How much higher the default rate of adapters is: they start at 0, and are few."""
 
 
-def _row_of(table: Mapping[str, Any]) -> Any:
-    """Checks a field that names a row of a table, or by its form an object of the user's own."""
-
-    def check(name: str) -> str:
-        if name not in table and not is_reference(name):
-            raise PydanticCustomError(
-                "not_in_table",
-                "should be {expected}, or file.py:name or package.module:name of one of your own",
-                {"expected": " or ".join(repr(row) for row in table)},
-            )
-        return name
-
-    return AfterValidator(check)
-
-
-def _shown_as(table: Mapping[str, Any]) -> Any:
-    """How ``--help`` shows the values of such a field."""
-    return tyro.conf.arg(metavar="{" + ",".join(table) + "}|FILE.py:NAME|MODULE:NAME")
-
-
 _SOURCES = BeforeValidator(one_or_several)
 
 
-class TrainSettings(EvaluationFields):
+class TrainSettings(EvaluationFields, OptimizationFields):
     """The settings that all objectives share; each objective's own class adds its own."""
 
     model_config = ConfigDict(
@@ -160,19 +137,6 @@ class TrainSettings(EvaluationFields):
     """Steps to train, instead of --epochs."""
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the data (1, unless --steps is given)."""
-
-    optimizer: Annotated[str, _row_of(OPTIMIZERS), _shown_as(OPTIMIZERS)] = "adamw"
-    """Update rule: PyTorch's own, or a subclass of torch.optim.Optimizer of one's own."""
-    lr: float = Field(default=2e-5, gt=0)
-    """Peak learning rate; with --lora-rank ten times as high by default, 2e-4."""
-    schedule: Annotated[str, _row_of(SCHEDULES), _shown_as(SCHEDULES)] = "linear"
-    """How the learning rate falls after warm-up; linear and cosine end at 0."""
-    warmup: float = Field(default=0.0, ge=0)
-    """Warm-up: a share of the steps if below 1, else a number of steps."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay, on matrices only."""
-    max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Clip the gradient's global norm; None: do not."""
 
     lora_rank: int | None = Field(default=None, ge=1)
     """Train LoRA adapters of this rank instead of all weights."""
@@ -266,6 +230,7 @@ def finalize(settings: Settings) -> Settings:
     problems = [
         *settings.problems(),
         *_contradictions(settings),
+        *optimization_problems(settings),
         *evaluation_problems(settings, settings.objective),
     ]
     if problems:

@@ -20,6 +20,10 @@ GROUPS = {
         *("batch_size", "batch_tokens", "steps", "epochs", "optimizer", "lr", "schedule"),
         *("warmup", "weight_decay", "max_grad_norm", "seed", "not_finite"),
     ),
+    "the update in detail": (
+        *("betas", "eps", "momentum", "decay", "min_lr_ratio", "lr_by_name"),
+        *("weight_decay_by_name", "freeze", "ema"),
+    ),
     "adapters": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge"),
     "memory and speed; none of these changes the step": (
         *("micro_batch", "micro_tokens", "memory_limit", "padding", "gradient_checkpointing"),

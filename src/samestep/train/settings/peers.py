@@ -119,10 +119,13 @@ PEER_FIELDS: Mapping[str, Meaning] = {
     **_same("loss", "loss_type dpo_loss pref_loss"),
     **_same("objective", "task task_type stage trainer training_type method finetuning_type rl"),
     **_same("teacher", "teacher_model teacher_model_name_or_path"),
-    **_none(
-        "adam_beta1 adam_beta2 adam_epsilon betas eps",
-        "the betas of adamw are PyTorch's: optimizer takes file.py:name of one of your own",
-    ),
+    **_same("betas", "adam_beta1 adam_beta2 adam_betas beta1 beta2", "both, as in 0.9 0.95"),
+    **_same("eps", "adam_epsilon adam_eps"),
+    **_same("momentum", "sgd_momentum muon_momentum"),
+    **_same("min_lr_ratio", "min_lr min_lr_rate cosine_min_lr_ratio", "a share of the peak"),
+    **_same("decay", "num_decay_steps decay_steps decay_ratio", "a share of the steps, or steps"),
+    **_same("freeze", "frozen_parameters freeze_parameters freeze_layers", "regular expressions"),
+    **_same("ema", "ema_decay use_ema", "the share that stays, such as 0.999"),
     **_none(
         "dataloader_num_workers preprocessing_num_workers dataset_num_proc num_workers",
         "there is nothing to set: rows are tokenised once and cached",
