@@ -33,6 +33,10 @@ def test_the_configuration_runs(
     for source in sources:
         if source.endswith(".jsonl") and not Path(source).exists():
             write_rows(Path(source), 6)
+    if Path("questions.jsonl").exists():
+        text = Path("questions.jsonl").read_text("utf-8")
+        text = text.replace('"prompt"', '"question"').replace('"completion"', '"answer"')
+        Path("questions.jsonl").write_text(text, "utf-8")
     Path(name).write_text(
         yaml.safe_dump({**config, "model": str(tiny), "steps": 2, "batch_size": 4}), "utf-8"
     )

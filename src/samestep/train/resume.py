@@ -12,7 +12,8 @@ from samestep.train.origin import differences, origin_of
 from samestep.train.progress import DataFingerprint, Progress
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
-from samestep.train.setup import TrainingSetup
+from samestep.train.setup import TrainingSetup, training_mix
+from samestep.utils.sources import describe_source
 
 log = logging.getLogger("samestep")
 
@@ -28,6 +29,9 @@ def current_origin(setup: TrainingSetup, settings: TrainSettings) -> dict[str, A
         ``settings``, as ``config.yaml`` has them, and ``files``, digests by what they are of.
     """
     files = gather_results(lambda: origin_of(settings, setup.model) if rank() == 0 else {})[0]
+    mix = training_mix(setup.train, settings)
+    if mix is not None:
+        files["data: rows of each source"] = ", ".join(map(str, mix.sizes))
     return {"settings": settings.saved(), "files": files}
 
 
@@ -60,7 +64,8 @@ def first_progress(
     difference = progress.data.difference(data)
     if difference:
         raise ConfigError(
-            f"resume: the training rows are not those of {path}: {settings.data} or the tokenizer "
+            f"resume: the training rows are not those of {path}: "
+            f"{describe_source(settings.data)} or the tokenizer "
             f"has changed since ({difference}). Restore it, or start anew with --overwrite"
         )
     log.info("resuming after step %d, from %s", progress.step, path)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from samestep.data.batching import StepPlan, num_steps, plan_steps
 from samestep.data.collate import Padding
 from samestep.data.describe import with_report
+from samestep.data.mixing import Mix, mix_of
 from samestep.data.records import Records
 from samestep.engine.collectives import run_or_fail_together, world_size
 from samestep.engine.parallel import is_sharded, prepare_for_step
@@ -43,6 +44,7 @@ from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.evaluation import evaluation_sets
 from samestep.train.sharding import choose_parallelism, shard
 from samestep.utils.memory import keep_large_blocks
+from samestep.utils.sources import describe_source, parts_of
 from samestep.utils.waiting import waiting
 
 log = logging.getLogger("samestep")
@@ -187,8 +189,35 @@ def step_plans(records: Records, settings: TrainSettings, *, start: int = 0) -> 
         seed=settings.seed,
         batch_size=settings.batch_size,
         batch_tokens=settings.batch_tokens,
+        mix=training_mix(records, settings),
         start=start,
     )
+
+
+def training_mix(records: Records, settings: TrainSettings) -> Mix | None:
+    """What an epoch takes of the training records.
+
+    Args:
+        records: Training records.
+        settings: ``data``.
+
+    Returns:
+        The mix; None if each is taken once.
+
+    Raises:
+        ConfigError: Sources have weights, but which records are of which is not known.
+        DataError: No row of a source is left.
+    """
+    parts = parts_of(settings.data)
+    if not any(part.weight or part.rows for part in parts):
+        return None
+    sizes = None if records.report is None else records.report.by_source
+    if sizes is None or sum(sizes) != len(records):
+        raise ConfigError(
+            f"data: the sources of {settings.objective} cannot be mixed by weight or rows: its "
+            "records are not those of one source after another"
+        )
+    return mix_of(parts, (*sizes, *[0] * (len(parts) - len(sizes))))
 
 
 def _check_references(settings: TrainSettings) -> Recipe:
@@ -216,10 +245,10 @@ def load_data(recipe: Recipe) -> tuple[Any, list[Records]]:
     if settings.trust_remote_code:
         log.warning("trust_remote_code: Python code that comes with the model will run")
     tokenizer = recipe.load_tokenizer(resolve_source(settings.tokenizer or source))
-    with waiting(f"reading {settings.data}"):
+    with waiting(f"reading {describe_source(settings.data)}"):
         data = [recipe.read(settings.data, tokenizer, None)]
     for held_out in evaluation_sets(settings).values():
-        with waiting(f"reading {held_out}"):
+        with waiting(f"reading {describe_source(held_out)}"):
             data.append(recipe.read(held_out, tokenizer, data[0]))
     for records in data:
         if records.report is None:  # read by a recipe of the user's own
@@ -238,11 +267,13 @@ def described(settings: TrainSettings, data: Sequence[Records]) -> list[str]:
         Some lines for each.
     """
     sources = (settings.data, *evaluation_sets(settings).values())
-    return [
-        records.report.render(source if isinstance(source, str) else ", ".join(source))
+    lines = [
+        records.report.render(describe_source(source))
         for source, records in zip(sources, data, strict=True)
         if records.report is not None
     ]
+    mix = training_mix(data[0], settings)
+    return lines if mix is None else [*lines, mix.describe(parts_of(settings.data))]
 
 
 def read_only(settings: TrainSettings) -> list[str]:
@@ -361,4 +392,5 @@ def _total_steps(records: Records, settings: TrainSettings) -> int:
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         batch_tokens=settings.batch_tokens,
+        mix=training_mix(records, settings),
     )

@@ -1,6 +1,6 @@
 """The settings of a run that do not depend on what it optimises, and how they fit together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -13,9 +13,15 @@ from samestep.train.settings.evaluation import (
     evaluation_problems,
     one_or_several,
 )
-from samestep.train.settings.optimization import OptimizationFields, optimization_problems
+from samestep.train.settings.optimization import (
+    OptimizationFields,
+    optimization_problems,
+    pairs_of_flags,
+)
 from samestep.train.settings.peers import peer_notes
+from samestep.utils.flags import leaf
 from samestep.utils.messages import describe_validation_errors
+from samestep.utils.sources import DataSource, Source, parts_of
 
 RENAMED_FIELDS = {
     "centring": "center_rewards",
@@ -93,7 +99,10 @@ class TrainSettings(EvaluationFields, OptimizationFields):
         except ValidationError as error:
             fields = type(self).model_fields
             problems = describe_validation_errors(
-                error, fields, renamed=RENAMED_FIELDS, elsewhere=peer_notes(fields)
+                error,
+                fields,
+                renamed=RENAMED_FIELDS,
+                elsewhere=peer_notes(fields),
             )
             raise ConfigError("\n  - ".join(["the settings are wrong:", *problems])) from None
 
@@ -101,9 +110,10 @@ class TrainSettings(EvaluationFields, OptimizationFields):
     """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
     model: str
     """Hub name, folder, or .gguf file."""
-    data: Annotated[str | tuple[str, ...], _SOURCES]
-    """Training rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a pattern or a
-    Hub name; several are read in order."""
+    data: Annotated[Source, _SOURCES, leaf("SOURCE ...")]
+    """Training rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a pattern, a
+    URL or a Hub name; several are read in order. In YAML a source may be {path, split, config,
+    columns, weight, rows}: its share, or its number of rows, of every epoch."""
     out: str
     """Folder for the log, the checkpoints and the trained model."""
 
@@ -111,6 +121,10 @@ class TrainSettings(EvaluationFields, OptimizationFields):
     """Hub name or folder, if it is not beside the model."""
     init: Literal["pretrained", "random"] = "pretrained"
     """Start from the model's weights, or from random ones (needs its config alone)."""
+    columns: Annotated[
+        dict[str, str], BeforeValidator(pairs_of_flags), leaf("KNOWN=THEIRS ...")
+    ] = Field(default={})
+    """Columns that the rows call otherwise, as in prompt=question; of sources without their own."""
     row_format: str | None = None
     """What turns columns of your own into known ones: file.py:name or package.module:name."""
     max_length: int | None = Field(default=None, ge=2)
@@ -256,6 +270,7 @@ def _contradictions(settings: TrainSettings) -> list[str]:
         problems.append("batch_size and batch_tokens are both given: keep one")
     if settings.steps is not None and settings.epochs is not None:
         problems.append("steps and epochs are both given: keep one")
+    problems += _mix_problems(parts_of(settings.data))
     if isinstance(settings.micro_tokens, int) and settings.micro_tokens < 1:
         problems.append(f"micro_tokens: at least 1, or 'auto', not {settings.micro_tokens}")
     if settings.micro_batch is not None and settings.micro_tokens != "auto":
@@ -269,4 +284,17 @@ def _contradictions(settings: TrainSettings) -> list[str]:
         defaults = TrainSettings.model_fields
         set_anyway = [name for name in lora if getattr(settings, name) != defaults[name].default]
         problems += [f"{name} is given without lora_rank" for name in set_anyway]
+    return problems
+
+
+def _mix_problems(parts: Sequence[DataSource]) -> list[str]:
+    """Contradictions between sources that an epoch takes parts of."""
+    problems = []
+    weighed = [part.path for part in parts if part.weight is not None]
+    counted = [part.path for part in parts if part.rows is not None]
+    if weighed and counted:
+        problems.append("data: weight and rows are both given: keep one of them for all sources")
+    elif weighed and len(weighed) < len(parts):
+        others = [part.path for part in parts if part.weight is None]
+        problems.append(f"data: {', '.join(others)} has no weight: all sources need one, or none")
     return problems

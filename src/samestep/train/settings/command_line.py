@@ -15,7 +15,7 @@ GROUPS = {
         *("eval_data", "eval_every", "metrics", "best", "best_is", "patience"),
         "min_improvement",
     ),
-    "rows": ("row_format", "max_length", "append_eos", "trust_remote_code"),
+    "rows": ("columns", "row_format", "max_length", "append_eos", "trust_remote_code"),
     "the step, and how long": (
         *("batch_size", "batch_tokens", "steps", "epochs", "optimizer", "lr", "schedule"),
         *("warmup", "weight_decay", "max_grad_norm", "seed", "not_finite"),

@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from samestep.utils.flags import leaf
+from samestep.utils.messages import describe_validation_errors
 from samestep.utils.plugins import is_reference, nearest
-
-Source: TypeAlias = str | tuple[str, ...]
-"""A file, a folder, a pattern, a name of the Hub, or several of them."""
+from samestep.utils.sources import DataSource, Source, parts_of
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,28 @@ _HIGHER = ("accuracy", "match", "reward", "margin", "f1", "bleu", "rouge")
 def one_or_several(value: Any) -> Any:
     """One source as itself, as it always was; several as a tuple."""
     if isinstance(value, list | tuple):
-        return value[0] if len(value) == 1 else tuple(value)
-    return value
+        sources = tuple(map(_source, value))
+        return sources[0] if len(sources) == 1 else sources
+    return _source(value)
+
+
+def _source(value: Any) -> Any:
+    """A source that a file gives by fields, checked; anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return DataSource(**value)
+    except ValidationError as error:
+        lines = describe_validation_errors(error, DataSource.model_fields)
+        raise PydanticCustomError(
+            "no_source",
+            "{place}: {lines}",
+            {"place": value.get("path", "a source"), "lines": "; ".join(lines)},
+        ) from None
 
 
 def _named_sets(value: Any) -> Any:
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or "path" in value:
         return one_or_several(value)
     wrong = [name for name in value if not isinstance(name, str) or not name or "/" in name]
     if wrong or not value:
@@ -83,7 +98,7 @@ class EvaluationFields(BaseModel):
     )
 
     eval_data: Annotated[
-        str | tuple[str, ...] | dict[str, str | tuple[str, ...]] | None,
+        Source | dict[str, Source] | None,
         BeforeValidator(_named_sets),
         leaf("SOURCE ..."),
     ] = None
@@ -168,6 +183,17 @@ def evaluation_problems(settings: EvaluationFields, objective: str) -> list[str]
         problems.append(
             f"metrics: {', '.join(own)} belong to objective {', '.join(METRIC_OBJECTIVES)}, and "
             f"this is {objective}; file.py:name of a function of your own goes with any"
+        )
+    shares = [
+        part.path
+        for source in sets.values()
+        for part in parts_of(source)
+        if part.weight or part.rows
+    ]
+    if shares:
+        problems.append(
+            f"eval_data: {', '.join(shares)} must have neither weight nor rows: a set is evaluated "
+            "whole"
         )
     needing = [name for name in ("metrics", "best") if getattr(settings, name)]
     if needing and not sets:

@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 from samestep.train.settings.base import TrainSettings
 from samestep.utils.plugins import nearest
+from samestep.utils.sources import DataSource, is_url
 
-_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".gguf")
+_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".gguf")
 """Endings that no name of the Hub has."""
 
 
@@ -47,7 +48,10 @@ def hub_names(settings: TrainSettings) -> list[tuple[str, str, Literal["model", 
         (field, value, "dataset" if field in _DATA else "model")
         for field in (*_MODELS, *_DATA)
         for value in texts_of(getattr(settings, field, None))
-        if not _looks_like_a_path(value) and not Path(value).exists() and not _is_pattern(value)
+        if not _looks_like_a_path(value)
+        and not Path(value).exists()
+        and not _is_pattern(value)
+        and not is_url(value)
     ]
 
 
@@ -60,15 +64,17 @@ def texts_of(value: Any) -> list[str]:
     Returns:
         The texts.
     """
+    if isinstance(value, DataSource):
+        return [value.path]
     if isinstance(value, dict):
-        value = list(value.values())
+        value = [value["path"]] if "path" in value else list(value.values())
     if isinstance(value, list | tuple):
         return [text for each in value for text in texts_of(each)]
     return [value] if isinstance(value, str) else []
 
 
 def _looks_like_a_path(value: str) -> bool:
-    if _is_pattern(value):
+    if _is_pattern(value) or is_url(value):
         return False
     return value.endswith(_FILES) or value.startswith((".", "/", "~")) or value.count("/") > 1
 

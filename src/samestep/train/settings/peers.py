@@ -46,6 +46,7 @@ PEER_FIELDS: Mapping[str, Meaning] = {
         "dataset dataset_name datasets dataset_path train_file train_files train_data "
         "train_dataset data_path data_files",
     ),
+    **_same("columns", "column_mapping rename_columns field_mapping columns_mapping"),
     **_same("eval_data", "eval_dataset eval_file validation_file validation_data val_data"),
     **_same("out", "output_dir out_dir save_dir output"),
     **_same("lr", "learning_rate peak_lr max_lr"),
