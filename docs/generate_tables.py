@@ -14,6 +14,7 @@ from pathlib import Path
 from samestep.audit.axes.table import AXES
 from samestep.audit.causes import CAUSES
 from samestep.train.optim import OPTIMIZERS, SCHEDULES
+from samestep.train.settings.evaluation import METRICS
 
 DOCS = Path(__file__).parent
 _PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -58,9 +59,16 @@ def schedules() -> str:
     return markdown_table(("`schedule`", "after warm-up the rate"), rows)
 
 
+def metrics() -> str:
+    """The metrics that `samestep train` reports beside the loss."""
+    rows = [(f"`{name}`", row.about) for name, row in METRICS.items()]
+    return markdown_table(("`metrics`", "what it is"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "axes": axes,
     "causes": causes,
+    "metrics": metrics,
     "optimizers": optimizers,
     "schedules": schedules,
 }

@@ -41,7 +41,7 @@ _COMMANDS = {
     ),
     "report": ("DIR", "draw a study's report again", "study.command:report"),
 }
-"""What a command takes, what it does, and the module under `samestep` whose ``run`` does it, or ``:NAME``."""
+"""What a command takes and does, and the module that does it by ``run`` or a name of its own."""
 
 USAGE = (
     """\

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from samestep.data.mixing import Mix
 from samestep.errors import ConfigError
 
 _Ints: TypeAlias = npt.NDArray[np.int64]
@@ -55,6 +56,10 @@ def _permutation(size: int, *, seed: int, epoch: int) -> _Ints:
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
+def _order(size: int, *, seed: int, epoch: int, mix: Mix | None) -> _Ints:
+    return _permutation(size, seed=seed, epoch=epoch) if mix is None else mix.epoch(seed, epoch)
+
+
 def epoch_batches(
     epoch_order: Sequence[int],
     lengths: Sequence[int],
@@ -88,6 +93,7 @@ def num_steps(
     epochs: int,
     batch_size: int | None = None,
     batch_tokens: int | None = None,
+    mix: Mix | None = None,
 ) -> int:
     """The number of steps in the first epochs; by ``batch_size`` without looking at the data.
 
@@ -97,15 +103,16 @@ def num_steps(
         epochs: How many.
         batch_size: As for `epoch_batches`.
         batch_tokens: As for `epoch_batches`.
+        mix: As for `plan_steps`.
 
     Returns:
         The steps.
     """
     _exactly_one(batch_size=batch_size, batch_tokens=batch_tokens)
     if batch_size is not None:
-        return epochs * -(-len(lengths) // batch_size)
+        return epochs * -(-len(lengths if mix is None else mix) // batch_size)
     sizes = np.asarray(lengths)
-    orders = (_permutation(len(sizes), seed=seed, epoch=epoch) for epoch in range(epochs))
+    orders = (_order(len(sizes), seed=seed, epoch=epoch, mix=mix) for epoch in range(epochs))
     return sum(
         len(_ends(sizes[order], batch_size=None, batch_tokens=batch_tokens)) for order in orders
     )
@@ -140,6 +147,7 @@ def plan_steps(
     seed: int,
     batch_size: int | None = None,
     batch_tokens: int | None = None,
+    mix: Mix | None = None,
     start: int = 0,
 ) -> Iterator[StepPlan]:
     """The steps of a run without end, epoch after epoch, from step ``start`` on.
@@ -149,6 +157,7 @@ def plan_steps(
         seed: Seed of the order.
         batch_size: As for `epoch_batches`.
         batch_tokens: As for `epoch_batches`.
+        mix: What an epoch takes of the examples; None: each once.
         start: First step to yield: a resumed run starts at the step that it had reached.
 
     Yields:
@@ -156,16 +165,17 @@ def plan_steps(
     """
     _exactly_one(batch_size=batch_size, batch_tokens=batch_tokens)
     sizes = np.asarray(lengths)
-    first = 0 if batch_size is None else start // -(-len(sizes) // batch_size)
-    step = first if batch_size is None else first * -(-len(sizes) // batch_size)
+    size = len(sizes) if mix is None else len(mix)
+    first = 0 if batch_size is None else start // -(-size // batch_size)
+    step = first if batch_size is None else first * -(-size // batch_size)
     for epoch in itertools.count(first):
-        epoch_order = _permutation(len(sizes), seed=seed, epoch=epoch)
+        epoch_order = _order(len(sizes), seed=seed, epoch=epoch, mix=mix)
         ends = _ends(sizes[epoch_order], batch_size=batch_size, batch_tokens=batch_tokens)
         skipped = min(max(0, start - step), len(ends))
         step += skipped
         for a, b in itertools.pairwise([0, *ends][skipped:]):
             batch = tuple(epoch_order[a:b].tolist())
-            yield StepPlan(step, epoch, epoch + b / len(sizes), batch)
+            yield StepPlan(step, epoch, epoch + b / size, batch)
             step += 1
 
 

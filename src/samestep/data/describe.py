@@ -1,5 +1,6 @@
 """Records described: what was read of their rows, and one row with its targets marked."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -69,8 +70,21 @@ def with_report(
         remarks=() if ends else (_NO_EOS,),
         shown=rows[shown].origin if shown < len(rows) else "the first row",
         example=_example(records[0], tokenizer=tokenizer),
+        by_source=_by_source(records, rows),
     )
     return records
+
+
+def _by_source(records: Records, rows: Sequence[Row]) -> tuple[int, ...] | None:
+    """The records of each source; None if they are not those of one source after another."""
+    first = records.first_rows()
+    if not rows or max(first, default=0) >= len(rows):
+        return None
+    sources = [rows[at].source for at in first]
+    if sources != sorted(sources):
+        return None
+    counts = Counter(sources)
+    return tuple(counts[number] for number in range(max(row.source for row in rows) + 1))
 
 
 def _columns(row: Row) -> Sequence[str]:

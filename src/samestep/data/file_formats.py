@@ -41,9 +41,13 @@ def row_or_problem(value: Any, origin: str) -> Row | str:
 
 
 def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
-    """The content of a file, decompressed where its name ends with .gz."""
+    """The content of a file, decompressed where its name ends with .gz or .zst."""
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")
+    if path.suffix.lower() == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
     return path.open("rb")
 
 
@@ -269,7 +273,7 @@ READERS: dict[str, Callable[[Path], Iterator[Row | str]]] = {
 """The reader of each extension."""
 
 COMPRESSED = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
-"""The extensions that may be followed by .gz."""
+"""The extensions that may be followed by .gz or .zst."""
 
 
 def reader_of(path: Path) -> Callable[[Path], Iterator[Row | str]] | None:
@@ -282,7 +286,7 @@ def reader_of(path: Path) -> Callable[[Path], Iterator[Row | str]] | None:
         The reader; None if no name of this kind is known.
     """
     name, suffix = path.stem.lower(), path.suffix.lower()
-    if suffix == ".gz":
+    if suffix in (".gz", ".zst"):
         inner = Path(name).suffix
         return READERS[inner] if inner in COMPRESSED else None
     return READERS.get(suffix)

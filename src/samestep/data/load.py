@@ -6,44 +6,47 @@ import logging
 import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from samestep.data.file_formats import READERS, reader_of, row_or_problem
+from samestep.data.remote import fetch_files
 from samestep.data.row_converters import Converter, convert_rows, resolve_row_format
 from samestep.data.row_formats import RowFormat
-from samestep.data.rows import Row, raise_problems
+from samestep.data.rows import Row, RowError, map_rows, raise_problems
 from samestep.errors import DataError
 from samestep.utils.hub import find_on_hub
+from samestep.utils.plugins import nearest
+from samestep.utils.sources import DataSource, Source, is_url
 
 if TYPE_CHECKING:
     import datasets
 
 log = logging.getLogger("samestep")
 
-Source: TypeAlias = str | tuple[str, ...]
-"""What a setting names: a file, a folder, a pattern, a name on the Hub, or several of them."""
-
-_EXTENSIONS = f"{', '.join(READERS)}, and those of text with .gz"
+_EXTENSIONS = f"{', '.join(READERS)}, and those of text with .gz or .zst"
 
 
 def load_rows(
-    source: "str | Path | datasets.Dataset | Sequence[Mapping[str, Any]]",
+    source: "Source | Path | datasets.Dataset | Sequence[Mapping[str, Any]]",
     *,
     split: str = "train",
     row_format: str | Converter | RowFormat | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> list[Row]:
     """Read all rows of a source.
 
     Args:
-        source: A .jsonl, .json, .csv, .tsv or .parquet file, text with .gz too; a folder of such
-            files (taken in the order of their names; subfolders are not read, the log says so) or
-            one that `Dataset.save_to_disk` wrote; a pattern such as ``data/*.jsonl``; the name of
-            a data set on the Hub; several of these, read in their order; a `datasets.Dataset`;
-            or a list of mappings.
+        source: A .jsonl, .json, .csv, .tsv or .parquet file, text with .gz or .zst too; a folder
+            of such files (taken in the order of their names; subfolders are not read, the log says
+            so) or one that `Dataset.save_to_disk` wrote; a pattern such as ``data/*.jsonl``; the
+            name of a data set on the Hub; a URL that fsspec opens; several of these, read in their
+            order; a `datasets.Dataset`; or a list of mappings.
         split: Which split of a data set that has several.
         row_format: What converts each row to columns that are known: see
             `samestep.data.row_converters.resolve_row_format`. None: what each row is recognised as.
+        columns: Columns that the source calls otherwise: known name to its name there.
 
     Returns:
         At least one row, in the order of the source.
@@ -54,21 +57,24 @@ def load_rows(
         ConfigError: ``row_format`` names nothing that converts rows.
     """
     converter = None if row_format is None else resolve_row_format(row_format)
-    rows = _load(source, split)
+    rows = _load(source, split, columns)
     if converter is not None:
         rows = convert_rows(rows, converter)
     return convert_rows(rows)
 
 
 def _load(
-    source: "str | Path | datasets.Dataset | Sequence[Mapping[str, Any]]", split: str
+    source: "Source | Path | datasets.Dataset | Sequence[Mapping[str, Any]]",
+    split: str,
+    columns: Mapping[str, str] | None,
 ) -> list[Row]:
-    if isinstance(source, (str, Path)):
-        return _from_name(source, split)
+    if isinstance(source, (str, Path, DataSource)):
+        return _from_sources([source], split, columns)
     if isinstance(source, Sequence):
-        if source and all(isinstance(each, (str, Path)) for each in source):
-            return _from_names([each for each in source if isinstance(each, (str, Path))], split)
-        return _in_memory(source, "")
+        names = [each for each in source if isinstance(each, (str, Path, DataSource))]
+        if names and len(names) == len(source):
+            return _from_sources(names, split, columns)
+        return _renamed(_in_memory(source, ""), columns)
     if isinstance(source, Mapping):
         raise DataError(
             f"the data set has the splits {', '.join(map(str, source))}: pass one of them"
@@ -78,29 +84,67 @@ def _load(
         import datasets
 
         if isinstance(source, datasets.Dataset):
-            return _in_memory(source.with_format(None), "")
+            return _renamed(_in_memory(source.with_format(None), ""), columns)
     raise DataError(
         f"data of type {type(source).__name__}: give a path, the name of a Hub data set, "
         "a datasets.Dataset (not a streamed one) or a list of mappings"
     )
 
 
-def _from_names(sources: Sequence[str | Path], split: str) -> list[Row]:
+def _from_sources(
+    sources: Sequence[str | Path | DataSource], split: str, columns: Mapping[str, str] | None
+) -> list[Row]:
     """The rows of several sources, one after another; the problems of all of them at once."""
-    results = [_rows_or_problem(source, split) for source in sources]
-    raise_problems([result for result in results if isinstance(result, str)])
-    return [row for rows in results if isinstance(rows, list) for row in rows]
+    rows: list[Row] = []
+    problems: list[str] = []
+    for number, source in enumerate(sources):
+        try:
+            found = _from_source(source, split, columns)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        rows += [replace(row, source=number) for row in found] if number else found
+    raise_problems(problems)
+    return rows
 
 
-def _rows_or_problem(source: str | Path, split: str) -> list[Row] | str:
-    try:
-        return _from_name(source, split)
-    except DataError as error:
-        return str(error)
+def _from_source(
+    source: str | Path | DataSource, split: str, columns: Mapping[str, str] | None
+) -> list[Row]:
+    if not isinstance(source, DataSource):
+        return _renamed(_from_name(source, split), columns)
+    rows = _from_name(source.path, source.split or split, source)
+    return _renamed(rows, columns if source.columns is None else source.columns)
 
 
-def _from_name(source: str | Path, split: str) -> list[Row]:
+def _renamed(rows: list[Row], columns: Mapping[str, str] | None) -> list[Row]:
+    """The rows with columns under the names that are known."""
+    if not columns:
+        return rows
+    theirs = set(columns.values())
+
+    def rename(row: Row) -> Row:
+        missing = [name for name in theirs if name not in row.values]
+        if missing:
+            raise RowError(
+                f"columns: there is no {missing[0]!r}{nearest(missing[0], row.values)} (the row "
+                f"has {', '.join(row.values)})"
+            )
+        kept = {name: value for name, value in row.values.items() if name not in theirs}
+        return replace(
+            row, values={**kept, **{name: row.values[old] for name, old in columns.items()}}
+        )
+
+    return map_rows(rows, rename)
+
+
+def _from_name(source: str | Path, split: str, named: DataSource | None = None) -> list[Row]:
     path = Path(source).expanduser()
+    local = isinstance(source, Path) or is_url(source) or path.exists() or _looks_like_path(source)
+    if named is not None and local:
+        _refuse_parts(named, path)
+    if isinstance(source, str) and is_url(source):
+        return _from_files(fetch_files(source))
     if path.is_dir():
         names = {entry.name for entry in path.iterdir()}
         if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names:
@@ -115,7 +159,19 @@ def _from_name(source: str | Path, split: str) -> list[Row]:
         return _from_files([file for file in files if not file.is_dir()] or _none_is_a_file(source))
     if isinstance(source, Path) or _looks_like_path(source):
         raise DataError(f"{source}: no such file{_nearest(path)}")
-    return _from_hub(source, split)
+    return _from_hub(source, split, config=None if named is None else named.config)
+
+
+def _refuse_parts(source: DataSource, path: Path) -> None:
+    """A file has neither configurations nor splits, and a folder of ``save_to_disk`` has splits."""
+    saved = (path / "dataset_dict.json").exists()
+    given = [name for name in ("config", "split") if getattr(source, name) is not None]
+    wrong = [name for name in given if name == "config" or not saved]
+    if wrong:
+        raise DataError(
+            f"{source.path}: {' and '.join(wrong)} belong to data sets of the Hub, and this is a "
+            "path: leave them out"
+        )
 
 
 def _none_is_a_file(source: str | Path) -> list[Path]:
@@ -216,7 +272,7 @@ def _sort_out(results: Iterable[Row | str], rows: list[Row], *, problems: list[s
             problems.append(result)
 
 
-def _from_hub(name: str, split: str) -> list[Row]:
+def _from_hub(name: str, split: str, *, config: str | None = None) -> list[Row]:
     import datasets
 
     if not datasets.config.HF_HUB_OFFLINE:  # else a cache of its own may have it
@@ -227,8 +283,9 @@ def _from_hub(name: str, split: str) -> list[Row]:
             raise DataError(
                 f"{name} cannot be loaded: there is no such file or folder here, and {error}{near}"
             ) from None
+    named = {} if config is None else {"name": config}
     try:
-        data = datasets.load_dataset(name, split=split)
+        data = datasets.load_dataset(name, **named, split=split)
     except Exception as error:  # the Hub client raises many kinds, all meaning "not loaded"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         offline = datasets.config.HF_HUB_OFFLINE

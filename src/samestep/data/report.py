@@ -30,6 +30,8 @@ class DataReport:
         remarks: What else should be known, a sentence each.
         shown: The name of the row that is shown.
         example: That row, a text for each of its sequences, targets marked.
+        by_source: How many records each of several sources gave, one source after another; None:
+            it is not known.
     """
 
     format: str
@@ -44,6 +46,7 @@ class DataReport:
     remarks: tuple[str, ...]
     shown: str
     example: tuple[str, ...]
+    by_source: tuple[int, ...] | None = None
 
     def render(self, source: str) -> str:
         """The report as lines of at most 80 columns.

@@ -6,6 +6,7 @@ Which converter applies is recognised by the columns of each row, from the forma
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from samestep.data.message_forms import normalize_messages
@@ -122,4 +123,4 @@ def _converted(row: Row, row_format: RowFormat) -> Row:
         )
     weight = {name: value for name, value in row.values.items() if name == "weight"}
     columns = tuple(name for name, value in row.values.items() if value is not None)
-    return Row({**weight, **values}, row.origin, (row_format.name, columns))
+    return replace(row, values={**weight, **values}, converted=(row_format.name, columns))

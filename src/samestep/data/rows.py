@@ -23,11 +23,13 @@ class Row:
             "train.parquet row 17" (from 1).
         converted: The name of the format that it was converted from, and the columns that it had
             there; None: it is as the source has it.
+        source: Which of several sources it is of, from 0.
     """
 
     values: dict[str, Any]
     origin: str
     converted: tuple[str, tuple[str, ...]] | None = field(default=None, compare=False)
+    source: int = field(default=0, compare=False)
 
     def with_values(self, changes: Mapping[str, Any]) -> "Row":
         """The row with other values in some columns.

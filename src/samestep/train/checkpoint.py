@@ -46,7 +46,7 @@ from samestep.train.checkpoint_files import (
     step_folder,
     write_state,
 )
-from samestep.train.progress import DataFingerprint, Progress
+from samestep.train.progress import Progress
 from samestep.utils.files import remove, sha256_of, sync
 
 log = logging.getLogger("samestep")
@@ -63,8 +63,9 @@ def save(
     progress: Progress,
     keep: int,
     origin: Mapping[str, Any] | None = None,
+    average: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write a checkpoint, each rank its part, then delete all but the newest ``keep``.
+    """Write a checkpoint, each rank its part, then delete all but the newest ``keep`` and the best.
 
     A checkpoint of the same step stays until the new one stands.
 
@@ -76,6 +77,7 @@ def save(
         keep: Checkpoints to keep, this one included.
         origin: What the run depends on and the checkpoint does not hold;
             `samestep.train.checkpoint_files.read_origin` gives it.
+        average: The moving average of weights by name, if there is one.
 
     Returns:
         The checkpoint's folder.
@@ -89,6 +91,7 @@ def save(
     _check_finite(model, progress.step)
     tensors, values = _flatten(optimizer.state_dict())
     tensors |= {f"model.{name}": tensor for name, tensor in _trained(model).items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in (average or {}).items()}
     state: dict[str, Any] = {
         "format": FORMAT,
         "progress": asdict(progress),
@@ -104,7 +107,7 @@ def save(
     def finish() -> None:
         write_state(aside, state)
         put_in_place(target)
-        prune(folder, step=progress.step, keep=keep)
+        prune(folder, step=progress.step, keep=keep, best=progress.choice.step)
 
     try:
         on_rank_0(clear)
@@ -167,13 +170,20 @@ def newest_intact(folder: Path) -> Path | None:
     return None
 
 
-def load(checkpoint: Path, model: nn.Module, *, optimizer: Optimizer) -> Progress:
+def load(
+    checkpoint: Path,
+    model: nn.Module,
+    *,
+    optimizer: Optimizer,
+    average: Mapping[str, Tensor] | None = None,
+) -> Progress:
     """Put a checkpoint's weights and optimizer state in place, on any number of ranks.
 
     Args:
         checkpoint: An intact one, as `newest_intact` gives it.
         model: Built as when it was saved; replicated or sharded.
         optimizer: Built as when it was saved.
+        average: Takes the moving average, if the run has one.
 
     Returns:
         How far the run was.
@@ -193,6 +203,7 @@ def load(checkpoint: Path, model: nn.Module, *, optimizer: Optimizer) -> Progres
         shapes = {name: meta.size for name, meta in kept.items() if name.startswith("model.")}
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
             raise CheckpointError(f"{checkpoint} was saved from another model than this one")
+        tensors |= {f"average.{name}": tensor for name, tensor in (average or {}).items()}
         moments = _places(kept, optimizer)
         with _no_warning_of_one_process():
             state_dict_loader.load(
@@ -202,8 +213,7 @@ def load(checkpoint: Path, model: nn.Module, *, optimizer: Optimizer) -> Progres
         if changed:
             raise CheckpointError(f"{checkpoint} changed while it was read: {changed}")
         optimizer.load_state_dict(_unflatten(moments, state["optimizer"]))
-        progress = state["progress"]
-        return Progress(**{**progress, "data": DataFingerprint(**progress["data"])})
+        return Progress.from_saved(state["progress"])
     except (
         *(OSError, SafetensorError, CheckpointException),
         *(ValueError, KeyError, TypeError, IndexError),

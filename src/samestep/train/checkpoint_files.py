@@ -179,21 +179,24 @@ def recover(folder: Path) -> None:
         _drop_replaced(checkpoint)
 
 
-def prune(folder: Path, *, step: int, keep: int) -> None:
-    """Delete all but the newest checkpoints up to a step.
+def prune(folder: Path, *, step: int, keep: int, best: int | None = None) -> None:
+    """Delete all but the newest checkpoints up to a step, and the best.
 
     What no run wrote stays, and so does what is of later steps: not this run's past.
 
     Args:
         folder: Of the checkpoints.
         step: The newest to keep.
-        keep: How many to keep.
+        keep: How many of the newest to keep.
+        best: The step of one that stays, however old.
     """
     try:
         newest = step_folder(folder, step).name
+        spared = None if best is None else step_folder(folder, best).name
         past = [path for path in all_checkpoints(folder) if path.name <= newest]
         for old in past[:-keep]:
-            _remove_written(old)
+            if old.name != spared:
+                _remove_written(old)
     except OSError as error:
         log.warning("an older checkpoint could not be deleted: %s", error)
 

@@ -50,12 +50,33 @@ def run(arguments: Sequence[str]) -> int:
         if rank() > 0:
             return 0
     print(f"{summary['steps']} steps, {summary['tokens']:,} tokens, {summary['seconds']:.1f} s")
-    if summary["evaluation_after"] is not None:
-        before, after = summary["evaluation_before"], summary["evaluation_after"]
-        change = "" if before is None else f"{before:.4f} -> "
-        print(f"evaluation loss {change}{after:.4f}")
+    for line in _evaluation_lines(summary):
+        print(line)
     print(f"model in {summary['model']}")
     return 0
+
+
+def _evaluation_lines(summary: dict[str, Any]) -> list[str]:
+    """The loss of each evaluation set before and after, and what was chosen."""
+    before, after, best = (
+        summary[name] for name in ("evaluation_before", "evaluation_after", "best")
+    )
+    if after is None:
+        return []
+    sets = after if isinstance(after, dict) else {"": after}
+    earlier = before if isinstance(before, dict) else {"": before}
+    lines = []
+    for name, value in sets.items():
+        first = earlier.get(name)
+        change = "" if first is None else f"{first:.4f} -> "
+        lines.append(f"evaluation loss{name and f' of {name}'} {change}{value:.4f}")
+    if best is not None:
+        early = ", where the run stopped early" if summary["stopped_early"] else ""
+        lines.append(
+            f"best {best['metric']} {best['value']:.6g} after step {best['step']} of "
+            f"{summary['steps']}{early}"
+        )
+    return [printable(line) for line in lines]
 
 
 def _dry_run(settings: TrainSettings) -> int:

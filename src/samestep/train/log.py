@@ -14,8 +14,10 @@ from typing import Any, Protocol
 from samestep.engine.evaluate import EvalReport
 from samestep.engine.step import StepReport
 from samestep.errors import ConfigError
+from samestep.train.progress import Progress
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
+from samestep.train.settings.evaluation import evaluation_sets
 from samestep.utils.extras import install_command
 from samestep.utils.files import open_regular, write_atomically
 
@@ -78,7 +80,7 @@ class RunLog:
     Args:
         folder: The run's folder, open for writing.
         settings: ``track`` names the trackers.
-        done: Steps that a resumed run has behind it; later lines of the logs are dropped.
+        progress: What a resumed run has behind it; later lines of the logs are dropped.
 
     Attributes:
         evaluated: The steps after which an evaluation is written down already.
@@ -87,12 +89,16 @@ class RunLog:
         ConfigError: The package of a tracker is not installed.
     """
 
-    def __init__(self, folder: RunFolder, settings: TrainSettings, *, done: int) -> None:
+    def __init__(self, folder: RunFolder, settings: TrainSettings, *, progress: Progress) -> None:
         self._trackers = open_trackers(
             settings.track, folder=folder.tracking, run=folder.root.name, config=settings.saved()
         )
+        done, choice = progress.step, progress.choice
         for path in (folder.log, folder.evaluations):
             keep_steps(path, done)
+        uncounted = settings.best is not None and done > 0 and choice.judged != done
+        if uncounted or not _sets_at(folder.evaluations, done) >= {*evaluation_sets(settings)}:
+            keep_steps(folder.evaluations, done - 1)  # a kill came between: it is done again
         self.evaluated = _steps_in(folder.evaluations)
         self._log = JsonLines(folder.log)
         self._evaluations = JsonLines(folder.evaluations)
@@ -104,11 +110,13 @@ class RunLog:
         scalars = {"loss": report.loss, "grad_norm": report.grad_norm, "lr": lr}
         self._track(step, terms | {f"train/{name}": value for name, value in scalars.items()})
 
-    def evaluation(self, report: EvalReport, *, step: int) -> None:
-        """Write an evaluation down."""
-        self._evaluations.write({"step": step, **asdict(report)})
-        terms = {f"eval/{name}": value for name, value in report.terms.items()}
-        self._track(step, terms | {"eval/loss": report.loss})
+    def evaluation(self, report: EvalReport, *, step: int, of: str = "") -> None:
+        """Write an evaluation down, with the name of its set if it has one."""
+        named = {"set": of} if of else {}
+        self._evaluations.write({"step": step, **named, **asdict(report)})
+        group = f"eval/{of}" if of else "eval"
+        values = {f"{group}/{name}": value for name, value in report.terms.items()}
+        self._track(step, values | {f"{group}/loss": report.loss})
 
     def close(self) -> None:
         """Close every file and tracker."""
@@ -154,6 +162,15 @@ def _step_of(line: bytes) -> int | None:
         return None
     step = record.get("step") if isinstance(record, dict) else None
     return step if type(step) is int else None
+
+
+def _sets_at(path: Path, step: int) -> set[str]:
+    """The names of the sets whose evaluation after a step is written down."""
+    if not path.exists():
+        return set()
+    with open_regular(path) as file:
+        records = [json.loads(line) for line in file.read().splitlines()]
+    return {str(record.get("set", "")) for record in records if record["step"] == step}
 
 
 def _steps_in(path: Path) -> set[int]:

@@ -283,7 +283,7 @@ def choose_micro_tokens(
     limit = _memory_limit(model.device, settings.memory_limit)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in trained)
-    reserved = state_per_weight(settings.optimizer) * weight_bytes
+    reserved = (state_per_weight(settings) + (settings.ema is not None)) * weight_bytes
     needed = estimate_peak(costs, longest, reserved=reserved)
     too_much = needed is not None and limit is not None and needed > limit
     if too_much and recipe.recompute_activations(model):

@@ -4,7 +4,8 @@ Importing this needs no PyTorch: settings check names against the tables.
 """
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,10 +24,21 @@ class OptimizerSettings(Protocol):
     """The settings that optimizer and learning rate depend on."""
 
     optimizer: str
+    betas: tuple[float, float] | None
+    eps: float | None
+    momentum: float | None
     lr: float
+    lr_by_name: dict[str, float]
     weight_decay: float
+    weight_decay_by_name: dict[str, float]
     schedule: str
     warmup: float
+    decay: float
+    min_lr_ratio: float
+
+
+OPTIONS = ("betas", "eps", "momentum")
+"""Settings that are keyword arguments of optimizers; None: an optimizer's own default."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +51,32 @@ class OptimizerRow:
             returns an optimizer.
         about: What it is, for the docs.
         options: Further keyword arguments of the class.
+        takes: Which settings of `OPTIONS` it takes.
         state_per_weight: Elements of state for each element of a weight, to foresee memory.
     """
 
     factory: str
     about: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    takes: tuple[str, ...] = ()
     state_per_weight: int = 2
 
 
 OPTIMIZERS = {
-    "adamw": OptimizerRow("torch.optim:AdamW", "AdamW, fused", {"fused": True}),
+    "adamw": OptimizerRow(
+        "torch.optim:AdamW", "AdamW, fused", {"fused": True}, takes=("betas", "eps")
+    ),
     "sgd": OptimizerRow(
-        "torch.optim:SGD", "Stochastic gradient descent without momentum", state_per_weight=0
+        "torch.optim:SGD",
+        "Stochastic gradient descent; `momentum` is 0 unless it is set",
+        takes=("momentum",),
+        state_per_weight=0,
+    ),
+    "muon": OptimizerRow(
+        "samestep.train.muon:muon",
+        "Muon for the matrices of layers, PyTorch's own, and AdamW for all other weights",
+        takes=("betas", "eps", "momentum"),
+        state_per_weight=1,
     ),
     "adafactor": OptimizerRow(
         "torch.optim:Adafactor", "Adafactor, with little state", state_per_weight=0
@@ -75,7 +100,25 @@ def _constant(progress: float) -> float:
     return 1.0
 
 
-SCHEDULES: dict[str, Schedule] = {"linear": _linear, "cosine": _cosine, "constant": _constant}
+def _wsd(progress: float) -> float:
+    """Stays at the peak, and falls in a straight line over the last steps (`decay`)."""
+    return 1 - progress
+
+
+def _cooldown(progress: float) -> float:
+    """Stays at the peak, and falls as 1 - √progress over the last steps (`decay`)."""
+    return 1 - math.sqrt(progress)
+
+
+COOLDOWNS: dict[str, Schedule] = {"wsd": _wsd, "cooldown": _cooldown}
+"""Schedules that fall in the last steps alone; progress runs from 0 to 1 over these."""
+
+SCHEDULES: dict[str, Schedule] = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "constant": _constant,
+    **COOLDOWNS,
+}
 """What ``schedule`` may name; the first lines of their docstrings are in the docs."""
 
 
@@ -108,9 +151,13 @@ def load_optimizer(name: str) -> Callable[[list[dict[str, Any]], OptimizerSettin
     def build(groups: list[dict[str, Any]], settings: OptimizerSettings) -> Optimizer:
         try:
             if is_class:
-                optimizer = factory(groups, lr=settings.lr, **row.options)
+                given = {name: getattr(settings, name) for name in OPTIONS}
+                chosen = {name: value for name, value in given.items() if value is not None}
+                optimizer = factory(groups, lr=settings.lr, **row.options, **chosen)
             else:
                 optimizer = factory(groups, settings)
+        except ConfigError:
+            raise
         except Exception as error:  # the user's code may raise anything
             raise ConfigError(
                 f"optimizer: {name} could not be built: {type(error).__name__}: {error}"
@@ -139,19 +186,103 @@ def build_optimizer(model: "nn.Module", settings: OptimizerSettings) -> "Optimiz
     Raises:
         ConfigError: As for `load_optimizer`.
     """
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [w for w in weights if w.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [w for w in weights if w.dim() < 2], "weight_decay": 0.0},
+    weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
+    hidden = hidden_matrices(model)
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for vectors in (False, True):
+        for name, weight in weights.items():
+            if (weight.dim() < 2) is not vectors:
+                continue
+            decay = 0.0 if vectors else settings.weight_decay
+            decay = _by_name(settings.weight_decay_by_name, name, decay)
+            scale = _by_name(settings.lr_by_name, name, settings.lr) / settings.lr
+            kind = {"lr_scale": scale} if scale != 1 else {}
+            if settings.optimizer == "muon":
+                kind["hidden"] = id(weight) in hidden
+            group = {"params": [], "weight_decay": decay, **kind}
+            groups.setdefault((vectors, decay, *kind.items()), group)["params"].append(weight)
+    _check_patterns(settings, list(weights))
+    return load_optimizer(settings.optimizer)(list(groups.values()), settings)
+
+
+def hidden_matrices(model: "nn.Module") -> set[int]:
+    """The weights of layers that are matrices: neither embeddings nor an output layer.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Their ids.
+    """
+    from torch import nn
+
+    outer: list[nn.Module] = [
+        module for module in model.modules() if isinstance(module, nn.Embedding)
     ]
-    groups = [group for group in groups if group["params"]]
-    return load_optimizer(settings.optimizer)(groups, settings)
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
+    outer += [head] if isinstance(head, nn.Module) else []
+    excluded = {id(weight) for module in outer for weight in module.parameters()}
+    return {id(weight) for weight in model.parameters() if weight.dim() == 2} - excluded
 
 
-def state_per_weight(name: str) -> int:
-    """Elements of optimizer state for each element of a weight: as in the table, else 2."""
-    row = OPTIMIZERS.get(name)
-    return 2 if row is None else row.state_per_weight
+def _by_name(values: Mapping[str, float], name: str, default: float) -> float:
+    """The value of the first pattern that is found in a name."""
+    return next((value for part, value in values.items() if re.search(part, name)), default)
+
+
+def _check_patterns(settings: OptimizerSettings, names: Sequence[str]) -> None:
+    """Refuse a pattern that no weight that trains has in its name."""
+    unused = [
+        f"{setting}: {pattern!r} is in the name of no weight that trains"
+        for setting in ("lr_by_name", "weight_decay_by_name")
+        for pattern in getattr(settings, setting)
+        if not any(re.search(pattern, name) for name in names)
+    ]
+    if unused:
+        raise ConfigError("\n".join([*unused, _some_names(names)]))
+
+
+def _some_names(names: Sequence[str]) -> str:
+    """A line with names of weights from all over the model."""
+    shown = list(names)[:: max(1, len(names) // 6)]
+    return f"(names are such as {', '.join(shown)})"
+
+
+def freeze(model: "nn.Module", patterns: Sequence[str]) -> None:
+    """Let weights not train.
+
+    Args:
+        model: The model.
+        patterns: Regular expressions; weights in whose names one is found are frozen.
+
+    Raises:
+        ConfigError: A pattern is in the name of no weight that trains, or none would be left.
+    """
+    weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
+    found = {part: [name for name in weights if re.search(part, name)] for part in patterns}
+    unused = [part for part, names in found.items() if not names]
+    problems = [f"freeze: {part!r} is in the name of no weight that trains" for part in unused]
+    if problems:
+        raise ConfigError("\n".join([*problems, _some_names(list(weights))]))
+    frozen = {name for names in found.values() for name in names}
+    if frozen >= weights.keys():
+        raise ConfigError("freeze: nothing would be left to train")
+    for name in frozen:
+        weights[name].requires_grad_(False)
+
+
+def state_per_weight(settings: OptimizerSettings) -> int:
+    """Elements of optimizer state for each element of a weight: as in the table, else 2.
+
+    Args:
+        settings: ``optimizer``, ``momentum``.
+
+    Returns:
+        Their number.
+    """
+    row = OPTIMIZERS.get(settings.optimizer)
+    return 2 if row is None else row.state_per_weight or int(bool(settings.momentum))
 
 
 def load_schedule(name: str) -> Schedule:
@@ -197,20 +328,25 @@ def learning_rate(step: int, *, total: int, settings: OptimizerSettings) -> floa
     Args:
         step: From 0.
         total: Steps of the whole run.
-        settings: ``lr``, ``schedule``, ``warmup``.
+        settings: ``lr``, ``schedule``, ``warmup``, ``decay``, ``min_lr_ratio``.
 
     Returns:
         The learning rate. It rises linearly over the warm-up, reaches ``lr``, and then follows
-        the schedule, whose progress would be 1 at step ``total``.
+        the schedule, whose progress would be 1 at step ``total``, down to its floor.
     """
     warmup = settings.warmup if settings.warmup >= 1 else settings.warmup * total
     if step < warmup:
         return settings.lr * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1.0, total - warmup)
-    return settings.lr * load_schedule(settings.schedule)(progress)
+    start = warmup
+    if settings.schedule in COOLDOWNS:
+        falling = settings.decay if settings.decay >= 1 else settings.decay * total
+        start = max(warmup, total - falling)
+    progress = max(0.0, step - start) / max(1.0, total - start)
+    floor = settings.min_lr_ratio
+    return settings.lr * (floor + (1 - floor) * load_schedule(settings.schedule)(progress))
 
 
 def set_learning_rate(optimizer: "Optimizer", lr: float) -> None:
-    """Give every parameter group the learning rate."""
+    """Give every parameter group the learning rate, times the scale of its own."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -223,8 +223,10 @@ def bytes_per_weight(model: nn.Module, settings: TrainSettings) -> dict[str, int
     found = {"weight": size, "sum of gradients": max(size, 4)}
     if size < 4:
         found["gradient"] = size  # as the optimizer takes it
-    if state_per_weight(settings.optimizer):
-        found["optimizer"] = size * state_per_weight(settings.optimizer)
+    if state_per_weight(settings):
+        found["optimizer"] = size * state_per_weight(settings)
+    if settings.ema is not None:
+        found["average"] = max(size, 4)
     if uses_autocast(model, settings):
         found["copy in bfloat16"] = MIXED.itemsize
     return found

@@ -1,11 +1,13 @@
 """How far a run is, and on which data: what a checkpoint keeps beside weights and moments."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from samestep.data.records import Records
 from samestep.engine.step import StepReport
+from samestep.train.choice import Choice
 
 _BLOCKS = 64
 """Parts of the data that have a digest of their own."""
@@ -67,6 +69,7 @@ class Progress:
         seconds: Time spent in steps.
         skipped: Steps without an update.
         data: Identifies the training data.
+        choice: Which evaluation was the best.
     """
 
     step: int
@@ -74,6 +77,13 @@ class Progress:
     seconds: float
     skipped: int
     data: DataFingerprint
+    choice: Choice = field(default_factory=Choice)
+
+    @classmethod
+    def from_saved(cls, saved: Mapping[str, Any]) -> "Progress":
+        """The progress that a checkpoint has as plain values; earlier ones have no choice."""
+        data, choice = DataFingerprint(**saved["data"]), Choice(**saved.get("choice", {}))
+        return cls(**{**saved, "data": data, "choice": choice})
 
     def after(self, report: StepReport) -> "Progress":
         """The progress after one more step."""

@@ -9,13 +9,15 @@ from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as ProgressBar
 
 from samestep.engine.collectives import gather_results, rank
 from samestep.engine.evaluate import EvalReport
 from samestep.engine.step import StepReport
 from samestep.errors import CheckpointError
 from samestep.train.log import RunLog
+from samestep.train.progress import Progress
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
 from samestep.utils.text import printable
@@ -69,7 +71,7 @@ class RunConsole:
         self._seconds, self._steps, self._tokens = 0.0, 0, 0
         self._parts: list[str] = []
         self._clock, self._last_line = clock, clock()
-        self._bar = Progress(
+        self._bar = ProgressBar(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=_BAR_WIDTH),
             TextColumn("{task.fields[state]}", markup=False),
@@ -136,12 +138,12 @@ class RunConsole:
         room = self._console.width - len(f"step {self._total}/{self._total}") - _BAR_WIDTH - 2
         self._bar.update(self._task, completed=self._done, state=fit_line(parts, room))
 
-    def evaluation(self, report: EvalReport, *, step: int) -> None:
-        """Show an evaluation."""
+    def evaluation(self, report: EvalReport, *, step: int, of: str = "") -> None:
+        """Show an evaluation, with the name of its set."""
         metrics = "  ".join(f"{name} {value:.4f}" for name, value in report.terms.items())
         targets = report.counts.get("token", 0)
         parts = [
-            f"evaluation after step {step}: loss {report.loss:.4f}",
+            f"evaluation{of and f' of {of}'} after step {step}: loss {report.loss:.4f}",
             f"({targets:,.0f} targets, {report.seconds:.1f} s)",
             metrics,
         ]
@@ -155,7 +157,7 @@ class RunReporter:
         folder: The run's folder, open for writing.
         settings: The settings.
         total: Steps of the whole run.
-        done: Steps already done.
+        progress: How far it is.
 
     Attributes:
         evaluated: The steps after which an evaluation is written down already.
@@ -166,8 +168,9 @@ class RunReporter:
     """
 
     def __init__(
-        self, folder: RunFolder, settings: TrainSettings, *, total: int, done: int
+        self, folder: RunFolder, settings: TrainSettings, *, total: int, progress: Progress
     ) -> None:
+        done = progress.step
         self._console = RunConsole(total=total, done=done, silent=rank() > 0)
         self._folder = folder
         self._log: RunLog | None = None
@@ -176,7 +179,7 @@ class RunReporter:
             if rank() > 0:
                 return []
             try:
-                self._log = RunLog(folder, settings, done=done)
+                self._log = RunLog(folder, settings, progress=progress)
             except OSError as error:
                 raise self._unwritable(error) from error
             return sorted(self._log.evaluated)
@@ -221,8 +224,8 @@ class RunReporter:
             raise self._unwritable(error) from error
         self._console.step(report, lr=lr)
 
-    def evaluation(self, report: EvalReport, *, step: int) -> None:
-        """Write an evaluation down, and show it.
+    def evaluation(self, report: EvalReport, *, step: int, of: str = "") -> None:
+        """Write an evaluation down with the name of its set, and show it.
 
         Raises:
             CheckpointError: The log cannot be written.
@@ -230,10 +233,10 @@ class RunReporter:
         if self._log is None:
             return
         try:
-            self._log.evaluation(report, step=step)
+            self._log.evaluation(report, step=step, of=of)
         except OSError as error:
             raise self._unwritable(error) from error
-        self._console.evaluation(report, step=step)
+        self._console.evaluation(report, step=step, of=of)
 
     def _unwritable(self, error: OSError) -> CheckpointError:
         return CheckpointError(

@@ -8,12 +8,13 @@ from samestep.engine.collectives import gather_results, rank
 from samestep.errors import ConfigError
 from samestep.train import checkpoint
 from samestep.train.bitwise import BitRun
-from samestep.train.checkpoint_files import read_origin
+from samestep.train.checkpoint_files import read_origin, step_folder
 from samestep.train.origin import differences, origin_of
 from samestep.train.progress import DataFingerprint, Progress
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
-from samestep.train.setup import TrainingSetup
+from samestep.train.setup import TrainingSetup, training_mix
+from samestep.utils.sources import describe_source
 
 log = logging.getLogger("samestep")
 
@@ -29,6 +30,9 @@ def current_origin(setup: TrainingSetup, settings: TrainSettings) -> dict[str, A
         ``settings``, as ``config.yaml`` has them, and ``files``, digests by what they are of.
     """
     files = gather_results(lambda: origin_of(settings, setup.model) if rank() == 0 else {})[0]
+    mix = training_mix(setup.train, settings)
+    if mix is not None:
+        files["data: rows of each source"] = ", ".join(map(str, mix.sizes))
     return {"settings": settings.saved(), "files": files}
 
 
@@ -65,15 +69,48 @@ def first_progress(
     _check_origin(path, origin["files"])
     if bits is not None:
         bits.restore(read_origin(path).get("bitwise"), path)
-    progress = checkpoint.load(path, setup.model, optimizer=setup.optimizer)
+    progress = _load(path, setup)
     difference = progress.data.difference(data)
     if difference:
         raise ConfigError(
-            f"resume: the training rows are not those of {path}: {settings.data} or the tokenizer "
+            f"resume: the training rows are not those of {path}: "
+            f"{describe_source(settings.data)} or the tokenizer "
             f"has changed since ({difference}). Restore it, or start anew with --overwrite"
         )
     log.info("resuming after step %d, from %s", progress.step, path)
     return progress
+
+
+def _load(path: Path, setup: TrainingSetup) -> Progress:
+    average = None if setup.average is None else setup.average.tensors
+    return checkpoint.load(path, setup.model, optimizer=setup.optimizer, average=average)
+
+
+def load_best(
+    progress: Progress, setup: TrainingSetup, *, settings: TrainSettings, folder: RunFolder
+) -> None:
+    """Put the weights of the best evaluation in place, at the end of a run that chooses by one.
+
+    Args:
+        progress: Of the run.
+        setup: Its model gets what the checkpoint holds.
+        settings: ``best``.
+        folder: Where the checkpoints are.
+
+    Raises:
+        CheckpointError: The checkpoint of that step cannot be read.
+    """
+    choice = progress.choice
+    if settings.best is None or choice.step is None:
+        return
+    if choice.step != progress.step:
+        path = step_folder(folder.checkpoints, choice.step)
+        _load(path, setup)
+    early = f"; the run ended after step {progress.step} of {setup.steps}"
+    log.info(
+        *("best: %s %.6g after step %d, which becomes the model%s", settings.best, choice.value),
+        *(choice.step, early if progress.step < setup.steps else ""),
+    )
 
 
 def _check_origin(path: Path, now: dict[str, str]) -> None:

@@ -16,6 +16,7 @@ from samestep.train.settings.base import (
     resume_may_change,
     with_current_names,
 )
+from samestep.train.settings.paths import texts_of
 from samestep.utils.files import remove, replaced_name, write_atomically
 from samestep.utils.messages import read_yaml
 
@@ -120,8 +121,10 @@ class RunFolder:
         """Overwriting deletes what the folder holds, and the end of a run replaces the model."""
         own = [path.resolve() for path in self._contents()]
         problems = []
-        for name, value in settings.saved().items():
-            if name == "out" or not isinstance(value, str) or "\0" in value:
+        saved = settings.saved().items()
+        given = [(name, text) for name, value in saved for text in texts_of(value)]
+        for name, value in given:
+            if name == "out" or "\0" in value:
                 continue
             with suppress(OSError, RuntimeError):
                 path = Path(value).expanduser()

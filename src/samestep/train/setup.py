@@ -1,7 +1,7 @@
 """What a run needs before its first step: model, data, optimizer; nothing is written here."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from samestep.data.batching import StepPlan, num_steps, plan_steps
 from samestep.data.collate import Padding
 from samestep.data.describe import with_report
+from samestep.data.mixing import Mix, mix_of
 from samestep.data.records import Records
 from samestep.engine.collectives import run_or_fail_together, world_size
 from samestep.engine.parallel import is_sharded, prepare_for_step
@@ -23,11 +24,14 @@ from samestep.models.load import resolve_source
 from samestep.models.lora import add_lora
 from samestep.models.probes import cut_last_layer
 from samestep.train.compilation import choose_compilation
+from samestep.train.ema import WeightAverage
+from samestep.train.evaluator import EvaluationSet, check_choice
 from samestep.train.forward import precompute_fields
 from samestep.train.launch import is_first_on_machine
+from samestep.train.metrics import with_metrics
 from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS, Collator, MicroBatches
 from samestep.train.micro_tokens import budget_range, choose_micro_tokens
-from samestep.train.optim import build_optimizer, load_optimizer, load_schedule
+from samestep.train.optim import build_optimizer, freeze, load_optimizer, load_schedule
 from samestep.train.precision import (
     choose_precision,
     describe,
@@ -38,8 +42,10 @@ from samestep.train.precision import (
 )
 from samestep.train.recipes.base import Recipe, recipe_for
 from samestep.train.settings.base import TrainSettings
+from samestep.train.settings.evaluation import evaluation_sets
 from samestep.train.sharding import choose_parallelism, shard
 from samestep.utils.memory import keep_large_blocks
+from samestep.utils.sources import describe_source, parts_of
 from samestep.utils.waiting import waiting
 
 log = logging.getLogger("samestep")
@@ -54,12 +60,13 @@ class TrainingSetup:
         model: On its device, in train mode.
         tokenizer: Saved beside the model at the end.
         optimizer: Over the weights that train.
+        average: Of the weights that train, or None.
         objective: What is optimised, in training and evaluation.
         train: Training records.
-        evaluation: Records to evaluate on, or None.
+        evaluations: What to evaluate on, by name.
+        evaluated: What is evaluated: the objective, and metrics beside it.
         collate: Makes a micro-batch of records of either.
         micro_batches: Cuts training records.
-        eval_micro_batches: Cuts evaluation records; None without them.
         steps: Steps of the whole run.
     """
 
@@ -67,12 +74,13 @@ class TrainingSetup:
     model: Any
     tokenizer: Any
     optimizer: Optimizer
+    average: WeightAverage | None
     objective: Objective
     train: Records
-    evaluation: Records | None
+    evaluations: Mapping[str, EvaluationSet]
+    evaluated: Objective
     collate: Collator
     micro_batches: MicroBatches
-    eval_micro_batches: MicroBatches | None
     steps: int
 
 
@@ -121,7 +129,9 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
             whole_packs=settings.bitwise,
         )
 
-    objective = with_products(recipe.build(model, data), model, settings)
+    built = recipe.build(model, data)
+    objective = with_products(built, model, settings)
+    evaluated = with_products(with_metrics(built, settings.metrics), model, settings)
     if isinstance(objective.loss_fn, TwoPass):
         log.info(
             "%s couples the examples of a batch: every micro-batch runs forward once more, without "
@@ -154,17 +164,23 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
     own = train.rank_indices(first) or first[:1]
     log.info("the first step on this rank: %s", train.describe(own))
     describe(model, settings)
+    evaluations = {
+        name: EvaluationSet(records, cut(records, micro_tokens))
+        for name, records in zip(evaluation_sets(settings), data[1:], strict=True)
+    }
+    check_choice(model, evaluated, sets=evaluations, settings=settings)
     return TrainingSetup(
         recipe=recipe,
         model=model,
         tokenizer=tokenizer,
         optimizer=build_optimizer(model, settings),
+        average=None if settings.ema is None else WeightAverage(model, settings.ema),
         objective=objective,
         train=data[0],
-        evaluation=data[1] if data[1:] else None,
+        evaluations=evaluations,
+        evaluated=evaluated,
         collate=collate,
         micro_batches=train,
-        eval_micro_batches=cut(data[1], micro_tokens) if data[1:] else None,
         steps=steps,
     )
 
@@ -185,8 +201,35 @@ def step_plans(records: Records, settings: TrainSettings, *, start: int = 0) -> 
         seed=settings.seed,
         batch_size=settings.batch_size,
         batch_tokens=settings.batch_tokens,
+        mix=training_mix(records, settings),
         start=start,
     )
+
+
+def training_mix(records: Records, settings: TrainSettings) -> Mix | None:
+    """What an epoch takes of the training records.
+
+    Args:
+        records: Training records.
+        settings: ``data``.
+
+    Returns:
+        The mix; None if each is taken once.
+
+    Raises:
+        ConfigError: Sources have weights, but which records are of which is not known.
+        DataError: No row of a source is left.
+    """
+    parts = parts_of(settings.data)
+    if not any(part.weight or part.rows for part in parts):
+        return None
+    sizes = None if records.report is None else records.report.by_source
+    if sizes is None or sum(sizes) != len(records):
+        raise ConfigError(
+            f"data: the sources of {settings.objective} cannot be mixed by weight or rows: its "
+            "records are not those of one source after another"
+        )
+    return mix_of(parts, (*sizes, *[0] * (len(parts) - len(sizes))))
 
 
 def _check_references(settings: TrainSettings) -> Recipe:
@@ -214,11 +257,11 @@ def load_data(recipe: Recipe) -> tuple[Any, list[Records]]:
     if settings.trust_remote_code:
         log.warning("trust_remote_code: Python code that comes with the model will run")
     tokenizer = recipe.load_tokenizer(resolve_source(settings.tokenizer or source))
-    with waiting(f"reading {settings.data}"):
+    with waiting(f"reading {describe_source(settings.data)}"):
         data = [recipe.read(settings.data, tokenizer, None)]
-    if settings.eval_data:
-        with waiting(f"reading {settings.eval_data}"):
-            data.append(recipe.read(settings.eval_data, tokenizer, data[0]))
+    for held_out in evaluation_sets(settings).values():
+        with waiting(f"reading {describe_source(held_out)}"):
+            data.append(recipe.read(held_out, tokenizer, data[0]))
     for records in data:
         if records.report is None:  # read by a recipe of the user's own
             with_report(records, (), tokenizer, format="records")
@@ -235,12 +278,14 @@ def described(settings: TrainSettings, data: Sequence[Records]) -> list[str]:
     Returns:
         Some lines for each.
     """
-    sources = (settings.data, settings.eval_data)
-    return [
-        records.report.render(source if isinstance(source, str) else ", ".join(source or ()))
-        for source, records in zip(sources, data, strict=False)
+    sources = (settings.data, *evaluation_sets(settings).values())
+    lines = [
+        records.report.render(describe_source(source))
+        for source, records in zip(sources, data, strict=True)
         if records.report is not None
     ]
+    mix = training_mix(data[0], settings)
+    return lines if mix is None else [*lines, mix.describe(parts_of(settings.data))]
 
 
 def read_only(settings: TrainSettings) -> list[str]:
@@ -285,6 +330,8 @@ def _load_model(recipe: Recipe, data: list[Records], *, device: torch.device) ->
             task=recipe.peft_task,
         )
         raise_trained(model)
+    if settings.freeze:
+        freeze(model, settings.freeze)
     replace_dropout(model)
     if device.type == "cpu" and settings.compile != "layers":  # changed layers break their graphs
         speed_up_linear(model)
@@ -357,4 +404,5 @@ def _total_steps(records: Records, settings: TrainSettings) -> int:
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         batch_tokens=settings.batch_tokens,
+        mix=training_mix(records, settings),
     )

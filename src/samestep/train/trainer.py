@@ -2,20 +2,18 @@
 
 import contextlib
 import itertools
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import samestep
 from samestep.data.batching import StepPlan
 from samestep.engine.collectives import (
     all_gather_object,
@@ -23,16 +21,17 @@ from samestep.engine.collectives import (
     on_rank_0,
     run_or_fail_together,
 )
-from samestep.engine.evaluate import EvalReport, evaluate
 from samestep.engine.parallel import is_sharded
 from samestep.engine.step import StepReport, step
 from samestep.engine.terms import LossFn
-from samestep.errors import CheckpointError, Interrupted, NotFiniteError, StopRequestedError
+from samestep.errors import Interrupted, NotFiniteError, StopRequestedError
 from samestep.models.activations import ActivationOffload
 from samestep.models.dropout import key_dropout
 from samestep.train import checkpoint
 from samestep.train.bitwise import BitRun, choose_threads, fail_with_budget, repeatable
 from samestep.train.checkpoint_files import remove_checkpoints
+from samestep.train.choice import judge
+from samestep.train.evaluator import Evaluator
 from samestep.train.forward import find_nonfinite_rows, with_context
 from samestep.train.launch import process_group
 from samestep.train.micro_batches import MicroBatches, Report, retry_on_oom
@@ -41,14 +40,13 @@ from samestep.train.optim import learning_rate, set_learning_rate
 from samestep.train.precision import choose_precision, one_step
 from samestep.train.progress import Progress
 from samestep.train.reporter import RunReporter
-from samestep.train.resume import current_origin, first_progress
+from samestep.train.resume import current_origin, first_progress, load_best
 from samestep.train.rounded_updates import UpdateWatch
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
 from samestep.train.setup import TrainingSetup, set_up, step_plans
+from samestep.train.summary import summarise, write_summary
 from samestep.train.watchdog import Watchdog, interruptible, watch_ranks
-from samestep.utils.files import write_atomically
-from samestep.utils.memory import device_peak, process_peak
 from samestep.utils.plugins import is_reference
 
 log = logging.getLogger("samestep")
@@ -96,7 +94,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                 os.environ.get("OMP_WAIT_POLICY", "of the OpenMP library").lower(),
             )
             with (
-                RunReporter(folder, settings, total=setup.steps, done=progress.step) as reporter,
+                RunReporter(folder, settings, total=setup.steps, progress=progress) as reporter,
                 interruptible(reporter.say) as stop_signal,
                 watch_ranks(settings.rank_timeout) as watchdog,
                 setup.micro_batches.made_ahead(),
@@ -113,23 +111,17 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                     bits=bits,
                 )
                 trainer.run()
+            load_best(trainer.progress, setup, settings=settings, folder=folder)
+            if setup.average is not None:
+                setup.average.put_in_place()
             on_rank_0(folder.check_held)
             save_model(setup.model, setup.tokenizer, folder=folder.model, merge=settings.merge)
-            summary = _summary(trainer)
-            on_rank_0(lambda: _write_summary(summary, folder))
+            summary = summarise(setup, trainer.progress, settings, evaluator=trainer.evaluator)
+            summary["model"] = str(folder.model)
+            on_rank_0(lambda: write_summary(summary, folder))
             if settings.keep == 0:  # the model is what remains
                 on_rank_0(lambda: remove_checkpoints(folder.checkpoints))
         return summary
-
-
-def _write_summary(summary: dict[str, Any], folder: RunFolder) -> None:
-    try:
-        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(folder.summary, text)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder.summary} could not be written ({error}); the model in {folder.model} is whole"
-        ) from error
 
 
 @dataclass(kw_only=True)
@@ -146,7 +138,7 @@ class Trainer:
         progress: How far the run is.
         origin: What checkpoints keep of what the run depends on.
         bits: Under ``bitwise``: what carries and writes them.
-        evaluations: Those of this call, in order.
+        evaluator: Evaluates its sets.
         clock: Seconds, for ``save_minutes``.
     """
 
@@ -159,8 +151,21 @@ class Trainer:
     progress: Progress
     origin: dict[str, Any]
     bits: BitRun | None = None
-    evaluations: list[EvalReport] = field(default_factory=list)
     clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self.evaluator = Evaluator(
+            model=self.setup.model,
+            objective=self.setup.evaluated,
+            sets=self.setup.evaluations,
+            settings=self.settings,
+            steps=self.setup.steps,
+            reporter=self.reporter,
+            watched=self._watched,
+            retry=self._retry_on_oom,
+            average=self.setup.average,
+            bitwise=self.bits is not None,
+        )
 
     def run(self) -> None:
         """Train to the last step.
@@ -170,15 +175,16 @@ class Trainer:
         """
         self._saved = self.clock()
         try:
-            self._evaluate_if_due()
+            if self._evaluate_if_due():
+                self._save()
             for step_number in self.steps(self.setup.steps):
-                last = step_number == self.setup.steps
-                self._evaluate_if_due()
+                better = self._evaluate_if_due()
+                last = self._is_over()
                 # Every rank must do the same: rank 0's clock and anybody's signal count.
                 asked = all_gather_object([self._overdue(), self.stop_signal()])
                 due = asked[0][0] or _is_due(self.settings.save_every, step_number)
                 stopped = not last and any(signal for _, signal in asked)
-                if last or (due and not stopped):
+                if last or ((due or better) and not stopped):
                     self._save()
                 if stopped:
                     raise StopRequestedError
@@ -191,6 +197,8 @@ class Trainer:
         """Take the steps up to one, and no more than that; yields each that is done."""
         self._updates = UpdateWatch(self.setup.model)
         for plan in self._plans(last):
+            if self._is_over():
+                return
             self._step(plan)
             yield self.progress.step
 
@@ -226,6 +234,8 @@ class Trainer:
         after = self.setup.objective.after_step
         if after is not None:
             after(self.setup.model, report.skipped is None)
+        if self.setup.average is not None and report.skipped is None:
+            self.setup.average.update()
         self.progress = self.progress.after(report)
         done = self.progress.step
         on_rank_0(lambda: self.reporter.step(report, step=done, epoch=plan.progress, lr=lr))
@@ -274,29 +284,21 @@ class Trainer:
         rows = [line for lines in by_rank for line in lines]
         return f". At fault: {'; '.join(rows)}" if rows else ""
 
-    def _evaluate_if_due(self) -> None:
-        """Evaluate before the first step, every ``eval_every`` and at the end; each time once."""
-        done, micro_batches = self.progress.step, self.setup.eval_micro_batches
-        due = done in (0, self.setup.steps) or _is_due(self.settings.eval_every, done)
-        if micro_batches is None or not due or done in self.reporter.evaluated:
-            return
-        assert self.setup.evaluation is not None
-        everything, objective = range(len(self.setup.evaluation)), self.setup.objective
+    def _evaluate_if_due(self) -> bool:
+        """Evaluate; whether that was better than all before."""
+        done = self.progress.step
+        if not self.evaluator.is_due(done):
+            return False
+        before = self.progress.choice
+        choice = judge(before, self.evaluator.run(done), step=done, settings=self.settings)
+        self.progress = replace(self.progress, choice=choice)
+        return choice.step != before.step
 
-        def attempt() -> EvalReport:
-            with one_step(micro_batches.device):
-                return evaluate(
-                    self.setup.model,
-                    micro_batches.of_this_rank(everything, 0),
-                    self._watched(objective.loss_fn, number=micro_batches.count(everything)),
-                    counters=objective.counters,
-                    bitwise=self.bits is not None,
-                )
-
-        report = self._retry_on_oom(attempt, micro_batches, indices=everything)
-        self.evaluations.append(report)
-        on_rank_0(lambda: self.reporter.evaluation(report, step=done))
-        self.reporter.evaluated.add(done)
+    def _is_over(self) -> bool:
+        """Whether the run is at its last step, or has waited long enough for a better model."""
+        patience, choice = self.settings.patience, self.progress.choice
+        waited = patience is not None and choice.worse >= patience
+        return waited or self.progress.step == self.setup.steps
 
     def _save(self) -> None:
         self.watchdog.heartbeat("saving", timed=False)
@@ -309,6 +311,7 @@ class Trainer:
             progress=self.progress,
             keep=self.settings.keep or _KEPT_ON_THE_WAY,
             origin=self.origin | kept,
+            average=self.setup.average.tensors if self.setup.average else None,
         )
         if self.bits is not None:
             self.bits.save(self.progress.step)
@@ -378,33 +381,3 @@ def _skipped(reason: str, *, seconds: float) -> StepReport:
 
 def _is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
-
-
-def _summary(trainer: Trainer) -> dict[str, Any]:
-    device = trainer.setup.micro_batches.device
-    peaks, on_device = zip(
-        *gather_results(lambda: (process_peak(), device_peak(device))), strict=True
-    )
-    known = [peak for peak in on_device if peak is not None]
-    if known:
-        log.info("%.1f GB of the device's memory at the peak", max(known) / 1e9)
-    setup, progress, evaluations = trainer.setup, trainer.progress, trainer.evaluations
-    return {
-        "steps": progress.step,
-        "skipped": progress.skipped,
-        "examples": len(setup.train),
-        "dropped": setup.train.dropped,
-        "tokens": progress.tokens,
-        "seconds": progress.seconds,
-        "evaluation_before": evaluations[0].loss if len(evaluations) > 1 else None,
-        "evaluation_after": evaluations[-1].loss if evaluations else None,
-        "trainable_parameters": sum(
-            weight.numel() for weight in setup.model.parameters() if weight.requires_grad
-        ),
-        "ranks": len(peaks),
-        "peak_resident_bytes": max(peaks),
-        "peak_device_bytes": max(known, default=None),
-        "model": str(trainer.folder.model),
-        "samestep": samestep.__version__,
-        "torch": torch.__version__,
-    }

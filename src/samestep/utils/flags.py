@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
+from tyro.constructors import PrimitiveConstructorSpec
 
 from samestep.errors import ConfigError
 
@@ -83,7 +84,27 @@ def arity_of(annotation: Any) -> Arity:
     if annotation is bool:
         return "none"
     kinds = {get_origin(member) or member for member in (annotation, *get_args(annotation))}
-    return "many" if kinds & {tuple, list} else "one"
+    return "many" if kinds & {tuple, list, dict} else "one"
+
+
+def leaf(metavar: str, *, many: bool = False) -> PrimitiveConstructorSpec[Any]:
+    """How a flag takes a field that holds more in a file than a flag can say.
+
+    Args:
+        metavar: How help shows its values.
+        many: One value is a tuple, too.
+
+    Returns:
+        What to annotate the field with: a flag gives its texts, one as itself; the field's own
+        validators make of them what it holds.
+    """
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=lambda texts: texts[0] if len(texts) == 1 and not many else tuple(texts),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def _is_yaml(argument: str) -> bool:

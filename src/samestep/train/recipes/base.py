@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from samestep.data.collate import Padding, collate_records
-from samestep.data.load import Source, load_rows
+from samestep.data.load import load_rows
 from samestep.data.records import Records
 from samestep.data.rows import Row
 from samestep.engine.terms import Objective
@@ -22,6 +22,7 @@ from samestep.train.precision import weight_dtype
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.objectives import OBJECTIVES
 from samestep.utils.plugins import load_object
+from samestep.utils.sources import Source, describe_source, parts_of
 
 log = logging.getLogger("samestep")
 
@@ -104,7 +105,7 @@ class Recipe:
         Raises:
             DataError: They cannot be read.
         """
-        return load_rows(source, row_format=self.settings.row_format)
+        return load_rows(source, row_format=self.settings.row_format, columns=self.settings.columns)
 
     def one_source(self, source: Source) -> str:
         """The source of an objective whose rows name files that lie beside them.
@@ -118,11 +119,12 @@ class Recipe:
         Raises:
             ConfigError: There are several.
         """
-        if isinstance(source, str):
-            return source
+        parts = parts_of(source)
+        if len(parts) == 1:
+            return parts[0].path
         raise ConfigError(
             f"data: {self.settings.objective} finds files beside the rows, so it takes one source, "
-            f"not {len(source)} ({', '.join(source)})"
+            f"not {len(parts)} ({describe_source(source)})"
         )
 
     def load_model(self, source: str, data: Sequence[Records]) -> Any:
@@ -162,7 +164,8 @@ class Recipe:
         Raises:
             ConfigError: A token or a position has no embedding.
         """
-        check_token_range(model, dict(zip(("data", "eval_data"), data, strict=False)))
+        for at, records in enumerate(data):
+            check_token_range(model, {"eval_data" if at else "data": records})
 
     def choose_padding(self, model: Any) -> Padding:
         """The layout of micro-batches; the model's attention is set to serve it.

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from samestep.data.describe import with_report
-from samestep.data.load import Source
 from samestep.data.readers.classification import class_records, tag_records, value_records
 from samestep.data.readers.question_answering import answer_records
 from samestep.data.readers.texts import text_records
@@ -30,6 +29,7 @@ from samestep.train.settings.objectives import (
     RegressionSettings,
     TokenClassificationSettings,
 )
+from samestep.utils.sources import Source
 
 _TEXTS = ("text", "text_pair", "messages", "label")
 

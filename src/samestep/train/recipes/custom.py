@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from samestep.data.load import Source
 from samestep.data.records import Records
 from samestep.engine.terms import Objective
 from samestep.errors import ConfigError
@@ -14,6 +13,7 @@ from samestep.train.recipes.preference import read_pairs
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.objectives import CustomSettings
 from samestep.utils.plugins import load_object
+from samestep.utils.sources import Source
 
 
 class CustomRecipe(Recipe):

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from samestep.data.collate import Padding
-from samestep.data.load import Source
 from samestep.data.readers.latents import (
     CONDITION,
     LatentRecords,
@@ -20,6 +19,7 @@ from samestep.objectives.flow_matching import FLOW_MATCHING_COUNTERS, FlowMatchi
 from samestep.train.precision import weight_dtype
 from samestep.train.recipes.base import Recipe
 from samestep.train.settings.objectives import FlowMatchingSettings
+from samestep.utils.sources import Source
 
 
 class FlowMatchingRecipe(Recipe):

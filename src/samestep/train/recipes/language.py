@@ -8,7 +8,7 @@ from torch import Tensor
 
 from samestep.data.collate import Padding
 from samestep.data.describe import with_report
-from samestep.data.load import Source, load_rows
+from samestep.data.load import load_rows
 from samestep.data.readers.rollouts import teacher_topk_records
 from samestep.data.readers.texts import collate_masked, collate_seq2seq, mask_settings, text_records
 from samestep.data.readers.vision import collate_image_records, image_records
@@ -36,6 +36,7 @@ from samestep.train.settings.language import (
 )
 from samestep.train.settings.objectives import DistillationSettings
 from samestep.utils.files import cache_folder
+from samestep.utils.sources import Source
 
 _TARGET_COLUMNS = ("top_ids", "top_logps")
 """What a teacher said of the targets, beside the columns of causal_lm."""
@@ -62,7 +63,7 @@ def read_language(
     Raises:
         DataError: The rows cannot be used.
     """
-    rows = load_rows(source, row_format=settings.row_format)
+    rows = load_rows(source, row_format=settings.row_format, columns=settings.columns)
     return _language_records(settings, rows, tokenizer, train_on=train_on)
 
 

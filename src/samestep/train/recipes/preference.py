@@ -9,7 +9,7 @@ from torch import Tensor
 
 from samestep.data.collate import Padding
 from samestep.data.describe import with_report
-from samestep.data.load import Source, load_rows
+from samestep.data.load import load_rows
 from samestep.data.readers.preference import collate_unpaired, pair_records, unpaired_records
 from samestep.data.readers.rollouts import rollout_records
 from samestep.data.records import Records
@@ -38,6 +38,7 @@ from samestep.train.settings.language import (
 )
 from samestep.train.settings.objectives import PolicySettings
 from samestep.utils.files import cache_folder
+from samestep.utils.sources import Source
 
 _PAIR_COLUMNS = (
     *("prompt", "chosen", "rejected", "tools", "margin"),
@@ -59,7 +60,7 @@ def read_pairs(settings: TrainSettings, source: Source, tokenizer: Any) -> Recor
     Raises:
         DataError: The rows cannot be used.
     """
-    rows = load_rows(source, row_format=settings.row_format)
+    rows = load_rows(source, row_format=settings.row_format, columns=settings.columns)
     records = pair_records(
         rows,
         tokenizer,

@@ -1,18 +1,27 @@
 """The settings of a run that do not depend on what it optimises, and how they fit together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-import tyro
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from samestep.errors import ConfigError
-from samestep.train.optim import OPTIMIZERS, SCHEDULES
+from samestep.train.settings.evaluation import (
+    EVALUATION_MAY_CHANGE,
+    EvaluationFields,
+    evaluation_problems,
+    one_or_several,
+)
+from samestep.train.settings.optimization import (
+    OptimizationFields,
+    optimization_problems,
+    pairs_of_flags,
+)
 from samestep.train.settings.peers import peer_notes
+from samestep.utils.flags import leaf
 from samestep.utils.messages import describe_validation_errors
-from samestep.utils.plugins import is_reference
+from samestep.utils.sources import DataSource, Source, parts_of
 
 RENAMED_FIELDS = {
     "centring": "center_rewards",
@@ -45,7 +54,8 @@ RESUME_MAY_CHANGE = frozenset(
         *("micro_batch", "micro_tokens", "memory_limit", "padding", "gradient_checkpointing"),
         *("activation_offload", "device", "threads", "compile"),
         *("ranks", "parallel", "cpu_offload", "rank_timeout", "not_finite"),
-        *("eval_data", "eval_every", "save_every", "save_minutes", "keep", "track", "merge", "out"),
+        *EVALUATION_MAY_CHANGE,
+        *("save_every", "save_minutes", "keep", "track", "merge", "out"),
     }
 )
 """Settings that a resumed run may change, because they cannot change a step."""
@@ -63,37 +73,10 @@ _LORA_LR_FACTOR = 10
 """How much higher the default rate of adapters is: they start at 0, and are few."""
 
 
-def _row_of(table: Mapping[str, Any]) -> Any:
-    """Checks a field that names a row of a table, or by its form an object of the user's own."""
-
-    def check(name: str) -> str:
-        if name not in table and not is_reference(name):
-            raise PydanticCustomError(
-                "not_in_table",
-                "should be {expected}, or file.py:name or package.module:name of one of your own",
-                {"expected": " or ".join(repr(row) for row in table)},
-            )
-        return name
-
-    return AfterValidator(check)
+_SOURCES = BeforeValidator(one_or_several)
 
 
-def _shown_as(table: Mapping[str, Any]) -> Any:
-    """How ``--help`` shows the values of such a field."""
-    return tyro.conf.arg(metavar="{" + ",".join(table) + "}|FILE.py:NAME|MODULE:NAME")
-
-
-def _one_or_several(value: Any) -> Any:
-    """One source as itself, as it always was; several as a tuple."""
-    if isinstance(value, list | tuple):
-        return value[0] if len(value) == 1 else tuple(value)
-    return value
-
-
-_SOURCES = BeforeValidator(_one_or_several)
-
-
-class TrainSettings(BaseModel):
+class TrainSettings(EvaluationFields, OptimizationFields):
     """The settings that all objectives share; each objective's own class adds its own."""
 
     model_config = ConfigDict(
@@ -111,7 +94,10 @@ class TrainSettings(BaseModel):
         except ValidationError as error:
             fields = type(self).model_fields
             problems = describe_validation_errors(
-                error, fields, renamed=RENAMED_FIELDS, elsewhere=peer_notes(fields)
+                error,
+                fields,
+                renamed=RENAMED_FIELDS,
+                elsewhere=peer_notes(fields),
             )
             raise ConfigError("\n  - ".join(["the settings are wrong:", *problems])) from None
 
@@ -119,9 +105,10 @@ class TrainSettings(BaseModel):
     """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
     model: str
     """Hub name, folder, or .gguf file."""
-    data: Annotated[str | tuple[str, ...], _SOURCES]
-    """Training rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a pattern or a
-    Hub name; several are read in order."""
+    data: Annotated[Source, _SOURCES, leaf("SOURCE ...")]
+    """Training rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a pattern, a
+    URL or a Hub name; several are read in order. In YAML a source may be {path, split, config,
+    columns, weight, rows}: its share, or its number of rows, of every epoch."""
     out: str
     """Folder for the log, the checkpoints and the trained model."""
 
@@ -129,8 +116,10 @@ class TrainSettings(BaseModel):
     """Hub name or folder, if it is not beside the model."""
     init: Literal["pretrained", "random"] = "pretrained"
     """Start from the model's weights, or from random ones (needs its config alone)."""
-    eval_data: Annotated[str | tuple[str, ...] | None, _SOURCES] = None
-    """Rows to evaluate on, before, after, and every --eval-every steps."""
+    columns: Annotated[
+        dict[str, str], BeforeValidator(pairs_of_flags), leaf("KNOWN=THEIRS ...")
+    ] = Field(default={})
+    """Columns that the rows call otherwise, as in prompt=question; of sources without their own."""
     row_format: str | None = None
     """What turns columns of your own into known ones: file.py:name or package.module:name."""
     max_length: int | None = Field(default=None, ge=2)
@@ -157,19 +146,6 @@ class TrainSettings(BaseModel):
     """Steps to train, instead of --epochs."""
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the data (1, unless --steps is given)."""
-
-    optimizer: Annotated[str, _row_of(OPTIMIZERS), _shown_as(OPTIMIZERS)] = "adamw"
-    """Update rule: PyTorch's own, or a subclass of torch.optim.Optimizer of one's own."""
-    lr: float = Field(default=2e-5, gt=0)
-    """Peak learning rate; with --lora-rank ten times as high by default, 2e-4."""
-    schedule: Annotated[str, _row_of(SCHEDULES), _shown_as(SCHEDULES)] = "linear"
-    """How the learning rate falls after warm-up; linear and cosine end at 0."""
-    warmup: float = Field(default=0.0, ge=0)
-    """Warm-up: a share of the steps if below 1, else a number of steps."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay, on matrices only."""
-    max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Clip the gradient's global norm; None: do not."""
 
     lora_rank: int | None = Field(default=None, ge=1)
     """Train LoRA adapters of this rank instead of all weights."""
@@ -218,8 +194,6 @@ class TrainSettings(BaseModel):
     not_finite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not finite: end the run, or go on without it."""
 
-    eval_every: int | None = Field(default=None, ge=1)
-    """Steps between evaluations."""
     save_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints, beside --save-minutes."""
     save_minutes: float | None = Field(default=10.0, gt=0)
@@ -272,7 +246,12 @@ def finalize(settings: Settings) -> Settings:
     Raises:
         ConfigError: All contradictions, in one message.
     """
-    problems = [*settings.problems(), *_contradictions(settings)]
+    problems = [
+        *settings.problems(),
+        *_contradictions(settings),
+        *optimization_problems(settings),
+        *evaluation_problems(settings, settings.objective),
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
     filled: dict[str, Any] = {}
@@ -310,12 +289,14 @@ def resume_may_change(before: Mapping[str, Any], settings: TrainSettings) -> fro
         settings: Those that it is to go on with.
 
     Returns:
-        Their names: under ``bitwise`` those that change no bit. A run may leave ``bitwise``.
+        Their names: under ``bitwise`` those that change no bit, which a run may leave; not those by
+        which its model is chosen.
     """
+    chosen_by = EVALUATION_MAY_CHANGE if settings.best is not None else ()
+    free = RESUME_MAY_CHANGE - (set(chosen_by) - {"patience"})
     if not settings.bitwise:
-        return RESUME_MAY_CHANGE | ({"bitwise"} if before.get("bitwise") else set())
-    defined = DEFINES_BITS - ({"threads"} if settings.threads is None else set())
-    return RESUME_MAY_CHANGE - defined
+        return free | ({"bitwise"} if before.get("bitwise") else set())
+    return free - (DEFINES_BITS - ({"threads"} if settings.threads is None else set()))
 
 
 def _contradictions(settings: TrainSettings) -> list[str]:
@@ -332,6 +313,7 @@ def _contradictions(settings: TrainSettings) -> list[str]:
         problems.append("batch_size and batch_tokens are both given: keep one")
     if settings.steps is not None and settings.epochs is not None:
         problems.append("steps and epochs are both given: keep one")
+    problems += _mix_problems(parts_of(settings.data))
     if isinstance(settings.micro_tokens, int) and settings.micro_tokens < 1:
         problems.append(f"micro_tokens: at least 1, or 'auto', not {settings.micro_tokens}")
     if settings.micro_batch is not None and settings.micro_tokens != "auto":
@@ -352,4 +334,17 @@ def _contradictions(settings: TrainSettings) -> list[str]:
         defaults = TrainSettings.model_fields
         set_anyway = [name for name in lora if getattr(settings, name) != defaults[name].default]
         problems += [f"{name} is given without lora_rank" for name in set_anyway]
+    return problems
+
+
+def _mix_problems(parts: Sequence[DataSource]) -> list[str]:
+    """Contradictions between sources that an epoch takes parts of."""
+    problems = []
+    weighed = [part.path for part in parts if part.weight is not None]
+    counted = [part.path for part in parts if part.rows is not None]
+    if weighed and counted:
+        problems.append("data: weight and rows are both given: keep one of them for all sources")
+    elif weighed and len(weighed) < len(parts):
+        others = [part.path for part in parts if part.weight is None]
+        problems.append(f"data: {', '.join(others)} has no weight: all sources need one, or none")
     return problems

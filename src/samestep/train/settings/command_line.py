@@ -10,11 +10,19 @@ from samestep.utils.flags import Arity, arity_of, describe_fields
 from samestep.utils.plugins import nearest
 
 GROUPS = {
-    "what to train": ("objective", "model", "data", "out", "tokenizer", "init", "eval_data"),
-    "rows": ("row_format", "max_length", "append_eos", "trust_remote_code"),
+    "what to train": ("objective", "model", "data", "out", "tokenizer", "init"),
+    "evaluating, and choosing by it": (
+        *("eval_data", "eval_every", "metrics", "best", "best_is", "patience"),
+        "min_improvement",
+    ),
+    "rows": ("columns", "row_format", "max_length", "append_eos", "trust_remote_code"),
     "the step, and how long": (
         *("batch_size", "batch_tokens", "steps", "epochs", "optimizer", "lr", "schedule"),
         *("warmup", "weight_decay", "max_grad_norm", "seed", "not_finite", "bitwise"),
+    ),
+    "the update in detail": (
+        *("betas", "eps", "momentum", "decay", "min_lr_ratio", "lr_by_name"),
+        *("weight_decay_by_name", "freeze", "ema"),
     ),
     "adapters": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge"),
     "memory and speed; none of these changes the step": (
@@ -23,8 +31,8 @@ GROUPS = {
     ),
     "precision": ("dtype", "mixed_precision"),
     "several processes": ("ranks", "parallel", "cpu_offload", "rank_timeout"),
-    "saving, evaluating, going on": (
-        *("eval_every", "save_every", "save_minutes", "keep", "track", "resume", "overwrite"),
+    "saving, going on": (
+        *("save_every", "save_minutes", "keep", "track", "resume", "overwrite", "dry_run"),
     ),
 }
 """Fields by what they are for, as help shows them; those of an objective alone stand first."""

@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 from samestep.train.settings.base import TrainSettings
 from samestep.utils.plugins import nearest
+from samestep.utils.sources import DataSource, is_url
 
-_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".gguf")
+_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".gguf")
 """Endings that no name of the Hub has."""
 
 
@@ -29,7 +30,7 @@ def missing_paths(settings: TrainSettings) -> list[str]:
     return [
         f"{name}: there is no {_kind(value)} {value}{_near(Path(value).expanduser())}"
         for name, values in given.items()
-        for value in _texts(values)
+        for value in texts_of(values)
         if _looks_like_a_path(value) and not Path(value).expanduser().exists()
     ]
 
@@ -46,18 +47,34 @@ def hub_names(settings: TrainSettings) -> list[tuple[str, str, Literal["model", 
     return [
         (field, value, "dataset" if field in _DATA else "model")
         for field in (*_MODELS, *_DATA)
-        for value in _texts(getattr(settings, field, None))
-        if not _looks_like_a_path(value) and not Path(value).exists() and not _is_pattern(value)
+        for value in texts_of(getattr(settings, field, None))
+        if not _looks_like_a_path(value)
+        and not Path(value).exists()
+        and not _is_pattern(value)
+        and not is_url(value)
     ]
 
 
-def _texts(values: Any) -> list[str]:
-    values = values if isinstance(values, list | tuple) else [values]
-    return [value for value in values if isinstance(value, str)]
+def texts_of(value: Any) -> list[str]:
+    """The names that a setting holds: itself, or those in its lists and mappings.
+
+    Args:
+        value: Any value of a setting.
+
+    Returns:
+        The texts.
+    """
+    if isinstance(value, DataSource):
+        return [value.path]
+    if isinstance(value, dict):
+        value = [value["path"]] if "path" in value else list(value.values())
+    if isinstance(value, list | tuple):
+        return [text for each in value for text in texts_of(each)]
+    return [value] if isinstance(value, str) else []
 
 
 def _looks_like_a_path(value: str) -> bool:
-    if _is_pattern(value):
+    if _is_pattern(value) or is_url(value):
         return False
     return value.endswith(_FILES) or value.startswith((".", "/", "~")) or value.count("/") > 1
 

@@ -1,0 +1,157 @@
+"""Evaluations of a run: when they are due, every set by itself, and what a set is."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from samestep.data.records import Records
+from samestep.engine.collectives import on_rank_0
+from samestep.engine.evaluate import EvalReport, evaluate
+from samestep.engine.modes import eval_mode
+from samestep.engine.terms import LossFn, Objective, named_terms
+from samestep.train.choice import check_best
+from samestep.train.ema import WeightAverage
+from samestep.train.metrics import finished
+from samestep.train.micro_batches import MicroBatches
+from samestep.train.precision import one_step
+from samestep.train.reporter import RunReporter
+from samestep.train.settings.base import TrainSettings
+from samestep.train.settings.evaluation import split_best
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Records to evaluate on.
+
+    Attributes:
+        records: All of them.
+        micro_batches: Cuts them.
+    """
+
+    records: Records
+    micro_batches: MicroBatches
+
+
+class _Watch(Protocol):
+    def __call__(self, loss_fn: LossFn, *, number: int) -> LossFn: ...
+
+
+class _Retry(Protocol):
+    def __call__(
+        self,
+        work: Callable[[], EvalReport],
+        micro_batches: MicroBatches,
+        *,
+        indices: Sequence[int],
+    ) -> EvalReport: ...
+
+
+@dataclass(kw_only=True)
+class Evaluator:
+    """Evaluates the sets of a run.
+
+    Attributes:
+        model: The model.
+        objective: What is evaluated: the run's terms, and those of its metrics.
+        sets: By name, in order; the name of one that has none is empty.
+        settings: ``eval_every``, ``metrics``.
+        steps: Of the whole run.
+        reporter: Writes the reports down.
+        watched: Makes of the loss one that looks at signals before each micro-batch.
+        retry: Repeats an evaluation that did not fit into memory.
+        average: Evaluated in the place of the weights, if there is one.
+        bitwise: Whether sums have the same bits on any ranks.
+        history: The reports of this call by set, in order.
+    """
+
+    model: torch.nn.Module
+    objective: Objective
+    sets: Mapping[str, EvaluationSet]
+    settings: TrainSettings
+    steps: int
+    reporter: RunReporter
+    watched: _Watch
+    retry: _Retry
+    average: WeightAverage | None = None
+    bitwise: bool = False
+    history: list[dict[str, EvalReport]] = field(default_factory=list)
+
+    def is_due(self, step: int) -> bool:
+        """Before the first step, every ``eval_every`` and at the end; each time once."""
+        every = self.settings.eval_every
+        due = step in (0, self.steps) or (every is not None and step % every == 0)
+        return due and bool(self.sets) and step not in self.reporter.evaluated
+
+    def run(self, step: int) -> dict[str, EvalReport]:
+        """Evaluate every set, then write all reports down.
+
+        Args:
+            step: Steps done.
+
+        Returns:
+            The reports by set, the same on all ranks.
+        """
+        with self.average.in_place() if self.average else contextlib.nullcontext():
+            reports = {name: self._evaluate(each) for name, each in self.sets.items()}
+        on_rank_0(lambda: self._write(reports, step))
+        self.history.append(reports)
+        self.reporter.evaluated.add(step)
+        return reports
+
+    def _write(self, reports: Mapping[str, EvalReport], step: int) -> None:
+        for name, report in reports.items():
+            self.reporter.evaluation(report, step=step, of=name)
+
+    def _evaluate(self, each: EvaluationSet) -> EvalReport:
+        everything, micro_batches = range(len(each.records)), each.micro_batches
+
+        def attempt() -> EvalReport:
+            with one_step(micro_batches.device):
+                return evaluate(
+                    self.model,
+                    micro_batches.of_this_rank(everything, 0),
+                    self.watched(self.objective.loss_fn, number=micro_batches.count(everything)),
+                    counters=self.objective.counters,
+                    bitwise=self.bitwise,
+                )
+
+        report = self.retry(attempt, micro_batches, indices=everything)
+        return finished(report, self.settings.metrics)
+
+    def losses(self, at: int) -> float | dict[str, float] | None:
+        """The loss of one of the evaluations of this call, by set if they have names."""
+        if not self.history:
+            return None
+        found = {name: report.loss for name, report in self.history[at].items()}
+        return found.get("", found)
+
+
+@torch.no_grad()
+def check_choice(
+    model: torch.nn.Module,
+    objective: Objective,
+    *,
+    sets: Mapping[str, EvaluationSet],
+    settings: TrainSettings,
+) -> None:
+    """Refuse a ``best`` that evaluations will not have, before anything is written.
+
+    Args:
+        model: Run on one record of the set that ``best`` names.
+        objective: What is evaluated.
+        sets: By name.
+        settings: ``best``.
+
+    Raises:
+        ConfigError: There is no such number.
+    """
+    if settings.best is None:
+        return
+    each = sets[split_best(settings.best)[0]]
+    micro = next(each.micro_batches.batches([0], 0))
+    with eval_mode(model), one_step(each.micro_batches.device):
+        terms = named_terms(objective.loss_fn(model, micro))
+    check_best(settings, {"loss": None, **terms})
