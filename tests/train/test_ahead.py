@@ -137,11 +137,14 @@ def test_an_exit_waits_for_one_micro_batch_at_most() -> None:
         made.append(number)
         return {}
 
-    with pytest.raises(OutOfMemoryError), ahead.running():
+    def leave() -> None:
         ahead.start("a", [lambda at=at: part(at) for at in range(100)])  # type: ignore[misc]
         assert going.wait(10)
         threading.Timer(0.05, go.set).start()
         raise OutOfMemoryError("stop")
+
+    with pytest.raises(OutOfMemoryError), ahead.running():
+        leave()
     assert made == [0]
     ahead.start("b", [dict])
     assert ahead.take("b") is None  # outside of the block nothing is begun
