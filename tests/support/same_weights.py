@@ -40,6 +40,7 @@ def check_same_weights(
     """
     plain = train(precision, {})
     if precision != "float64":
+        knobs = knobs[-1:]  # the split is the same in every precision: float64 tries all
         bound = FACTOR * worst_weight(plain, train("float64", {}), floor=floor)
         assert 0 < bound < 1e-4, "float32 itself is off by so much that a fault could hide"
     for knob in knobs:
