@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from samestep.audit.axes.axis import Measurement
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.knobs import repeats_of
-from samestep.audit.diagnose.split import diagnose_split, is_faulty
+from samestep.audit.diagnose.split import is_faulty
 from samestep.audit.experiments import Experiments, merged, sizes_of
 from samestep.audit.gradients import compare_gradients, relative_difference
 from samestep.audit.hypotheses import SplitEvidence, hypotheses
@@ -37,22 +37,33 @@ def _measure(experiments: Experiments, examples: tuple[int, ...]) -> Measurement
     shown = f"{dealt.number} micro-batches" if dealt.split is None else sizes_of(dealt.split)
     reason = f"{len(examples)} examples as the loader deals them ({shown}) against all at once"
     difference = compare_gradients(dealt.observation.gradient, whole)
-    odd = "" if dealt.split is None else _odd(dealt.split, examples)
-    if (
-        not odd
-        and difference.relative_difference > experiments.tolerance
-        and is_faulty(experiments, experiments.mixed_split)
-        and repeats_of(experiments, (examples,), dealt.observation.gradient, own=whole) is None
-    ):
+    small = difference.relative_difference <= experiments.tolerance
+    if not small and _is_of_the_cut(experiments, dealt, examples, whole=whole):
         raise CheckError(
-            "the cut changes the step already, without the loader: what the loader adds shows "
-            "once micro-batch is exact"
+            f"{shown} change the step without the loader too: what it adds shows once "
+            "micro-batch and short-window are exact"
         )
     return Measurement.of(
         difference,
         reason,
         diagnose=lambda: _diagnose(experiments, dealt, examples, whole=whole),
     )
+
+
+def _is_of_the_cut(
+    experiments: Experiments, dealt: Dealt, examples: Sequence[int], *, whole: Gradient
+) -> bool:
+    """Whether the same micro-batches without the loader are as wrong, or any cut is wrong."""
+    observed = dealt.observation.gradient
+    if dealt.split is not None:
+        if _odd(dealt.split, examples):
+            return False
+        in_order = _in_order(experiments, dealt.split)
+        if in_order is not None:
+            return relative_difference(in_order, observed) <= experiments.tolerance
+    if not is_faulty(experiments, experiments.mixed_split):
+        return False
+    return repeats_of(experiments, (tuple(examples),), observed, own=whole) is None
 
 
 def _odd(split: Split, examples: Sequence[int]) -> str:
@@ -81,9 +92,6 @@ def _diagnose(
         more = any(count > 1 for count in times.values())
         cause = "duplicated-examples" if more else "dropped-examples"
         return Diagnosis(cause, 0.0, odd)
-    in_order = _in_order(experiments, dealt.split)
-    if in_order is not None and relative_difference(in_order, observed) <= experiments.tolerance:
-        return diagnose_split(experiments, dealt.split)
     return _by_law(experiments, dealt.split, observed, whole=whole)
 
 
