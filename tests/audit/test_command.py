@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from samestep.audit.axes.table import AXES
 from samestep.audit.check import load_subject
 from samestep.cli import main
 from samestep.errors import CheckError
@@ -54,3 +55,10 @@ def test_a_name_may_be_made_when_it_is_asked_for(tmp_path: Path) -> None:
         load_subject(f"{path}:made")
     with pytest.raises(CheckError, match="has no 'other'"):
         load_subject(f"{path}:other")
+
+
+def test_help_names_every_axis(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["check", "--help"])
+    words = capsys.readouterr().out.replace(",", " ").replace(".", " ").split()
+    assert not [name for name in AXES if name not in words]

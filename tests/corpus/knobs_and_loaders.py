@@ -1,5 +1,6 @@
 """Loops with sizes of their own, and loops whose own loader deals the rows."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -7,8 +8,14 @@ from kit import Case, Tiny, collate, nll, rows, targets
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, RandomSampler
+from trainer_subclasses import over_items
+from trainer_subclasses import rows as trainer_rows
+from trainers import factory
+from transformers import Trainer
 
 AXES = ("micro-batch", "knobs")
+LOADER = ("loader",)
 
 
 class Counted:
@@ -187,6 +194,108 @@ class UncachedContrast(Contrast):
     cached = False
 
 
+class Dealt(Counted):
+    """Its own loader: batches of neighbours in length."""
+
+    def loader(self, examples: list[Tensor], micro_batch_size: int) -> Iterator[Any]:
+        by_length = sorted(examples, key=len)
+        for at in range(0, len(by_length), micro_batch_size):
+            yield collate(by_length[at : at + micro_batch_size])
+
+
+class TokenBudget(Counted):
+    """Micro-batches of up to so many tokens, as lists of examples; long ones stay alone."""
+
+    drops = False
+
+    def loader(self, examples: list[Tensor], micro_batch_size: int) -> Iterator[list[Tensor]]:
+        budget, held = 15 * micro_batch_size, []
+        for row in examples:
+            if self.drops and len(row) > budget // 2:
+                continue
+            if held and sum(map(len, held)) + len(row) > budget:
+                yield held
+                held = []
+            held.append(row)
+        yield held
+
+
+class DropsTheLong(TokenBudget):
+    drops = True
+
+
+class Sampled(Counted):
+    """A sampler with a fixed seed, by torch's own loader."""
+
+    replacement = False
+
+    def loader(self, examples: list[Tensor], micro_batch_size: int) -> Any:
+        draw = torch.Generator().manual_seed(1)
+        sampler = RandomSampler(examples, self.replacement, generator=draw)
+        return DataLoader(examples, micro_batch_size, sampler=sampler, collate_fn=collate)
+
+
+class SampledWithReplacement(Sampled):
+    replacement = True
+
+
+class FillsTheLast(Counted):
+    """Repeats the first examples so that all micro-batches are of one size."""
+
+    def loader(self, examples: list[Tensor], micro_batch_size: int) -> Iterator[list[Tensor]]:
+        filled = [*examples, *examples[: -len(examples) % micro_batch_size]]
+        for at in range(0, len(filled), micro_batch_size):
+            yield filled[at : at + micro_batch_size]
+
+
+class OwnLoader(Trainer):
+    """A sampler of its own, as sentence-transformers has."""
+
+    replacement = False
+
+    def get_train_dataloader(self) -> Any:
+        draw = torch.Generator().manual_seed(self.args.seed)
+        rows = self.train_dataset
+        sampler = RandomSampler(rows, self.replacement, generator=draw)
+        loader: Any = DataLoader(
+            rows,
+            self.args.per_device_train_batch_size,
+            sampler=sampler,
+            collate_fn=self.data_collator,
+        )
+        return self.accelerator.prepare(loader)
+
+
+class WithReplacement(OwnLoader):
+    replacement = True
+
+
+class Budgeted(Trainer):
+    """Batches of up to so many tokens."""
+
+    def get_train_dataloader(self) -> Any:
+        batches: list[list[int]] = [[]]
+        for index, row in enumerate(self.train_dataset):
+            held = sum(len(self.train_dataset[each]["input_ids"]) for each in batches[-1])
+            if batches[-1] and held + len(row["input_ids"]) > 30:
+                batches.append([])
+            batches[-1].append(index)
+        loader: Any = DataLoader(
+            self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator
+        )
+        return self.accelerator.prepare(loader)
+
+
+def trainer(kind: type[Trainer] = Trainer, **options: Any) -> Any:
+    return lambda seed: factory(
+        kind=kind, data=trainer_rows(seed), compute_loss_func=over_items, arguments=options
+    )
+
+
+def dealt(name: str, loop: Any, cause: str | None = None, **more: Any) -> Case:
+    return Case(name, loop, cause, **{"axis": "loader", "axes": ("micro-batch", "loader"), **more})
+
+
 def case(name: str, loop: Any, cause: str | None = None, **more: Any) -> Case:
     return Case(name, loop, cause, **{"axis": "knobs", "axes": AXES, **more})
 
@@ -196,6 +305,20 @@ CASES = [
     case("loss in chunks of rows", RowChunks),
     case("recomputation", Recomputes),
     case("cached contrast", Contrast),
+    dealt("neighbours in length", Dealt),
+    dealt("token budget", TokenBudget),
+    dealt("sampler", Sampled),
+    dealt("trainer that groups by length",
+          trainer(train_sampling_strategy="group_by_length"), axes=LOADER),
+    dealt("trainer with a sampler of its own", trainer(OwnLoader), axes=LOADER),
+    dealt("trainer with a token budget", trainer(Budgeted), axes=LOADER),
+    dealt("token budget that drops the long", DropsTheLong, "dropped-examples"),
+    dealt("sampler with replacement", SampledWithReplacement, "duplicated-examples"),
+    dealt("last micro-batch filled", FillsTheLast, "duplicated-examples"),
+    dealt("trainer with replacement", trainer(WithReplacement), "duplicated-examples",
+          axes=LOADER),
+    dealt("trainer that drops the last", trainer(dataloader_drop_last=True), "dropped-examples",
+          axes=LOADER),
     case("mean of chunks of tokens", MeanOfTokenChunks, "knob-dependent"),
     case("chunks lose the remainder", LostRemainder, "knob-dependent"),
     case("mean of chunks of rows", MeanOfRowChunks, "mean-of-means"),

@@ -46,7 +46,10 @@ class CheckArguments:
     subject: Annotated[str | None, tyro.conf.Positional] = None
     """FILE.py or FILE.py:NAME: the names of a custom loop."""
     axes: str | None = None
-    """Axes to run, with commas between; by default all but dropout and low-precision."""
+    """Axes to run, with commas between; by default all but dropout and low-precision. There are
+    micro-batch, order, padding, packing, short-window, next-step (what leaks into the step after),
+    knobs (sizes of the loop's own), loader (its own loader deals the rows), zero-target, terms,
+    ranks, reported, evaluation-batch, evaluation-first, low-precision and dropout."""
     json: Path | None = None
     """Write the report to this file."""
     html: Path | None = None

@@ -21,6 +21,7 @@ from samestep.audit.gradients import (
 )
 from samestep.audit.subject import (
     DEFAULT_SETTINGS,
+    Dealt,
     Denominator,
     Gradient,
     Observation,
@@ -150,6 +151,16 @@ class Experiments:
     def run_on_ranks(self, shares: Sequence[Split], **changes: object) -> list[Observation]:
         """One step on several ranks, not remembered."""
         return self.subject.run_on_ranks(shares, self._changed(changes))
+
+    def run_dealt(self, examples: Sequence[int], size: int, **changes: object) -> Dealt:
+        """One step on what the subject's own loader deals, not remembered."""
+        return self.subject.run_dealt(examples, size, self._changed(changes))
+
+    def run_dealt_on_ranks(
+        self, examples: Sequence[int], size: int, world: int, **changes: object
+    ) -> list[Dealt] | None:
+        """The same on several ranks; None where the subject has no loader of its own for them."""
+        return self.subject.run_dealt_on_ranks(examples, size, world, self._changed(changes))
 
     def run_as_steps(self, split: Split, **changes: object) -> Observation | None:
         """The micro-batches as steps of their own; None if the loop never updates."""

@@ -21,11 +21,11 @@ Knob: TypeAlias = tuple[str, int]
 """A knob of the subject's and which of its values, counted from 0."""
 
 Capability: TypeAlias = Literal[
-    "padding", "packing", "masking", "window", "terms", "ranks", "evaluation", "knobs"
+    "padding", "packing", "masking", "window", "terms", "ranks", "evaluation", "knobs", "loader"
 ]
 """What not every subject can do: pad more, pack, mask the targets of an example, take the
 micro-batches of a full window, run a loss term alone, run on several ranks, evaluate, change a size
-of its own."""
+of its own, deal its examples by its own loader."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +152,21 @@ class Observation:
 
 
 @dataclass(frozen=True)
+class Dealt:
+    """One step on what the subject's own loader dealt.
+
+    Attributes:
+        observation: What the step did.
+        split: The examples of each micro-batch as they came, repeats too; None: not seen.
+        number: How many micro-batches came.
+    """
+
+    observation: Observation
+    split: Split | None
+    number: int
+
+
+@dataclass(frozen=True)
 class ExampleCounts:
     """What the data say of one example.
 
@@ -234,6 +249,29 @@ class Subject(Protocol):
         self, split: Split, settings: RunSettings = DEFAULT_SETTINGS
     ) -> Observation | None:
         """The micro-batches as steps of their own, one after another; None if it never updates."""
+
+    def run_dealt(
+        self,
+        examples: Sequence[int],
+        micro_batch_size: int,
+        settings: RunSettings = DEFAULT_SETTINGS,
+    ) -> Dealt:
+        """One step on some examples, which the subject's own loader deals.
+
+        Args:
+            examples: Those that the loader is given.
+            micro_batch_size: What it is told.
+            settings: Departures from the default run.
+        """
+
+    def run_dealt_on_ranks(
+        self,
+        examples: Sequence[int],
+        micro_batch_size: int,
+        world: int,
+        settings: RunSettings = DEFAULT_SETTINGS,
+    ) -> list[Dealt] | None:
+        """The same on several ranks, one micro-batch each; None if `shard` says how they deal."""
 
     def shard(self, examples: int, world: int) -> Sequence[tuple[int, ...]] | None:
         """How the subject itself deals the first examples out to ranks; None if it does not."""

@@ -59,6 +59,8 @@ def step(model: nn.Module, micro_batches: list[dict[str, torch.Tensor]]) -> floa
 #     in a process group (gloo), of one process or of two, and each rank calls step or train with
 #     its own micro-batches. wrap = None if your step calls torch.distributed by itself.
 #   shard(indices, rank, world) -> the indices of one rank, as your sampler deals them
+#   loader(examples, micro_batch_size) -> the micro-batches of one pass of your own loader (sampler,
+#     grouping by length, token budget): batches, or lists of examples
 #   knobs = {"chunk": (1, 64)}: sizes of your own that may not change the step. A name is a keyword
 #     of one of your functions, a global of this file, or an attribute of the model
 #   terms = ("nll", "aux"), with step(model, micro_batches, term=None)

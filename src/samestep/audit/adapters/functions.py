@@ -1,7 +1,7 @@
 """The user's own functions of a custom loop, by the names under which a subject defines them."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -27,10 +27,12 @@ OPTIONAL = {
     "wrap": "wrap(model) -> model for several ranks, such as DistributedDataParallel; None where "
     "step or train calls torch.distributed by itself",
     "shard": "shard(indices, rank, world) -> the indices of one rank, as your sampler deals them",
+    "loader": "loader(examples, micro_batch_size) -> micro-batches, as your own loader deals them "
+    "in one pass: batches, or lists of examples for collate",
     "knobs": 'knobs = {"name": (values, ...)}: sizes of your own that may not change the step',
 }
 
-_CALLED = ("model", "collate", "step", "train", "pack", "evaluate", "wrap")
+_CALLED = ("model", "collate", "step", "train", "pack", "evaluate", "wrap", "loader")
 """Names of functions that may take a knob as a keyword."""
 
 
@@ -49,6 +51,7 @@ class LoopFunctions:
         terms: Names of loss terms.
         wrap: From a model to one for several ranks.
         shard: From indices, rank and world to the indices of that rank.
+        loader: From examples and a micro-batch size to the micro-batches of one pass.
         knobs: Sizes of the loop's own.
         ranks: Whether it runs on several ranks: it names ``wrap``, or calls torch.distributed.
     """
@@ -63,6 +66,7 @@ class LoopFunctions:
     terms: tuple[str, ...] = ()
     wrap: Callable[[nn.Module], nn.Module] | None = None
     shard: Callable[[list[int], int, int], Sequence[int]] | None = None
+    loader: Callable[[list[Any], int], Iterable[Any]] | None = None
     knobs: Knobs = field(default_factory=Knobs)
     ranks: bool = False
 

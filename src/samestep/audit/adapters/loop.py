@@ -33,12 +33,14 @@ from samestep.audit.adapters.instrument import (
     scale_gradients,
     seed_all,
 )
+from samestep.audit.adapters.loaders import named, one_pass, recognise
 from samestep.audit.adapters.processes import rank_timeout, run_on_ranks, single_process_group
 from samestep.audit.adapters.watch import StepWatch
 from samestep.audit.gradients import global_norm, linear_combination, subtract
 from samestep.audit.subject import (
     DEFAULT_SETTINGS,
     Capability,
+    Dealt,
     Denominator,
     ExampleCounts,
     Observation,
@@ -81,6 +83,7 @@ class LoopSubject:
         self._slowest = 0.0
         singles = [self._collate([example]) for example in loop.examples]
         self._counts = count_examples(singles)
+        self._lists = isinstance(singles[0], list | tuple)
         self._lengths = [token_length(single) for single in singles]
         by_length = sorted(range(self.size), key=lambda index: self._lengths[index] or 0)
         short, long = (loop.examples[at] for at in (by_length[0], by_length[-1]))
@@ -96,6 +99,8 @@ class LoopSubject:
             reasons["evaluation"] = f"the subject has no {OPTIONAL['evaluate']}"
         if not loop.ranks:
             reasons["ranks"] = f"the subject has no {OPTIONAL['wrap']}"
+        if loop.loader is None:
+            reasons["loader"] = f"the subject has no {OPTIONAL['loader']}"
         if not loop.knobs.values:
             reasons["knobs"] = f"the subject has no {OPTIONAL['knobs']}"
         if not loop.terms:
@@ -173,6 +178,42 @@ class LoopSubject:
                 return replace(observation, weights_after=read_weights(inner))
 
         return run_on_ranks(work, len(shares), seconds=rank_timeout(self._slowest))
+
+    def run_dealt(
+        self,
+        examples: Sequence[int],
+        micro_batch_size: int,
+        settings: RunSettings = DEFAULT_SETTINGS,
+    ) -> Dealt:
+        """One step on what the subject's ``loader`` gives."""
+
+        def work() -> Dealt:
+            with self._fresh_model(settings) as (inner, model):
+                given = copy.deepcopy([self.loop.examples[index] for index in examples])
+                assert self.loop.loader is not None
+                items = one_pass(self.loop.loader(list(given), micro_batch_size), len(given))
+                listed = [isinstance(item, list | tuple) and not self._lists for item in items]
+                batches = [
+                    self._collate(list(item)) if lists else item
+                    for item, lists in zip(items, listed, strict=True)
+                ]
+                if settings.dtype is not None:
+                    batches = [cast_floats(batch, settings.dtype) for batch in batches]
+                observation = self._step_on(inner, model, batches, settings=settings)
+                seen = [recognise(item, given) for item in items] if all(listed) else []
+                return Dealt(observation, named(seen, examples), number=len(items))
+
+        with self._turned(settings):
+            return self._in_group(work)
+
+    def run_dealt_on_ranks(
+        self,
+        examples: Sequence[int],
+        micro_batch_size: int,
+        world: int,
+        settings: RunSettings = DEFAULT_SETTINGS,
+    ) -> list[Dealt] | None:
+        """None: `shard` says how examples are dealt to ranks."""
 
     def run_as_steps(
         self, split: Split, settings: RunSettings = DEFAULT_SETTINGS
@@ -300,6 +341,11 @@ class LoopSubject:
         self, inner: nn.Module, model: nn.Module, *, split: Split, settings: RunSettings
     ) -> Observation:
         batches = [self._batch(micro_batch, settings) for micro_batch in split]
+        return self._step_on(inner, model, batches, settings=settings)
+
+    def _step_on(
+        self, inner: nn.Module, model: nn.Module, batches: list[Any], *, settings: RunSettings
+    ) -> Observation:
         options: dict[str, Any] = {} if settings.term is None else {"term": settings.term}
         if self.loop.takes("accumulation"):
             options["accumulation"] = settings.window or len(batches)

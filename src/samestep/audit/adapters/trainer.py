@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.state import PartialState
 from torch import Tensor
 
 from samestep.audit.adapters.batches import (
@@ -27,7 +26,6 @@ from samestep.audit.adapters.instrument import (
     without_noise,
 )
 from samestep.audit.adapters.knobs import NO_KNOBS, Knobs
-from samestep.audit.adapters.processes import rank_timeout, run_on_ranks
 from samestep.audit.adapters.trainer_data import (
     MISSING_FOR_ROLLOUTS,
     AuditCollator,
@@ -39,9 +37,9 @@ from samestep.audit.adapters.trainer_data import (
     number_of_rows,
     select_evaluation_rows,
     select_rows,
-    shard_as_loader,
     stand_in_for,
 )
+from samestep.audit.adapters.trainer_loader import DealsRows, deal_in_order, recognise_dealt
 from samestep.audit.adapters.trainer_setup import (
     check_signature,
     copied_tensors,
@@ -77,7 +75,7 @@ EXAMPLES = 8
 _NATIVE = replace(DEFAULT_SETTINGS, dtype=None)
 
 
-class TrainerSubject:
+class TrainerSubject(DealsRows):
     """Runs a trainer on its own first rows; see `samestep.audit.subject.Subject`.
 
     Each run makes a new trainer, puts the first one's initial weights into it, and trains for one
@@ -187,13 +185,16 @@ class TrainerSubject:
             reasons["knobs"] = "the factory has no knobs = {name: (values, ...)} beside it"
         if self._rollouts is not None:
             return {**reasons, **MISSING_FOR_ROLLOUTS}
+        if self.rows_per_example > 1:
+            reasons["loader"] = "the trainer takes no single rows, of which a loader may leave some"
         batch = self._batch((0, 1))
         return {**reasons, **missing_of(batch, self.rows_per_example, stream=self._stream)}
 
     def example_counts(self) -> Sequence[ExampleCounts] | None:
         """From ``labels`` of each example's own batch."""
         if self._rollouts is not None:
-            return self._rollouts.example_counts()
+            counts: Sequence[ExampleCounts] = self._rollouts.example_counts()
+            return counts
         return count_examples(self._singles, shifts=self._shifts, padding_counts=True)
 
     def padding_sides(self) -> tuple[Side, ...]:
@@ -233,26 +234,6 @@ class TrainerSubject:
         """One update for each micro-batch."""
         return self._train(split, settings, accumulation=1, updates=len(split))
 
-    def run_on_ranks(
-        self, shares: Sequence[Split], settings: RunSettings = DEFAULT_SETTINGS
-    ) -> list[Observation]:
-        """One update on each rank; the trainer deals the micro-batches out in turn."""
-        turns = zip(*shares, strict=True)
-        rows = [row for turn in turns for micro_batch in turn for row in self._rows(micro_batch)]
-
-        def work(rank: int) -> Observation:
-            PartialState._reset_state()
-            share = shares[rank]
-            return self._train(share, settings, accumulation=len(share), all_rows=rows)
-
-        return run_on_ranks(work, len(shares), seconds=rank_timeout(self._slowest))
-
-    def shard(self, examples: int, world: int) -> Sequence[tuple[int, ...]] | None:
-        """As the trainer's own data loader deals one micro-batch to each rank."""
-        if self._rollouts is not None:
-            return None  # a generation is always cut into equal parts
-        return shard_as_loader(examples, world, even=self._even)
-
     def evaluate(
         self,
         batch_size: int,
@@ -277,11 +258,20 @@ class TrainerSubject:
         accumulation: int,
         updates: int = 1,
         all_rows: Sequence[int] | None = None,
+        dealt: list[tuple[int | None, ...]] | None = None,
     ) -> Observation:
-        """Some updates of a new trainer; see `_fresh_trainer`."""
+        """Some updates of a new trainer; see `_fresh_trainer`.
+
+        Where ``dealt`` is a list, the trainer's own loader deals, and what came is written there.
+        """
         start = time.perf_counter()
         with self._fresh_trainer(
-            split, settings, accumulation=accumulation, updates=updates, all_rows=all_rows
+            split,
+            settings,
+            accumulation=accumulation,
+            updates=updates,
+            all_rows=all_rows,
+            dealt=dealt is not None,
         ) as (trainer, collator):
             if settings.evaluate_first:
                 self._evaluate(trainer, 2, seed=settings.seed)
@@ -300,6 +290,8 @@ class TrainerSubject:
             optimizer.skip(settings.steps_before, then=begin_last)
             with scale_gradients(trainer.model, settings.gradient_scale), watch.on():
                 trainer.train()
+            if dealt is not None:
+                dealt.extend(recognise_dealt(trainer, collator))
             if _changes_batches(settings) and not collator.collated:
                 raise CheckError("the trainer does not use its data_collator")
             observation = replace(
@@ -333,6 +325,7 @@ class TrainerSubject:
         accumulation: int,
         updates: int = 1,
         all_rows: Sequence[int] | None = None,
+        dealt: bool = False,
     ) -> Iterator[tuple[Any, AuditCollator]]:
         """A new trainer over the examples of a split, reduced to its step, at the initial weights.
 
@@ -342,6 +335,7 @@ class TrainerSubject:
             accumulation: Micro-batches of a full window.
             updates: Windows.
             all_rows: The rows of all ranks, in the order in which they are dealt out.
+            dealt: The trainer's own loader deals the rows.
         """
         order = [row for micro_batch in split for row in self._rows(micro_batch)]
         with contextlib.ExitStack() as stack:
@@ -351,7 +345,7 @@ class TrainerSubject:
             stack.enter_context(self._knobs.on_holder(settings.knob))
             factory = functools.partial(self.factory, **self._knobs.keyword(settings.knob))
             trainer = make_trainer(factory, batch_size, accumulation=accumulation)
-            strip_trainer(trainer, stream_steps=updates)
+            strip_trainer(trainer, stream_steps=updates, in_order=not dealt)
             held = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
             first_rows = range(self.size * self.rows_per_example)
             trainer.eval_dataset = select_evaluation_rows(held, first_rows)
@@ -373,7 +367,9 @@ class TrainerSubject:
 
             collator = AuditCollator(trainer.data_collator, change, rows=order)
             trainer.data_collator = stand_in_for(trainer.data_collator, collator)
-            take_rows_in_order(trainer)
+            if not dealt:
+                take_rows_in_order(trainer)
+                deal_in_order(trainer)
             networks = networks_of(trainer)
             restore(trainer, settings, initial=self._initial)
             if not settings.dropout:

@@ -31,6 +31,7 @@ MISSING_FOR_ROLLOUTS: Mapping[Capability, str] = {
     "padding": "rollouts are padded when they are generated, for all micro-batches alike",
     "masking": "every rollout has a completion",
     "window": "a generation is always cut into equal micro-batches",
+    "loader": "a generation is dealt by the trainer, as it was made",
     "evaluation": "an evaluation generates anew, which is random",
 }
 """What has no meaning for rollouts."""
@@ -97,6 +98,7 @@ class AuditCollator:
 
     Attributes:
         collated: How many rows came.
+        seen: What came, a list for each batch.
     """
 
     def __init__(
@@ -114,11 +116,13 @@ class AuditCollator:
         """Expect these rows from now on."""
         self.rows = rows
         self.collated = 0
+        self.seen: list[Any] = []
 
     def __call__(self, features: Any, *args: Any, **options: Any) -> Any:
         """The changed batch."""
         places = range(self.collated, self.collated + len(features))
         self.collated += len(features)
+        self.seen.append(features)
         held = [self.rows[place % len(self.rows)] for place in places]
         return self.change(self.collate(features, *args, **options), held)
 
@@ -243,6 +247,7 @@ def missing_of(batch: Any, rows_per_example: int, *, stream: bool) -> dict[Capab
         reasons["masking"] = "batches have no integer 'labels' to mask"
     if stream:
         reasons["window"] = "the training data are a stream, which has no last window"
+        reasons["loader"] = "the training data are a stream, which comes in its own order"
         reasons["ranks"] = "the training data are a stream, which each rank cuts in its own way"
     return reasons
 

@@ -99,7 +99,7 @@ def padding_token(trainer: Any) -> int:
     return 0
 
 
-def strip_trainer(trainer: Any, *, stream_steps: int) -> None:
+def strip_trainer(trainer: Any, *, stream_steps: int, in_order: bool = True) -> None:
     """Take from a trainer what is not its step: schedules, saving, reporting, shuffling, clipping.
 
     Clipping by the trainer itself, after the last micro-batch, is left out because it would hide a
@@ -107,13 +107,13 @@ def strip_trainer(trainer: Any, *, stream_steps: int) -> None:
 
     Args:
         trainer: A `transformers.Trainer`, or of a class derived from it; changed in place.
+        in_order: Take its sampling too.
         stream_steps: Updates to make where the data have no length; else one epoch is made.
     """
     args = trainer.args
     plain = {
         "max_steps": stream_steps if is_stream(trainer.train_dataset) else -1,
         "num_train_epochs": 1,
-        "train_sampling_strategy": "sequential",
         "save_strategy": "no",
         "eval_strategy": "no",
         "eval_on_start": False,
@@ -127,8 +127,9 @@ def strip_trainer(trainer: Any, *, stream_steps: int) -> None:
         "torch_compile": False,
         "auto_find_batch_size": False,
         "disable_tqdm": True,
-        "shuffle_dataset": False,
     }
+    if in_order:
+        plain |= {"train_sampling_strategy": "sequential", "shuffle_dataset": False}
     for name, value in plain.items():
         if name in vars(args):
             setattr(args, name, value)

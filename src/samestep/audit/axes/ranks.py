@@ -18,7 +18,7 @@ from samestep.audit.gradients import (
     scale,
 )
 from samestep.audit.subject import Gradient, Observation, Split
-from samestep.errors import DeadlockError
+from samestep.errors import CheckError, DeadlockError
 
 WORLD = 2
 
@@ -41,11 +41,36 @@ def ranks(experiments: Experiments) -> Measurement:
         what = "the last rank without targets"
         measurement = _measure(experiments, single, what=what, masked_examples=single[-1][0])
     odd = subject.size - 1 + subject.size % 2
-    shards = subject.shard(odd, WORLD)
-    if measurement.is_exact(tolerance) and shards is not None:
-        what = f"{odd} examples as the sampler deals"
-        measurement = _measure(experiments, [(shard,) for shard in shards], what=what)
+    if measurement.is_exact(tolerance):
+        try:
+            return _as_dealt(experiments, odd) or measurement
+        except CheckError as error:  # what was seen before stands
+            failed = f"{measurement.reason}; {odd} examples by its own loader: {error}"
+            return replace(measurement, reason=failed)
     return measurement
+
+
+def _as_dealt(experiments: Experiments, number: int) -> Measurement | None:
+    """An odd number of examples as the subject's own loader, or its ``shard``, deals them.
+
+    A loader that repeats examples to give each rank as many is exact if the loop leaves them out.
+    """
+    examples = tuple(range(number))
+    dealt = experiments.run_dealt_on_ranks(examples, -(-number // WORLD), WORLD)
+    shares = [] if dealt is None else [each.split for each in dealt if each.split]
+    if dealt is not None and len(shares) == len(dealt):
+        return _measure(
+            experiments,
+            shares,
+            what=f"{number} examples as the trainer's loader deals",
+            batch=(examples,),
+            seen=[each.observation for each in dealt],
+        )
+    shards = experiments.subject.shard(number, WORLD)
+    if shards is None:
+        return None
+    what = f"{number} examples as the sampler deals"
+    return _measure(experiments, [(shard,) for shard in shards], what=what, batch=(examples,))
 
 
 def rank_shares(size: int, *, num_micro_batches: int, uniform: bool = False) -> list[Split]:
@@ -72,16 +97,28 @@ def _measure(
     *,
     what: str,
     masked_examples: tuple[int, ...] = (),
+    batch: Split | None = None,
+    seen: Sequence[Observation] | None = None,
 ) -> Measurement:
-    """The gradient of the ranks against that of one process with all examples."""
-    indices = {index for share in shares for micro_batch in share for index in micro_batch}
-    batch = (tuple(sorted(indices)),)
+    """The gradient of the ranks against that of one process with all examples.
+
+    Args:
+        experiments: The subject's.
+        shares: The micro-batches of each rank.
+        what: How they were dealt, in words.
+        masked_examples: Examples without targets.
+        batch: The examples that the ranks should see; None: those of the shares.
+        seen: What the ranks saw, if they ran already.
+    """
+    if batch is None:
+        indices = {index for share in shares for micro_batch in share for index in micro_batch}
+        batch = (tuple(sorted(indices)),)
     masked = {"masked_examples": masked_examples}
     whole = experiments.run(batch, **masked).gradient
     sizes = " and ".join("+".join(str(len(micro)) for micro in share) for share in shares)
     reason = f"{WORLD} ranks with {sizes} examples against 1 with all: {what}"
     try:
-        observations = experiments.run_on_ranks(shares, **masked)
+        observations = seen or experiments.run_on_ranks(shares, **masked)
     except DeadlockError as error:
         if not masked_examples:
             raise
@@ -116,7 +153,12 @@ def _measure(
         difference,
         reason,
         diagnose=lambda: _diagnose(
-            experiments, shares, gradient=gradient, whole=whole, masked_examples=masked_examples
+            experiments,
+            shares,
+            gradient=gradient,
+            whole=whole,
+            masked_examples=masked_examples,
+            examples=batch[0],
         ),
     )
 
@@ -139,6 +181,7 @@ def _diagnose(
     gradient: Gradient,
     whole: Gradient,
     masked_examples: tuple[int, ...],
+    examples: Sequence[int],
 ) -> Diagnosis:
     """Why the ranks together give another gradient than one alone.
 
@@ -148,6 +191,7 @@ def _diagnose(
         gradient: After the step, the same on all ranks.
         whole: The gradient of all examples, undivided, on one.
         masked_examples: Examples without targets.
+        examples: Those that the ranks should see.
 
     Returns:
         The bug that predicts the gradient.
@@ -163,6 +207,11 @@ def _diagnose(
     if len(set(dealt)) < len(dealt):
         repeated = experiments.unclipped_gradient((tuple(dealt),), **masked)
         predictions.append(("duplicated-examples", repeated))
+    missing = sorted(set(examples) - set(dealt))
+    if missing:
+        kept = experiments.unclipped_gradient((tuple(sorted(set(dealt))),), **masked)
+        predictions.append(("dropped-examples", kept))
+        evidence = f"no rank sees {', '.join(f'example {index}' for index in missing)}; {evidence}"
     best, cause = min((relative_difference(guess, gradient), name) for name, guess in predictions)
     if best > experiments.residual_tolerance:
         within = _within_a_rank(experiments, shares, whole=whole, masked_examples=masked_examples)

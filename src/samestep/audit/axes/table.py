@@ -16,6 +16,7 @@ from samestep.audit.axes.gradient import (
     zero_target,
 )
 from samestep.audit.axes.knobs import knobs
+from samestep.audit.axes.loader import loader
 from samestep.audit.axes.next_step import next_step
 from samestep.audit.axes.ranks import ranks
 from samestep.audit.axes.reported import evaluation_batch, reported
@@ -52,6 +53,12 @@ _TABLE = (
         knobs,
         needs=("knobs",),
         cause="knob-dependent",
+    ),
+    Axis(
+        "loader",
+        "the loop's own loader, which deals the rows: each enters once, and the step is the same",
+        loader,
+        needs=("loader",),
     ),
     Axis("zero-target", "a micro-batch without targets", zero_target, needs=("masking",)),
     Axis("terms", "the cut again, of each loss term alone", terms, needs=("terms",)),

@@ -40,7 +40,7 @@ def diagnose_knob(
     diagnosis = _left_out(experiments, own, observed)
     diagnosis = diagnosis or _by_parts(experiments, split, observed, own=own, value=value)
     diagnosis = diagnosis or _by_scale(experiments, own, observed)
-    diagnosis = diagnosis or _by_example(experiments, split, observed, own=own)
+    diagnosis = diagnosis or repeats_of(experiments, split, observed, own=own)
     if diagnosis is not None:
         return diagnosis
     difference = compare_gradients(observed, own)
@@ -123,10 +123,20 @@ def _by_scale(experiments: Experiments, own: Gradient, observed: Gradient) -> Di
     return Diagnosis("knob-dependent", fit.residual, f"the same gradient x {times:.6g}")
 
 
-def _by_example(
+def repeats_of(
     experiments: Experiments, split: Split, observed: Gradient, *, own: Gradient
 ) -> Diagnosis | None:
-    """Examples that are dropped or repeated, where both gradients are sums over examples."""
+    """Examples that are dropped or repeated, where both gradients are sums over examples.
+
+    Args:
+        experiments: The subject's.
+        split: Its examples.
+        observed: The gradient in question.
+        own: The gradient that it should be.
+
+    Returns:
+        None where one of the two is no sum of the examples' own, or where all weigh alike.
+    """
     members = [index for micro_batch in split for index in micro_batch]
     try:
         alone = [experiments.unclipped_gradient(((index,),)) for index in members]
