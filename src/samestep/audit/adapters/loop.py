@@ -25,7 +25,6 @@ from samestep.audit.adapters.batches import (
     token_length,
 )
 from samestep.audit.adapters.instrument import (
-    WithoutDropout,
     disable_dropout,
     force_float64,
     perturb_weights,
@@ -33,6 +32,7 @@ from samestep.audit.adapters.instrument import (
     scalars_of,
     scale_gradients,
     seed_all,
+    without_dropout,
 )
 from samestep.audit.adapters.processes import rank_timeout, run_on_ranks, single_process_group
 from samestep.audit.adapters.watch import StepWatch
@@ -385,7 +385,7 @@ class LoopSubject:
         if self.loop.takes("accumulation"):
             options["accumulation"] = settings.window or len(batches)
         watch = StepWatch(inner, moves=settings.watch_moves)
-        no_dropout = contextlib.nullcontext() if settings.dropout else WithoutDropout()
+        no_dropout = contextlib.nullcontext() if settings.dropout else without_dropout()
         scaled = scale_gradients(inner, settings.gradient_scale)
         with scaled, watch.on(), no_dropout:
             reported = self.loop.update(model, batches, **options)
