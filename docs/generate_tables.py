@@ -6,6 +6,7 @@
 A page holds a table between ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
 """
 
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from samestep.train.optim import OPTIMIZERS, SCHEDULES
 from samestep.train.settings.evaluation import METRICS
 
 DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
 _PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -65,12 +67,44 @@ def metrics() -> str:
     return markdown_table(("`metrics`", "what it is"), rows)
 
 
+def corpus() -> str:
+    """What `make corpus` found, by family."""
+    record = json.loads((RESULTS / "corpus.json").read_text(encoding="utf-8"))
+    rows = [
+        (
+            family,
+            str(one["bugs"]),
+            f"{one['detected']} of {one['audits_of_bugs']}",
+            f"{one['right_cause']} of {one['audits_of_bugs']}",
+            str(one["sound"]),
+            f"{one['false_alarms']} of {one['audits_of_sound']}",
+        )
+        for family, one in {**record["families"], "**all**": record}.items()
+    ]
+    heads = ("family", "bugs", "detected", "rightly named", "sound", "false alarms")
+    return markdown_table(heads, rows)
+
+
+def blind(name: str) -> Callable[[], str]:
+    """What a run of the blind subjects wrote."""
+
+    def table() -> str:
+        text = (RESULTS / f"check_{name}.md").read_text(encoding="utf-8")
+        return "".join(line + "\n" for line in text.splitlines() if line.startswith("|"))
+
+    return table
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "axes": axes,
     "causes": causes,
     "metrics": metrics,
     "optimizers": optimizers,
     "schedules": schedules,
+    "corpus": corpus,
+    "blind-before": blind("blind_before"),
+    "blind-fresh-before": blind("blind_fresh_before"),
+    "blind-fresh-after": blind("blind_fresh_after"),
 }
 """By the name that stands in a page."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from samestep.audit.axes.axis import AxisResult
 from samestep.audit.check import check
@@ -195,3 +195,11 @@ def test_masks_that_are_drawn_again_are_named(keeps: bool, reports: bool) -> Non
     names["model"] = lambda: Recomputes(keeps)
     names["step"] = loop.step if reports else lambda model, micros: [loop.step(model, micros)]
     assert axis_of(names, "dropout").cause == ("rng" if keeps else "recomputed-differently")
+
+
+def test_no_layer_that_runs_again_drops_anything_unless_asked() -> None:
+    names: dict[str, Any] = {"examples": Loop.examples, "collate": Loop().collate}
+    names |= {"model": lambda: Recomputes(keeps=True), "step": Loop().step}
+    with set_checkpoint_early_stop(False):
+        report = check(names, ["micro-batch", "reported"])
+    assert [axis.verdict for axis in report.axes] == ["exact", "exact"]

@@ -20,12 +20,16 @@ import knobs_and_loaders
 import models_and_batches
 import next_steps
 import other_losses
+import parts_and_norms
+import places
 import precision
 import reports
 import state_between
 import token_loops
 import trainer_subclasses
 import updates
+import what_is_said
+import windows_and_values
 from kit import Case
 from rich.console import Console
 from rich.table import Table
@@ -44,6 +48,10 @@ FAMILIES = {
     "DDP scripts": ddp_scripts.CASES,
     "trainer subclasses": trainer_subclasses.CASES,
     "state between": state_between.CASES,
+    "windows and values": windows_and_values.CASES,
+    "parts and norms": parts_and_norms.CASES,
+    "what is said": what_is_said.CASES,
+    "places": places.CASES,
 }
 FINAL_SEEDS = (200, 201, 202)
 """Not used while developing, and of other numbers of examples and lengths than seeds below 100."""

@@ -44,6 +44,34 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
 
 
+@contextlib.contextmanager
+def without_dropout() -> Iterator[None]:
+    """Within the block no call of a dropout function drops anything."""
+    with in_backward_too(WithoutDropout), WithoutDropout():
+        yield
+
+
+@contextlib.contextmanager
+def in_backward_too(mode: Callable[[], TorchFunctionMode]) -> Iterator[None]:
+    """Within the block every backward runs under a mode.
+
+    A mode is off inside the calls that it handles, and so inside ``backward()``, where checkpointed
+    layers run their forward again.
+    """
+    engine = vars(autograd)
+    run_backward = engine["_engine_run_backward"]
+
+    def under_the_mode(*args: Any, **kwargs: Any) -> Any:
+        with mode():
+            return run_backward(*args, **kwargs)
+
+    engine["_engine_run_backward"] = under_the_mode
+    try:
+        yield
+    finally:
+        engine["_engine_run_backward"] = run_backward
+
+
 class WithoutDropout(TorchFunctionMode):
     """While it is on, no call of a dropout function drops anything."""
 
@@ -136,22 +164,12 @@ def force_float64(*, halves: bool = True) -> Iterator[None]:
         halves: Replace the types of 16 bits too.
     """
     narrow = _NARROW if halves else _SINGLE
-    before, engine = torch.get_default_dtype(), vars(autograd)
-    run_backward = engine["_engine_run_backward"]
-
-    def run_backward_in_float64(*args: Any, **kwargs: Any) -> Any:
-        # A mode is off inside the calls that it handles, and so inside backward(), where
-        # checkpointed layers run their forward again.
-        with _Float64Mode(narrow):
-            return run_backward(*args, **kwargs)
-
+    before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    engine["_engine_run_backward"] = run_backward_in_float64
     try:
-        with _Float64Mode(narrow):
+        with in_backward_too(lambda: _Float64Mode(narrow)), _Float64Mode(narrow):
             yield
     finally:
-        engine["_engine_run_backward"] = run_backward
         torch.set_default_dtype(before)
 
 

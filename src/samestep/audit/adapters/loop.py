@@ -23,7 +23,6 @@ from samestep.audit.adapters.batches import (
 )
 from samestep.audit.adapters.functions import OPTIONAL, LoopFunctions
 from samestep.audit.adapters.instrument import (
-    WithoutDropout,
     disable_dropout,
     end_step,
     force_float64,
@@ -32,6 +31,7 @@ from samestep.audit.adapters.instrument import (
     scalars_of,
     scale_gradients,
     seed_all,
+    without_dropout,
 )
 from samestep.audit.adapters.loaders import named, one_pass, recognise
 from samestep.audit.adapters.processes import rank_timeout, run_on_ranks, single_process_group
@@ -350,7 +350,7 @@ class LoopSubject:
         if self.loop.takes("accumulation"):
             options["accumulation"] = settings.window or len(batches)
         watch = StepWatch(inner, moves=settings.watch_moves)
-        no_dropout = contextlib.nullcontext() if settings.dropout else WithoutDropout()
+        no_dropout = contextlib.nullcontext() if settings.dropout else without_dropout()
         scaled = scale_gradients(inner, settings.gradient_scale)
         with scaled, watch.on(), no_dropout:
             reported = self.loop.update(model, batches, **options)

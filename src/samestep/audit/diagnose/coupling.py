@@ -1,6 +1,9 @@
 """Whether examples that share a batch affect each other: directly, by padding, or in a pack."""
 
+from dataclasses import replace
+
 from samestep.audit.causes import Diagnosis
+from samestep.audit.diagnose.examples import cut_by_neighbours
 from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import (
     GradientDifference,
@@ -91,7 +94,11 @@ def diagnose_padding(experiments: Experiments, *, side: Side) -> Diagnosis:
     other_token = experiments.small_gradient(whole, **added, padding_offset=1)
     moved = relative_difference(other_token, padded)
     evidence += f"; another padding token moves it by {moved:.1e}"
-    shifts = side == "left" and moved <= experiments.residual_tolerance
+    unread = moved <= experiments.residual_tolerance
+    cut = cut_by_neighbours(experiments) if unread and side == "right" else None
+    if cut is not None:  # the width of the batch says how much of a row is kept
+        return replace(cut, evidence=f"{evidence}; {cut.evidence}")
+    shifts = side == "left" and unread
     cause = "position-leak" if shifts else "padding-attended"
     return Diagnosis(cause, difference.relative_difference, evidence)
 

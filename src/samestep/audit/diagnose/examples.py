@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from samestep.audit.causes import Diagnosis
+from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.state import order_dependence
 from samestep.audit.experiments import Experiments, merged
 from samestep.audit.gradients import LeastSquares, global_norm, least_squares, subtract
@@ -203,7 +203,9 @@ def cut_by_neighbours(experiments: Experiments, **changes: object) -> Diagnosis 
         f"beside neighbours of different lengths, the part of example {at} has {best} directions: "
         "how much of it is kept depends on them, though examples of equal lengths add up"
     )
-    return Diagnosis("dropped-examples", 0.0, text)
+    # Beside padding on the left, another place of the row looks the same.
+    left = "left" in experiments.subject.padding_sides()
+    return Diagnosis(UNEXPLAINED if left else "dropped-examples", 0.0, text)
 
 
 def _own_part(

@@ -48,6 +48,9 @@ def diagnose_split(experiments: Experiments, split: Split, **changes: object) ->
     if difference <= experiments.small_tolerance:
         # With small gradients the split is exact: what remains is what is done to large ones.
         natural, bound = experiments.natural_gradient(split, **changes), evidence.residual_tolerance
+        whole = experiments.natural_gradient(merged(split), **changes)
+        if relative_difference(natural, whole) <= experiments.tolerance:
+            return _of_order(experiments, split, evidence=evidence, **changes)
         partial = shortened_after_adding(natural, evidence.split, bound=bound)
         return partial or Diagnosis("clip-per-micro-batch", difference, _shown(evidence))
     diagnosis = moved_between(experiments, split, **changes)
@@ -62,6 +65,18 @@ def diagnose_split(experiments: Experiments, split: Split, **changes: object) ->
         beside = () if diagnosis.cause == UNEXPLAINED else (diagnosis.cause, *diagnosis.also)
         return Diagnosis("clip-per-micro-batch", 0.0, text + diagnosis.evidence, beside)
     return diagnosis
+
+
+def _of_order(
+    experiments: Experiments, split: Split, *, evidence: SplitEvidence, **changes: object
+) -> Diagnosis:
+    """Why another order changes a step that no split of one order changes."""
+    moved = experiments.seed_sensitivity(split, **changes)
+    if moved > experiments.small_tolerance:
+        text = f"another seed changes the gradient by {moved:.1e}, another split does not: "
+        return Diagnosis("rng", moved, f"{text}random numbers are drawn example after example")
+    text = "this split gives the gradient of the whole; only another order does not; "
+    return Diagnosis(UNEXPLAINED, 0.0, text + _shown(evidence))
 
 
 def is_faulty(experiments: Experiments, split: Split) -> bool:
@@ -195,7 +210,7 @@ def _nonlinear(
     parts = least_squares(evidence.split, evidence.alone)
     residual = max(whole.residual, parts.residual)
     if residual <= evidence.residual_tolerance:
-        known = _lost(whole, parts, evidence=evidence) or by_size(evidence)
+        known = _lost_or_repeated(whole, parts, evidence=evidence) or by_size(evidence)
         if known is not None:
             return known
     inside = _inside(experiments, split, evidence=evidence, **changes)
@@ -255,12 +270,21 @@ def _by_labels(
     return Diagnosis(cause, 0.0, text)
 
 
-def _lost(whole: LeastSquares, split: LeastSquares, *, evidence: SplitEvidence) -> Diagnosis | None:
-    """Micro-batches that do not reach the update."""
+def _lost_or_repeated(
+    whole: LeastSquares, split: LeastSquares, *, evidence: SplitEvidence
+) -> Diagnosis | None:
+    """Micro-batches that do not reach the update, or that reach it more than once."""
     pairs = zip(split.coefficients, whole.coefficients, strict=True)
-    kept = sum(abs(of_whole) < 1e-9 or abs(own / of_whole) > 1e-6 for own, of_whole in pairs)
+    times = [own / of_whole if abs(of_whole) > 1e-9 else 1.0 for own, of_whole in pairs]
+    kept = sum(abs(each) > 1e-6 for each in times)
     if kept == len(evidence.alone):
-        return None
+        least = min(times)
+        multiples = [each / least for each in times] if least > 0 else [0.5]
+        whole_numbers = all(abs(each - round(each)) < 1e-6 for each in multiples)
+        if not whole_numbers or max(multiples) < 1.5:
+            return None
+        text = ", ".join(f"micro-batch {at + 1} x {each:.3g}" for at, each in enumerate(multiples))
+        return Diagnosis("duplicated-examples", split.residual, f"{text}; {_shown(evidence)}")
     cause = "last-micro-batch-only" if kept <= 1 else "dropped-examples"
     return Diagnosis(cause, split.residual, _shown(evidence))
 
