@@ -7,6 +7,7 @@ from typing import Any
 import bit_runs
 import pytest
 import torch
+from bit_mutants import MUTANTS, shows
 from bit_runs import Draw, coupled, plain_loss, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,8 +15,6 @@ from torch import Tensor, nn
 
 import samestep
 from samestep.engine import bitwise as bitwise_module
-from samestep.engine.bitwise import GridSums
-from samestep.engine.collectives import rank
 from samestep.errors import ConfigError, StepError
 
 DRAWS = st.builds(
@@ -57,81 +56,7 @@ def test_the_same_bits_of_terms_that_couple_the_batch(draw: Draw, data: int) -> 
     assert run(draw, loss_fn=coupled, data=data) == unbroken(coupled, data)
 
 
-def add_floats(patch: pytest.MonkeyPatch) -> None:
-    """A float sum: gradients added up in float32, in the order in which they come."""
-
-    def add_float(total: Tensor, values: Tensor, shift: int) -> None:
-        total.view(torch.float64).add_(values).copy_(total.view(torch.float64).float())
-
-    patch.setattr(bitwise_module, "add_rounded_", add_float)
-    patch.setattr(
-        bitwise_module, "from_grid", lambda total, shift, dtype: total.view(torch.float64).float()
-    )
-
-    def add_over_ranks(total: Tensor) -> Tensor:
-        bitwise_module.dist.all_reduce(total.view(torch.float64))
-        return total
-
-    patch.setattr(bitwise_module, "_summed", add_over_ranks)
-
-
-def cut_by_rank(patch: pytest.MonkeyPatch) -> None:
-    """Packs that depend on the rank: what a rank holds is one pack."""
-
-    def deal(parts: Any, ranks: int, draw: Any) -> Any:
-        whole = deal_packs(parts, ranks, draw)
-        return [[_joined(own)] if own else [] for own in whole]
-
-    deal_packs = bit_runs.deal
-    patch.setattr(bit_runs, "deal", deal)
-
-
-def _joined(packs: Any) -> Any:
-    length = max(pack["labels"].shape[1] for pack in packs)
-
-    def padded(pack: Any, fill: int) -> Tensor:
-        rows = pack["input_ids"] if fill == 0 else pack["labels"]
-        return nn.functional.pad(rows, (0, length - rows.shape[1]), value=fill)
-
-    return {
-        "input_ids": torch.cat([padded(pack, 0) for pack in packs]),
-        "labels": torch.cat([padded(pack, -100) for pack in packs]),
-        "example_weights": torch.cat([pack["example_weights"] for pack in packs]),
-    }
-
-
-def clip_in_rank_order(patch: pytest.MonkeyPatch) -> None:
-    """A norm over the weights that begins with another one on each rank."""
-
-    def reduce(self: GridSums, without_grad: Any) -> Any:
-        pairs = list(reduce_in_order(self, without_grad).items())
-        return dict(pairs[rank() :] + pairs[: rank()])
-
-    reduce_in_order = GridSums.reduce
-    patch.setattr(GridSums, "reduce", reduce)
-
-
-def local_grid(patch: pytest.MonkeyPatch) -> None:
-    """A grid from the largest element of this rank alone."""
-
-    def of_this_rank(self: GridSums, reached: Any) -> dict[str, float]:
-        with pytest.MonkeyPatch.context() as alone:
-            alone.setattr(bitwise_module, "world_size", lambda: 1)
-            return over_ranks(self, reached)
-
-    over_ranks = GridSums._largest_over_ranks
-    patch.setattr(GridSums, "_largest_over_ranks", of_this_rank)
-
-
-def shows(draw: Draw, alone: Any) -> bool:
-    """Whether a run differs from another, or its ranks from each other: what they send, even."""
-    try:
-        return bool(run(draw) != alone)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        return "ranks part" in str(error) or not isinstance(error, AssertionError)
-
-
-@pytest.mark.parametrize("mutant", [add_floats, cut_by_rank, clip_in_rank_order, local_grid])
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
 def test_mutants_show(mutant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is caught by the comparison that the drawn worlds pass."""
     mutant(monkeypatch)

@@ -87,6 +87,19 @@ def test_both_ways_of_rounding_are_the_same(shift: int, monkeypatch: pytest.Monk
     assert torch.equal(found, again)
 
 
+@pytest.mark.parametrize("shift", [-130, -3, 0, 40, 127, 150])
+def test_what_leaves_the_grid_is_rounded_to_float32(shift: int) -> None:
+    total = (torch.randn(4096).double() * 2.0**50).to(torch.int64)
+    exact = [Fraction(value) / Fraction(2) ** shift for value in total.tolist()]
+    found = exact_sum.from_grid(total, shift).tolist()
+    limit = Fraction(2) ** -24
+    assert all(
+        abs(Fraction(one) - other) <= limit * abs(other) or abs(other) < Fraction(2) ** -126
+        for one, other in zip(found, exact, strict=True)
+        if math.isfinite(one)
+    )
+
+
 @pytest.mark.parametrize("packs", [1, 3, 64, 1000, 2**20])
 def test_a_grid_that_fits_cannot_overflow(packs: int) -> None:
     largest = 2.0 ** (7 + exact_sum.GROWTH_BITS) * (1 - 2**-24)

@@ -235,13 +235,13 @@ def test_out_of_memory_names_the_budget_that_would_fit(
         train(run_config(folder, **settings(folder, eval_data=None, micro_tokens=256, out=out)))
 
 
-def test_contradictions_are_said_before_a_run() -> None:
+def test_contradictions_are_said_before_a_run(tmp_path: Path) -> None:
     for changes, named in (
         ({"parallel": "fsdp2"}, "bitwise: not under parallel fsdp2"),
         ({"precision": "float64"}, "bitwise: sums keep fewer bits"),
     ):
         with pytest.raises(ConfigError, match=named):
-            run_config(Path("."), model="m", bitwise=True, **changes)
+            run_config(tmp_path, model="m", bitwise=True, **changes)
 
 
 def test_ranks_that_part_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,11 +298,10 @@ class GridSums:
     def _finish(self, name: str, total: Tensor) -> Tensor:
         if self._measured[name] == float("inf"):
             return torch.full(total.shape, float("nan"), device=total.device)
-        self.digests[name] = digest_of(total)
-        exponent = self._before[name]
-        if exponent is None:  # nothing but zeros
-            return torch.zeros(total.shape, device=total.device)
-        return from_grid(total, self._bits - exponent, torch.float32)
+        exponent = self._before[name]  # None: nothing but zeros was added
+        gradient = from_grid(total, self._bits - (exponent or 0))
+        self.digests[name] = digest_of(gradient)
+        return gradient
 
     def _largest_over_ranks(self, reached: Sequence[nn.Parameter]) -> dict[str, float]:
         if not reached:

@@ -122,18 +122,19 @@ def add_rounded_(total: Tensor, values: Tensor, shift: int) -> None:
         into.add_(scaled.round_().to(torch.int64))
 
 
-def from_grid(total: Tensor, shift: int, dtype: torch.dtype) -> Tensor:
-    """``total * 2**-shift``: what the integers stand for, rounded to float64 and then to a type.
+def from_grid(total: Tensor, shift: int) -> Tensor:
+    """``total * 2**-shift``: what the integers stand for, rounded to float32.
 
     Args:
         total: int64.
         shift: As for `add_rounded_`.
-        dtype: Of the result.
 
     Returns:
-        Of the shape of ``total``.
+        float32, of the shape of ``total``.
     """
-    result = torch.empty(total.shape, dtype=dtype, device=total.device)
+    result = torch.empty(total.shape, dtype=torch.float32, device=total.device)
+    if -shift in _FLOAT32_SHIFTS:
+        return result.copy_(total).mul_(2.0**-shift)
     piece = _PIECE.get(total.device.type, 2**26)
     for into, part in zip(result.view(-1).split(piece), total.view(-1).split(piece), strict=True):
         into.copy_(part.double() * 2.0**-shift)
