@@ -32,6 +32,7 @@ from samestep.models.activations import ActivationOffload
 from samestep.models.dropout import key_dropout
 from samestep.train import checkpoint
 from samestep.train.checkpoint_files import remove_checkpoints
+from samestep.train.determinism import deterministic
 from samestep.train.forward import find_nonfinite_rows, with_context
 from samestep.train.launch import process_group
 from samestep.train.micro_batches import MicroBatches, Report, retry_on_oom
@@ -47,7 +48,7 @@ from samestep.train.settings.base import TrainSettings
 from samestep.train.setup import TrainingSetup, set_up, step_plans
 from samestep.train.watchdog import Watchdog, interruptible, watch_ranks
 from samestep.utils.files import write_atomically
-from samestep.utils.memory import device_peak, process_peak
+from samestep.utils.memory import device_peak, device_reserved, process_peak
 from samestep.utils.plugins import is_reference
 
 log = logging.getLogger("samestep")
@@ -74,7 +75,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         RankError: Another rank died or hangs.
         Interrupted: Stopped by SIGINT or SIGTERM; the run is saved and can be resumed.
     """
-    with process_group():
+    with deterministic(settings.deterministic), process_group():
         settings = run_or_fail_together(lambda: choose_precision(settings))
         folder = RunFolder(Path(settings.out))
         on_rank_0(lambda: folder.hold(settings))
@@ -363,7 +364,12 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
     )
     known = [peak for peak in on_device if peak is not None]
     if known:
-        log.info("%.1f GB of the device's memory at the peak", max(known) / 1e9)
+        held = device_reserved(device) or 0
+        log.info(
+            "%.1f GB of the device's memory at the peak; %.1f GB held for it, fragments included",
+            max(known) / 1e9,
+            held / 1e9,
+        )
     setup, progress, evaluations = trainer.setup, trainer.progress, trainer.evaluations
     return {
         "steps": progress.step,

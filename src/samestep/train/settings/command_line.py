@@ -19,7 +19,7 @@ GROUPS = {
     "adapters": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge"),
     "memory and speed; none of these changes the step": (
         *("micro_batch", "micro_tokens", "memory_limit", "padding", "gradient_checkpointing"),
-        "compile",
+        *("compile", "deterministic"),
         *("activation_offload", "device"),
     ),
     "precision": ("dtype", "mixed_precision"),
