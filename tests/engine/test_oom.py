@@ -18,9 +18,9 @@ MESSAGES = [
 @pytest.mark.parametrize("message", MESSAGES)
 def test_a_want_of_memory_names_the_tokens(message: str) -> None:
     micro = {"input_ids": torch.ones(2, 5).long(), "labels": torch.ones(2, 5).long()}
-    with pytest.raises(OutOfMemoryError, match="out of memory on 10 tokens in 2 sequences"):
-        with memory_guard(micro):
-            raise RuntimeError(message)
+    told = pytest.raises(OutOfMemoryError, match="out of memory on 10 tokens in 2 sequences")
+    with told, memory_guard(micro):
+        raise RuntimeError(message)
 
 
 def test_other_errors_of_the_device_stay_what_they_are() -> None:

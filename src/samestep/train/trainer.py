@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import logging
 import os
 import time
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 
-import samestep
 from samestep.data.batching import StepPlan
 from samestep.engine.collectives import (
     all_gather_object,
@@ -27,10 +25,11 @@ from samestep.engine.evaluate import EvalReport, evaluate
 from samestep.engine.parallel import is_sharded
 from samestep.engine.step import StepReport, step
 from samestep.engine.terms import LossFn
-from samestep.errors import CheckpointError, Interrupted, NotFiniteError, StopRequestedError
+from samestep.errors import Interrupted, NotFiniteError, StopRequestedError
 from samestep.models.activations import ActivationOffload
 from samestep.models.dropout import key_dropout
 from samestep.train import checkpoint
+from samestep.train.background_save import BackgroundSave, saves_in_background, snapshot
 from samestep.train.checkpoint_files import remove_checkpoints
 from samestep.train.determinism import deterministic
 from samestep.train.forward import find_nonfinite_rows, with_context
@@ -46,9 +45,8 @@ from samestep.train.rounded_updates import UpdateWatch
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
 from samestep.train.setup import TrainingSetup, set_up, step_plans
+from samestep.train.summary import summarise, write_summary
 from samestep.train.watchdog import Watchdog, interruptible, watch_ranks
-from samestep.utils.files import write_atomically
-from samestep.utils.memory import device_peak, device_reserved, process_peak
 from samestep.utils.plugins import is_reference
 
 log = logging.getLogger("samestep")
@@ -105,26 +103,19 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                     progress=progress,
                     origin=origin,
                 )
-                trainer.run()
+                with trainer.saving:
+                    trainer.run()
             on_rank_0(folder.check_held)
             save_model(setup.model, setup.tokenizer, folder=folder.model, merge=settings.merge)
-            summary = _summary(trainer)
-            on_rank_0(lambda: _write_summary(summary, folder))
+            summary = summarise(
+                setup, trainer.progress, evaluations=trainer.evaluations, model=folder.model
+            )
+            on_rank_0(lambda: write_summary(summary, folder))
             if settings.keep == 0:  # the model is what remains
                 on_rank_0(lambda: remove_checkpoints(folder.checkpoints))
         finally:
             folder.close()
         return summary
-
-
-def _write_summary(summary: dict[str, Any], folder: RunFolder) -> None:
-    try:
-        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(folder.summary, text)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder.summary} could not be written ({error}); the model in {folder.model} is whole"
-        ) from error
 
 
 @dataclass(kw_only=True)
@@ -142,6 +133,7 @@ class Trainer:
         origin: What checkpoints keep of what the run depends on.
         evaluations: Those of this call, in order.
         clock: Seconds, for ``save_minutes``.
+        saving: Writes checkpoints beside the steps, on accelerators.
     """
 
     settings: TrainSettings
@@ -154,6 +146,7 @@ class Trainer:
     origin: dict[str, Any]
     evaluations: list[EvalReport] = field(default_factory=list)
     clock: Callable[[], float] = time.monotonic
+    saving: BackgroundSave = field(default_factory=BackgroundSave)
 
     def run(self) -> None:
         """Train to the last step.
@@ -166,6 +159,7 @@ class Trainer:
         try:
             self._evaluate_if_due()
             for plan in self._plans():
+                self.saving.check()
                 self._step(plan)
                 last = self.progress.step == self.setup.steps
                 self._evaluate_if_due()
@@ -285,14 +279,25 @@ class Trainer:
     def _save(self) -> None:
         self.watchdog.heartbeat("saving", timed=False)
         on_rank_0(self.folder.check_held)
-        checkpoint.save(
+        self.saving.wait()
+        ends = self.progress.step == self.setup.steps or self.stop_signal()
+        meanwhile = not ends and saves_in_background(self.setup.micro_batches.device)
+        model, optimizer = self.setup.model, self.setup.optimizer
+        if meanwhile:
+            model, optimizer = snapshot(model, optimizer)
+        save = partial(
+            checkpoint.save,
             self.folder.checkpoints,
-            self.setup.model,
-            optimizer=self.setup.optimizer,
+            model,
+            optimizer=optimizer,
             progress=self.progress,
             keep=self.settings.keep or _KEPT_ON_THE_WAY,
             origin=self.origin,
         )
+        if meanwhile:
+            self.saving.begin(save)
+        else:
+            save()
         self._saved = self.clock()
         self.watchdog.heartbeat(f"after saving step {self.progress.step}")
 
@@ -355,38 +360,3 @@ def _skipped(reason: str, *, seconds: float) -> StepReport:
 
 def _is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
-
-
-def _summary(trainer: Trainer) -> dict[str, Any]:
-    device = trainer.setup.micro_batches.device
-    peaks, on_device = zip(
-        *gather_results(lambda: (process_peak(), device_peak(device))), strict=True
-    )
-    known = [peak for peak in on_device if peak is not None]
-    if known:
-        held = device_reserved(device) or 0
-        log.info(
-            "%.1f GB of the device's memory at the peak; %.1f GB held for it, fragments included",
-            max(known) / 1e9,
-            held / 1e9,
-        )
-    setup, progress, evaluations = trainer.setup, trainer.progress, trainer.evaluations
-    return {
-        "steps": progress.step,
-        "skipped": progress.skipped,
-        "examples": len(setup.train),
-        "dropped": setup.train.dropped,
-        "tokens": progress.tokens,
-        "seconds": progress.seconds,
-        "evaluation_before": evaluations[0].loss if len(evaluations) > 1 else None,
-        "evaluation_after": evaluations[-1].loss if evaluations else None,
-        "trainable_parameters": sum(
-            weight.numel() for weight in setup.model.parameters() if weight.requires_grad
-        ),
-        "ranks": len(peaks),
-        "peak_resident_bytes": max(peaks),
-        "peak_device_bytes": max(known, default=None),
-        "model": str(trainer.folder.model),
-        "samestep": samestep.__version__,
-        "torch": torch.__version__,
-    }
