@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +138,15 @@ def test_an_exit_waits_for_one_micro_batch_at_most() -> None:
         made.append(number)
         return {}
 
-    def leave() -> None:
-        ahead.start("a", [lambda at=at: part(at) for at in range(100)])  # type: ignore[misc]
-        assert going.wait(10)
-        threading.Timer(0.05, go.set).start()
-        raise OutOfMemoryError("stop")
+    def fails() -> None:
+        with ahead.running():
+            ahead.start("a", [partial(part, at) for at in range(100)])
+            assert going.wait(10)
+            threading.Timer(0.05, go.set).start()
+            raise OutOfMemoryError("stop")
 
-    with pytest.raises(OutOfMemoryError), ahead.running():
-        leave()
+    with pytest.raises(OutOfMemoryError):
+        fails()
     assert made == [0]
     ahead.start("b", [dict])
     assert ahead.take("b") is None  # outside of the block nothing is begun

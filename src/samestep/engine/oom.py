@@ -10,8 +10,14 @@ from samestep.engine.targets import num_sequences
 from samestep.engine.terms import MicroBatch
 from samestep.errors import OutOfMemoryError, SequenceTooLargeError
 
-_ALLOCATOR_MESSAGES = ("can't allocate memory", "bad_alloc", "out of memory", "could not create a ")
-"""How the CPU's allocators and oneDNN ("could not create a primitive") word a RuntimeError."""
+_ALLOCATOR_MESSAGES = (
+    *("can't allocate memory", "bad_alloc", "out of memory", "could not create a "),
+    # CUDA's libraries allocate beside PyTorch: what it holds in reserve they cannot have.
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED"),
+    *("CUSPARSE_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED"),
+)
+"""How the CPU's allocators, oneDNN ("could not create a primitive") and the libraries of CUDA word
+a RuntimeError. cuBLAS fails to be set up only where its workspace finds no memory."""
 
 _MAX_ROWS_SHOWN = 8
 """How many rows a message names."""

@@ -15,7 +15,7 @@ from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
 from samestep.train.setup import TrainingSetup
 from samestep.utils.files import write_atomically
-from samestep.utils.memory import device_peak, process_peak
+from samestep.utils.memory import device_peak, device_reserved, process_peak
 
 log = logging.getLogger("samestep")
 
@@ -40,7 +40,11 @@ def summarise(
     )
     known = [peak for peak in on_device if peak is not None]
     if known:
-        log.info("%.1f GB of the device's memory at the peak", max(known) / 1e9)
+        log.info(
+            "%.1f GB of the device's memory at the peak; %.1f GB held for it, fragments included",
+            max(known) / 1e9,
+            (device_reserved(device) or 0) / 1e9,
+        )
     choice = progress.choice
     chosen = {"metric": settings.best, "step": choice.step, "value": choice.value}
     return {

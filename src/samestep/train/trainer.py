@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,16 @@ from samestep.errors import Interrupted, NotFiniteError, StopRequestedError
 from samestep.models.activations import ActivationOffload
 from samestep.models.dropout import key_dropout
 from samestep.train import checkpoint
+from samestep.train.background_save import (
+    BackgroundSave,
+    copied,
+    saves_in_background,
+    snapshot,
+)
 from samestep.train.bitwise import BitRun, choose_threads, fail_with_budget, repeatable
 from samestep.train.checkpoint_files import remove_checkpoints
 from samestep.train.choice import judge
+from samestep.train.determinism import deterministic
 from samestep.train.evaluator import Evaluator
 from samestep.train.forward import find_nonfinite_rows, with_context
 from samestep.train.launch import process_group
@@ -73,7 +80,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         RankError: Another rank died or hangs.
         Interrupted: Stopped by SIGINT or SIGTERM; the run is saved and can be resumed.
     """
-    with process_group():
+    with deterministic(settings.deterministic), process_group():
         settings = run_or_fail_together(lambda: choose_precision(settings))
         folder = RunFolder(Path(settings.out))
         settings = choose_threads(settings, folder)
@@ -110,7 +117,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                     origin=origin,
                     bits=bits,
                 )
-                trainer.run()
+                with trainer.saving:
+                    trainer.run()
             load_best(trainer.progress, setup, settings=settings, folder=folder)
             if setup.average is not None:
                 setup.average.put_in_place()
@@ -140,6 +148,7 @@ class Trainer:
         bits: Under ``bitwise``: what carries and writes them.
         evaluator: Evaluates its sets.
         clock: Seconds, for ``save_minutes``.
+        saving: Writes checkpoints beside the steps, on accelerators.
     """
 
     settings: TrainSettings
@@ -152,6 +161,7 @@ class Trainer:
     origin: dict[str, Any]
     bits: BitRun | None = None
     clock: Callable[[], float] = time.monotonic
+    saving: BackgroundSave = field(default_factory=BackgroundSave)
 
     def __post_init__(self) -> None:
         self.evaluator = Evaluator(
@@ -199,6 +209,7 @@ class Trainer:
         for plan in self._plans(last):
             if self._is_over():
                 return
+            self.saving.check()
             self._step(plan)
             yield self.progress.step
 
@@ -303,16 +314,29 @@ class Trainer:
     def _save(self) -> None:
         self.watchdog.heartbeat("saving", timed=False)
         on_rank_0(self.folder.check_held)
+        self.saving.wait()
+        ends = self._is_over() or self.stop_signal()
+        meanwhile = not ends and saves_in_background(self.setup.micro_batches.device)
+        model, optimizer = self.setup.model, self.setup.optimizer
+        average = self.setup.average.tensors if self.setup.average else None
+        if meanwhile:
+            model, optimizer = snapshot(model, optimizer)
+            average = copied(average)
         kept = {} if self.bits is None else {"bitwise": self.bits.state()}
-        checkpoint.save(
+        save = partial(
+            checkpoint.save,
             self.folder.checkpoints,
-            self.setup.model,
-            optimizer=self.setup.optimizer,
+            model,
+            optimizer=optimizer,
             progress=self.progress,
             keep=self.settings.keep or _KEPT_ON_THE_WAY,
             origin=self.origin | kept,
-            average=self.setup.average.tensors if self.setup.average else None,
+            average=average,
         )
+        if meanwhile:
+            self.saving.begin(save)
+        else:
+            save()
         if self.bits is not None:
             self.bits.save(self.progress.step)
         self._saved = self.clock()

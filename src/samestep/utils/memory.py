@@ -128,6 +128,18 @@ def device_peak(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
+def device_reserved(device: torch.device) -> int | None:
+    """The most bytes that PyTorch has held of an accelerator: what it allocated, and fragments.
+
+    Args:
+        device: As for `peak_memory`.
+
+    Returns:
+        Bytes; None as for `device_peak`.
+    """
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
 def describe_device(device: torch.device) -> list[str | int]:
     """What a device is, for files that hold for it alone: its kind, model and memory."""
     if device.type != "cuda":

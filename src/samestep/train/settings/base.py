@@ -52,7 +52,7 @@ def with_current_names(saved: Mapping[str, Any]) -> dict[str, Any]:
 RESUME_MAY_CHANGE = frozenset(
     {
         *("micro_batch", "micro_tokens", "memory_limit", "padding", "gradient_checkpointing"),
-        *("activation_offload", "device", "threads", "compile"),
+        *("activation_offload", "device", "threads", "compile", "deterministic"),
         *("ranks", "parallel", "cpu_offload", "rank_timeout", "not_finite"),
         *EVALUATION_MAY_CHANGE,
         *("save_every", "save_minutes", "keep", "track", "merge", "out"),
@@ -173,6 +173,9 @@ class TrainSettings(EvaluationFields, OptimizationFields):
     """On accelerators: activations wait for the backward in the CPU's memory, not recomputed."""
     device: str = "auto"
     """cpu, cuda, mps; auto takes what there is."""
+    deterministic: bool = False
+    """On accelerators: kernels that give the same bits each time, so that a resumed run equals an
+    uninterrupted one bit for bit, as it does on a CPU anyway. Slower; not the step either."""
     seed: int = Field(default=0, ge=0)
     """Of the random weights, the order of the data, and dropout."""
 

@@ -27,7 +27,7 @@ GROUPS = {
     "adapters": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge"),
     "memory and speed; none of these changes the step": (
         *("micro_batch", "micro_tokens", "memory_limit", "padding", "gradient_checkpointing"),
-        *("compile", "activation_offload", "device", "threads"),
+        *("compile", "deterministic", "activation_offload", "device", "threads"),
     ),
     "precision": ("dtype", "mixed_precision"),
     "several processes": ("ranks", "parallel", "cpu_offload", "rank_timeout"),

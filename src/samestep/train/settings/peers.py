@@ -101,6 +101,7 @@ PEER_FIELDS: Mapping[str, Meaning] = {
         "load_in_4bit load_in_8bit quantization",
         "quantised weights are not offered: lora_rank trains adapters over whole ones",
     ),
+    **_same("deterministic", "full_determinism use_deterministic_algorithms"),
     **_same("compile", "torch_compile compile_model", "layers compiles each decoder layer"),
     **_same("lora_rank", "lora_r use_peft use_lora peft adapter"),
     **_same("lora_targets", "lora_target_modules target_modules lora_target"),
