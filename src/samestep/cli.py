@@ -17,6 +17,7 @@ from samestep.errors import (
     RankError,
     SamestepError,
 )
+from samestep.utils.extras import MissingExtraError, missing_text, require_installed
 from samestep.utils.text import printable
 
 USAGE = """\
@@ -115,7 +116,28 @@ def _stopped(error: KeyboardInterrupt, number: int) -> str:
     )
 
 
+_EXTRAS = {"train": ("train",), "study": ("train", "report"), "report": ("train", "report")}
+"""What the commands beside those of the core need."""
+
+
 def _run(command: str, arguments: list[str]) -> int:
+    if command not in _EXTRAS:
+        return _run_known(command, arguments)
+    what = f"`samestep {command}`"
+    try:
+        require_installed("train", what=what)
+    except MissingExtraError:
+        require_installed(*_EXTRAS[command], what=what)  # all that it will need, at once
+        raise
+    try:
+        return _run_known(command, arguments)
+    except ModuleNotFoundError as error:  # of a package that stands on the path, uninstalled
+        if error.name is None or error.name.partition(".")[0] == "samestep":
+            raise
+        raise MissingExtraError(missing_text("train", [error.name], what=what)) from error
+
+
+def _run_known(command: str, arguments: list[str]) -> int:
     if command == "train":
         from samestep.train.command import run
 
