@@ -1,13 +1,18 @@
 """Which module may import which, and how long a file may be, read from the source."""
 
-from collections.abc import Iterable
+import re
+import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+import samestep
 from source_graph import circles, import_graph, imports, modules
 
 SOURCE = Path(__file__).parent.parent / "src"
+PROJECT = SOURCE.parent / "pyproject.toml"
 PACKAGES: dict[str, set[str]] = {
     "errors": set(),
     "utils": {"errors"},
@@ -38,6 +43,40 @@ HEAVY = frozenset(
 )
 """Packages that are or that load PyTorch: `--help` and a wrong flag must not wait for them."""
 
+CORE = frozenset({"torch", "numpy", "packaging", "rich", "tyro"})
+"""What `pip install samestep` brings: every module may import it."""
+
+OUTSIDE: dict[str, set[str]] = {
+    "utils": {"huggingface_hub", "pydantic", "yaml"},
+    "kernels": {"transformers"},
+    "hf": {"transformers"},
+    "data": {"PIL", "datasets", "pyarrow", "safetensors", "transformers"},
+    "models": {"diffusers", "peft", "safetensors", "transformers"},
+    "audit": {
+        *("accelerate", "altair", "jinja2", "markupsafe", "pytest", "transformers", "vl_convert"),
+    },
+    "train": {
+        *("filelock", "huggingface_hub", "pydantic", "pydantic_core", "safetensors"),
+        *("trackio", "transformers", "wandb", "yaml"),
+    },
+    "study": {
+        *("altair", "huggingface_hub", "jinja2", "markupsafe", "pydantic", "safetensors"),
+        *("transformers", "vl_convert"),
+    },
+}
+"""What else each package may import, at any time. The other packages, such as the step and the
+losses, import nothing else."""
+
+LIGHT = (
+    "samestep.__main__",
+    "samestep.audit.adapters.processes",
+    "samestep.audit.check",
+    "samestep.audit.command",
+    "samestep.audit.worker",
+    *sorted(set(samestep._HOME.values())),
+)
+"""What must be importable with the core alone: every public name, `samestep check`, its process."""
+
 LONGEST_FILE = 400
 
 
@@ -56,18 +95,48 @@ def forbidden(name: str, source: Path) -> list[str]:
     ]
 
 
+def outside(name: str, source: Path) -> dict[str, set[str]]:
+    """What a package, or a module at the root, imports beside the standard library and the core."""
+    known = modules(source)
+    found = {
+        module: {each.module.partition(".")[0] for each in imports(path, known)}
+        for module, path in known.items()
+        if part(module) == name
+    }
+    ours = {*sys.stdlib_module_names, *CORE, "samestep"}
+    return {module: roots - ours for module, roots in found.items() if roots - ours}
+
+
+def way_to_extra(module: str, source: Path) -> list[str]:
+    """A chain of imports from a module to what the core lacks, when it is imported."""
+    roots = [each for name in PACKAGES for each in outside(name, source).values()]
+    return _way(module, source, set().union(*roots), late=False)
+
+
 def way_to_heavy(module: str, source: Path) -> list[str]:
     """A chain of imports from a module to a heavy package; empty if there is none.
 
     Of the module itself imports inside functions count too; of what it imports only those that run
     when it is imported. The packages that a module lies in are imported with it.
     """
+    return _way(module, source, HEAVY, late=True)
+
+
+def _way(module: str, source: Path, packages: Collection[str], *, late: bool) -> list[str]:
+    """The shortest chain of imports from a module to one of these packages.
+
+    Args:
+        module: Its name.
+        source: The folder of the package.
+        packages: What must not be reached.
+        late: Whether imports inside functions of the module itself count.
+    """
     known = modules(source)
     ways: dict[str, list[str]] = {module: [module]}
     waiting = [module]
     while waiting:
         name = waiting.pop(0)
-        if name.partition(".")[0] in HEAVY:
+        if name.partition(".")[0] in packages:
             return ways[name]
         if name not in known:
             continue
@@ -75,7 +144,7 @@ def way_to_heavy(module: str, source: Path) -> list[str]:
         reached = {
             each.module
             for each in found
-            if not each.for_types and (name == module or not each.in_function)
+            if not each.for_types and ((late and name == module) or not each.in_function)
         }
         for target in sorted(reached | _with_parents(reached | {name}) & known.keys()):
             if target not in ways:
@@ -127,6 +196,23 @@ def test_settings_do_not_reach_pytorch() -> None:
     settings = [name for name in modules(SOURCE) if name.startswith(SETTINGS)]
     assert settings
     ways = {name: way_to_heavy(name, SOURCE) for name in settings}
+    assert not any(ways.values()), "\n".join(" -> ".join(way) for way in ways.values() if way)
+
+
+def test_the_core_is_what_it_says() -> None:
+    (text,) = re.findall(r"^dependencies = \[(.*?)\]", PROJECT.read_text("utf-8"), re.M | re.S)
+    assert {Requirement(line).name for line in re.findall(r'"(.+?)"', text)} == CORE
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_packages_of_others(name: str) -> None:
+    allowed = OUTSIDE.get(name, set())
+    wrong = {module: roots - allowed for module, roots in outside(name, SOURCE).items()}
+    assert not any(wrong.values()), wrong
+
+
+def test_the_core_needs_nothing_else() -> None:
+    ways = {name: way_to_extra(name, SOURCE) for name in LIGHT}
     assert not any(ways.values()), "\n".join(" -> ".join(way) for way in ways.values() if way)
 
 
@@ -187,6 +273,23 @@ def test_the_test_sees_settings_that_load_pytorch(
     (source / "samestep/kit/__init__.py").write_text("import samestep.deep\n", encoding="utf-8")
     name = f"{SETTINGS}.base"
     assert way_to_heavy(name, source) == ([] if way is None else [name, *way])
+
+
+def test_the_test_sees_what_the_core_lacks(tmp_path: Path) -> None:
+    files = {
+        "engine/step.py": "import torch\nfrom samestep.losses import loss\n",
+        "losses/loss.py": "import transformers.models\n",
+        "losses/late.py": "def late():\n    import peft\n",
+        "train/late.py": "import samestep.losses.late\n",
+    }
+    source = package(tmp_path, files)
+    assert outside("losses", source) == {
+        "samestep.losses.late": {"peft"},
+        "samestep.losses.loss": {"transformers"},
+    }
+    name = "samestep.engine.step"
+    assert way_to_extra(name, source) == [name, "samestep.losses.loss", "transformers.models"]
+    assert way_to_extra("samestep.train.late", source) == []
 
 
 def test_the_test_sees_a_file_that_is_too_long(tmp_path: Path) -> None:

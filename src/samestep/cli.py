@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NamedTuple
 
 from samestep import __version__
 from samestep.errors import (
@@ -18,47 +19,71 @@ from samestep.errors import (
     RankError,
     SamestepError,
 )
+from samestep.utils.extras import MissingExtraError, missing_text, require_installed
 from samestep.utils.text import printable
 
+
+class _Command(NamedTuple):
+    """A command: what it takes and does, where its function is, and the extras that it needs."""
+
+    takes: str
+    does: str
+    module: str
+    function: str = "run"
+    extras: tuple[str, ...] = ()
+
+
 _COMMANDS = {
-    "train": ("[RUN.YAML] [--FIELD VALUE ...]", "fine-tune a language model", "train.command"),
-    "verify": (
+    "train": _Command(
+        "[RUN.YAML] [--FIELD VALUE ...]",
+        "fine-tune a language model",
+        "train.command",
+        extras=("train",),
+    ),
+    "verify": _Command(
         "RUN",
         "take steps of a --bitwise run again, and compare",
         "train.verify_command",
+        extras=("train",),
     ),
-    "doctor": ("", "is the step of what is installed here exact?", "doctor.command"),
-    "check": ("FILE.py[:NAME]", "audit a training loop and name the cause", "audit.command"),
-    "certificate": (
-        "FILE.py[:NAME]",
-        "the same as a file, and as a badge",
-        "audit.certificate_command",
+    "doctor": _Command("", "is the step of what is installed here exact?", "doctor.command"),
+    "check": _Command(
+        "FILE.py[:NAME]", "audit a training loop and name the cause", "audit.command"
     ),
-    "study": (
+    "certificate": _Command(
+        "FILE.py[:NAME]", "the same as a file, and as a badge", "audit.certificate_command"
+    ),
+    "study": _Command(
         "[STUDY.YAML] --out DIR",
         "compare batch configurations and draw a report",
         "study.command",
+        extras=("train", "report"),
     ),
-    "report": ("DIR", "draw a study's report again", "study.command:report"),
+    "report": _Command(
+        "DIR",
+        "draw a study's report again",
+        "study.command",
+        "report",
+        extras=("train", "report"),
+    ),
 }
-"""What a command takes and does, and the module that does it by ``run`` or a name of its own."""
 
-USAGE = (
-    """\
+_LINES = "".join(
+    f"  {f'{name} {command.takes}':<38} {command.does}\n" for name, command in _COMMANDS.items()
+)
+
+USAGE = f"""\
 usage: samestep COMMAND ...
 
 Training steps that do not depend on how the batch was split.
 
 commands:
-"""
-    + "".join(f"  {f'{name} {takes}':<38} {does}\n" for name, (takes, does, _) in _COMMANDS.items())
-    + """
+{_LINES}
 options:
   -h, --help     this text; `samestep train --help` lists the fields of a command
   --version      the version
   --debug        after a command: show the traceback of an error
 """
-)
 
 FAILED, BAD_INPUT, RANK_LOST = 1, 2, 3
 """Exit codes beside 0: the run failed; settings, flags or data are wrong; another rank died or
@@ -140,12 +165,32 @@ def _stopped(error: KeyboardInterrupt, number: int) -> str:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    if command in _COMMANDS:
-        module, _, name = _COMMANDS[command][-1].partition(":")
-        code: int = getattr(import_module(f"samestep.{module}"), name or "run")(arguments)
-        return code
+    known = _COMMANDS.get(command)
+    if known is not None:
+        return _with_extras(command, known, arguments)
     if command.endswith((".yaml", ".yml")):
         raise ConfigError(f"which command? `samestep train {command}`, or study?")
     near = difflib.get_close_matches(command, _COMMANDS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"there is no command {command!r}{hint} (`samestep --help` lists them)")
+
+
+def _with_extras(name: str, command: _Command, arguments: list[str]) -> int:
+    """Run a command, or say at once all the packages that it lacks."""
+    what = f"`samestep {name}`"
+    if command.extras:
+        try:
+            require_installed("train", what=what)
+        except MissingExtraError:
+            require_installed(*command.extras, what=what)  # all that it will need, at once
+            raise
+    try:
+        function = getattr(import_module(f"samestep.{command.module}"), command.function)
+        code: int = function(arguments)
+        return code
+    except ModuleNotFoundError as error:  # of a package that stands on the path, uninstalled
+        outside = error.name is not None and error.name.partition(".")[0] != "samestep"
+        if not command.extras or not outside:
+            raise
+        assert error.name is not None
+        raise MissingExtraError(missing_text("train", [error.name], what=what)) from error

@@ -1,12 +1,12 @@
 """The audit from Python: every axis that a subject can run, and one verdict."""
 
+import contextlib
 import functools
-import importlib.util
 import inspect
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -205,8 +205,11 @@ def _chosen(axes: Sequence[str | Axis]) -> list[Axis]:
 
 
 def _versions() -> dict[str, str]:
-    installed = [name for name in PACKAGES if importlib.util.find_spec(name) is not None]
-    return {"python": platform.python_version(), **{name: version(name) for name in installed}}
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def load_subject(reference: str) -> Subject:
@@ -252,8 +255,15 @@ def as_subject(source: Any, *, name: str | None = None) -> Subject:
     factory = _trainer_factory(source)
     if factory is not None:
         # Imports the trainers' libraries, which other subjects do not need.
-        from samestep.audit.adapters.trainer import TrainerSubject
-
+        try:
+            from samestep.audit.adapters.trainer import TrainerSubject
+        except ModuleNotFoundError as error:
+            if error.name not in ("transformers", "accelerate"):
+                raise
+            raise CheckError(
+                f"{label} makes trainers, and {error.name} is not installed here: "
+                "pip install 'transformers[torch]'"
+            ) from error
         declared = getattr(factory, "knobs", None) or _member(source, "knobs")
         knobs = Knobs.of(declared, functions=[factory], holder=source, open_ended=True)
         return TrainerSubject(factory, name=label, knobs=knobs)

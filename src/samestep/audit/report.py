@@ -10,8 +10,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from samestep.errors import ConfigError
-from samestep.utils.extras import install_command
+from samestep.utils.extras import MissingExtraError, missing_text
 
 PAGE_TEMPLATE = Path(__file__).with_name("page.html")
 COLOURS = {"exact": "green", "inexact": "red", "skipped": "dim"}
@@ -109,7 +108,7 @@ def render_page(report: dict[str, Any]) -> str:
         HTML; every text of the subject's is escaped.
 
     Raises:
-        ConfigError: The packages of ``samestep[report]`` are not installed.
+        MissingExtraError: The packages of ``samestep[report]`` are not installed.
     """
     try:
         from jinja2 import Environment
@@ -124,7 +123,9 @@ def render_page(report: dict[str, Any]) -> str:
             if axis["verdict"] == "inexact" and axis["worst"]
         }
     except ImportError as error:
-        raise ConfigError(f"html: {error}: {install_command('report')}") from error
+        raise MissingExtraError(
+            missing_text("report", [error.name or str(error)], what="--html")
+        ) from error
     template = Environment(autoescape=True).from_string(PAGE_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         report=report,

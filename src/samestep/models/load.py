@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from samestep.errors import ConfigError
+from samestep.utils.extras import MissingExtraError, missing_text
 from samestep.utils.files import cache_folder, sha256_of, sync_tree
 from samestep.utils.hub import find_on_hub
 from samestep.utils.waiting import waiting
@@ -355,8 +356,8 @@ def load_diffusion(
     try:
         import diffusers
     except ImportError:
-        raise ConfigError(
-            "this objective needs diffusers: pip install 'samestep[diffusion]'"
+        raise MissingExtraError(
+            missing_text("diffusion", ["diffusers"], what="this objective")
         ) from None
     try:
         config = diffusers.AutoModel.load_config(source)

@@ -17,7 +17,7 @@ from torch import Tensor
 from samestep.data.messages import Messages, read_messages
 from samestep.data.rows import RowError
 from samestep.data.target_spans import Span
-from samestep.errors import ConfigError
+from samestep.utils.extras import MissingExtraError, missing_text
 from samestep.utils.files import open_regular
 
 if TYPE_CHECKING:
@@ -83,12 +83,12 @@ def _open_image(file: Path) -> "Image":
 
     Raises:
         RowError: The file is missing, or no image that can be read.
-        ConfigError: Pillow is not installed.
+        MissingExtraError: Pillow is not installed.
     """
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:
-        raise ConfigError("images need Pillow: pip install 'samestep[vision]'") from None
+        raise MissingExtraError(missing_text("vision", ["Pillow"], what="an image")) from None
     try:
         with open_regular(file) as content, Image.open(content, formats=_FORMATS) as image:
             return image.convert("RGB")
@@ -149,7 +149,7 @@ def run_processor(
 
     Raises:
         RowError: An image cannot be read.
-        ConfigError: Pillow is not installed.
+        MissingExtraError: Pillow is not installed.
     """
     settings = {"return_tensors": "pt", "add_special_tokens": False, "return_offsets_mapping": True}
     if not files:  # some processors insist on an image
