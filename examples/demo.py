@@ -4,12 +4,15 @@ Run by `make demo`; needs no network once installed, and about 3 minutes on 2 co
 """
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,10 +32,9 @@ from samestep.train.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "runs" / "demo"
-PROMPT = (
-    "A box holds 12 pencils. Ann buys 4 boxes and gives 9 pencils away. How many pencils are "
-    "left? Give the result as your final answer. Do not include units.\n"
-)
+HELD_OUT = 24
+"""Rows that the evaluation loss is taken on; the questions are among the rest."""
+QUESTIONS = 12
 
 console = Console(width=min(100, Console().width))
 
@@ -49,7 +51,7 @@ def fine_tune(model: Path) -> None:
     """Two dozen rows to evaluate on, 6 steps of 8 rows to learn from."""
     few = OUT.parent / "demo-eval.jsonl"
     few.parent.mkdir(parents=True, exist_ok=True)
-    rows = (ROOT / "data" / "gsm_eval.jsonl").read_text(encoding="utf-8").splitlines()[:24]
+    rows = (ROOT / "data" / "gsm_eval.jsonl").read_text(encoding="utf-8").splitlines()[:HELD_OUT]
     few.write_text("\n".join(rows) + "\n", encoding="utf-8")
     config = CausalLMSettings(
         model=str(model),
@@ -69,12 +71,44 @@ def fine_tune(model: Path) -> None:
     )
 
 
-def answer(tokenizer: Any, folder: Path) -> str:
-    """What a model in a folder says to the prompt, greedily."""
+def ask(tokenizer: Any, folder: Path, rows: list[dict[str, Any]]) -> list[str]:
+    """What a model in a folder answers to the prompts, greedily, all in one batch."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    ids = tokenizer(PROMPT, return_tensors="pt")
-    out = model.generate(**ids, max_new_tokens=64, do_sample=False)
-    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    prompts = [row["prompt"] for row in rows]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    out = model.generate(**inputs, max_new_tokens=96, do_sample=False)
+    return tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def result(text: str) -> float | None:
+    """The number after the first "####", as the rows end; None without one."""
+    found = re.search(r"####\s*([-\d.,]+)", text)
+    try:
+        return float(found[1].replace(",", "").rstrip(".")) if found else None
+    except ValueError:
+        return None
+
+
+def compare_answers(before: Path, after: Path) -> None:
+    """Short held-out questions, asked before and after; one in full, and the count of all."""
+    console.rule(f"2. {QUESTIONS} held-out questions")
+    tokenizer = AutoTokenizer.from_pretrained(after)
+    held_out = [row.values for row in load_rows(ROOT / "data" / "gsm_eval.jsonl")[HELD_OUT:]]
+    rows = sorted(held_out, key=lambda row: len(row["prompt"]))[:QUESTIONS]
+    table = Table("", "gives a result (####)", "right results")
+    console.print(rows[0]["prompt"].strip(), style="bold")
+    for name, folder in (("before", before), ("after", after)):
+        answers = ask(tokenizer, folder, rows)
+        console.print(f"[bold]{name}:[/]", escape(shorten(answers[0], 300)))
+        found = [result(text) for text in answers]
+        right = sum(
+            one is not None and one == result(row["completion"])
+            for one, row in zip(found, rows, strict=True)
+        )
+        given = sum(one is not None for one in found)
+        table.add_row(name, f"{given} of {QUESTIONS}", f"{right} of {QUESTIONS}")
+    console.print(table)
+    console.print("Six steps teach the form of an answer; arithmetic takes more of them.")
 
 
 def gradient(
@@ -146,13 +180,9 @@ def main() -> None:
     packed_attention.register()
     file = packaged_model()
     fine_tune(file)
+    compare_answers(convert_gguf(file), OUT / "model")
+
     tokenizer = AutoTokenizer.from_pretrained(OUT / "model")
-
-    console.rule("2. one answer")
-    console.print(PROMPT.strip(), style="bold")
-    console.print("before:", answer(tokenizer, convert_gguf(file)), markup=False)
-    console.print("after: ", answer(tokenizer, OUT / "model"), markup=False)
-
     rows = load_rows(ROOT / "data" / "gsm_eval.jsonl")[:8]
     examples = list(tokenize_rows(rows, tokenizer))
     prove(AutoModelForCausalLM.from_pretrained(OUT / "model"), examples)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from runs import gpt2_folder, llama_folder
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaForCausalLM, modeling_gguf_pytorch_utils
 
 from samestep.errors import ConfigError
+from samestep.models import load
 from samestep.models.load import load_model, load_tokenizer, resolve_source
 
 
@@ -99,3 +101,26 @@ def test_a_broken_gguf_file_is_refused_and_leaves_nothing(
     with pytest.raises(ConfigError, match="cannot be read as a GGUF model"):
         resolve_source(str(file))
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_gguf_file_is_converted_without_the_librarys_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its bar is turned off by no setting; it is there again for whoever wants it."""
+    bar = modeling_gguf_pytorch_utils.tqdm
+
+    def from_pretrained(**_: object) -> LlamaForCausalLM:
+        assert list(modeling_gguf_pytorch_utils.tqdm(range(3), desc="Converting")) == [0, 1, 2]
+        model = LlamaForCausalLM.from_pretrained(llama_folder(tmp_path / "llama"))
+        model.config.quantization_config = {}
+        return model
+
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder(tmp_path / "llama"))
+    monkeypatch.setenv("SAMESTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", lambda **_: tokenizer)
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    capsys.readouterr()
+    assert (load.convert_gguf(tmp_path / "m.gguf") / "model.safetensors").is_file()
+    assert "Converting" not in capsys.readouterr().err
+    assert modeling_gguf_pytorch_utils.tqdm is bar

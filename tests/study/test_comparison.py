@@ -2,6 +2,7 @@ import pytest
 from study_results import make_arm, make_results
 
 from samestep.study.comparison import compare_arms, summarise
+from samestep.study.recommendation import recommend
 from samestep.study.results import ArmResult, NoiseSums
 from samestep.study.statistics import batch_size_advice, mean_interval, ratio_interval
 
@@ -117,6 +118,21 @@ def test_a_study_is_told_in_short() -> None:
         "bug: gradient off by 40% to 40 times; trained worse in 1 of 2 groups, no difference "
         "after training that these seeds show in 1 of 2 groups.",
     ]
+
+
+def test_a_study_gives_advice_that_its_runs_show() -> None:
+    fast = {"tokens_per_second": 3000.0}
+    bug = {"normalisation": "mean-of-means"}
+    exact = make_arm("1 x 32", {0: 3.0, 1: 3.1, 2: 2.9}, difference=2e-7, of_run=fast)
+    worse = make_arm("bug", {0: 3.5, 1: 3.601, 2: 3.4}, difference=0.4, **bug)
+    advice = recommend(make_results([REFERENCE, exact, worse]))
+    assert "32 x 1, 1 x 32 take the same step" in advice
+    assert "1 x 32 was the fastest (3,000 tokens/s)" in advice
+    assert "Keep away from bug" in advice
+    assert "bug trained worse than the noise between seeds" in advice
+    unresolved = make_arm("bug", {0: 3.5, 1: 2.6, 2: 3.0}, difference=0.4, **bug)
+    assert "these runs do not show" in recommend(make_results([REFERENCE, unresolved]))
+    assert recommend(make_results([REFERENCE])).startswith("No advice")
 
 
 def test_intervals_match_worked_values() -> None:

@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     ProcessorMixin,
+    modeling_gguf_pytorch_utils,
 )
 from transformers.utils import cached_file
 
@@ -138,11 +139,23 @@ def _unfinished_folder(folder: Path) -> Path:
         return unfinished
 
 
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Without the bar of transformers, which none of its settings turns off: ours stands there."""
+    bar = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: tensors
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = bar
+
+
 def _write_safetensors(file: Path, folder: Path) -> None:
     try:
         source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        with _without_bar():
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise ConfigError(f"model: {file} cannot be read as a GGUF model: {error}") from error
     # What is saved is plain float32; with these two set it would still claim to be quantised.

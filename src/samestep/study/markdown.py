@@ -12,6 +12,7 @@ from samestep.study.comparison import (
     summarise,
 )
 from samestep.study.normalisation import EXPLANATIONS
+from samestep.study.recommendation import recommend
 from samestep.study.results import ArmResult, Results
 from samestep.study.statistics import batch_size_advice
 from samestep.utils.text import printable
@@ -44,7 +45,7 @@ def render_markdown(results: Results, images: Mapping[str, str]) -> str:
     lines = [f"# {_escape(results.name)}", "", describe_settings(results) + ".", ""]
     lines += [f"- {name}: {text}" for name, text in explain_normalisations(results).items()]
     lines += [f"- **Note:** {_escape(note)}" for note in results.notes]
-    lines += ["", "In short:", ""]
+    lines += ["", f"**{_escape(recommend(results))}**", "", "In short:", ""]
     lines += [f"- {_escape(sentence)}" for sentence in summarise(results)]
     for group in results.groups():
         lines += _group_section(results, group)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from samestep.errors import ConfigError
 from samestep.study import markdown
 from samestep.study.comparison import compare_arms, summarise
+from samestep.study.recommendation import recommend
 from samestep.study.results import Results
 from samestep.study.statistics import batch_size_advice
 from samestep.utils.extras import install_command
@@ -84,6 +85,7 @@ def render_page(results: Results, figures: Mapping[str, "Figure"]) -> str:
         settings=markdown.describe_settings(results),
         machine=markdown.describe_machine(results),
         normalisations=markdown.explain_normalisations(results),
+        recommendation=recommend(results),
         summary=summarise(results),
         comparisons=compare_arms(results),
         advice=batch_size_advice(results),
