@@ -39,6 +39,7 @@ from samestep.audit.adapters.trainer_data import (
     select_rows,
     shard_as_loader,
     stand_in_for,
+    without_repeats,
 )
 from samestep.audit.adapters.trainer_setup import (
     check_signature,
@@ -227,6 +228,8 @@ class TrainerSubject:
         """One update on each rank; the trainer deals the micro-batches out in turn."""
         turns = zip(*shares, strict=True)
         rows = [row for turn in turns for micro_batch in turn for row in self._rows(micro_batch)]
+        examples = len({*rows}) // self.rows_per_example
+        rows = without_repeats(rows, shares, self.shard(examples, len(shares)))
 
         def work(rank: int) -> Observation:
             PartialState._reset_state()
