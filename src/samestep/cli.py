@@ -189,8 +189,6 @@ def _with_extras(name: str, command: _Command, arguments: list[str]) -> int:
         code: int = function(arguments)
         return code
     except ModuleNotFoundError as error:  # of a package that stands on the path, uninstalled
-        outside = error.name is not None and error.name.partition(".")[0] != "samestep"
-        if not command.extras or not outside:
+        if not command.extras or error.name is None or error.name.startswith("samestep"):
             raise
-        assert error.name is not None
         raise MissingExtraError(missing_text("train", [error.name], what=what)) from error

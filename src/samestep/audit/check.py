@@ -128,13 +128,14 @@ def assert_same_step(
         >>> assert_same_step(Loop, axes=["micro-batch"])
     """
     report = check(subject, axes, causes=causes)
-    lines = [
-        f"{axis.name}: {axis.cause} ({_numbers(axis)}). {axis.advice} [{axis.evidence}]"
-        for axis in report.axes
-        if axis.verdict == "inexact"
-    ]
+    lines = [describe_fault(axis) for axis in report.axes if axis.verdict == "inexact"]
     if lines:
         raise AssertionError(f"{report.subject} depends on the split:\n" + "\n".join(lines))
+
+
+def describe_fault(axis: AxisResult) -> str:
+    """An inexact axis on a line: its cause, the numbers, and what to change."""
+    return f"{axis.name}: {axis.cause} ({_numbers(axis)}). {axis.advice} [{axis.evidence}]"
 
 
 def _numbers(axis: AxisResult) -> str:
@@ -166,7 +167,7 @@ def check_subject(
         CheckError: An unknown axis, or the subject cannot be run at all.
     """
     table = with_causes(causes)
-    chosen = _chosen(DEFAULT_AXES if axes is None else axes)
+    chosen = chosen_axes(axes)
     progress("first run")
     experiments = Experiments.start(subject, table)
     results = []
@@ -174,12 +175,8 @@ def check_subject(
         progress(axis.name)
         results.append(run_axis(axis, experiments))
     inexact = any(result.verdict == "inexact" for result in results)
-    if not inexact and experiments.hides_scale:
-        raise CheckError(
-            f"{subject.name} cannot be judged: its update is as long whatever the length of the "
-            "gradient (Adam or sign descent by hand?), which hides wrong scales. Let step leave "
-            "the gradient in .grad, or update by an optimizer of torch.optim, whose input is seen"
-        )
+    if not inexact:
+        refuse_hidden_scale(experiments)
     dtype = experiments.settings.dtype
     return CheckReport(
         subject=subject.name,
@@ -192,8 +189,42 @@ def check_subject(
     )
 
 
-def _chosen(axes: Sequence[str | Axis]) -> list[Axis]:
-    """The axes that are named, and those of the user's."""
+def start_experiments(subject: Any, causes: Sequence[Cause] = ()) -> Experiments:
+    """Run a subject for the first time.
+
+    Args:
+        subject: As for `check`.
+        causes: As for `check`.
+
+    Raises:
+        CheckError: It cannot be run.
+    """
+    loop = load_subject(subject) if isinstance(subject, str) else as_subject(subject)
+    return Experiments.start(loop, with_causes(causes))
+
+
+def refuse_hidden_scale(experiments: Experiments) -> None:
+    """Refuse to call a subject exact whose updates do not show how long its gradient was.
+
+    Raises:
+        CheckError: It is one.
+    """
+    if experiments.hides_scale:
+        raise CheckError(
+            f"{experiments.subject.name} cannot be judged: its update is as long whatever the "
+            "length of the gradient (Adam or sign descent by hand?), which hides wrong scales. Let "
+            "step leave the gradient in .grad, or update by an optimizer of torch.optim, whose "
+            "input is seen"
+        )
+
+
+def chosen_axes(axes: Sequence[str | Axis] | None) -> list[Axis]:
+    """The axes that are named, and those of the user's; None: those that run by default.
+
+    Raises:
+        CheckError: There is no axis of a name, or a name is taken.
+    """
+    axes = DEFAULT_AXES if axes is None else axes
     own = [axis.name for axis in axes if isinstance(axis, Axis)]
     taken = [name for number, name in enumerate(own) if name in AXES or name in own[:number]]
     if taken:

@@ -9,7 +9,7 @@ from typing import Any
 
 from samestep.audit.axes.axis import Axis, AxisResult, run_axis
 from samestep.audit.axes.table import AXES, DEFAULT_AXES
-from samestep.audit.check import as_subject, load_subject
+from samestep.audit.check import as_subject, load_subject, refuse_hidden_scale
 from samestep.audit.experiments import Experiments
 from samestep.doctor.run import MODEL, TRAINER
 from samestep.errors import CheckError, SamestepError
@@ -204,8 +204,8 @@ def _judged(source: Source, axes: Sequence[str], *, named: bool) -> dict[str, An
     chosen = [AXES[name] if named else _undiagnosed(AXES[name]) for name in axes]
     results = [run_axis(axis, experiments) for axis in chosen]
     inexact = any(result.verdict == "inexact" for result in results)
-    if not inexact and experiments.hides_scale:
-        raise CheckError(f"{subject.name}: its update has one length whatever the gradient's")
+    if not inexact:
+        refuse_hidden_scale(experiments)
     return {
         "verdict": "inexact" if inexact else "exact",
         "subject": subject.name,

@@ -268,6 +268,20 @@ def shard_as_loader(examples: int, world: int, *, even: bool) -> list[tuple[int,
     ]
 
 
+def without_repeats(
+    rows: list[int], shares: Sequence[Any], shard: Sequence[tuple[int, ...]] | None
+) -> list[int]:
+    """The rows for all ranks; each once where the loader itself repeats some, and can say which.
+
+    Args:
+        rows: In the order in which they are dealt out.
+        shares: The micro-batches of each rank.
+        shard: How the loader deals these examples out, each given once.
+    """
+    by_loader = shard is not None and [(one,) for one in shard] == list(shares)
+    return list(dict.fromkeys(rows)) if by_loader else rows
+
+
 def generates_rows(trainer: Any) -> bool:
     """Whether a trainer makes its rows itself, as those of GRPO, RLOO and distillation in TRL."""
     return any("_generate_and_score_completions" in vars(kind) for kind in type(trainer).__mro__)

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from samestep.audit.adapters.loaders import named, one_pass, recognise
 from samestep.audit.adapters.processes import rank_timeout, run_on_ranks
-from samestep.audit.adapters.trainer_data import AuditCollator, shard_as_loader
+from samestep.audit.adapters.trainer_data import AuditCollator, shard_as_loader, without_repeats
 from samestep.audit.subject import (
     DEFAULT_SETTINGS,
     Capability,
@@ -30,6 +30,7 @@ class DealsRows:
     missing: Callable[[], Mapping[Capability, str]]
     _rollouts: Any
     _even: bool
+    rows_per_example: int
     _slowest: float
 
     def run_on_ranks(
@@ -38,6 +39,8 @@ class DealsRows:
         """One update on each rank; the trainer deals the micro-batches out in turn."""
         turns = zip(*shares, strict=True)
         rows = [row for turn in turns for micro_batch in turn for row in self._rows(micro_batch)]
+        examples = len({*rows}) // self.rows_per_example
+        rows = without_repeats(rows, shares, self.shard(examples, len(shares)))
 
         def work(rank: int) -> Observation:
             PartialState._reset_state()
