@@ -4,9 +4,10 @@ A bar on a terminal, plain lines elsewhere; and the run's logs.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -237,6 +238,19 @@ class RunReporter:
         except OSError as error:
             raise self._unwritable(error) from error
         self._console.evaluation(report, step=step, of=of)
+
+    def samples(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write answers down.
+
+        Raises:
+            CheckpointError: They cannot be written.
+        """
+        if self._log is None or not lines:
+            return
+        try:
+            self._log.samples(lines)
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> CheckpointError:
         return CheckpointError(

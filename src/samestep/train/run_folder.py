@@ -29,6 +29,7 @@ class RunFolder:
         config: ``config.yaml``, the settings.
         log: ``log.jsonl``, a line a step.
         evaluations: ``eval.jsonl``, a line an evaluation.
+        samples: ``samples.jsonl``, a line an answer that is shown.
         summary: ``summary.json``, written at the end.
         checkpoints: ``checkpoints/``.
         model: ``model/``, the trained model or adapter.
@@ -40,6 +41,7 @@ class RunFolder:
         self.config = root / "config.yaml"
         self.log = root / "log.jsonl"
         self.evaluations = root / "eval.jsonl"
+        self.samples = root / "samples.jsonl"
         self.summary = root / "summary.json"
         self.checkpoints = root / "checkpoints"
         self.model = root / "model"
@@ -269,6 +271,7 @@ class RunFolder:
             self.config,
             self.log,
             self.evaluations,
+            self.samples,
             self.summary,
             self.checkpoints,
             self.model,

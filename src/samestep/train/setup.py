@@ -156,7 +156,7 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
         name: EvaluationSet(records, cut(records, micro_tokens))
         for name, records in zip(evaluation_sets(settings), data[1:], strict=True)
     }
-    check_choice(model, evaluated, sets=evaluations, settings=settings)
+    check_choice(model, evaluated, sets=evaluations, settings=settings, tokenizer=tokenizer)
     return TrainingSetup(
         recipe=recipe,
         model=model,

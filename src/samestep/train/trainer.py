@@ -154,8 +154,15 @@ class Trainer:
             reporter=self.reporter,
             watched=self._watched,
             retry=self._retry_on_oom,
+            tokenizer=self.setup.tokenizer,
+            beat=self._beat,
             average=self.setup.average,
         )
+
+    def _beat(self, name: str) -> None:
+        if self.stop_signal():
+            raise StopRequestedError("asked to stop")
+        self.watchdog.heartbeat(name)
 
     def run(self) -> None:
         """Train to the last step.

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from samestep.errors import ConfigError
 from samestep.train.settings.evaluation import (
+    CHOSEN_BY,
     EVALUATION_MAY_CHANGE,
     EvaluationFields,
     evaluation_problems,
@@ -70,8 +71,7 @@ def may_change(settings: "TrainSettings") -> frozenset[str]:
     Returns:
         Names of fields.
     """
-    chosen_by = EVALUATION_MAY_CHANGE if settings.best is not None else ()
-    return RESUME_MAY_CHANGE - (set(chosen_by) - {"patience"})
+    return RESUME_MAY_CHANGE - set(CHOSEN_BY if settings.best is not None else ())
 
 
 _LORA_LR_FACTOR = 10
