@@ -26,6 +26,9 @@ Training steps that do not depend on how the batch was split.
 
 commands:
   train [RUN.YAML] [--FIELD VALUE ...]   fine-tune a language model
+  eval RUN --data ROWS                   evaluate a run's model on other rows
+  generate RUN --prompt TEXT             what a run's model answers
+  export RUN --out FOLDER                write a run's model to a folder of its own
   check FILE.py[:NAME]                   audit a training loop and name the cause
   study [STUDY.YAML] --out DIR           compare batch configurations and draw a report
   report DIR                             draw a study's report again
@@ -120,6 +123,11 @@ def _run(command: str, arguments: list[str]) -> int:
         from samestep.train.command import run
 
         return run(arguments)
+    if command in ("eval", "generate", "export"):
+        from samestep.train.after_command import COMMANDS
+
+        code: int = COMMANDS[command](arguments)
+        return code
     if command == "check":
         from samestep.audit.command import run
 
@@ -134,6 +142,7 @@ def _run(command: str, arguments: list[str]) -> int:
         return report(arguments)
     if command.endswith((".yaml", ".yml")):
         raise ConfigError(f"which command? `samestep train {command}`, or study?")
-    near = difflib.get_close_matches(command, ["train", "check", "study", "report"], n=1)
+    names = ["train", "eval", "generate", "export", "check", "study", "report"]
+    near = difflib.get_close_matches(command, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"there is no command {command!r}{hint} (`samestep --help` lists them)")

@@ -67,7 +67,7 @@ class Evaluator:
         sets: By name, in order; the name of one that has none is empty.
         settings: ``eval_every``, ``metrics``.
         steps: Of the whole run.
-        reporter: Writes the reports down.
+        reporter: Writes the reports down; `evaluate` needs none.
         watched: Makes of the loss one that looks at signals before each micro-batch.
         retry: Repeats an evaluation that did not fit into memory.
         tokenizer: Of the model, to generate.
@@ -81,9 +81,9 @@ class Evaluator:
     sets: Mapping[str, EvaluationSet]
     settings: TrainSettings
     steps: int
-    reporter: RunReporter
     watched: _Watch
     retry: _Retry
+    reporter: RunReporter | None = None
     tokenizer: Any = None
     beat: Callable[[str], None] = lambda name: None
     average: WeightAverage | None = None
@@ -92,6 +92,7 @@ class Evaluator:
     def is_due(self, step: int) -> bool:
         """Before the first step, every ``eval_every`` and at the end; each time once."""
         every = self.settings.eval_every
+        assert self.reporter is not None
         due = step in (0, self.steps) or (every is not None and step % every == 0)
         return due and bool(self.sets) and step not in self.reporter.evaluated
 
@@ -104,6 +105,19 @@ class Evaluator:
         Returns:
             The reports by set, the same on all ranks.
         """
+        reports, answers = self.evaluate()
+        on_rank_0(lambda: self._write(reports, answers, step))
+        self.history.append(reports)
+        assert self.reporter is not None
+        self.reporter.evaluated.add(step)
+        return reports
+
+    def evaluate(self) -> tuple[dict[str, EvalReport], dict[str, list[Answer]]]:
+        """Evaluate every set, and write nothing.
+
+        Returns:
+            Reports and answers by set, the same on all ranks.
+        """
         with self.average.in_place() if self.average else contextlib.nullcontext():
             reports = {name: self._evaluate(each) for name, each in self.sets.items()}
             answers = {name: self._answers(each) for name, each in self.sets.items()}
@@ -111,14 +125,12 @@ class Evaluator:
             name: with_exact_match(report, answers[name], self.settings)
             for name, report in reports.items()
         }
-        on_rank_0(lambda: self._write(reports, answers, step))
-        self.history.append(reports)
-        self.reporter.evaluated.add(step)
-        return reports
+        return reports, answers
 
     def _write(
         self, reports: Mapping[str, EvalReport], answers: Mapping[str, list[Answer]], step: int
     ) -> None:
+        assert self.reporter is not None
         for name, report in reports.items():
             lines = as_lines(answers[name], step=step, of=name, settings=self.settings)
             self.reporter.samples(lines)
