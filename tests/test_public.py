@@ -13,6 +13,7 @@ from samestep import errors
 
 PUBLIC = [
     "Axis",
+    "Callback",
     "CausalLMLoss",
     "Cause",
     "CheckError",
@@ -23,6 +24,7 @@ PUBLIC = [
     "DataError",
     "Diagnosis",
     "EvalReport",
+    "FitResult",
     "Idle",
     "Measurement",
     "NotFiniteError",
@@ -39,6 +41,7 @@ PUBLIC = [
     "check",
     "constant",
     "evaluate",
+    "fit",
     "linear_cross_entropy",
     "model_inputs",
     "step",

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from samestep.cli import main
 from samestep.train.after import load_finished, settings_to_evaluate
-from samestep.train.after_command import EvalArguments
+from samestep.train.finished import EvalArguments
 from samestep.train.trainer import train
 from samestep.utils.text import printable
 

@@ -11,18 +11,17 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-import samestep
 from samestep.engine.evaluate import EvalReport
 from samestep.errors import ConfigError
 from samestep.models.load import load_model, load_tokenizer, resolve_source
-from samestep.train.after_command import (
+from samestep.train.answers import generate, ready_to_generate
+from samestep.train.evaluator import Evaluator
+from samestep.train.finished import (
     EvalArguments,
     ExportArguments,
     GenerateArguments,
     model_of,
 )
-from samestep.train.answers import generate, ready_to_generate
-from samestep.train.evaluator import Evaluator
 from samestep.train.launch import process_group
 from samestep.train.micro_batches import MicroBatches
 from samestep.train.model_folder import save_model
@@ -32,6 +31,7 @@ from samestep.train.settings.objectives import settings_class
 from samestep.train.setup import set_up
 from samestep.utils.files import write_atomically
 from samestep.utils.messages import read_yaml
+from samestep.utils.version import package_version
 
 _ADAPTER = "adapter_model.safetensors"
 
@@ -251,4 +251,4 @@ def model_card(run: str) -> str:
         names = ("steps", "examples", "tokens", "evaluation_before", "evaluation_after", "best")
         lines += [f"- {name}: {found[name]}" for name in names if found.get(name) is not None]
         lines += [f"- samestep {found['samestep']}, torch {found['torch']}"]
-    return "\n".join([*lines, "", f"Exported by samestep {samestep.__version__}.", ""])
+    return "\n".join([*lines, "", f"Exported by samestep {package_version()}.", ""])

@@ -105,20 +105,23 @@ class RunLog:
         self._evaluations = JsonLines(folder.evaluations)
         self._samples = JsonLines(folder.samples) if settings.samples else None
 
-    def step(self, report: StepReport, *, step: int, epoch: float, lr: float) -> None:
+    def step(self, report: StepReport, *, step: int, epoch: float, lr: float) -> dict[str, Any]:
         """Write a step down: a line with all of the report, scalars to the trackers."""
-        self._log.write({"step": step, "epoch": epoch, "lr": lr, **asdict(report)})
+        record = {"step": step, "epoch": epoch, "lr": lr, **asdict(report)}
+        self._log.write(record)
         terms = {f"train/{name}": value for name, value in report.terms.items()}
         scalars = {"loss": report.loss, "grad_norm": report.grad_norm, "lr": lr}
         self._track(step, terms | {f"train/{name}": value for name, value in scalars.items()})
+        return record
 
-    def evaluation(self, report: EvalReport, *, step: int, of: str = "") -> None:
+    def evaluation(self, report: EvalReport, *, step: int, of: str = "") -> dict[str, Any]:
         """Write an evaluation down, with the name of its set if it has one."""
-        named = {"set": of} if of else {}
-        self._evaluations.write({"step": step, **named, **asdict(report)})
+        record = {"step": step, **({"set": of} if of else {}), **asdict(report)}
+        self._evaluations.write(record)
         group = f"eval/{of}" if of else "eval"
         values = {f"{group}/{name}": value for name, value in report.terms.items()}
         self._track(step, values | {f"{group}/loss": report.loss})
+        return record
 
     def samples(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write answers down."""

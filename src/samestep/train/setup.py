@@ -244,7 +244,8 @@ def load_data(recipe: Recipe) -> tuple[Any, list[Records]]:
     source = resolve_source(settings.model)
     if settings.trust_remote_code:
         log.warning("trust_remote_code: Python code that comes with the model will run")
-    tokenizer = recipe.load_tokenizer(resolve_source(settings.tokenizer or source))
+    place = resolve_source(settings.tokenizer or source, kind="tokenizer")
+    tokenizer = recipe.load_tokenizer(place)
     with waiting(f"reading {describe_source(settings.data)}"):
         data = [recipe.read(settings.data, tokenizer, None)]
     for held_out in evaluation_sets(settings).values():

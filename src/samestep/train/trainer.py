@@ -28,6 +28,7 @@ from samestep.errors import Interrupted, NotFiniteError, StopRequestedError
 from samestep.models.activations import ActivationOffload
 from samestep.models.dropout import key_dropout
 from samestep.train import checkpoint
+from samestep.train.callbacks import Callback
 from samestep.train.checkpoint_files import remove_checkpoints
 from samestep.train.choice import judge
 from samestep.train.evaluator import Evaluator
@@ -54,11 +55,12 @@ _KEPT_ON_THE_WAY = 2
 """Checkpoints kept while a run goes on, unless the settings say another number."""
 
 
-def train(settings: TrainSettings) -> dict[str, Any]:
+def train(settings: TrainSettings, *, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     """Train a model into ``settings.out``; on several ranks under torchrun.
 
     Args:
         settings: As `samestep.train.command.read_settings` or `finalize` gives them.
+        callbacks: Told of what happens, on rank 0.
 
     Returns:
         What ``summary.json`` holds.
@@ -87,7 +89,12 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                 os.environ.get("OMP_WAIT_POLICY", "of the OpenMP library").lower(),
             )
             with (
-                RunReporter(folder, settings, total=setup.steps, progress=progress) as reporter,
+                RunReporter(
+                    *(folder, settings),
+                    total=setup.steps,
+                    progress=progress,
+                    callbacks=callbacks,
+                ) as reporter,
                 interruptible(reporter.say) as stop_signal,
                 watch_ranks(settings.rank_timeout) as watchdog,
             ):
@@ -112,6 +119,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             on_rank_0(lambda: write_summary(summary, folder))
             if settings.keep == 0:  # the model is what remains
                 on_rank_0(lambda: remove_checkpoints(folder.checkpoints))
+            on_rank_0(lambda: reporter.ended(summary))
         finally:
             folder.close()
         return summary
@@ -286,7 +294,7 @@ class Trainer:
     def _save(self) -> None:
         self.watchdog.heartbeat("saving", timed=False)
         on_rank_0(self.folder.check_held)
-        checkpoint.save(
+        path = checkpoint.save(
             self.folder.checkpoints,
             self.setup.model,
             optimizer=self.setup.optimizer,
@@ -296,6 +304,7 @@ class Trainer:
             average=self.setup.average.tensors if self.setup.average else None,
         )
         self._saved = self.clock()
+        on_rank_0(lambda: self.reporter.saved(path, step=self.progress.step))
         self.watchdog.heartbeat(f"after saving step {self.progress.step}")
 
     def _watched(
