@@ -14,6 +14,7 @@ from samestep import errors
 PUBLIC = [
     "Axis",
     "Bitwise",
+    "Callback",
     "CausalLMLoss",
     "Cause",
     "CheckError",
@@ -24,6 +25,7 @@ PUBLIC = [
     "DataError",
     "Diagnosis",
     "EvalReport",
+    "FitResult",
     "Idle",
     "Measurement",
     "NotFiniteError",
@@ -40,6 +42,7 @@ PUBLIC = [
     "check",
     "constant",
     "evaluate",
+    "fit",
     "linear_cross_entropy",
     "model_inputs",
     "step",

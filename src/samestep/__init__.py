@@ -44,18 +44,23 @@ if TYPE_CHECKING:
     from samestep.losses.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from samestep.models.outputs import model_inputs as model_inputs
     from samestep.objectives.language import CausalLMLoss as CausalLMLoss
+    from samestep.train.callbacks import Callback as Callback
+    from samestep.train.fit import FitResult as FitResult
+    from samestep.train.fit import fit as fit
 
 __version__ = "0.2.0"
 
 _HOME = {
     "Axis": "samestep.audit.axes.axis",
     "Bitwise": "samestep.engine.bitwise",
+    "Callback": "samestep.train.callbacks",
     "CausalLMLoss": "samestep.objectives.language",
     "Cause": "samestep.audit.causes",
     "CheckReport": "samestep.audit.check",
     "Coupled": "samestep.engine.terms",
     "Diagnosis": "samestep.audit.causes",
     "EvalReport": "samestep.engine.evaluate",
+    "FitResult": "samestep.train.fit",
     "Idle": "samestep.engine.parallel",
     "Measurement": "samestep.audit.axes.axis",
     "Objective": "samestep.engine.terms",
@@ -67,6 +72,7 @@ _HOME = {
     "check": "samestep.audit.check",
     "constant": "samestep.engine.terms",
     "evaluate": "samestep.engine.evaluate",
+    "fit": "samestep.train.fit",
     "linear_cross_entropy": "samestep.losses.linear_cross_entropy",
     "model_inputs": "samestep.models.lm_head",
     "step": "samestep.engine.step",
@@ -77,6 +83,7 @@ _HOME = {
 __all__ = [
     "Axis",
     "Bitwise",
+    "Callback",
     "CausalLMLoss",
     "Cause",
     "CheckError",
@@ -87,6 +94,7 @@ __all__ = [
     "DataError",
     "Diagnosis",
     "EvalReport",
+    "FitResult",
     "Idle",
     "Measurement",
     "NotFiniteError",
@@ -103,6 +111,7 @@ __all__ = [
     "check",
     "constant",
     "evaluate",
+    "fit",
     "linear_cross_entropy",
     "model_inputs",
     "step",

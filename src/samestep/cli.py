@@ -40,6 +40,27 @@ _COMMANDS = {
         "train.command",
         extras=("train",),
     ),
+    "eval": _Command(
+        "RUN --data ROWS",
+        "evaluate a run's model on other rows",
+        "train.after_command",
+        "evaluate",
+        extras=("train",),
+    ),
+    "generate": _Command(
+        "RUN --prompt TEXT",
+        "what a run's model answers",
+        "train.after_command",
+        "generate",
+        extras=("train",),
+    ),
+    "export": _Command(
+        "RUN --out FOLDER",
+        "write a run's model to a folder of its own",
+        "train.after_command",
+        "export",
+        extras=("train",),
+    ),
     "verify": _Command(
         "RUN",
         "take steps of a --bitwise run again, and compare",

@@ -33,6 +33,9 @@ def test_the_configuration_runs(
     for source in sources:
         if source.endswith(".jsonl") and not Path(source).exists():
             write_rows(Path(source), 6)
+    if Path("texts.jsonl").exists():
+        text = Path("texts.jsonl").read_text("utf-8").replace('"completion"', '"text"')
+        Path("texts.jsonl").write_text(text, "utf-8")
     if Path("questions.jsonl").exists():
         text = Path("questions.jsonl").read_text("utf-8")
         text = text.replace('"prompt"', '"question"').replace('"completion"', '"answer"')

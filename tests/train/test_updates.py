@@ -258,6 +258,11 @@ def test_options_go_to_an_optimizer_of_ones_own_or_are_refused(folder: Path) -> 
         build_optimizer(tiny(), config(optimizer=own, momentum=0.5))
 
 
+def test_settings_that_a_run_has_saved_are_read_again(folder: Path) -> None:
+    settings = config(schedule="cosine", lr_by_name={"x": 0.1})
+    assert finalize(CausalLMSettings(**settings.saved())) == settings
+
+
 def test_they_are_flags_too(folder: Path) -> None:
     flags = ["--betas", "0.9", "0.95", "--lr-by-name", "embed=1e-3", "a=b=2", "--freeze", "x", "y"]
     settings = read_settings(["--model", "m", "--data", "d", "--out", "o", *flags])

@@ -49,6 +49,7 @@ def tokenize_rows(
     train_on: TrainOn = "completion",
     cache: Path | None = None,
     weigh_tokens: bool = False,
+    drop_long: bool = False,
 ) -> Examples:
     """Tokenise rows and mark their targets.
 
@@ -69,6 +70,7 @@ def tokenize_rows(
         train_on: "all" makes every token a target, in any format.
         cache: A folder to keep the result in, for fast tokenizers.
         weigh_tokens: Whether the objective honours weights of tokens and messages.
+        drop_long: Leave rows of more than ``max_length`` tokens out, in place of cutting them.
 
     Returns:
         An example for every row that has a target; ``dropped`` counts the others by reason.
@@ -90,6 +92,7 @@ def tokenize_rows(
             "max_length": max_length,
             "append_eos": append_eos,
             "train_on": train_on,
+            **({"drop_long": True} if drop_long else {}),
         }
         columns = (*row_format.columns, *row_format.optional, "weight")
         key = cache_key(rows, tokenizer, columns=columns, settings=settings)
@@ -111,7 +114,13 @@ def tokenize_rows(
     if not weigh_tokens:
         tokenized = map(_refuse_token_weights, tokenized)
     examples = Examples.from_examples(
-        _examples(rows, tokenized, max_length=max_length, dropped=dropped, cut=cut),
+        _examples(
+            rows,
+            tokenized,
+            max_length=max_length,
+            dropped=dropped,
+            cut=None if drop_long else cut,
+        ),
         dropped,
         cut=cut,
     )
@@ -156,9 +165,12 @@ def _examples(
     *,
     max_length: int | None,
     dropped: RowTally,
-    cut: RowTally,
+    cut: RowTally | None,
 ) -> Iterator[Example]:
-    """The examples that have a target; counts the others, and raises all problems at the end."""
+    """The examples that have a target; counts the others, and raises all problems at the end.
+
+    Without a tally of those that are cut, long rows are dropped.
+    """
 
     def read(at: int, row: Row) -> Example:
         tokens = next(tokenized)
@@ -170,6 +182,8 @@ def _examples(
         if not tokens.mask[1:].any():
             raise RowDropped("no target")
         if max_length is not None and len(tokens.ids) > max_length:
+            if cut is None:
+                raise RowDropped(f"longer than {max_length} tokens")
             cut.add(f"cut at {max_length} tokens", at)
         return example_of(tokens, weight=weight, row=at, max_length=max_length)
 

@@ -33,9 +33,7 @@ from samestep.utils.waiting import waiting
 _log = logging.getLogger("samestep")
 
 _UNKEYED_NOISE = (
-    "attention_dropout",
-    "attn_pdrop",
-    "attention_probs_dropout_prob",
+    *("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"),
     "router_jitter_noise",
 )
 """Settings of configs for randomness that cannot be tied to examples."""
@@ -52,11 +50,12 @@ _NEW_HEAD_CLASSES = (
 """Classes whose head may be missing from the weights: it then starts from random values."""
 
 
-def resolve_source(model: str) -> str:
+def resolve_source(model: str, *, kind: Literal["model", "tokenizer"] = "model") -> str:
     """The folder or Hub name that transformers loads; a .gguf file is converted first.
 
     Args:
         model: A Hub name, a folder with config.json, or a .gguf file.
+        kind: What is wanted of it: a tokenizer may stand in a folder of its own.
 
     Returns:
         A folder or a Hub name.
@@ -71,7 +70,8 @@ def resolve_source(model: str) -> str:
     if looks_like_a_path and not Path(model).expanduser().is_dir():
         raise ConfigError(f"model: there is no folder {model}")
     folder = Path(model).expanduser()
-    if folder.is_dir() and not (folder / "config.json").exists():
+    alone = kind == "tokenizer" and (folder / "tokenizer_config.json").exists()
+    if folder.is_dir() and not alone and not (folder / "config.json").exists():
         content = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise ConfigError(f"model: {model} has no config.json (it holds: {content})")
     if folder.is_dir():

@@ -50,6 +50,11 @@ class BackgroundSave:
                 raise
             log.error("%s", failed)
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is being saved, or its end was not looked at yet."""
+        return self._thread is not None
+
     def begin(self, save: Callable[[], Any]) -> None:
         """Save in the background, after what is being saved.
 

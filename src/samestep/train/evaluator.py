@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -12,11 +12,19 @@ from samestep.engine.collectives import on_rank_0
 from samestep.engine.evaluate import EvalReport, evaluate
 from samestep.engine.modes import eval_mode
 from samestep.engine.terms import LossFn, Objective, named_terms
+from samestep.train.answers import (
+    Answer,
+    answer_rows,
+    as_lines,
+    check_questions,
+    rows_to_answer,
+    with_exact_match,
+)
 from samestep.train.choice import check_best
 from samestep.train.ema import WeightAverage
 from samestep.train.metrics import finished
 from samestep.train.micro_batches import MicroBatches
-from samestep.train.precision import one_step
+from samestep.train.precision import one_step, products
 from samestep.train.reporter import RunReporter
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.evaluation import split_best
@@ -59,9 +67,11 @@ class Evaluator:
         sets: By name, in order; the name of one that has none is empty.
         settings: ``eval_every``, ``metrics``.
         steps: Of the whole run.
-        reporter: Writes the reports down.
+        reporter: Writes the reports down; `evaluate` needs none.
         watched: Makes of the loss one that looks at signals before each micro-batch.
         retry: Repeats an evaluation that did not fit into memory.
+        tokenizer: Of the model, to generate.
+        beat: Called before each answer.
         average: Evaluated in the place of the weights, if there is one.
         bitwise: Whether sums have the same bits on any ranks.
         history: The reports of this call by set, in order.
@@ -72,9 +82,11 @@ class Evaluator:
     sets: Mapping[str, EvaluationSet]
     settings: TrainSettings
     steps: int
-    reporter: RunReporter
     watched: _Watch
     retry: _Retry
+    reporter: RunReporter | None = None
+    tokenizer: Any = None
+    beat: Callable[[str], None] = lambda name: None
     average: WeightAverage | None = None
     bitwise: bool = False
     history: list[dict[str, EvalReport]] = field(default_factory=list)
@@ -82,6 +94,7 @@ class Evaluator:
     def is_due(self, step: int) -> bool:
         """Before the first step, every ``eval_every`` and at the end; each time once."""
         every = self.settings.eval_every
+        assert self.reporter is not None
         due = step in (0, self.steps) or (every is not None and step % every == 0)
         return due and bool(self.sets) and step not in self.reporter.evaluated
 
@@ -94,16 +107,48 @@ class Evaluator:
         Returns:
             The reports by set, the same on all ranks.
         """
-        with self.average.in_place() if self.average else contextlib.nullcontext():
-            reports = {name: self._evaluate(each) for name, each in self.sets.items()}
-        on_rank_0(lambda: self._write(reports, step))
+        reports, answers = self.evaluate()
+        on_rank_0(lambda: self._write(reports, answers, step))
         self.history.append(reports)
+        assert self.reporter is not None
         self.reporter.evaluated.add(step)
         return reports
 
-    def _write(self, reports: Mapping[str, EvalReport], step: int) -> None:
+    def evaluate(self) -> tuple[dict[str, EvalReport], dict[str, list[Answer]]]:
+        """Evaluate every set, and write nothing.
+
+        Returns:
+            Reports and answers by set, the same on all ranks.
+        """
+        with self.average.in_place() if self.average else contextlib.nullcontext():
+            reports = {name: self._evaluate(each) for name, each in self.sets.items()}
+            answers = {name: self._answers(each) for name, each in self.sets.items()}
+        reports = {
+            name: with_exact_match(report, answers[name], self.settings)
+            for name, report in reports.items()
+        }
+        return reports, answers
+
+    def _write(
+        self, reports: Mapping[str, EvalReport], answers: Mapping[str, list[Answer]], step: int
+    ) -> None:
+        assert self.reporter is not None
         for name, report in reports.items():
+            lines = as_lines(answers[name], step=step, of=name, settings=self.settings)
+            self.reporter.samples(lines)
             self.reporter.evaluation(report, step=step, of=name)
+
+    def _answers(self, each: EvaluationSet) -> list[Answer]:
+        if not rows_to_answer(each.records, self.settings):
+            return []
+        with one_step(each.micro_batches.device), products(self.model, self.settings):
+            return answer_rows(
+                self.model,
+                each.records,
+                tokenizer=self.tokenizer,
+                settings=self.settings,
+                beat=self.beat,
+            )
 
     def _evaluate(self, each: EvaluationSet) -> EvalReport:
         everything, micro_batches = range(len(each.records)), each.micro_batches
@@ -136,22 +181,27 @@ def check_choice(
     *,
     sets: Mapping[str, EvaluationSet],
     settings: TrainSettings,
+    tokenizer: Any = None,
 ) -> None:
-    """Refuse a ``best`` that evaluations will not have, before anything is written.
+    """Refuse a ``best`` that evaluations will not have, and questions without an answer.
 
     Args:
         model: Run on one record of the set that ``best`` names.
         objective: What is evaluated.
         sets: By name.
-        settings: ``best``.
+        settings: ``best``, and what `check_questions` looks at.
+        tokenizer: Of the model.
 
     Raises:
         ConfigError: There is no such number.
+        DataError: As for `check_questions`.
     """
+    for name, held in sets.items():
+        check_questions(held.records, tokenizer, name=name, settings=settings)
     if settings.best is None:
         return
     each = sets[split_best(settings.best)[0]]
     micro = next(each.micro_batches.batches([0], 0))
     with eval_mode(model), one_step(each.micro_batches.device):
         terms = named_terms(objective.loss_fn(model, micro))
-    check_best(settings, {"loss": None, **terms})
+    check_best(settings, dict.fromkeys(("loss", *terms, *settings.metrics)))

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -94,32 +94,45 @@ class RunLog:
             settings.track, folder=folder.tracking, run=folder.root.name, config=settings.saved()
         )
         done, choice = progress.step, progress.choice
-        for path in (folder.log, folder.evaluations):
+        for path in (folder.log, folder.evaluations, folder.samples):
             keep_steps(path, done)
         uncounted = settings.best is not None and done > 0 and choice.judged != done
         if uncounted or not _sets_at(folder.evaluations, done) >= {*evaluation_sets(settings)}:
-            keep_steps(folder.evaluations, done - 1)  # a kill came between: it is done again
+            for path in (folder.evaluations, folder.samples):
+                keep_steps(path, done - 1)  # a kill came between: it is done again
         self.evaluated = _steps_in(folder.evaluations)
         self._log = JsonLines(folder.log)
         self._evaluations = JsonLines(folder.evaluations)
+        self._samples = JsonLines(folder.samples) if settings.samples else None
 
-    def step(self, report: StepReport, *, step: int, epoch: float, lr: float) -> None:
+    def step(self, report: StepReport, *, step: int, epoch: float, lr: float) -> dict[str, Any]:
         """Write a step down: a line with all of the report, scalars to the trackers."""
-        self._log.write({"step": step, "epoch": epoch, "lr": lr, **asdict(report)})
+        record = {"step": step, "epoch": epoch, "lr": lr, **asdict(report)}
+        self._log.write(record)
         terms = {f"train/{name}": value for name, value in report.terms.items()}
         scalars = {"loss": report.loss, "grad_norm": report.grad_norm, "lr": lr}
         self._track(step, terms | {f"train/{name}": value for name, value in scalars.items()})
+        return record
 
-    def evaluation(self, report: EvalReport, *, step: int, of: str = "") -> None:
+    def evaluation(self, report: EvalReport, *, step: int, of: str = "") -> dict[str, Any]:
         """Write an evaluation down, with the name of its set if it has one."""
-        named = {"set": of} if of else {}
-        self._evaluations.write({"step": step, **named, **asdict(report)})
+        record = {"step": step, **({"set": of} if of else {}), **asdict(report)}
+        self._evaluations.write(record)
         group = f"eval/{of}" if of else "eval"
         values = {f"{group}/{name}": value for name, value in report.terms.items()}
         self._track(step, values | {f"{group}/loss": report.loss})
+        return record
+
+    def samples(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write answers down."""
+        assert self._samples is not None
+        for line in lines:
+            self._samples.write(dict(line))
 
     def close(self) -> None:
         """Close every file and tracker."""
+        if self._samples is not None:
+            self._samples.close()
         self._log.close()
         self._evaluations.close()
         for tracker in self._trackers:

@@ -19,7 +19,6 @@ from typing import Any, TypeAlias
 
 import torch
 
-import samestep
 from samestep.engine.counts import input_tokens
 from samestep.engine.step import backward
 from samestep.engine.terms import Objective
@@ -34,6 +33,7 @@ from samestep.train.recipes.base import Recipe
 from samestep.train.settings.base import TrainSettings
 from samestep.utils.files import cache_folder, open_regular, write_atomically
 from samestep.utils.memory import available_memory, describe_device, peak_memory
+from samestep.utils.version import package_version
 from samestep.utils.waiting import waiting
 
 log = logging.getLogger("samestep")
@@ -375,7 +375,7 @@ def _key(model: Any, settings: TrainSettings) -> str:
         "compiled": len(compiled_layers(model)),
         "device": describe_device(model.device),
         "machine": [platform.node(), processor_name(), torch.get_num_threads()],
-        "versions": [samestep.__version__, torch.__version__],
+        "versions": [package_version(), torch.__version__],
     }
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

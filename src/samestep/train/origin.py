@@ -87,7 +87,7 @@ def _folder(source: str) -> Path | None:
     """Where a model's files lie on this machine."""
     if source.endswith(".gguf"):
         return None
-    resolved = resolve_source(source)
+    resolved = resolve_source(source, kind="tokenizer")
     if Path(resolved).is_dir():
         return Path(resolved)
     try:

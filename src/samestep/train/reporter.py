@@ -4,9 +4,12 @@ A bar on a terminal, plain lines elsewhere; and the run's logs.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -16,6 +19,7 @@ from samestep.engine.collectives import gather_results, rank
 from samestep.engine.evaluate import EvalReport
 from samestep.engine.step import StepReport
 from samestep.errors import CheckpointError
+from samestep.train.callbacks import Callback
 from samestep.train.log import RunLog
 from samestep.train.progress import Progress
 from samestep.train.run_folder import RunFolder
@@ -158,6 +162,7 @@ class RunReporter:
         settings: The settings.
         total: Steps of the whole run.
         progress: How far it is.
+        callbacks: The user's own, told of what is written down.
 
     Attributes:
         evaluated: The steps after which an evaluation is written down already.
@@ -168,8 +173,15 @@ class RunReporter:
     """
 
     def __init__(
-        self, folder: RunFolder, settings: TrainSettings, *, total: int, progress: Progress
+        self,
+        folder: RunFolder,
+        settings: TrainSettings,
+        *,
+        total: int,
+        progress: Progress,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
+        self._callbacks = tuple(callbacks)
         done = progress.step
         self._console = RunConsole(total=total, done=done, silent=rank() > 0)
         self._folder = folder
@@ -219,10 +231,12 @@ class RunReporter:
         if self._log is None:
             return
         try:
-            self._log.step(report, step=step, epoch=epoch, lr=lr)
+            record = self._log.step(report, step=step, epoch=epoch, lr=lr)
         except OSError as error:
             raise self._unwritable(error) from error
         self._console.step(report, lr=lr)
+        for callback in self._callbacks:
+            callback.on_step(deepcopy(record))
 
     def evaluation(self, report: EvalReport, *, step: int, of: str = "") -> None:
         """Write an evaluation down with the name of its set, and show it.
@@ -233,10 +247,35 @@ class RunReporter:
         if self._log is None:
             return
         try:
-            self._log.evaluation(report, step=step, of=of)
+            record = self._log.evaluation(report, step=step, of=of)
         except OSError as error:
             raise self._unwritable(error) from error
         self._console.evaluation(report, step=step, of=of)
+        for callback in self._callbacks:
+            callback.on_evaluation(deepcopy(record))
+
+    def saved(self, path: Path, *, step: int) -> None:
+        """Tell of a checkpoint."""
+        for callback in self._callbacks:
+            callback.on_save({"step": step, "path": str(path)})
+
+    def ended(self, summary: dict[str, Any]) -> None:
+        """Tell of the end."""
+        for callback in self._callbacks:
+            callback.on_end(deepcopy(summary))
+
+    def samples(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write answers down.
+
+        Raises:
+            CheckpointError: They cannot be written.
+        """
+        if self._log is None or not lines:
+            return
+        try:
+            self._log.samples(lines)
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> CheckpointError:
         return CheckpointError(

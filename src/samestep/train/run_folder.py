@@ -34,6 +34,7 @@ class RunFolder:
         log: ``log.jsonl``, a line a step.
         evaluations: ``eval.jsonl``, a line an evaluation.
         digests: ``digests.jsonl``, under ``bitwise`` a line a step.
+        samples: ``samples.jsonl``, a line an answer that is shown.
         summary: ``summary.json``, written at the end.
         checkpoints: ``checkpoints/``.
         model: ``model/``, the trained model or adapter.
@@ -46,6 +47,7 @@ class RunFolder:
         self.log = root / "log.jsonl"
         self.evaluations = root / "eval.jsonl"
         self.digests = root / "digests.jsonl"
+        self.samples = root / "samples.jsonl"
         self.summary = root / "summary.json"
         self.checkpoints = root / "checkpoints"
         self.model = root / "model"
@@ -276,6 +278,7 @@ class RunFolder:
             self.log,
             self.evaluations,
             self.digests,
+            self.samples,
             self.summary,
             self.checkpoints,
             self.model,

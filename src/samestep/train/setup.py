@@ -168,7 +168,7 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
         name: EvaluationSet(records, cut(records, micro_tokens))
         for name, records in zip(evaluation_sets(settings), data[1:], strict=True)
     }
-    check_choice(model, evaluated, sets=evaluations, settings=settings)
+    check_choice(model, evaluated, sets=evaluations, settings=settings, tokenizer=tokenizer)
     return TrainingSetup(
         recipe=recipe,
         model=model,
@@ -256,7 +256,8 @@ def load_data(recipe: Recipe) -> tuple[Any, list[Records]]:
     source = resolve_source(settings.model)
     if settings.trust_remote_code:
         log.warning("trust_remote_code: Python code that comes with the model will run")
-    tokenizer = recipe.load_tokenizer(resolve_source(settings.tokenizer or source))
+    place = resolve_source(settings.tokenizer or source, kind="tokenizer")
+    tokenizer = recipe.load_tokenizer(place)
     with waiting(f"reading {describe_source(settings.data)}"):
         data = [recipe.read(settings.data, tokenizer, None)]
     for held_out in evaluation_sets(settings).values():

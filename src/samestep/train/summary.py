@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-import samestep
 from samestep.engine.collectives import gather_results
 from samestep.errors import CheckpointError
 from samestep.train.evaluator import Evaluator
@@ -16,6 +15,7 @@ from samestep.train.settings.base import TrainSettings
 from samestep.train.setup import TrainingSetup
 from samestep.utils.files import write_atomically
 from samestep.utils.memory import device_peak, device_reserved, process_peak
+from samestep.utils.version import package_version
 
 log = logging.getLogger("samestep")
 
@@ -64,7 +64,7 @@ def summarise(
         "ranks": len(peaks),
         "peak_resident_bytes": max(peaks),
         "peak_device_bytes": max(known, default=None),
-        "samestep": samestep.__version__,
+        "samestep": package_version(),
         "torch": torch.__version__,
     }
 

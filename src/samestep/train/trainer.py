@@ -35,7 +35,8 @@ from samestep.train.background_save import (
     snapshot,
 )
 from samestep.train.bitwise import BitRun, choose_threads, fail_with_budget, repeatable
-from samestep.train.checkpoint_files import remove_checkpoints
+from samestep.train.callbacks import Callback
+from samestep.train.checkpoint_files import remove_checkpoints, step_folder
 from samestep.train.choice import judge
 from samestep.train.determinism import deterministic
 from samestep.train.evaluator import Evaluator
@@ -62,11 +63,12 @@ _KEPT_ON_THE_WAY = 2
 """Checkpoints kept while a run goes on, unless the settings say another number."""
 
 
-def train(settings: TrainSettings) -> dict[str, Any]:
+def train(settings: TrainSettings, *, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     """Train a model into ``settings.out``; on several ranks under torchrun.
 
     Args:
         settings: As `samestep.train.command.read_settings` or `finalize` gives them.
+        callbacks: Told of what happens, on rank 0.
 
     Returns:
         What ``summary.json`` holds.
@@ -101,7 +103,12 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                 os.environ.get("OMP_WAIT_POLICY", "of the OpenMP library").lower(),
             )
             with (
-                RunReporter(folder, settings, total=setup.steps, progress=progress) as reporter,
+                RunReporter(
+                    *(folder, settings),
+                    total=setup.steps,
+                    progress=progress,
+                    callbacks=callbacks,
+                ) as reporter,
                 interruptible(reporter.say) as stop_signal,
                 watch_ranks(settings.rank_timeout) as watchdog,
                 setup.micro_batches.made_ahead(),
@@ -129,6 +136,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             on_rank_0(lambda: write_summary(summary, folder))
             if settings.keep == 0:  # the model is what remains
                 on_rank_0(lambda: remove_checkpoints(folder.checkpoints))
+            on_rank_0(lambda: reporter.ended(summary))
         return summary
 
 
@@ -164,6 +172,7 @@ class Trainer:
     saving: BackgroundSave = field(default_factory=BackgroundSave)
 
     def __post_init__(self) -> None:
+        self._untold: int | None = None
         self.evaluator = Evaluator(
             model=self.setup.model,
             objective=self.setup.evaluated,
@@ -173,9 +182,16 @@ class Trainer:
             reporter=self.reporter,
             watched=self._watched,
             retry=self._retry_on_oom,
+            tokenizer=self.setup.tokenizer,
+            beat=self._beat,
             average=self.setup.average,
             bitwise=self.bits is not None,
         )
+
+    def _beat(self, name: str) -> None:
+        if self.stop_signal():
+            raise StopRequestedError("asked to stop")
+        self.watchdog.heartbeat(name)
 
     def run(self) -> None:
         """Train to the last step.
@@ -210,6 +226,7 @@ class Trainer:
             if self._is_over():
                 return
             self.saving.check()
+            self._tell_saved()
             self._step(plan)
             yield self.progress.step
 
@@ -315,6 +332,7 @@ class Trainer:
         self.watchdog.heartbeat("saving", timed=False)
         on_rank_0(self.folder.check_held)
         self.saving.wait()
+        self._tell_saved()
         ends = self._is_over() or self.stop_signal()
         meanwhile = not ends and saves_in_background(self.setup.micro_batches.device)
         model, optimizer = self.setup.model, self.setup.optimizer
@@ -340,7 +358,20 @@ class Trainer:
         if self.bits is not None:
             self.bits.save(self.progress.step)
         self._saved = self.clock()
+        self._untold = self.progress.step
+        self._tell_saved()
         self.watchdog.heartbeat(f"after saving step {self.progress.step}")
+
+    def _tell_saved(self) -> None:
+        """Tell callbacks of the last checkpoint once it is whole."""
+        step_number, self._untold = self._untold, None
+        if step_number is None:
+            return
+        if self.saving.busy:
+            self._untold = step_number
+            return
+        path = step_folder(self.folder.checkpoints, step_number)
+        on_rank_0(lambda: self.reporter.saved(path, step=step_number))
 
     def _watched(
         self, loss_fn: LossFn, *, step_number: int | None = None, number: int = 1

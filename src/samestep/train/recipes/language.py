@@ -15,6 +15,7 @@ from samestep.data.readers.vision import collate_image_records, image_records
 from samestep.data.records import Records
 from samestep.data.row_formats import common_format
 from samestep.data.rows import Row
+from samestep.data.splitting import split_texts
 from samestep.data.tokenize import tokenize_rows
 from samestep.engine.terms import LossFn, Objective, constant
 from samestep.engine.two_pass import TwoPass
@@ -30,6 +31,7 @@ from samestep.train.recipes.base import Recipe, load_frozen
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.language import (
     CausalLMSettings,
+    LongText,
     MaskedLMSettings,
     Seq2SeqSettings,
     VisionLanguageSettings,
@@ -48,6 +50,7 @@ def read_language(
     tokenizer: Any,
     *,
     train_on: Literal["completion", "all"] = "completion",
+    long_text: LongText = "cut",
 ) -> Records:
     """Rows of text, prompt and completion, messages, or token ids.
 
@@ -56,6 +59,7 @@ def read_language(
         source: A value of ``data`` or ``eval_data``.
         tokenizer: The model's tokenizer.
         train_on: Targets: completions and assistant turns, or every token.
+        long_text: What becomes of rows of more than ``max_length`` tokens.
 
     Returns:
         The records.
@@ -64,7 +68,18 @@ def read_language(
         DataError: The rows cannot be used.
     """
     rows = load_rows(source, row_format=settings.row_format, columns=settings.columns)
-    return _language_records(settings, rows, tokenizer, train_on=train_on)
+    if long_text == "split":
+        assert settings.max_length is not None
+        rows = split_texts(
+            rows,
+            tokenizer,
+            max_length=settings.max_length,
+            append_eos=settings.append_eos,
+            cache=cache_folder() / "tokens",
+        )
+    return _language_records(
+        settings, rows, tokenizer, train_on=train_on, drop_long=long_text == "drop"
+    )
 
 
 def _language_records(
@@ -74,6 +89,7 @@ def _language_records(
     *,
     train_on: Literal["completion", "all"],
     used: Sequence[str] = (),
+    drop_long: bool = False,
 ) -> Records:
     records = Records(
         tokenize_rows(
@@ -84,6 +100,7 @@ def _language_records(
             train_on=train_on,
             cache=cache_folder() / "tokens",
             weigh_tokens=True,
+            drop_long=drop_long,
         )
     )
     row_format = common_format(rows)
@@ -104,7 +121,10 @@ class CausalLMRecipe(Recipe):
 
     def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of text, prompt and completion, messages, or token ids."""
-        return read_language(self.settings, source, tokenizer, train_on=self.settings.train_on)
+        settings = self.settings
+        return read_language(
+            settings, source, tokenizer, train_on=settings.train_on, long_text=settings.long_text
+        )
 
     def build(self, model: Any, data: Sequence[Records]) -> Objective:
         """Cross entropy, normalised as the settings say, and what they say of the routers."""

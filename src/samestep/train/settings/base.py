@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from samestep.errors import ConfigError
 from samestep.train.settings.evaluation import (
+    CHOSEN_BY,
     EVALUATION_MAY_CHANGE,
     EvaluationFields,
     evaluation_problems,
@@ -295,8 +296,7 @@ def resume_may_change(before: Mapping[str, Any], settings: TrainSettings) -> fro
         Their names: under ``bitwise`` those that change no bit, which a run may leave; not those by
         which its model is chosen.
     """
-    chosen_by = EVALUATION_MAY_CHANGE if settings.best is not None else ()
-    free = RESUME_MAY_CHANGE - (set(chosen_by) - {"patience"})
+    free = RESUME_MAY_CHANGE - set(CHOSEN_BY if settings.best is not None else ())
     if not settings.bitwise:
         return free | ({"bitwise"} if before.get("bitwise") else set())
     return free - (DEFINES_BITS - ({"threads"} if settings.threads is None else set()))

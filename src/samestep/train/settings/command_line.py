@@ -12,8 +12,8 @@ from samestep.utils.plugins import nearest
 GROUPS = {
     "what to train": ("objective", "model", "data", "out", "tokenizer", "init"),
     "evaluating, and choosing by it": (
-        *("eval_data", "eval_every", "metrics", "best", "best_is", "patience"),
-        "min_improvement",
+        *("eval_data", "eval_every", "metrics", "answer_pattern", "samples", "sample_tokens"),
+        *("best", "best_is", "patience", "min_improvement"),
     ),
     "rows": ("columns", "row_format", "max_length", "append_eos", "trust_remote_code"),
     "the step, and how long": (

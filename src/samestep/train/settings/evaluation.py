@@ -1,5 +1,6 @@
 """Settings of evaluation: the sets, the metrics beside the loss, and what is chosen by them."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -30,11 +31,17 @@ METRICS = {
     "perplexity": MetricRow("exp of the mean negative log likelihood of a target", False),
     "token_accuracy": MetricRow("share of targets that are the likeliest token", True),
     "sequence_accuracy": MetricRow("share of rows with every target the likeliest token", True),
+    "exact_match": MetricRow(
+        "share of rows whose generated answer is their completion (`answer_pattern`)", True
+    ),
 }
 """What ``metrics`` may name."""
 
 METRIC_OBJECTIVES = ("causal_lm", "vision_language", "distillation")
 """The objectives whose micro-batches the metrics of the table read."""
+
+ANSWER_OBJECTIVES = ("causal_lm", "distillation")
+"""The objectives whose models answer prompts."""
 
 _LOWER = ("loss", "nll", "perplexity", "error")
 _HIGHER = ("accuracy", "match", "reward", "margin", "f1", "bleu", "rouge")
@@ -109,8 +116,14 @@ class EvaluationFields(BaseModel):
     metrics: Annotated[
         tuple[str, ...], AfterValidator(_check_metrics), leaf("NAME ...", many=True)
     ] = ()
-    """What to report beside the loss: perplexity, token_accuracy, sequence_accuracy, or
-    file.py:name of a function (model, micro-batch) to terms."""
+    """What to report beside the loss: perplexity, token_accuracy, sequence_accuracy, exact_match,
+    or file.py:name of a function (model, micro-batch) to terms."""
+    answer_pattern: str | None = None
+    """exact_match: a regular expression; what it finds in answer and completion is compared."""
+    samples: int = Field(default=0, ge=0)
+    """Answers to so many rows of each set are written to OUT/samples.jsonl at every evaluation."""
+    sample_tokens: int = Field(default=64, ge=1)
+    """Tokens that an answer of exact_match and samples has at most."""
     best: str | None = None
     """Choose the model by this number of the evaluations (loss, a term or a metric; SET/NAME where
     sets have names): the best checkpoint is kept, and becomes OUT/model."""
@@ -122,8 +135,11 @@ class EvaluationFields(BaseModel):
     """By how much a value of --best has to be better to count as better."""
 
 
-EVALUATION_MAY_CHANGE = ("eval_data", "eval_every", "metrics", "patience")
-"""Fields that a resumed run may change; but not the first three where ``best`` chooses by them."""
+CHOSEN_BY = ("eval_data", "eval_every", "metrics", "answer_pattern", "sample_tokens")
+"""Fields that a resumed run may change, but not where ``best`` chooses by what they say."""
+
+EVALUATION_MAY_CHANGE = (*CHOSEN_BY, "samples", "patience")
+"""Fields that a resumed run may change."""
 
 
 def evaluation_sets(settings: EvaluationFields) -> dict[str, Source]:
@@ -195,7 +211,8 @@ def evaluation_problems(settings: EvaluationFields, objective: str) -> list[str]
             f"eval_data: {', '.join(shares)} must have neither weight nor rows: a set is evaluated "
             "whole"
         )
-    needing = [name for name in ("metrics", "best") if getattr(settings, name)]
+    problems += _problems_of_answers(settings, objective)
+    needing = [name for name in ("metrics", "samples", "best") if getattr(settings, name)]
     if needing and not sets:
         problems.append(f"{' and '.join(needing)}: there is nothing to evaluate on: give eval_data")
     if settings.best is None:
@@ -204,6 +221,25 @@ def evaluation_problems(settings: EvaluationFields, objective: str) -> list[str]
         problems += [f"{name} is given without best" for name in given]
         return problems
     return problems + _problems_of_best(settings, sets)
+
+
+def _problems_of_answers(settings: EvaluationFields, objective: str) -> list[str]:
+    problems = []
+    if settings.samples and objective not in ANSWER_OBJECTIVES:
+        problems.append(f"samples belongs to objective {', '.join(ANSWER_OBJECTIVES)}")
+    if "exact_match" in settings.metrics and objective not in ANSWER_OBJECTIVES:
+        problems.append(f"exact_match belongs to objective {', '.join(ANSWER_OBJECTIVES)}")
+    if settings.answer_pattern is None:
+        return problems
+    if "exact_match" not in settings.metrics:
+        problems.append("answer_pattern is given without exact_match in metrics")
+    try:
+        re.compile(settings.answer_pattern)
+    except re.error as error:
+        problems.append(
+            f"answer_pattern: {settings.answer_pattern!r} is no regular expression ({error})"
+        )
+    return problems
 
 
 def _problems_of_best(settings: EvaluationFields, sets: Mapping[str, Source]) -> list[str]:

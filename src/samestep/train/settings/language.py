@@ -8,6 +8,9 @@ from samestep.train.settings.base import ObjectiveRow, TrainSettings
 
 Normalize = Literal["token", "sequence"] | float
 
+LongText = Literal["cut", "split", "drop"]
+"""What becomes of rows of more than ``max_length`` tokens."""
+
 
 def constant_problems(normalize: Normalize) -> list[str]:
     """What is wrong with a constant that totals are divided by."""
@@ -23,6 +26,9 @@ class CausalLMSettings(TrainSettings):
     """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
     train_on: Literal["completion", "all"] = "completion"
     """Targets: completions and assistant turns, or every token."""
+    long_text: LongText = "cut"
+    """Rows of more than --max-length tokens: cut at the end, split into pieces (texts alone), or
+    dropped."""
     normalize: Normalize = "token"
     """Every token weighs the same, every sequence does, or divide by this constant."""
     loss: Literal["nll", "dft"] = "nll"
@@ -43,6 +49,8 @@ class CausalLMSettings(TrainSettings):
     def problems(self) -> list[str]:
         """A constant that cannot divide, terms that dft does not have, biases in adapters."""
         problems = constant_problems(self.normalize)
+        if self.long_text != "cut" and self.max_length is None:
+            problems.append(f"long_text: {self.long_text} needs max_length")
         if self.loss == "dft" and (self.label_smoothing or self.z_loss):
             problems.append("loss: dft goes with neither label_smoothing nor z_loss")
         if self.router_bias_rate and self.lora_rank is not None:
@@ -59,6 +67,11 @@ class VisionLanguageSettings(CausalLMSettings):
     """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
     padding: Literal["right", "left"] = "right"
     """How micro-batches are laid out. Changes speed and memory, not the step."""
+
+    def problems(self) -> list[str]:
+        """Those of causal_lm, and pieces of rows with images."""
+        images = ["long_text: rows with images are cut, or refused"]
+        return super().problems() + (images if self.long_text != "cut" else [])
 
 
 class MaskedLMSettings(TrainSettings):

@@ -152,7 +152,8 @@ def optimization_problems(settings: OptimizationFields) -> list[str]:
         problems.append(f"betas: each from 0 up to, not with, 1, not {shown}")
     if any(rate == 0 for rate in settings.lr_by_name.values()):
         problems.append("lr_by_name: a rate of 0 trains nothing: name those weights in freeze")
-    if "decay" in settings.model_fields_set and settings.schedule not in COOLDOWNS:
+    default = OptimizationFields.model_fields["decay"].default
+    if settings.decay != default and settings.schedule not in COOLDOWNS:
         problems.append(
             f"decay belongs to schedule {' and '.join(COOLDOWNS)}, and this is {settings.schedule}"
         )

@@ -63,6 +63,7 @@ PEER_FIELDS: Mapping[str, Meaning] = {
         "micro_batch, or memory, decides how it is cut",
     ),
     **_same("max_length", "max_seq_length max_seq_len cutoff_len sequence_len block_size"),
+    **_same("long_text", "group_texts truncation sample_packing_drop", "cut, split or drop"),
     **_same("max_length", "model_max_length seq_length context_length"),
     **_same("epochs", "num_train_epochs num_epochs max_epochs n_epochs"),
     **_same("steps", "max_steps num_steps train_steps num_train_steps"),

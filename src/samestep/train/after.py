@@ -1,0 +1,254 @@
+"""The model of a finished run: loaded with its adapters, asked, evaluated, written elsewhere."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from samestep.engine.evaluate import EvalReport
+from samestep.errors import ConfigError
+from samestep.models.load import load_model, load_tokenizer, resolve_source
+from samestep.train.answers import generate, ready_to_generate
+from samestep.train.evaluator import Evaluator
+from samestep.train.finished import (
+    EvalArguments,
+    ExportArguments,
+    GenerateArguments,
+    model_of,
+)
+from samestep.train.launch import process_group
+from samestep.train.micro_batches import MicroBatches
+from samestep.train.model_folder import save_model
+from samestep.train.precision import find_device
+from samestep.train.settings.base import TrainSettings, finalize, with_current_names
+from samestep.train.settings.objectives import settings_class
+from samestep.train.setup import set_up
+from samestep.utils.files import write_atomically
+from samestep.utils.messages import read_yaml
+from samestep.utils.version import package_version
+
+_ADAPTER = "adapter_model.safetensors"
+
+_OF_TRAINING = (
+    *("best", "best_is", "patience", "min_improvement", "samples", "ema", "freeze"),
+    *("lr_by_name", "weight_decay_by_name", "steps", "epochs", "track", "ranks", "parallel"),
+    *("cpu_offload", "activation_offload", "gradient_checkpointing", "micro_batch", "micro_tokens"),
+)
+"""Settings that say nothing of how a model is evaluated."""
+
+
+def load_finished(run: str, *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """The model of a run, its adapters on their base, and its tokenizer.
+
+    Args:
+        run: Folder of a run or of a model, or a name of the Hub.
+        dtype: Of the weights; None: as they are stored.
+
+    Returns:
+        Model, on the CPU, and tokenizer.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
+    folder = model_of(run)
+    if folder is None or not (folder / "adapter_config.json").is_file():
+        source = resolve_source(run if folder is None else str(folder))
+        return load_model(source, dtype=dtype or _stored(source)), load_tokenizer(source)
+    if not (folder / _ADAPTER).is_file():
+        raise ConfigError(f"{folder} has adapters, but no {_ADAPTER}")
+    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    source = resolve_source(adapter["base_model_name_or_path"])
+    base = load_model(source, dtype=dtype or _stored(source))
+    return PeftModel.from_pretrained(base, str(folder)), load_tokenizer(str(folder))
+
+
+def _stored(source: str) -> torch.dtype:
+    """The type that a model's weights have in its files."""
+    dtype: torch.dtype | None = AutoConfig.from_pretrained(source).dtype
+    return dtype or torch.float32
+
+
+def answers_to(options: GenerateArguments) -> Iterator[str]:
+    """What a run's model writes after each prompt.
+
+    Args:
+        options: Of the command.
+
+    Yields:
+        The texts, in order.
+
+    Raises:
+        ConfigError: The model cannot be loaded, or has no chat template where one is asked for.
+    """
+    model, tokenizer = load_finished(options.run)
+    if options.chat and not tokenizer.chat_template:
+        raise ConfigError(f"chat: the tokenizer of {options.run} has no chat template")
+    model.to(find_device(options.device))
+    drawn = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
+    with ready_to_generate(model):
+        for at, prompt in enumerate(options.prompt):
+            text = prompt
+            if options.chat:
+                turns = [{"role": "user", "content": prompt}]
+                text = tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=True
+                )
+            ids = tokenizer(text, add_special_tokens=not options.chat, return_tensors="pt")
+            torch.manual_seed(options.seed + at)
+            written = generate(
+                model,
+                tokenizer,
+                ids.input_ids[0],
+                tokens=options.tokens,
+                **(drawn if options.temperature else {}),
+            )
+            yield tokenizer.decode(written, skip_special_tokens=True)
+
+
+def settings_to_evaluate(options: EvalArguments) -> TrainSettings:
+    """The settings of a run, its finished model in the place of the one that it began with.
+
+    Args:
+        options: Of the command.
+
+    Returns:
+        Finalized settings.
+
+    Raises:
+        ConfigError: There are none, or they do not fit.
+    """
+    root = Path(options.run).expanduser()
+    folder = model_of(options.run)
+    config = root / "config.yaml"
+    if folder is None or not config.is_file():
+        raise ConfigError(f"eval: {options.run} is no run of samestep train (no {config})")
+    saved = with_current_names(read_yaml(config))
+    kind = settings_class(str(saved["objective"]))
+    fields = {name: value for name, value in saved.items() if name not in _OF_TRAINING}
+    if not (folder / "adapter_config.json").is_file():
+        adapters = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge", "init")
+        fields = {name: value for name, value in fields.items() if name not in adapters}
+        if "reference_model" in fields and fields["reference_model"] is None:
+            fields["reference_model"] = saved["model"]
+        fields |= {"model": str(folder), "tokenizer": None}
+    metrics = options.metrics or tuple(fields.get("metrics", ()))
+    pattern = options.answer_pattern or fields.get("answer_pattern")
+    fields |= {
+        "eval_data": options.data,
+        "metrics": metrics,
+        "steps": 1,
+        "out": options.run,
+        "answer_pattern": pattern if "exact_match" in metrics else None,
+        "micro_batch": options.micro_batch,
+        "device": options.device,
+    }
+    if fields.get("classes", None) != ():  # whose names may be those of the training rows
+        fields["data"] = options.data
+    return finalize(kind(**fields))
+
+
+def evaluate_run(options: EvalArguments) -> EvalReport:
+    """Evaluate a run's model on other rows.
+
+    Args:
+        options: Of the command.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: As for `settings_to_evaluate`.
+        DataError: The rows cannot be used.
+    """
+    settings = settings_to_evaluate(options)
+    with process_group():
+        setup = set_up(settings)
+        if settings.lora_rank is not None:
+            folder = model_of(options.run)
+            assert folder is not None
+            set_peft_model_state_dict(setup.model, load_file(folder / _ADAPTER))
+        evaluator = Evaluator(
+            model=setup.model,
+            objective=setup.evaluated,
+            sets=setup.evaluations,
+            settings=settings,
+            steps=setup.steps,
+            watched=lambda loss_fn, number: loss_fn,
+            retry=_once,
+            tokenizer=setup.tokenizer,
+        )
+        return evaluator.evaluate()[0][""]
+
+
+def _once(
+    work: Callable[[], EvalReport], micro_batches: MicroBatches, *, indices: Sequence[int]
+) -> EvalReport:
+    return work()
+
+
+def export_model(options: ExportArguments, out: Path) -> None:
+    """Write a run's model with its tokenizer and a card.
+
+    Args:
+        options: Of the command.
+        out: A folder that is not there, or is empty.
+
+    Raises:
+        ConfigError: The run's model cannot be loaded, or has no adapters to merge.
+        CheckpointError: The folder cannot be written.
+    """
+    dtype = None if options.dtype == "stored" else getattr(torch, options.dtype)
+    model, tokenizer = load_finished(options.run, dtype=dtype)
+    has_adapters = isinstance(model, PeftModel)
+    if options.merge and not has_adapters:
+        raise ConfigError(f"merge: the model of {options.run} has no adapters")
+    inner = model.get_base_model() if has_adapters else model
+    inner.stored_dtype = dtype  # what was asked for, not what the weights came in
+    if out.is_dir():
+        out.rmdir()
+    save_model(model, tokenizer, folder=out, merge=options.merge)
+    write_atomically(out / "README.md", model_card(options.run))
+
+
+def model_card(run: str) -> str:
+    """How a model was made, as the README.md of its folder.
+
+    Args:
+        run: The run's folder.
+
+    Returns:
+        Markdown; short where the folder is a model alone.
+    """
+    root = Path(run).expanduser()
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [samestep]",
+        "---",
+        "",
+        f"# {root.name}",
+        "",
+    ]
+    config, summary = root / "config.yaml", root / "summary.json"
+    if config.is_file():
+        settings = read_yaml(config)
+        places = {"out", "model", "data", "eval_data", "device"}
+        kept = {name: value for name, value in settings.items() if name not in places}
+        lines += [
+            f"Trained from `{Path(str(settings['model'])).name}` by `samestep train`, objective "
+            f"`{settings['objective']}`. Every step is a function of its effective batch alone: "
+            "micro-batches, padding and ranks could not change it.",
+            *("", "```yaml", yaml.safe_dump(kept, sort_keys=False).rstrip(), "```", ""),
+        ]
+    if summary.is_file():
+        found = json.loads(summary.read_text(encoding="utf-8"))
+        names = ("steps", "examples", "tokens", "evaluation_before", "evaluation_after", "best")
+        lines += [f"- {name}: {found[name]}" for name in names if found.get(name) is not None]
+        lines += [f"- samestep {found['samestep']}, torch {found['torch']}"]
+    return "\n".join([*lines, "", f"Exported by samestep {package_version()}.", ""])
