@@ -45,7 +45,8 @@ from samestep.train.rounded_updates import UpdateWatch
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
 from samestep.train.setup import TrainingSetup, set_up, step_plans
-from samestep.train.watchdog import Watchdog, interruptible, watch_ranks
+from samestep.train.signals import stop_signals
+from samestep.train.watchdog import Watchdog, watch_ranks
 from samestep.utils.files import write_atomically
 from samestep.utils.memory import device_peak, process_peak
 from samestep.utils.plugins import is_reference
@@ -74,7 +75,12 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         RankError: Another rank died or hangs.
         Interrupted: Stopped by SIGINT or SIGTERM; the run is saved and can be resumed.
     """
-    with process_group():
+    with (
+        process_group(),
+        stop_signals() as signals,
+        watch_ranks(settings.rank_timeout) as watchdog,
+    ):
+        watchdog.begin("loading", "loading")
         settings = run_or_fail_together(lambda: choose_precision(settings))
         folder = RunFolder(Path(settings.out))
         on_rank_0(lambda: folder.hold(settings))
@@ -90,20 +96,20 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             )
             with (
                 RunReporter(folder, settings, total=setup.steps, done=progress.step) as reporter,
-                interruptible(reporter.say) as stop_signal,
-                watch_ranks(settings.rank_timeout) as watchdog,
+                signals.between_micro_batches(reporter.say),
             ):
                 trainer = Trainer(
                     settings=settings,
                     folder=folder,
                     setup=setup,
                     reporter=reporter,
-                    stop_signal=stop_signal,
+                    stop_signal=signals.number,
                     watchdog=watchdog,
                     progress=progress,
                     origin=origin,
                 )
                 trainer.run()
+            watchdog.begin("export", "saving the model")
             on_rank_0(folder.check_held)
             save_model(setup.model, setup.tokenizer, folder=folder.model, merge=settings.merge)
             summary = _summary(trainer)
@@ -135,7 +141,7 @@ class Trainer:
         setup: The model, the data, the optimizer.
         reporter: Logs and shows.
         stop_signal: Gives the number of the signal that asked to stop, or 0.
-        watchdog: Gets a heartbeat before each micro-batch.
+        watchdog: Is told what begins.
         progress: How far the run is.
         origin: What checkpoints keep of what the run depends on.
         evaluations: Those of this call, in order.
@@ -208,17 +214,20 @@ class Trainer:
             after(self.setup.model, report.skipped is None)
         self.progress = self.progress.after(report)
         done = self.progress.step
+        self.watchdog.begin("log", f"step {done}, writing the log")
         on_rank_0(lambda: self.reporter.step(report, step=done, epoch=plan.progress, lr=lr))
 
     def _optimizer_step(self, plan: StepPlan) -> StepReport:
         setup = self.setup
 
         def attempt() -> StepReport:
+            of_this_rank = setup.micro_batches.of_this_rank(plan.examples, plan.step)
+            at = f"step {plan.step + 1}, collating micro-batch"
             with one_step(setup.micro_batches.device):
                 return step(
                     setup.model,
                     setup.optimizer,
-                    setup.micro_batches.of_this_rank(plan.examples, plan.step),
+                    self.watchdog.each(of_this_rank, "micro-batch", at),
                     self._watched(
                         setup.objective.loss_fn,
                         step_number=plan.step,
@@ -261,21 +270,24 @@ class Trainer:
         everything, objective = range(len(self.setup.evaluation)), self.setup.objective
 
         def attempt() -> EvalReport:
+            of_this_rank = micro_batches.of_this_rank(everything, 0)
+            at = f"evaluation after step {done}, collating micro-batch"
             with one_step(micro_batches.device):
                 return evaluate(
                     self.setup.model,
-                    micro_batches.of_this_rank(everything, 0),
+                    self.watchdog.each(of_this_rank, "evaluation", at),
                     self._watched(objective.loss_fn, number=micro_batches.count(everything)),
                     counters=objective.counters,
                 )
 
         report = self._retry_on_oom(attempt, micro_batches, indices=everything)
         self.evaluations.append(report)
+        self.watchdog.begin("log", f"evaluation after step {done}, writing the log")
         on_rank_0(lambda: self.reporter.evaluation(report, step=done))
         self.reporter.evaluated.add(done)
 
     def _save(self) -> None:
-        self.watchdog.heartbeat("saving", timed=False)
+        self.watchdog.begin("saving", f"saving step {self.progress.step}")
         on_rank_0(self.folder.check_held)
         checkpoint.save(
             self.folder.checkpoints,
@@ -286,7 +298,7 @@ class Trainer:
             origin=self.origin,
         )
         self._saved = self.clock()
-        self.watchdog.heartbeat(f"after saving step {self.progress.step}")
+        self.watchdog.begin("micro-batch", f"after saving step {self.progress.step}")
 
     def _watched(
         self, loss_fn: LossFn, *, step_number: int | None = None, number: int = 1
@@ -298,6 +310,7 @@ class Trainer:
         # Under FSDP2 a rank must not leave a step alone: there a signal waits for the step's end.
         may_stop = not is_sharded(self.setup.model)
         numbers = itertools.count(1)
+        phase = "evaluation" if step_number is None else "micro-batch"
         name = "evaluation" if step_number is None else f"step {step_number + 1}"
 
         @contextmanager
@@ -305,7 +318,7 @@ class Trainer:
             if may_stop and self.stop_signal():
                 raise StopRequestedError("asked to stop")
             at = next(numbers)
-            self.watchdog.heartbeat(f"{name}, micro-batch {at}")
+            self.watchdog.begin(phase, f"{name}, micro-batch {at}")
             self.reporter.micro_batch(name, (at - 1) % number + 1, number)
             if step_number is not None:
                 key_dropout(model, micro, seed=self.settings.seed, step=step_number)
