@@ -187,7 +187,7 @@ def test_work_that_says_how_far_it_is_moves(clock: Clock) -> None:
 def test_the_making_of_each_item_is_noted() -> None:
     watched = Watchdog(1, None)
     making = watched.each("ab", "micro-batch", "collating micro-batch")
-    seen = [(item, watched._last["at"]) for item in making]
+    seen = [(item, watched._at) for item in making]
     assert seen == [("a", "collating micro-batch 1"), ("b", "collating micro-batch 2")]
 
 

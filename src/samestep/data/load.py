@@ -14,6 +14,7 @@ from samestep.data.row_converters import Converter, convert_rows, resolve_row_fo
 from samestep.data.row_formats import RowFormat
 from samestep.data.rows import Row, raise_problems
 from samestep.errors import DataError
+from samestep.utils.files import user_path
 from samestep.utils.hub import find_on_hub
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _rows_or_problem(source: str | Path, split: str) -> list[Row] | str:
 
 
 def _from_name(source: str | Path, split: str) -> list[Row]:
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         names = {entry.name for entry in path.iterdir()}
         if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names:

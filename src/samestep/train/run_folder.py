@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from samestep.errors import CheckpointError, ConfigError
 from samestep.train.checkpoint_files import all_checkpoints, read_origin
 from samestep.train.settings.base import RESUME_MAY_CHANGE, TrainSettings, with_current_names
-from samestep.utils.files import remove, replaced_name, write_atomically
+from samestep.utils.files import remove, replaced_name, user_path, write_atomically
 from samestep.utils.messages import read_yaml
 
 log = logging.getLogger("samestep")
@@ -118,7 +118,7 @@ class RunFolder:
             if name == "out" or not isinstance(value, str) or "\0" in value:
                 continue
             with suppress(OSError, RuntimeError):
-                path = Path(value).expanduser()
+                path = user_path(value)
                 within = [part for part in own if path.resolve().is_relative_to(part)]
                 if within and path.exists():
                     problems.append(

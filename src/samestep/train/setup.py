@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,11 @@ from samestep.data.collate import Padding
 from samestep.data.describe import with_report
 from samestep.data.records import Records
 from samestep.engine.collectives import run_or_fail_together, world_size
+from samestep.engine.oom import is_out_of_memory
 from samestep.engine.parallel import is_sharded, prepare_for_step
 from samestep.engine.terms import Objective
 from samestep.engine.two_pass import TwoPass
-from samestep.errors import ConfigError
+from samestep.errors import ConfigError, DataError, is_no_fault_of_input
 from samestep.kernels.gemm import speed_up_linear
 from samestep.models.dropout import replace_dropout
 from samestep.models.load import resolve_source
@@ -203,14 +205,28 @@ def load_data(recipe: Recipe) -> tuple[Any, list[Records]]:
         log.warning("trust_remote_code: Python code that comes with the model will run")
     tokenizer = recipe.load_tokenizer(resolve_source(settings.tokenizer or source))
     with waiting(f"reading {settings.data}"):
-        data = [recipe.read(settings.data, tokenizer, None)]
+        data = [_read(recipe, settings.data, tokenizer, None)]
     if settings.eval_data:
         with waiting(f"reading {settings.eval_data}"):
-            data.append(recipe.read(settings.eval_data, tokenizer, data[0]))
+            data.append(_read(recipe, settings.eval_data, tokenizer, data[0]))
     for records in data:
         if records.report is None:  # read by a recipe of the user's own
             with_report(records, (), tokenizer, format="records")
     return tokenizer, data
+
+
+def _read(recipe: Recipe, source: Any, tokenizer: Any, like: Records | None) -> Records:
+    """Records of a source; whatever reading its rows raises is an error of the data."""
+    try:
+        return recipe.read(source, tokenizer, like)
+    except Exception as error:
+        if is_no_fault_of_input(error):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise DataError(
+            f"{source}: the rows could not be read ({type(error).__name__}: {reason}); --debug "
+            "shows where"
+        ) from error
 
 
 def described(settings: TrainSettings, data: Sequence[Records]) -> list[str]:
@@ -279,16 +295,41 @@ def _load_model(recipe: Recipe, data: list[Records], *, device: torch.device) ->
     return model
 
 
+@contextmanager
+def _fitting(settings: TrainSettings) -> Iterator[None]:
+    """Say of the model what libraries trip over in it: a config may hold values of any type."""
+    try:
+        yield
+    except Exception as error:
+        if is_no_fault_of_input(error):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        if is_out_of_memory(error):
+            raise ConfigError(
+                f"model: {settings.model} does not fit into memory ({reason}), or its config.json "
+                "or lora_rank asks for weights that are too large"
+            ) from error
+        raise ConfigError(
+            f"model: {settings.model} cannot be used ({type(error).__name__}: {reason}). Does its "
+            "config.json hold a value of a wrong type? --debug shows where"
+        ) from error
+
+
 def _place_model(
     recipe: Recipe, data: list[Records], *, device: torch.device
 ) -> tuple[Any, Padding]:
     """The model on its device, ready for a step, and the layout of its micro-batches."""
     settings = recipe.settings
-    model = run_or_fail_together(lambda: _load_model(recipe, data, device=device))
+
+    def load() -> Any:
+        with _fitting(settings):
+            return _load_model(recipe, data, device=device)
+
+    model = run_or_fail_together(load)
     parallelism = run_or_fail_together(lambda: choose_parallelism(model, settings, device=device))
     sharded = parallelism == "fsdp2"
     model = shard(model, settings, device=device) if sharded else model.to(device)
-    with products(model, settings, keep_copies=False):
+    with products(model, settings, keep_copies=False), _fitting(settings):
         padding = recipe.choose_padding(model)
         if recipe.peft_task == "CAUSAL_LM":
             cut_last_layer(model, padding)

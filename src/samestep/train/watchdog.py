@@ -65,8 +65,8 @@ class Watchdog:
     def __init__(self, timeout: float, store: Store | None) -> None:
         self._timeout = timeout
         self._store = store
-        self._last: Heartbeat = {"number": 0, "moves": 0, "at": "the start", "works": False}
-        self._phase, self._moves = "loading", 0
+        self._last: Heartbeat = {"number": 0, "moves": 0, "works": False}  # of the watching thread
+        self._phase, self._at, self._moves = "loading", "the start", 0  # of the main thread
         self._moved_at = time.monotonic()
         self._seen: Any = None
         self._over = threading.Event()
@@ -80,7 +80,7 @@ class Watchdog:
             at: What, in words.
         """
         assert phase in LIMITS
-        self._phase, self._last = phase, self._last | {"at": at}
+        self._phase, self._at = phase, at
         self._moves += 1
 
     def each(self, items: Iterable[Item], phase: str, at: str) -> Iterator[Item]:
@@ -172,8 +172,9 @@ class Watchdog:
         frame = innermost_frame(self._main)
         works = not waits_for_others(frame)
         moved, label = work_under_way()
-        self._last = self._last | {
+        self._last = {
             "number": self._last["number"] + 1,
+            "at": self._at,
             "moves": self._moves + moved,
             "works": works,
             "line": ", ".join(filter(None, [label, line_of(frame)])) if works else "",
@@ -193,7 +194,7 @@ class Watchdog:
         """Who is gone if the store does not answer: it lies in a process of the run."""
         if store_is_of_launcher():
             return "the launcher is gone: this rank ends too"
-        return f"rank 0 died or was stopped (last seen before {self._last['at']} on this rank)"
+        return f"rank 0 died or was stopped (last seen before {self._at} on this rank)"
 
 
 @contextmanager

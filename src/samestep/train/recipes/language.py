@@ -1,7 +1,6 @@
 """Language models: next tokens, images with texts, masked tokens, encoder-decoders, a teacher."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -35,7 +34,7 @@ from samestep.train.settings.language import (
     VisionLanguageSettings,
 )
 from samestep.train.settings.objectives import DistillationSettings
-from samestep.utils.files import cache_folder
+from samestep.utils.files import cache_folder, user_path
 
 _TARGET_COLUMNS = ("top_ids", "top_logps")
 """What a teacher said of the targets, beside the columns of causal_lm."""
@@ -159,7 +158,7 @@ class VisionLanguageRecipe(CausalLMRecipe):
 
     def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of messages with images, whose files lie beside the rows."""
-        path = Path(self.one_source(source)).expanduser()
+        path = user_path(self.one_source(source))
         rows = self.load_rows(source)
         records = image_records(
             rows,

@@ -196,7 +196,8 @@ class TrainSettings(BaseModel):
     cpu_offload: bool = False
     """fsdp2: keep shards and optimizer state in the CPU's memory."""
     rank_timeout: float = Field(default=600.0, ge=1)
-    """Seconds without progress after which a run on several ranks gives up, naming the rank."""
+    """Seconds in which nothing moves, after which several ranks give up, naming the rank; six times
+    that in loading, three times in saving."""
     not_finite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not finite: end the run, or go on without it."""
 
@@ -272,8 +273,20 @@ def finalize(settings: Settings) -> Settings:
     return result
 
 
+_LARGEST = 2**63 - 1
+"""Whole numbers that a setting may have: those beyond it are none to libraries in C."""
+
+
+def _too_large(settings: TrainSettings) -> list[str]:
+    return [
+        f"{name}: {value} is too large (at most {_LARGEST:,})"
+        for name, value in settings
+        if isinstance(value, int) and abs(value) > _LARGEST
+    ]
+
+
 def _contradictions(settings: TrainSettings) -> list[str]:
-    problems = []
+    problems = _too_large(settings)
     if settings.batch_size is not None and settings.batch_tokens is not None:
         problems.append("batch_size and batch_tokens are both given: keep one")
     if settings.steps is not None and settings.epochs is not None:
