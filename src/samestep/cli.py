@@ -1,12 +1,14 @@
 """The command line: which command, and how errors end. Heavy imports stay inside commands."""
 
 import difflib
+import io
 import logging
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import NamedTuple
 
@@ -117,6 +119,7 @@ _QUIET_LIBRARIES = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # stacks of C++ where a rank is gone: we say which one
 }
 """What keeps libraries from writing beside us; read when they are imported, here or in a child."""
 
@@ -152,8 +155,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("samestep").setLevel(logging.INFO)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what it cannot encode is spelled out
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return _run(command, rest)
+        return _flushed(_run(command, rest))
     except SamestepError as error:
         if debug:
             raise
@@ -163,8 +169,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT if isinstance(error, ConfigError | DataError | CheckError) else FAILED
     except BrokenPipeError:
         # The reader of our output went away, as in `| head`: there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         return FAILED
+    except OSError:
+        if _flushed(0, end="\n"):  # it is stdout that cannot be written
+            return FAILED
+        raise
     except KeyboardInterrupt as error:
         if debug:
             raise
@@ -172,6 +182,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"samestep: {_stopped(error, number)}", file=sys.stderr)
         return 128 + number
+
+
+def _flushed(code: int, *, end: str = "") -> int:
+    """The exit code of a command, once stdout has taken what it says; a full disk may not."""
+    try:
+        print(end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _give_up_stdout()
+        with suppress(OSError):
+            text = f"samestep: error: the output cannot be written ({error.strerror})"
+            print(text, file=sys.stderr)
+        return code or FAILED
+    return code
+
+
+def _give_up_stdout() -> None:
+    """Let what is still to be written to stdout go nowhere, so that the end is no second error."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _stopped(error: KeyboardInterrupt, number: int) -> str:

@@ -91,6 +91,10 @@ class NotFiniteError(StepError):
 class OutOfMemoryError(StepError):
     """A micro-batch does not fit into memory: a smaller one may; nothing was updated.
 
+    Attributes:
+        after_backward: Memory ran out in clipping or in the update: smaller micro-batches leave
+            more free, but need not be enough.
+
     Example:
         A loop of one's own halves what does not fit; the result cannot change.
 
@@ -111,6 +115,8 @@ class OutOfMemoryError(StepError):
         >>> step_that_fits(run_step, ["a", "b", "c", "d", "e"], size=5)
         [['a', 'b'], ['c', 'd'], ['e']]
     """
+
+    after_backward = False
 
 
 class SequenceTooLargeError(OutOfMemoryError):
@@ -167,3 +173,27 @@ class CheckpointError(SamestepError):
         >>> isinstance(error, samestep.ConfigError)
         False
     """
+
+
+def is_no_fault_of_input(error: BaseException) -> bool:
+    """Whether an error says something else than that a library tripped over what it was given.
+
+    Args:
+        error: Any.
+
+    Returns:
+        Whether it is one of samestep's own, memory that ran out, or a broken invariant of ours.
+        Libraries assert what inputs must be, too.
+
+    Example:
+        >>> from samestep.errors import ConfigError, is_no_fault_of_input
+        >>> is_no_fault_of_input(ConfigError("steps")), is_no_fault_of_input(KeyError("text"))
+        (True, False)
+    """
+    if isinstance(error, AssertionError):
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        file = "" if trace is None else trace.tb_frame.f_code.co_filename
+        return file.startswith(__file__.removesuffix("errors.py"))
+    return isinstance(error, SamestepError | MemoryError)

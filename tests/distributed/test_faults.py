@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 from cases import worst
+from planted import PlantedRun
 from runs import llama_folder, read_lines, run_config, write_rows
 from safetensors.torch import load_file
 
@@ -131,6 +132,14 @@ def test_a_rank_that_hangs_is_named(folder: Path, launched: list[LaunchedRun]) -
     assert "nothing has moved for 5 s: rank 1 died or was stopped" in text
     assert not rank.is_running()
     assert_resumes(folder, run, ranks=2)
+
+
+def test_a_hang_in_a_loss_of_ones_own_is_blamed_on_its_line(folder: Path) -> None:
+    """Not on ranks that wait, nor on the collective that the loss runs in; without a launcher."""
+    codes, text = PlantedRun(folder, "custom loss", 1).end()
+    assert codes == [3, 3], text
+    assert text.count("rank 1 hangs (last seen at evaluation, micro-batch 7: ") == 2
+    assert f"{folder}/loss.py, line 12, in slow_loss). --resume continues" in text
 
 
 def test_sigterm_saves_and_ends_with_a_code_of_its_own(

@@ -28,8 +28,9 @@ from samestep.engine.two_pass import GatheredTerms
 from samestep.kernels import packed_attention, varlen
 from samestep.models.probes import cut_last_layer
 from samestep.train.forward import with_keyed_dropout
+from samestep.train.run_data import step_plans
 from samestep.train.settings.base import TrainSettings
-from samestep.train.setup import set_up, step_plans
+from samestep.train.setup import set_up
 
 META = torch.device("meta")
 

@@ -12,9 +12,9 @@ from runs import llama_folder
 from samestep.data.load import load_rows
 from samestep.errors import ConfigError, DataError
 from samestep.train.command import read_settings
+from samestep.train.run_data import read_only
 from samestep.train.settings.base import finalize
 from samestep.train.settings.language import CausalLMSettings
-from samestep.train.setup import read_only
 
 HERE = Path(__file__).parent
 

@@ -14,7 +14,7 @@ from samestep.data.examples import Examples
 from samestep.data.load import load_rows
 from samestep.data.tokenize import tokenize_rows
 from samestep.train.command import read_settings
-from samestep.train.setup import read_only
+from samestep.train.run_data import read_only
 
 HERE = Path(__file__).parent
 

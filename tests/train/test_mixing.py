@@ -20,7 +20,7 @@ from samestep.data.mixing import Mix, mix_of
 from samestep.errors import ConfigError, DataError
 from samestep.train import trainer
 from samestep.train.command import check_paths, read_settings
-from samestep.train.setup import read_only
+from samestep.train.run_data import read_only
 from samestep.train.trainer import train
 from samestep.utils.sources import DataSource
 

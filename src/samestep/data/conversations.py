@@ -50,15 +50,27 @@ def tokenize_conversations(
     Raises:
         ConfigError: The tokenizer has no chat template.
     """
+    check_chat_template(tokenizer)
+    conversations = [result_or_error(read_conversation, row.values) for row in rows]
+    return map_valid(
+        conversations, lambda valid: _tokenize_valid(valid, tokenizer, train_on_all=train_on_all)
+    )
+
+
+def check_chat_template(tokenizer: Any) -> None:
+    """Refuse rows of messages without a template that renders them.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+
+    Raises:
+        ConfigError: It has no chat template.
+    """
     if not tokenizer.chat_template:
         raise ConfigError(
             "the tokenizer has no chat template, which rows of messages need: set tokenizer to "
             "one that has it (that of an instruct model), or give prompt and completion as text"
         )
-    conversations = [result_or_error(read_conversation, row.values) for row in rows]
-    return map_valid(
-        conversations, lambda valid: _tokenize_valid(valid, tokenizer, train_on_all=train_on_all)
-    )
 
 
 def _tokenize_valid(

@@ -16,6 +16,7 @@ from samestep.data.row_converters import Converter, convert_rows, resolve_row_fo
 from samestep.data.row_formats import RowFormat
 from samestep.data.rows import Row, RowError, map_rows, raise_problems
 from samestep.errors import DataError
+from samestep.utils.files import user_path
 from samestep.utils.hub import find_on_hub
 from samestep.utils.plugins import nearest
 from samestep.utils.sources import DataSource, Source, is_url
@@ -139,7 +140,7 @@ def _renamed(rows: list[Row], columns: Mapping[str, str] | None) -> list[Row]:
 
 
 def _from_name(source: str | Path, split: str, named: DataSource | None = None) -> list[Row]:
-    path = Path(source).expanduser()
+    path = user_path(source)
     local = isinstance(source, Path) or is_url(source) or path.exists() or _looks_like_path(source)
     if named is not None and local:
         _refuse_parts(named, path)

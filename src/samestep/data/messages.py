@@ -42,13 +42,24 @@ def read_conversation(values: Mapping[str, Any]) -> Conversation:
     """
     tools = read_tools(values)
     if values.get("messages") is not None:
-        return Conversation(_read_texts(values, "messages"), 0, tools)
-    prompt = _read_texts(values, "prompt")
-    return Conversation(prompt + _read_texts(values, "completion"), len(prompt), tools)
+        return Conversation(read_message_texts(values, "messages"), 0, tools)
+    prompt = read_message_texts(values, "prompt")
+    return Conversation(prompt + read_message_texts(values, "completion"), len(prompt), tools)
 
 
-def _read_texts(values: Mapping[str, Any], column: str) -> Messages:
-    """The messages of a column, with contents that are text (parts of text were joined before)."""
+def read_message_texts(values: Mapping[str, Any], column: str) -> Messages:
+    """The messages of a column, with contents that are text (parts of text were joined before).
+
+    Args:
+        values: The columns.
+        column: The one to read.
+
+    Returns:
+        At least one message.
+
+    Raises:
+        RowError: They are not messages, or a content is no text.
+    """
     messages = read_messages(values, column)
     for at, message in enumerate(messages):
         content = message.get("content", "")
@@ -84,7 +95,9 @@ def read_messages(values: Mapping[str, Any], column: str) -> Messages:
         if not isinstance(message, Mapping):
             raise RowError(f"{column}[{at}] must be an object, found {type(message).__name__}")
         if not isinstance(message.get("role"), str):
-            raise RowError(f"{column}[{at}] has no role; its keys: {', '.join(message) or 'none'}")
+            raise RowError(
+                f"{column}[{at}] has no role; its keys: {', '.join(map(str, message)) or 'none'}"
+            )
     return [
         {key: value for key, value in message.items() if value is not None} for message in messages
     ]
@@ -132,6 +145,10 @@ def message_weights(messages: Sequence[Mapping[str, Any]]) -> list[float] | None
 
 def _message_weight(weight: Any) -> float:
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not (is_number and math.isfinite(weight) and weight >= 0):
+    try:
+        number = float(weight) if is_number else math.nan
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and number >= 0):
         raise RowError(f"the weight of a message must be a number of at least 0, found {weight!r}")
-    return float(weight)
+    return number

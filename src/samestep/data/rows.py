@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
 
-from samestep.errors import DataError
+from samestep.errors import DataError, is_no_fault_of_input
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -137,12 +137,12 @@ def iter_rows(
     for index, row in enumerate(rows):
         try:
             result = read(index, row)
-        except RowError as error:
-            problems.append(f"{row.origin}: {error}")
-            continue
         except RowDropped as reason:
             assert dropped is not None
             dropped.add(str(reason), index)
+            continue
+        except Exception as error:
+            problems.append(f"{row.origin}: {unexpected(error)}")
             continue
         yield index, result
     raise_problems(problems, hint=hint)
@@ -167,6 +167,31 @@ def map_rows(
     return [result for _, result in iter_rows(rows, lambda _, row: read(row), hint=hint)]
 
 
+def unexpected(error: Exception) -> RowError:
+    """What a reader tripped over, as an error of its row.
+
+    The values of a row may be anything that a format holds, and so may what libraries raise on
+    them. Nothing but these errors comes out of reading a row; what is no row's fault stays as it
+    is: errors of samestep's own, memory that ran out, a broken invariant.
+
+    Args:
+        error: Any.
+
+    Returns:
+        The error of the row.
+    """
+    if isinstance(error, RowError):
+        return error
+    if is_no_fault_of_input(error):
+        raise error
+    reason = (str(error).splitlines() or [""])[0][:_LONGEST_REASON]
+    return RowError(f"cannot be used ({type(error).__name__}: {reason})")
+
+
+_LONGEST_REASON = 200
+"""Characters of what a library says of a row."""
+
+
 def result_or_error(
     function: Callable[_Arguments, _Result], *args: _Arguments.args, **keywords: _Arguments.kwargs
 ) -> _Result | RowError:
@@ -178,12 +203,12 @@ def result_or_error(
         keywords: Its keywords.
 
     Returns:
-        What it returns, or the `RowError` that it raises.
+        What it returns, or the `RowError` that it raises, or that says what else it raised.
     """
     try:
         return function(*args, **keywords)
-    except RowError as error:
-        return error
+    except Exception as error:
+        return unexpected(error)
 
 
 def map_valid(
@@ -244,9 +269,9 @@ def rows_with_weight(rows: Sequence[Row], kept: Sequence[int], dropped: RowTally
         Indices.
 
     Raises:
-        RowError: A weight is no such number.
+        DataError: A weight is no such number.
     """
-    weights = [read_weight(rows[at].values) for at in kept]
+    weights = map_rows([rows[at] for at in kept], lambda row: read_weight(row.values))
     for at, weight in zip(kept, weights, strict=True):
         if not weight:
             dropped.add(WEIGHS_NOTHING, at)

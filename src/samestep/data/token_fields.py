@@ -115,7 +115,7 @@ def _weights(values: Mapping[str, Any], length: int) -> TokenWeights | None:
         return None
     try:
         weights = np.asarray(values["token_weights"], dtype=np.float32)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weights = np.asarray(np.nan, dtype=np.float32)
     if weights.shape != (length,):
         raise RowError(f"token_weights must be a list of {length} numbers, as input_ids has")

@@ -201,3 +201,9 @@ def _control_device() -> torch.device:
     if "cpu" in dist.get_backend_config():
         return torch.device("cpu")
     return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+COMMUNICATING = frozenset(
+    function.__code__ for function in (_gather_bytes, all_reduce_sum, gather_rows)
+)
+"""The code of the functions here that wait for other ranks themselves, and run nothing else."""

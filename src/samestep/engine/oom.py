@@ -1,14 +1,16 @@
 """Out-of-memory errors: recognised among others, and raised with the data that caused them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 from samestep.engine.counts import input_tokens
 from samestep.engine.targets import num_sequences
 from samestep.engine.terms import MicroBatch
-from samestep.errors import OutOfMemoryError, SequenceTooLargeError
+from samestep.errors import OutOfMemoryError, SequenceTooLargeError, StepError
 
 _ALLOCATOR_MESSAGES = (
     *("can't allocate memory", "bad_alloc", "out of memory", "could not create a "),
@@ -37,11 +39,11 @@ def memory_guard(micro_batch: MicroBatch) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         sequences, tokens = _num_sequences(micro_batch), input_tokens(micro_batch)
         rows = describe_rows(micro_batch)
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = _first_line(error)
         if sequences == 1:
             raise SequenceTooLargeError(
                 f"out of memory on one sequence of {tokens} tokens{rows}: a step "
@@ -51,6 +53,74 @@ def memory_guard(micro_batch: MicroBatch) -> Iterator[None]:
         raise OutOfMemoryError(
             f"out of memory on {tokens} tokens in {sequences} sequences{rows} ({reason})"
         ) from None
+
+
+@contextmanager
+def clipping_guard() -> Iterator[None]:
+    """Name the memory that runs out in the gradient's norm and clipping; nothing is updated then.
+
+    Raises:
+        OutOfMemoryError: The block ran out of memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _after_backward(
+            f"out of memory in clipping the gradient ({_first_line(error)})"
+        ) from None
+
+
+@contextmanager
+def update_guard(weights: Iterable[Tensor], optimizer: Optimizer) -> Iterator[None]:
+    """Name the memory that runs out in an optimizer's update, and say whether anything changed.
+
+    Optimizers make their state in the first update, which is when memory runs out: before any
+    weight has changed. What they had begun is then taken back, and the step can be run again.
+
+    Args:
+        weights: Those that the optimizer updates.
+        optimizer: The block runs its ``step``.
+
+    Raises:
+        OutOfMemoryError: The block ran out of memory, and has changed nothing.
+        StepError: It did, and some weights or moments are updated while others are not.
+    """
+    tensors = [*weights, *_state_tensors(optimizer)]
+    versions = [tensor._version for tensor in tensors]
+    begun = {weight: set(state) for weight, state in optimizer.state.items()}
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = _first_line(error)
+        if versions != [tensor._version for tensor in tensors]:
+            raise StepError(
+                f"out of memory in the middle of the update ({reason}): some weights are updated "
+                "and others are not. Go back to a checkpoint, and give the run more memory or an "
+                "optimizer with less state"
+            ) from None
+        for weight, state in list(optimizer.state.items()):
+            for name in state.keys() - begun.get(weight, set()):
+                del state[name]
+        raise _after_backward(f"out of memory in the update ({reason})") from None
+
+
+def _state_tensors(optimizer: Optimizer) -> list[Tensor]:
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _after_backward(problem: str) -> OutOfMemoryError:
+    error = OutOfMemoryError(f"{problem}; nothing was updated")
+    error.after_backward = True
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def describe_rows(micro_batch: MicroBatch) -> str:
@@ -70,7 +140,8 @@ def describe_rows(micro_batch: MicroBatch) -> str:
     return f" (row{'s' if len(rows) > 1 else ''} {shown}{more})"
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocator found no memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return any(message in str(error) for message in _ALLOCATOR_MESSAGES)

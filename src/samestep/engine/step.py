@@ -61,7 +61,7 @@ from samestep.engine.normalize import (
     reduce_terms,
     reduce_totals,
 )
-from samestep.engine.oom import memory_guard
+from samestep.engine.oom import clipping_guard, memory_guard, update_guard
 from samestep.engine.parallel import (
     gather_micro_batch_results,
     is_sharded,
@@ -153,7 +153,8 @@ def step(
         StepError: A unit was not counted; a term is no sum over its examples, or no weight can
             learn from it; a term or the gradient is not finite
             (`NotFiniteError`, which names it); a micro-batch does not fit into memory
-            (`OutOfMemoryError`). The weights are then unchanged and no gradient is left behind.
+            (`OutOfMemoryError`). The weights are then unchanged and no gradient is left behind,
+            but where memory runs out in the middle of the update, which the message then says.
         ConfigError: What the step cannot make exact: a scaler with weights of low precision, an
             optimizer over weights that are not the model's, BatchNorm in train mode, or weights
             that are distributed over the ranks in an unknown way. Or an argument of the wrong
@@ -217,10 +218,12 @@ def step(
     else:
         if scaler is not None:
             scaler.unscale_(optimizer)
-        norm = float(clip_grad_norm_(list(gradients.values()), max_grad_norm))
+        with clipping_guard():
+            norm = float(clip_grad_norm_(list(gradients.values()), max_grad_norm))
         if math.isfinite(norm):
-            assign_gradients(gradients)
-            optimizer.step()
+            with update_guard(gradients, optimizer):
+                assign_gradients(gradients)
+                optimizer.step()
         elif scaler is not None:
             skipped = "overflow"
         else:

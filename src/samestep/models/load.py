@@ -1,13 +1,8 @@
 """Loading models and tokenizers from a Hub name, a folder, or a GGUF file (converted once)."""
 
-import atexit
-import json
 import logging
-import re
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +17,12 @@ from transformers import (
     ProcessorMixin,
     modeling_gguf_pytorch_utils,
 )
-from transformers.utils import cached_file
 
 from samestep.errors import ConfigError
+from samestep.models.files import check_complete, check_finite, check_parts, check_safetensors
+from samestep.utils.cached_folders import cached_folder
 from samestep.utils.extras import MissingExtraError, missing_text
-from samestep.utils.files import cache_folder, sha256_of, sync_tree
+from samestep.utils.files import cache_folder, sha256_of, user_path
 from samestep.utils.hub import find_on_hub
 from samestep.utils.waiting import waiting
 
@@ -37,9 +33,6 @@ _UNKEYED_NOISE = (
     "router_jitter_noise",
 )
 """Settings of configs for randomness that cannot be tied to examples."""
-
-_IS_SAFETENSORS = re.compile(r"[^/\\\x00]+\.safetensors")
-"""Names of files of weights: a file beside the index."""
 
 _NEW_HEAD_CLASSES = (
     "AutoModel",
@@ -67,9 +60,9 @@ def resolve_source(model: str, *, kind: Literal["model", "tokenizer"] = "model")
     if model.endswith(".gguf"):
         return str(convert_gguf(Path(model)))
     looks_like_a_path = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if looks_like_a_path and not Path(model).expanduser().is_dir():
+    if looks_like_a_path and not user_path(model).is_dir():
         raise ConfigError(f"model: there is no folder {model}")
-    folder = Path(model).expanduser()
+    folder = user_path(model)
     alone = kind == "tokenizer" and (folder / "tokenizer_config.json").exists()
     if folder.is_dir() and not alone and not (folder / "config.json").exists():
         content = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
@@ -101,43 +94,20 @@ def convert_gguf(file: Path) -> Path:
     """
     if not file.is_file():
         raise ConfigError(f"model: there is no file {file}")
-    folder = cache_folder() / "gguf" / sha256_of(file)[:32]
-    if (folder / "config.json").is_file():
-        return folder
-    _log.info("converting %s to safetensors (once)", file.name)
-    unfinished = _unfinished_folder(folder)
-    try:
+
+    def write(folder: Path) -> None:
+        _log.info("converting %s to safetensors (once)", file.name)
         with waiting(f"converting {file.name}"):
-            _write_safetensors(file, unfinished)
-        sync_tree(unfinished)
-        with suppress(OSError):  # another run was first: its folder has the same content
-            unfinished.rename(folder)
-            return folder
+            _write_safetensors(file, folder)
+
+    folder = cache_folder() / "gguf" / sha256_of(file)[:32]
+    try:
+        return cached_folder(folder, write)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
         raise ConfigError(
-            f"model: {file} could not be converted in {unfinished.parent}: {error}. Make room "
+            f"model: {file} could not be converted in {folder.parent}: {error}. Make room "
             "there, or set SAMESTEP_CACHE to another folder"
         ) from error
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    if (folder / "config.json").is_file():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        return folder
-    return unfinished  # what has the name is not whole, and cannot be replaced
-
-
-def _unfinished_folder(folder: Path) -> Path:
-    """A new folder beside another, or, where none can be made, among temporary files."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        _log.warning("the cache cannot be written (%s): what is converted is not kept", error)
-        unfinished = Path(tempfile.mkdtemp(prefix="samestep-"))
-        atexit.register(shutil.rmtree, unfinished, ignore_errors=True)
-        return unfinished
 
 
 @contextmanager
@@ -181,7 +151,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
         raise ConfigError(
             f"tokenizer: none could be loaded from {source}: {_first_line(error)}. "
             "Name one by tokenizer (a folder or a Hub name)"
@@ -203,7 +173,7 @@ def load_processor(source: str, *, trust_remote_code: bool = False) -> Any:
     """
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:
         raise ConfigError(
             f"tokenizer: no processor of texts and images could be loaded from {source}: "
             f"{_first_line(error)}. Name one by tokenizer (a folder or a Hub name)"
@@ -251,6 +221,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(source, **options, **(settings or {}))
         for nested in _nested_configs(config):
+            check_parts(nested.to_dict())
             for name in _UNKEYED_NOISE:
                 if nested.to_dict().get(name):
                     setattr(nested, name, 0.0)
@@ -259,7 +230,7 @@ def load_model(
         if init == "random":
             model = auto.from_config(config, dtype=dtype, **options)
         else:
-            _check_safetensors(source, "model.safetensors.index.json")
+            check_safetensors(source, "model.safetensors.index.json")
             model, loading = auto.from_pretrained(
                 source,
                 config=config,
@@ -269,14 +240,15 @@ def load_model(
                 **options,
             )
             new_head = auto_class in _NEW_HEAD_CLASSES
-            _check_complete(source, model, missing=loading["missing_keys"], new_head=new_head)
+            check_complete(source, model, missing=loading["missing_keys"], new_head=new_head)
+            check_finite(source, model)
         if dtype == torch.float64:
             # The grouped products that transformers prefers for experts have no float64.
             model.set_experts_implementation("eager")
-    except (
-        *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError),
-        *(RuntimeError, SafetensorError, ZeroDivisionError),
-    ) as error:
+    except Exception as error:
+        if isinstance(error, ConfigError):
+            raise
+        # Libraries raise whatever values of a wrong type make them trip over.
         raise ConfigError(
             f"model: {source} could not be loaded: {_first_line(error)}. It takes a folder with "
             "config.json and *.safetensors, a Hub name, or a .gguf file"
@@ -285,24 +257,6 @@ def load_model(
     # What its weights were before they became `dtype`: they are saved as they came.
     model.stored_dtype = stored if init == "pretrained" else None
     return model.train()
-
-
-def _check_safetensors(source: str, index: str) -> None:
-    """Refuse an index that names other files: libraries would unpickle them."""
-    path = cached_file(source, index, _raise_exceptions_for_missing_entries=False)
-    if path is not None:
-        names = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()
-        wrong = sorted({str(name) for name in names if not _IS_SAFETENSORS.fullmatch(str(name))})
-        if wrong:
-            raise ConfigError(
-                f"model: {index} of {source} names {', '.join(wrong[:3])}: weights are read from "
-                "*.safetensors files beside it alone. Save the model anew with safetensors"
-            )
-    if (Path(source) / "adapter_config.json").exists():
-        raise ConfigError(
-            f"model: {source} holds an adapter (adapter_config.json) beside a model's config.json: "
-            "merge it into the weights, or move it elsewhere"
-        )
 
 
 def _nested_configs(config: Any) -> Iterator[Any]:
@@ -314,25 +268,8 @@ def _nested_configs(config: Any) -> Iterator[Any]:
             yield from _nested_configs(nested)
 
 
-def _check_complete(source: str, model: Any, *, missing: Iterable[str], new_head: bool) -> None:
-    """Refuse missing weights, but for those of a head that is to be new."""
-    body = f"{model.base_model_prefix}."
-    absent = sorted(missing)
-    if new_head:
-        head = [key for key in absent if not key.startswith(body) or ".pooler." in key]
-        absent = [key for key in absent if key not in head]
-        if head:
-            _log.info("the head starts from random values: %s", ", ".join(head))
-    if absent:
-        names = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
-        raise ConfigError(
-            f"model: {source} lacks {len(absent)} of the model's weights ({names}): they would "
-            "start from random values"
-        )
-
-
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
 
 
 def load_diffusion(
@@ -366,12 +303,15 @@ def load_diffusion(
         if init == "random":
             model = model_class.from_config(config).to(dtype)
         else:
-            _check_safetensors(source, "diffusion_pytorch_model.safetensors.index.json")
+            check_safetensors(source, "diffusion_pytorch_model.safetensors.index.json")
             model = model_class.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as error:
+            check_finite(source, model)
+    except Exception as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(
             f"model: {source} could not be loaded as a model of diffusers: "
-            f"{str(error).strip().splitlines()[0]}. It takes the folder of the transformer itself, "
+            f"{_first_line(error)}. It takes the folder of the transformer itself, "
             "with config.json and *.safetensors"
         ) from error
     dropouts = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]

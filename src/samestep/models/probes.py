@@ -103,10 +103,30 @@ def _why_not(model: Any, padding: Padding, plain: str, outputs: Outputs) -> str 
         model.train(training)
     if found.holds:
         return None
+    _check_answers(model, alone)
     return (
         f"outputs change by {found.difference:.1e} beside a neighbour, by {found.noise:.1e} from "
         "rounding"
     )
+
+
+def _check_answers(model: Any, alone: Callable[[], list[Tensor]]) -> None:
+    """Refuse a model whose outputs tell nothing, of which nothing else can be said.
+
+    Raises:
+        ConfigError: They are not finite, or the same whatever the input is.
+    """
+    answers = torch.cat([output.flatten().float() for output in alone()])
+    if not answers.isfinite().all():
+        raise ConfigError(
+            f"model: the outputs of {type(model).__name__} are not finite in {model.dtype}: its "
+            "weights are damaged, or too large for this precision"
+        )
+    if answers.numel() and bool((answers == answers[0]).all()):
+        raise ConfigError(
+            f"model: the outputs of {type(model).__name__} are all {float(answers[0]):g}, whatever "
+            "it reads: are its weights all 0?"
+        )
 
 
 def _beyond_the_window(model: Any) -> int:

@@ -31,9 +31,10 @@ from samestep.study.statistics import estimate_signal_and_variance, record_micro
 from samestep.train.forward import with_keyed_dropout
 from samestep.train.micro_batches import MicroBatches
 from samestep.train.optim import learning_rate, set_learning_rate
+from samestep.train.run_data import step_plans
 from samestep.train.settings.base import TrainSettings, finalize
 from samestep.train.settings.language import CausalLMSettings
-from samestep.train.setup import set_up, step_plans
+from samestep.train.setup import set_up
 from samestep.utils.memory import peak_memory_since_reset, reset_peak_memory
 
 _DIVERGED = 2.0

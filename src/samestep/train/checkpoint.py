@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from samestep.engine.collectives import gather_results, on_rank_0, rank, world_size
+from samestep.engine.oom import is_out_of_memory
 from samestep.errors import CheckpointError
 from samestep.train.checkpoint_files import (
     FORMAT,
@@ -119,7 +120,9 @@ def save(
         for sums in gather_results(lambda: _checksums(aside)):
             state["files"] |= sums
         on_rank_0(finish)
-    except (OSError, SafetensorError, CheckpointException) as error:
+    except (OSError, SafetensorError, CheckpointException, RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
         with suppress(OSError):
             remove(aside)
         older = all_checkpoints(folder)
@@ -299,8 +302,16 @@ def _reason(error: BaseException) -> str:
     """The first cause; DCP wraps those of all ranks."""
     if isinstance(error, CheckpointException):
         number, (cause, _) = next(iter(error.failures.items()))
-        return f"rank {number}: {cause}" if world_size() > 1 else str(cause)
-    return str(error)
+        return f"rank {number}: {_in_words(cause)}" if world_size() > 1 else _in_words(cause)
+    return _in_words(error)
+
+
+def _in_words(error: BaseException) -> str:
+    # Without memory for the bytes of a file, PyTorch has an object of Python's that is not there.
+    if is_out_of_memory(error) or "PyObject pointer is null" in str(error):
+        text = str(error).strip().split("\n")[0] or type(error).__name__
+        return f"out of memory for the copy of a file that is written ({text})"
+    return str(error) or type(error).__name__
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

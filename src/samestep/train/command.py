@@ -83,7 +83,7 @@ def _dry_run(settings: TrainSettings) -> int:
     """Say what a run would read, and end there."""
     from transformers.utils import logging as transformers_logging
 
-    from samestep.train.setup import read_only
+    from samestep.train.run_data import read_only
 
     transformers_logging.set_verbosity_error()
     encoding = sys.stdout.encoding or "utf-8"

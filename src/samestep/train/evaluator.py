@@ -28,6 +28,7 @@ from samestep.train.precision import one_step, products
 from samestep.train.reporter import RunReporter
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.evaluation import split_best
+from samestep.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Evaluator:
         beat: Called before each answer.
         average: Evaluated in the place of the weights, if there is one.
         bitwise: Whether sums have the same bits on any ranks.
+        watchdog: Is told what begins, if there is one.
         history: The reports of this call by set, in order.
     """
 
@@ -89,6 +91,7 @@ class Evaluator:
     beat: Callable[[str], None] = lambda name: None
     average: WeightAverage | None = None
     bitwise: bool = False
+    watchdog: Watchdog | None = None
     history: list[dict[str, EvalReport]] = field(default_factory=list)
 
     def is_due(self, step: int) -> bool:
@@ -108,6 +111,8 @@ class Evaluator:
             The reports by set, the same on all ranks.
         """
         reports, answers = self.evaluate()
+        if self.watchdog is not None:
+            self.watchdog.begin("log", f"evaluation after step {step}, writing the log")
         on_rank_0(lambda: self._write(reports, answers, step))
         self.history.append(reports)
         assert self.reporter is not None
@@ -154,10 +159,13 @@ class Evaluator:
         everything, micro_batches = range(len(each.records)), each.micro_batches
 
         def attempt() -> EvalReport:
+            micros = micro_batches.of_this_rank(everything, 0)
+            if self.watchdog is not None:
+                micros = self.watchdog.each(micros, "evaluation", "evaluation, collating")
             with one_step(micro_batches.device):
                 return evaluate(
                     self.model,
-                    micro_batches.of_this_rank(everything, 0),
+                    micros,
                     self.watched(self.objective.loss_fn, number=micro_batches.count(everything)),
                     counters=self.objective.counters,
                     bitwise=self.bitwise,

@@ -24,6 +24,16 @@ def under_torchrun() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
+def launched() -> bool:
+    """Whether the parent of this process is PyTorch's launcher, and ends when the run ends."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def store_is_of_launcher() -> bool:
+    """Whether the launcher holds the store of the ranks; otherwise rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """Join the other ranks, if torchrun has started this process; leave them at the end.

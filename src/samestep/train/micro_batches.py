@@ -233,8 +233,10 @@ def retry_on_oom(
 
     Raises:
         SequenceTooLargeError: A single sequence does not fit.
-        OutOfMemoryError: Under FSDP2, where the other ranks cannot be told.
+        OutOfMemoryError: Under FSDP2, where the other ranks cannot be told; or twice in clipping
+            or in the update, which on several ranks the others cannot be told either.
     """
+    failed_after_backward = False
     while True:
         try:
             return work()
@@ -244,6 +246,13 @@ def retry_on_oom(
             problem, change = str(error), "computing most of each layer anew in the backward"
         except OutOfMemoryError as error:
             problem = str(error)
+            if error.after_backward and (failed_after_backward or world_size() > 1):
+                raise OutOfMemoryError(
+                    f"{problem}. Weights, gradients and the optimizer's state do not fit: continue "
+                    "with --resume on a machine with more memory or on more ranks; lora_rank, or "
+                    "an optimizer with less state, makes another, smaller run"
+                ) from None
+            failed_after_backward |= error.after_backward
             if is_sharded(model):
                 raise OutOfMemoryError(
                     f"{problem}. Under fsdp2 the other ranks wait inside the model and cannot be "

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from samestep.engine.collectives import on_rank_0
+from samestep.engine.oom import is_out_of_memory
 from samestep.engine.parallel import is_sharded
 from samestep.errors import CheckpointError
 from samestep.train.run_folder import unfinished_model
@@ -60,11 +61,15 @@ def _write_model(model: Any, tokenizer: Any, *, folder: Path, weights: Any) -> N
         sync_tree(aside)
         replace_folder(folder, aside)
         remove(old)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
+        memory = is_out_of_memory(error)
+        if isinstance(error, RuntimeError) and not memory:
+            raise
         with suppress(OSError):
             remove(aside)
+        reason = f"out of memory ({error or type(error).__name__})" if memory else str(error)
         raise CheckpointError(
-            f"{folder} could not be written: {error}. The last checkpoint is intact: make room "
+            f"{folder} could not be written: {reason}. The last checkpoint is intact: make room "
             "and run again with --resume"
         ) from error
 

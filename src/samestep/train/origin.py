@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from samestep.models.load import resolve_source
 from samestep.train.settings.base import TrainSettings
-from samestep.utils.files import open_regular, sha256_of
+from samestep.utils.files import open_regular, sha256_of, user_path
 
 _MODELS = ("model", "reference_model", "teacher")
 """Settings that name models."""
@@ -51,7 +51,7 @@ def origin_of(settings: TrainSettings, model: Any) -> dict[str, str]:
     for setting in _MODELS:
         if values.get(setting) is None:
             continue
-        file = Path(values[setting]).expanduser()
+        file = user_path(values[setting])
         if file.suffix == ".gguf":
             found[f"{setting}: {file.name}"] = sha256_of(file)
             continue

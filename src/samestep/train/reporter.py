@@ -5,6 +5,7 @@ A bar on a terminal, plain lines elsewhere; and the run's logs.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
@@ -48,6 +49,16 @@ def fit_line(parts: Sequence[str], width: int) -> str:
             break
         line += f"  {part}"
     return line
+
+
+_LONGEST = timedelta(days=999)
+
+
+def _duration(seconds: float) -> str:
+    """A duration in words; one that nobody waits for is not told to the second."""
+    if not seconds < _LONGEST.total_seconds():
+        return f"over {_LONGEST.days} days"
+    return str(timedelta(seconds=round(seconds)))
 
 
 class RunConsole:
@@ -100,7 +111,8 @@ class RunConsole:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(printable(text), soft_wrap=True)
+        with suppress(OSError):  # stderr on a full disk, or closed: the run itself goes on
+            self._console.print(printable(text), soft_wrap=True)
         self._last_line = self._clock()
 
     def step(self, report: StepReport, *, lr: float) -> None:
@@ -113,7 +125,7 @@ class RunConsole:
         self._parts = [
             *([f"skipped ({report.skipped})"] if report.skipped else []),
             f"loss {report.loss:.4f}",
-            f"eta {timedelta(seconds=round(left))}",
+            f"eta {_duration(left)}",
             f"{self._tokens / self._seconds:,.0f} tokens/s",
             f"norm {report.grad_norm:.3g}",
             f"lr {lr:.3g}",

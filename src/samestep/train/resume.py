@@ -11,9 +11,10 @@ from samestep.train.bitwise import BitRun
 from samestep.train.checkpoint_files import read_origin, step_folder
 from samestep.train.origin import differences, origin_of
 from samestep.train.progress import DataFingerprint, Progress
+from samestep.train.run_data import training_mix
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
-from samestep.train.setup import TrainingSetup, training_mix
+from samestep.train.setup import TrainingSetup
 from samestep.utils.sources import describe_source
 
 log = logging.getLogger("samestep")
@@ -69,7 +70,7 @@ def first_progress(
     _check_origin(path, origin["files"])
     if bits is not None:
         bits.restore(read_origin(path).get("bitwise"), path)
-    progress = _load(path, setup)
+    progress = load_progress(path, setup)
     difference = progress.data.difference(data)
     if difference:
         raise ConfigError(
@@ -81,7 +82,19 @@ def first_progress(
     return progress
 
 
-def _load(path: Path, setup: TrainingSetup) -> Progress:
+def load_progress(path: Path, setup: TrainingSetup) -> Progress:
+    """Put what a checkpoint holds in place.
+
+    Args:
+        path: Its folder.
+        setup: Its model, optimizer and average get it.
+
+    Returns:
+        How far the run was.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
     average = None if setup.average is None else setup.average.tensors
     return checkpoint.load(path, setup.model, optimizer=setup.optimizer, average=average)
 
@@ -105,7 +118,7 @@ def load_best(
         return
     if choice.step != progress.step:
         path = step_folder(folder.checkpoints, choice.step)
-        _load(path, setup)
+        load_progress(path, setup)
     early = f"; the run ended after step {progress.step} of {setup.steps}"
     log.info(
         *("best: %s %.6g after step %d, which becomes the model%s", settings.best, choice.value),

@@ -17,7 +17,7 @@ from samestep.train.settings.base import (
     with_current_names,
 )
 from samestep.train.settings.paths import texts_of
-from samestep.utils.files import remove, replaced_name, write_atomically
+from samestep.utils.files import remove, replaced_name, user_path, write_atomically
 from samestep.utils.messages import read_yaml
 
 log = logging.getLogger("samestep")
@@ -129,7 +129,7 @@ class RunFolder:
             if name == "out" or "\0" in value:
                 continue
             with suppress(OSError, RuntimeError):
-                path = Path(value).expanduser()
+                path = user_path(value)
                 within = [part for part in own if path.resolve().is_relative_to(part)]
                 if within and path.exists():
                     problems.append(

@@ -2,22 +2,21 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from samestep.data.batching import StepPlan, num_steps, plan_steps
 from samestep.data.collate import Padding
-from samestep.data.describe import with_report
-from samestep.data.mixing import Mix, mix_of
 from samestep.data.records import Records
 from samestep.engine.collectives import run_or_fail_together, world_size
+from samestep.engine.oom import is_out_of_memory
 from samestep.engine.parallel import is_sharded, prepare_for_step
 from samestep.engine.terms import Objective
 from samestep.engine.two_pass import TwoPass
-from samestep.errors import ConfigError
+from samestep.errors import ConfigError, is_no_fault_of_input
 from samestep.kernels.gemm import speed_up_linear
 from samestep.models.dropout import replace_dropout
 from samestep.models.load import resolve_source
@@ -31,7 +30,7 @@ from samestep.train.launch import is_first_on_machine
 from samestep.train.metrics import with_metrics
 from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS, Collator, MicroBatches
 from samestep.train.micro_tokens import budget_range, choose_micro_tokens
-from samestep.train.optim import build_optimizer, freeze, load_optimizer, load_schedule
+from samestep.train.optim import build_optimizer, freeze
 from samestep.train.precision import (
     choose_precision,
     describe,
@@ -40,12 +39,18 @@ from samestep.train.precision import (
     raise_trained,
     with_products,
 )
-from samestep.train.recipes.base import Recipe, recipe_for
+from samestep.train.recipes.base import Recipe
+from samestep.train.run_data import (
+    check_references,
+    described,
+    load_data,
+    step_plans,
+    total_steps,
+)
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.evaluation import evaluation_sets
 from samestep.train.sharding import choose_parallelism, shard
 from samestep.utils.memory import keep_large_blocks
-from samestep.utils.sources import describe_source, parts_of
 from samestep.utils.waiting import waiting
 
 log = logging.getLogger("samestep")
@@ -98,7 +103,7 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
         DataError: The data cannot be used.
     """
     settings = run_or_fail_together(lambda: choose_precision(settings))
-    recipe = run_or_fail_together(lambda: _check_references(settings))
+    recipe = run_or_fail_together(lambda: check_references(settings))
     device = run_or_fail_together(lambda: find_device(settings.device))
     if settings.activation_offload and device.type == "cpu":
         raise ConfigError("activation_offload: on a CPU the activations are where they would go")
@@ -146,7 +151,7 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
     def cut_first(budget: int) -> list[dict[str, Any]]:
         return list(cut(data[0], budget).batches(first, 0))
 
-    steps = _total_steps(data[0], settings)
+    steps = total_steps(data[0], settings)
     choose_compilation(
         model,
         objective,
@@ -185,134 +190,6 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
     )
 
 
-def step_plans(records: Records, settings: TrainSettings, *, start: int = 0) -> Iterator[StepPlan]:
-    """The steps of a run without end.
-
-    Args:
-        records: Training records.
-        settings: ``seed``, ``batch_size``, ``batch_tokens``.
-        start: The number of the first step.
-
-    Yields:
-        The plan of each step.
-    """
-    return plan_steps(
-        records.lengths,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        batch_tokens=settings.batch_tokens,
-        mix=training_mix(records, settings),
-        start=start,
-    )
-
-
-def training_mix(records: Records, settings: TrainSettings) -> Mix | None:
-    """What an epoch takes of the training records.
-
-    Args:
-        records: Training records.
-        settings: ``data``.
-
-    Returns:
-        The mix; None if each is taken once.
-
-    Raises:
-        ConfigError: Sources have weights, but which records are of which is not known.
-        DataError: No row of a source is left.
-    """
-    parts = parts_of(settings.data)
-    if not any(part.weight or part.rows for part in parts):
-        return None
-    sizes = None if records.report is None else records.report.by_source
-    if sizes is None or sum(sizes) != len(records):
-        raise ConfigError(
-            f"data: the sources of {settings.objective} cannot be mixed by weight or rows: its "
-            "records are not those of one source after another"
-        )
-    return mix_of(parts, (*sizes, *[0] * (len(parts) - len(sizes))))
-
-
-def _check_references(settings: TrainSettings) -> Recipe:
-    """The recipe; fails early if what a setting names (an optimizer, say) does not exist."""
-    load_optimizer(settings.optimizer)
-    load_schedule(settings.schedule)
-    return recipe_for(settings)
-
-
-def load_data(recipe: Recipe) -> tuple[Any, list[Records]]:
-    """The tokenizer, and the records to train on, then those to evaluate on if there are any.
-
-    Args:
-        recipe: What reads them.
-
-    Returns:
-        Both.
-
-    Raises:
-        ConfigError: There is no tokenizer, or it does not fit the rows.
-        DataError: The rows cannot be used.
-    """
-    settings = recipe.settings
-    source = resolve_source(settings.model)
-    if settings.trust_remote_code:
-        log.warning("trust_remote_code: Python code that comes with the model will run")
-    place = resolve_source(settings.tokenizer or source, kind="tokenizer")
-    tokenizer = recipe.load_tokenizer(place)
-    with waiting(f"reading {describe_source(settings.data)}"):
-        data = [recipe.read(settings.data, tokenizer, None)]
-    for held_out in evaluation_sets(settings).values():
-        with waiting(f"reading {describe_source(held_out)}"):
-            data.append(recipe.read(held_out, tokenizer, data[0]))
-    for records in data:
-        if records.report is None:  # read by a recipe of the user's own
-            with_report(records, (), tokenizer, format="records")
-    return tokenizer, data
-
-
-def described(settings: TrainSettings, data: Sequence[Records]) -> list[str]:
-    """What was read of each source, for people.
-
-    Args:
-        settings: ``data``, ``eval_data``.
-        data: What `load_data` gave.
-
-    Returns:
-        Some lines for each.
-    """
-    sources = (settings.data, *evaluation_sets(settings).values())
-    lines = [
-        records.report.render(describe_source(source))
-        for source, records in zip(sources, data, strict=True)
-        if records.report is not None
-    ]
-    mix = training_mix(data[0], settings)
-    return lines if mix is None else [*lines, mix.describe(parts_of(settings.data))]
-
-
-def read_only(settings: TrainSettings) -> list[str]:
-    """Read the data as a run would, and say what it would learn; nothing else is loaded.
-
-    Args:
-        settings: Finalized settings.
-
-    Returns:
-        Some lines for each source, and one for the steps.
-
-    Raises:
-        ConfigError: As for `load_data`.
-        DataError: As for `load_data`.
-    """
-    recipe = _check_references(settings)
-    _, data = load_data(recipe)
-    size = (
-        f"{settings.batch_size} examples"
-        if settings.batch_size
-        else (f"{settings.batch_tokens} tokens")
-    )
-    steps = _total_steps(data[0], settings)
-    return [*described(settings, data), f"{steps} steps of {size}; nothing was trained or written"]
-
-
 def _load_model(recipe: Recipe, data: list[Records], *, device: torch.device) -> Any:
     """The model, with adapters if the settings have them, and its dropout tied to the examples."""
     settings = recipe.settings
@@ -339,16 +216,41 @@ def _load_model(recipe: Recipe, data: list[Records], *, device: torch.device) ->
     return model
 
 
+@contextmanager
+def _fitting(settings: TrainSettings) -> Iterator[None]:
+    """Say of the model what libraries trip over in it: a config may hold values of any type."""
+    try:
+        yield
+    except Exception as error:
+        if is_no_fault_of_input(error):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        if is_out_of_memory(error):
+            raise ConfigError(
+                f"model: {settings.model} does not fit into memory ({reason}), or its config.json "
+                "or lora_rank asks for weights that are too large"
+            ) from error
+        raise ConfigError(
+            f"model: {settings.model} cannot be used ({type(error).__name__}: {reason}). Does its "
+            "config.json hold a value of a wrong type? --debug shows where"
+        ) from error
+
+
 def _place_model(
     recipe: Recipe, data: list[Records], *, device: torch.device
 ) -> tuple[Any, Padding]:
     """The model on its device, ready for a step, and the layout of its micro-batches."""
     settings = recipe.settings
-    model = run_or_fail_together(lambda: _load_model(recipe, data, device=device))
+
+    def load() -> Any:
+        with _fitting(settings):
+            return _load_model(recipe, data, device=device)
+
+    model = run_or_fail_together(load)
     parallelism = run_or_fail_together(lambda: choose_parallelism(model, settings, device=device))
     sharded = parallelism == "fsdp2"
     model = shard(model, settings, device=device) if sharded else model.to(device)
-    with products(model, settings, keep_copies=False):
+    with products(model, settings, keep_copies=False), _fitting(settings):
         padding = recipe.choose_padding(model)
         if recipe.peft_task == "CAUSAL_LM":
             cut_last_layer(model, padding)
@@ -393,17 +295,3 @@ def _measures(recipe: Recipe) -> bool:
     settings = recipe.settings
     automatic = settings.micro_tokens == "auto" and settings.micro_batch is None
     return automatic and recipe.measures_costs and world_size() == 1
-
-
-def _total_steps(records: Records, settings: TrainSettings) -> int:
-    if settings.steps is not None:
-        return settings.steps
-    assert settings.epochs is not None
-    return num_steps(
-        records.lengths,
-        seed=settings.seed,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        batch_tokens=settings.batch_tokens,
-        mix=training_mix(records, settings),
-    )

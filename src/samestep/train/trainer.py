@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,9 @@ from samestep.engine.terms import LossFn
 from samestep.errors import Interrupted, NotFiniteError, StopRequestedError
 from samestep.models.activations import ActivationOffload
 from samestep.models.dropout import key_dropout
-from samestep.train import checkpoint
-from samestep.train.background_save import (
-    BackgroundSave,
-    copied,
-    saves_in_background,
-    snapshot,
-)
 from samestep.train.bitwise import BitRun, choose_threads, fail_with_budget, repeatable
 from samestep.train.callbacks import Callback
-from samestep.train.checkpoint_files import remove_checkpoints, step_folder
+from samestep.train.checkpoint_files import remove_checkpoints
 from samestep.train.choice import judge
 from samestep.train.determinism import deterministic
 from samestep.train.evaluator import Evaluator
@@ -50,17 +43,17 @@ from samestep.train.progress import Progress
 from samestep.train.reporter import RunReporter
 from samestep.train.resume import current_origin, first_progress, load_best
 from samestep.train.rounded_updates import UpdateWatch
+from samestep.train.run_data import step_plans
 from samestep.train.run_folder import RunFolder
+from samestep.train.saver import Saver
 from samestep.train.settings.base import TrainSettings
-from samestep.train.setup import TrainingSetup, set_up, step_plans
+from samestep.train.setup import TrainingSetup, set_up
+from samestep.train.signals import stop_signals
 from samestep.train.summary import summarise, write_summary
-from samestep.train.watchdog import Watchdog, interruptible, watch_ranks
+from samestep.train.watchdog import Watchdog, watch_ranks
 from samestep.utils.plugins import is_reference
 
 log = logging.getLogger("samestep")
-
-_KEPT_ON_THE_WAY = 2
-"""Checkpoints kept while a run goes on, unless the settings say another number."""
 
 
 def train(settings: TrainSettings, *, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
@@ -82,7 +75,13 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Callback] = ()) -> dic
         RankError: Another rank died or hangs.
         Interrupted: Stopped by SIGINT or SIGTERM; the run is saved and can be resumed.
     """
-    with deterministic(settings.deterministic), process_group():
+    with (
+        deterministic(settings.deterministic),
+        process_group(),
+        stop_signals() as signals,
+        watch_ranks(settings.rank_timeout) as watchdog,
+    ):
+        watchdog.begin("loading", "loading")
         settings = run_or_fail_together(lambda: choose_precision(settings))
         folder = RunFolder(Path(settings.out))
         settings = choose_threads(settings, folder)
@@ -109,8 +108,7 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Callback] = ()) -> dic
                     progress=progress,
                     callbacks=callbacks,
                 ) as reporter,
-                interruptible(reporter.say) as stop_signal,
-                watch_ranks(settings.rank_timeout) as watchdog,
+                signals.between_micro_batches(reporter.say),
                 setup.micro_batches.made_ahead(),
             ):
                 trainer = Trainer(
@@ -118,14 +116,15 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Callback] = ()) -> dic
                     folder=folder,
                     setup=setup,
                     reporter=reporter,
-                    stop_signal=stop_signal,
+                    stop_signal=signals.number,
                     watchdog=watchdog,
                     progress=progress,
                     origin=origin,
                     bits=bits,
                 )
-                with trainer.saving:
+                with trainer.saver.background:
                     trainer.run()
+            watchdog.begin("export", "saving the model")
             load_best(trainer.progress, setup, settings=settings, folder=folder)
             if setup.average is not None:
                 setup.average.put_in_place()
@@ -150,13 +149,13 @@ class Trainer:
         setup: The model, the data, the optimizer.
         reporter: Logs and shows.
         stop_signal: Gives the number of the signal that asked to stop, or 0.
-        watchdog: Gets a heartbeat before each micro-batch.
+        watchdog: Is told what begins.
         progress: How far the run is.
         origin: What checkpoints keep of what the run depends on.
         bits: Under ``bitwise``: what carries and writes them.
         evaluator: Evaluates its sets.
         clock: Seconds, for ``save_minutes``.
-        saving: Writes checkpoints beside the steps, on accelerators.
+        saver: Writes its checkpoints.
     """
 
     settings: TrainSettings
@@ -169,10 +168,18 @@ class Trainer:
     origin: dict[str, Any]
     bits: BitRun | None = None
     clock: Callable[[], float] = time.monotonic
-    saving: BackgroundSave = field(default_factory=BackgroundSave)
 
     def __post_init__(self) -> None:
-        self._untold: int | None = None
+        self.saver = Saver(
+            settings=self.settings,
+            folder=self.folder,
+            setup=self.setup,
+            reporter=self.reporter,
+            watchdog=self.watchdog,
+            origin=self.origin,
+            bits=self.bits,
+            clock=self.clock,
+        )
         self.evaluator = Evaluator(
             model=self.setup.model,
             objective=self.setup.evaluated,
@@ -183,6 +190,7 @@ class Trainer:
             watched=self._watched,
             retry=self._retry_on_oom,
             tokenizer=self.setup.tokenizer,
+            watchdog=self.watchdog,
             beat=self._beat,
             average=self.setup.average,
             bitwise=self.bits is not None,
@@ -191,7 +199,7 @@ class Trainer:
     def _beat(self, name: str) -> None:
         if self.stop_signal():
             raise StopRequestedError("asked to stop")
-        self.watchdog.heartbeat(name)
+        self.watchdog.begin("evaluation", name)
 
     def run(self) -> None:
         """Train to the last step.
@@ -199,7 +207,6 @@ class Trainer:
         Raises:
             Interrupted: A signal came; the run is saved.
         """
-        self._saved = self.clock()
         try:
             if self._evaluate_if_due():
                 self._save()
@@ -207,10 +214,9 @@ class Trainer:
                 better = self._evaluate_if_due()
                 last = self._is_over()
                 # Every rank must do the same: rank 0's clock and anybody's signal count.
-                asked = all_gather_object([self._overdue(), self.stop_signal()])
-                due = asked[0][0] or _is_due(self.settings.save_every, step_number)
+                asked = all_gather_object([self.saver.is_due(step_number), self.stop_signal()])
                 stopped = not last and any(signal for _, signal in asked)
-                if last or ((due or better) and not stopped):
+                if last or ((asked[0][0] or better) and not stopped):
                     self._save()
                 if stopped:
                     raise StopRequestedError
@@ -225,15 +231,9 @@ class Trainer:
         for plan in self._plans(last):
             if self._is_over():
                 return
-            self.saving.check()
-            self._tell_saved()
+            self.saver.check()
             self._step(plan)
             yield self.progress.step
-
-    def _overdue(self) -> bool:
-        """Whether the last checkpoint is ``save_minutes`` old."""
-        minutes = self.settings.save_minutes
-        return minutes is not None and self.clock() - self._saved >= 60 * minutes
 
     def _plans(self, last: int) -> Iterator[StepPlan]:
         """The steps up to one; as each begins, the micro-batches of the next one are begun."""
@@ -266,6 +266,7 @@ class Trainer:
             self.setup.average.update()
         self.progress = self.progress.after(report)
         done = self.progress.step
+        self.watchdog.begin("log", f"step {done}, writing the log")
         on_rank_0(lambda: self.reporter.step(report, step=done, epoch=plan.progress, lr=lr))
         if self.bits is not None:
             self.bits.after_step(done)
@@ -274,11 +275,13 @@ class Trainer:
         setup = self.setup
 
         def attempt() -> StepReport:
+            of_this_rank = setup.micro_batches.of_this_rank(plan.examples, plan.step)
+            at = f"step {plan.step + 1}, collating micro-batch"
             with one_step(setup.micro_batches.device):
                 return step(
                     setup.model,
                     setup.optimizer,
-                    setup.micro_batches.of_this_rank(plan.examples, plan.step),
+                    self.watchdog.each(of_this_rank, "micro-batch", at),
                     self._watched(
                         setup.objective.loss_fn,
                         step_number=plan.step,
@@ -329,49 +332,7 @@ class Trainer:
         return waited or self.progress.step == self.setup.steps
 
     def _save(self) -> None:
-        self.watchdog.heartbeat("saving", timed=False)
-        on_rank_0(self.folder.check_held)
-        self.saving.wait()
-        self._tell_saved()
-        ends = self._is_over() or self.stop_signal()
-        meanwhile = not ends and saves_in_background(self.setup.micro_batches.device)
-        model, optimizer = self.setup.model, self.setup.optimizer
-        average = self.setup.average.tensors if self.setup.average else None
-        if meanwhile:
-            model, optimizer = snapshot(model, optimizer)
-            average = copied(average)
-        kept = {} if self.bits is None else {"bitwise": self.bits.state()}
-        save = partial(
-            checkpoint.save,
-            self.folder.checkpoints,
-            model,
-            optimizer=optimizer,
-            progress=self.progress,
-            keep=self.settings.keep or _KEPT_ON_THE_WAY,
-            origin=self.origin | kept,
-            average=average,
-        )
-        if meanwhile:
-            self.saving.begin(save)
-        else:
-            save()
-        if self.bits is not None:
-            self.bits.save(self.progress.step)
-        self._saved = self.clock()
-        self._untold = self.progress.step
-        self._tell_saved()
-        self.watchdog.heartbeat(f"after saving step {self.progress.step}")
-
-    def _tell_saved(self) -> None:
-        """Tell callbacks of the last checkpoint once it is whole."""
-        step_number, self._untold = self._untold, None
-        if step_number is None:
-            return
-        if self.saving.busy:
-            self._untold = step_number
-            return
-        path = step_folder(self.folder.checkpoints, step_number)
-        on_rank_0(lambda: self.reporter.saved(path, step=step_number))
+        self.saver.save(self.progress, ends=self._is_over() or bool(self.stop_signal()))
 
     def _watched(
         self, loss_fn: LossFn, *, step_number: int | None = None, number: int = 1
@@ -383,6 +344,7 @@ class Trainer:
         # Under FSDP2 a rank must not leave a step alone: there a signal waits for the step's end.
         may_stop = not is_sharded(self.setup.model)
         numbers = itertools.count(1)
+        phase = "evaluation" if step_number is None else "micro-batch"
         name = "evaluation" if step_number is None else f"step {step_number + 1}"
 
         @contextmanager
@@ -390,7 +352,7 @@ class Trainer:
             if may_stop and self.stop_signal():
                 raise StopRequestedError("asked to stop")
             at = next(numbers)
-            self.watchdog.heartbeat(f"{name}, micro-batch {at}")
+            self.watchdog.begin(phase, f"{name}, micro-batch {at}")
             self.reporter.micro_batch(name, (at - 1) % number + 1, number)
             if step_number is not None:
                 key_dropout(model, micro, seed=self.settings.seed, step=step_number)
@@ -432,7 +394,3 @@ def _skipped(reason: str, *, seconds: float) -> StepReport:
         micro_batches=0,
         skipped=reason,
     )
-
-
-def _is_due(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0

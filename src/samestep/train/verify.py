@@ -9,19 +9,19 @@ from typing import Any
 
 from samestep.engine.collectives import rank, run_or_fail_together
 from samestep.errors import ConfigError
-from samestep.train import checkpoint
 from samestep.train.bitwise import BitRun, choose_threads, repeatable, shortened, state_digests
 from samestep.train.checkpoint_files import all_checkpoints, damage, read_origin
 from samestep.train.origin import differences
 from samestep.train.precision import choose_precision
 from samestep.train.progress import DataFingerprint, Progress
 from samestep.train.reporter import RunConsole, RunReporter
-from samestep.train.resume import current_origin
+from samestep.train.resume import current_origin, load_progress
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
 from samestep.train.setup import set_up
+from samestep.train.signals import stop_signals
 from samestep.train.trainer import Trainer
-from samestep.train.watchdog import interruptible, watch_ranks
+from samestep.train.watchdog import watch_ranks
 from samestep.utils.files import open_regular
 
 log = logging.getLogger("samestep")
@@ -140,18 +140,19 @@ def verify(settings: TrainSettings, *, steps: tuple[int, int] | None) -> Verdict
         progress = Progress(step=0, tokens=0, seconds=0.0, skipped=0, data=data)
         if path is not None:
             bits.restore(read_origin(path).get("bitwise"), path)
-            progress = checkpoint.load(path, setup.model, optimizer=setup.optimizer)
+            progress = load_progress(path, setup)
         begun = progress.step + 1
         with (
-            interruptible(log.info) as stop_signal,
+            stop_signals() as signals,
             watch_ranks(settings.rank_timeout) as watchdog,
+            signals.between_micro_batches(log.info),
         ):
             trainer = Trainer(
                 settings=settings,
                 folder=folder,
                 setup=setup,
                 reporter=_Silent(setup.steps),
-                stop_signal=stop_signal,
+                stop_signal=signals.number,
                 watchdog=watchdog,
                 progress=progress,
                 origin=origin,

@@ -1,35 +1,43 @@
-"""What ends a run from outside: a signal, or a rank that dies or hangs.
+"""What ends a run from outside: a rank that dies or hangs, or a launcher that is gone.
 
-SIGINT and SIGTERM end a run between two micro-batches, not inside one.
-
-Every rank posts a heartbeat each second, with where it is, into a store that all can read. A rank
-that has made no progress for too long looks at the heartbeats of the others, names the rank that
-is to blame, and ends its own process; the launcher then ends the rest.
+Every rank posts a heartbeat each second, with where it is, into a store that all can read. What a
+rank does belongs to a phase, which has a limit. A rank that has seen nothing move for longer looks
+at the heartbeats of the others, names the rank that is to blame (`samestep.train.blame`), and ends
+its own process; the launcher then ends the rest. A rank whose launcher was killed ends by itself.
 """
 
+import faulthandler
 import json
 import os
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 from torch import distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from samestep.engine import collectives
 from samestep.engine.collectives import rank, world_size
-from samestep.errors import Interrupted, RankError
-from samestep.train.launch import under_torchrun
+from samestep.errors import CheckpointError, RankError
+from samestep.train.blame import Heartbeat, blame, innermost_frame, line_of, waits_for_others
+from samestep.train.launch import launched, store_is_of_launcher, under_torchrun
+from samestep.utils.text import printable
+from samestep.utils.waiting import work_under_way
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LIMITS = {
+    "loading": 6.0,
+    "micro-batch": 1.0,
+    "log": 1.0,
+    "evaluation": 1.0,
+    "saving": 3.0,
+    "export": 3.0,
+}
+"""How long a phase may go on without a move, in ``rank_timeout``: what reads or writes whole models
+takes longer than a micro-batch."""
 
 _EXIT = 3
 """The exit code of a rank that gives up on another; the command line's for `RankError`."""
@@ -40,100 +48,137 @@ _INTERVAL = 1.0
 _SILENCE = 3.5
 """Seconds without a heartbeat after which a rank is dead, or stopped."""
 
-Heartbeat: TypeAlias = dict[str, Any]
-"""Its number, where the rank is in words ("at"), and whether it works or waits for others."""
+_VERDICT = "verdict"
+"""Where the store holds what the first rank that gave up has found."""
 
-_COMMUNICATION = (str(Path(dist.__file__).parent), str(Path(collectives.__file__)))
-"""The source of what waits for other ranks."""
-
-
-@contextmanager
-def interruptible(announce: Callable[[str], None]) -> Iterator[Callable[[], int]]:
-    """Let the loop ask between micro-batches whether SIGINT or SIGTERM came, instead of raising.
-
-    Args:
-        announce: Called with one line when the signal comes.
-
-    Yields:
-        A function that gives the number of the signal that came, or 0. A second signal raises
-        `Interrupted` at once.
-    """
-    received = 0
-
-    def receive(number: int, _: FrameType | None) -> None:
-        nonlocal received
-        if received:
-            raise Interrupted(number)
-        received = number
-        name = signal.Signals(number).name
-        announce(f"{name}: stopping after this micro-batch, then saving; again stops at once")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0  # signals reach the main thread only
-        return
-    before = {number: signal.signal(number, receive) for number in _SIGNALS}
-    try:
-        yield lambda: received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+Item = TypeVar("Item")
 
 
 class Watchdog:
     """Posts the heartbeats of this rank, and looks at those of the others.
 
     Args:
-        timeout: Seconds without progress after which this rank gives up.
+        timeout: Seconds without a move after which a rank gives up, times its phase's `LIMITS`.
         store: Where the ranks of the run can read each other's heartbeats; None for one rank.
     """
 
     def __init__(self, timeout: float, store: Store | None) -> None:
         self._timeout = timeout
         self._store = store
-        self._last: Heartbeat = {"number": 0, "at": "the start", "works": False}
-        self._progressed = time.monotonic()
-        self._timed = True
+        self._last: Heartbeat = {"number": 0, "moves": 0, "works": False}  # of the watching thread
+        self._phase, self._at, self._moves = "loading", "the start", 0  # of the main thread
+        self._moved_at = time.monotonic()
+        self._seen: Any = None
         self._over = threading.Event()
-        self._main = threading.get_ident()
+        self._main, self._parent = threading.get_ident(), os.getppid()
 
-    def heartbeat(self, at: str, *, timed: bool = True) -> None:
+    def begin(self, phase: str, at: str) -> None:
         """Note that this rank begins something.
 
         Args:
+            phase: Of `LIMITS`.
             at: What, in words.
-            timed: Whether it must end within the timeout; saving to a slow disk need not.
         """
-        self._last = self._last | {"at": at}
-        self._progressed, self._timed = time.monotonic(), timed
+        assert phase in LIMITS
+        self._phase, self._at = phase, at
+        self._moves += 1
+
+    def each(self, items: Iterable[Item], phase: str, at: str) -> Iterator[Item]:
+        """Items that are made one by one, the making of each noted.
+
+        Args:
+            items: What is made.
+            phase: Of `LIMITS`.
+            at: What is made, in words; the number of the item follows.
+
+        Yields:
+            The items.
+        """
+        maker, number = iter(items), 1
+        self.begin(phase, f"{at} {number}")
+        for item in maker:
+            yield item
+            number += 1
+            self.begin(phase, f"{at} {number}")
 
     def run(self) -> None:
-        """Post heartbeats until the end; end the process if there is no progress for too long."""
+        """Post heartbeats until the end; end the process if nothing moves for too long."""
         while not self._over.wait(_INTERVAL):
-            self._post()
-            if self._timed and time.monotonic() - self._progressed > self._timeout:
-                self._give_up()
+            if launched() and os.getppid() != self._parent:
+                self._end("the launcher is gone: this rank ends too")
+            if self._store is None:
+                continue
+            try:
+                self._post()
+                self._obey_verdict()
+                self._check()
+            except (RuntimeError, dist.DistError):
+                if not self._over.wait(2 * _INTERVAL):  # the run may just have ended
+                    self._end(self._store_lost())
 
     def stop(self) -> None:
         """Post no more heartbeats."""
         self._over.set()
+        if self._store is not None:
+            faulthandler.cancel_dump_traceback_later()
 
     def find_culprit(self) -> str:
         """Which rank is to blame, after a few seconds of listening."""
-        before = self._heartbeats()
-        deadline = time.monotonic() + _SILENCE
-        while time.monotonic() < deadline:
-            time.sleep(_INTERVAL / 2)
-            self._post()
-        return blame(before, self._heartbeats())
+        try:
+            before = self._heartbeats()
+            deadline = time.monotonic() + _SILENCE
+            while time.monotonic() < deadline:
+                time.sleep(_INTERVAL / 2)
+                self._post()
+            return blame(before, self._heartbeats())
+        except (RuntimeError, dist.DistError):
+            return self._store_lost()
 
-    def _give_up(self) -> None:
-        text = f"nothing has moved for {self._timeout:g} s: {self.find_culprit()}"
-        print(f"samestep: rank {rank()}: {text}. --resume continues", file=sys.stderr, flush=True)
+    def _check(self) -> None:
+        """Give up if neither this rank nor, where it waits, another one has moved for too long."""
+        limit = LIMITS[self._phase] * self._timeout
+        if sys.__stderr__ is not None:
+            # In case that the main thread never lets another one of Python's run again.
+            with suppress(OSError, ValueError, OverflowError):
+                later = limit + 4 * _SILENCE
+                faulthandler.dump_traceback_later(later, exit=True, file=sys.__stderr__)
+        moves: Any = self._last["moves"]
+        if not self._last["works"]:
+            moves = [beat["moves"] if beat else 0 for beat in self._heartbeats()]
+        if moves != self._seen:
+            self._seen, self._moved_at = moves, time.monotonic()
+        if time.monotonic() - self._moved_at > limit:
+            culprit = self.find_culprit()
+            self._obey_verdict()
+            text = f"{self._phase}: nothing has moved for {limit:g} s: {culprit}"
+            assert self._store is not None
+            self._store.set(_VERDICT, text)
+            self._end(text, linger=rank() == 0 and not store_is_of_launcher())
+
+    def _obey_verdict(self) -> None:
+        """End with what another rank has found: the first to find the culprit speaks for all."""
+        assert self._store is not None
+        if self._store.check([_VERDICT]):
+            self._end(self._store.get(_VERDICT).decode("utf-8", "replace"))
+
+    def _end(self, text: str, *, linger: bool = False) -> None:
+        line = printable(f"samestep: rank {rank()}: {text}. --resume continues")
+        print(line, file=sys.stderr, flush=True)
+        if linger:  # the store ends with this process: the others read in it who is to blame
+            time.sleep(2.5 * _INTERVAL)
         os._exit(_EXIT)
 
     def _post(self) -> None:
-        works = not _waits_for_others(self._main)
-        self._last = self._last | {"number": self._last["number"] + 1, "works": works}
+        frame = innermost_frame(self._main)
+        works = not waits_for_others(frame)
+        moved, label = work_under_way()
+        self._last = {
+            "number": self._last["number"] + 1,
+            "at": self._at,
+            "moves": self._moves + moved,
+            "works": works,
+            "line": ", ".join(filter(None, [label, line_of(frame)])) if works else "",
+        }
         assert self._store is not None
         self._store.set(f"heartbeat {rank()}", json.dumps(self._last))
 
@@ -145,62 +190,34 @@ class Watchdog:
             for name in names
         ]
 
-
-def blame(before: list[Heartbeat | None], now: list[Heartbeat | None]) -> str:
-    """Which rank holds the others up, inferred from their heartbeats at two times.
-
-    Args:
-        before: The last heartbeats of all ranks; None of one that has posted none yet.
-        now: The last ones some seconds later.
-
-    Returns:
-        A sentence that names the ranks.
-    """
-    silent = [
-        number
-        for number, (earlier, later) in enumerate(zip(before, now, strict=True))
-        if later is None or (earlier is not None and earlier["number"] == later["number"])
-    ]
-    if silent:
-        return f"{_names(silent)} died or was stopped{_last_seen(now, silent)}"
-    working = [number for number, beat in enumerate(now) if beat is not None and beat["works"]]
-    if not working:
-        return f"every rank waits for the others{_last_seen(now, list(range(len(now))))}"
-    return f"{_names(working)} hangs{_last_seen(now, working)}"
-
-
-def _names(numbers: list[int]) -> str:
-    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
-
-
-def _last_seen(beats: list[Heartbeat | None], numbers: list[int]) -> str:
-    places = {beat["at"] for beat in (beats[number] for number in numbers) if beat is not None}
-    return f" (last seen at {' and '.join(sorted(places))})" if places else ""
+    def _store_lost(self) -> str:
+        """Who is gone if the store does not answer: it lies in a process of the run."""
+        if store_is_of_launcher():
+            return "the launcher is gone: this rank ends too"
+        return f"rank 0 died or was stopped (last seen before {self._at} on this rank)"
 
 
 @contextmanager
 def watch_ranks(timeout: float) -> Iterator[Watchdog]:
-    """Watch over the ranks of this run, while the block runs.
+    """Watch over the ranks of this run, and over their launcher, while the block runs.
 
     Args:
         timeout: As for `Watchdog`.
 
     Yields:
-        The watchdog. On a single rank it watches nothing.
+        The watchdog. On a single rank it watches the launcher alone, if there is one.
 
     Raises:
         RankError: The block failed in a way that shows that another rank is gone; names it.
     """
-    if world_size() == 1:
-        yield Watchdog(timeout, None)  # it is never run
-        return
-    watchdog = Watchdog(timeout, _store())
-    thread = threading.Thread(target=watchdog.run, name="samestep watchdog", daemon=True)
-    thread.start()
+    several = world_size() > 1
+    watchdog = Watchdog(timeout, _store() if several else None)
+    if several or launched():
+        threading.Thread(target=watchdog.run, name="samestep watchdog", daemon=True).start()
     try:
         yield watchdog
-    except RuntimeError as error:
-        if not _is_of_communication(error):
+    except (RuntimeError, CheckpointError) as error:
+        if not several or not _is_of_communication(error):
             raise
         raise RankError(
             f"{watchdog.find_culprit()}. --resume continues, on fewer ranks too"
@@ -218,17 +235,10 @@ def _store() -> Store:
     return PrefixStore(f"samestep {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _waits_for_others(thread: int) -> bool:
-    """Whether a thread is inside of a collective, by the innermost functions it has called."""
-    frame, depth = sys._current_frames().get(thread), 0
-    while frame is not None and depth < 8:
-        if frame.f_code.co_filename.startswith(_COMMUNICATION):
-            return True
-        frame, depth = frame.f_back, depth + 1
-    return False
-
-
-def _is_of_communication(error: RuntimeError) -> bool:
+def _is_of_communication(error: RuntimeError | CheckpointError) -> bool:
     if isinstance(error, dist.DistError):
         return True
-    return any(mark in str(error) for mark in ("gloo", "Connection closed by peer", "NCCL"))
+    lost = ("Connection closed by peer", "Connection reset by peer")
+    if isinstance(error, CheckpointError):  # PyTorch's writer wraps what is raised inside of it
+        return any(mark in str(error) for mark in lost)
+    return any(mark in str(error) for mark in (*lost, "gloo", "NCCL"))

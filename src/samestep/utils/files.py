@@ -35,6 +35,21 @@ def write_atomically(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def user_path(name: str | Path) -> Path:
+    """A path with ``~`` replaced by the folder that it stands for, where there is one.
+
+    Args:
+        name: As a user or a row gives it. ``~nobody`` of no user, or ``~`` without a home, stays.
+
+    Returns:
+        The path.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def sync(path: Path) -> None:
     """Flush a file or the entries of a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)

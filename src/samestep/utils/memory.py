@@ -32,6 +32,14 @@ _MEMINFO = Path("/proc/meminfo")
 
 _CGROUP = Path("/sys/fs/cgroup")
 
+_OWN_CGROUP = Path("/proc/self/cgroup")
+
+_CGROUP_FILES = (
+    ("memory.max", "memory.current"),  # version 2
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
+)
+"""The files that hold a group's limit, and what it takes."""
+
 
 @dataclass
 class Peak:
@@ -165,12 +173,44 @@ def available_memory(device: torch.device) -> float | None:
     lines = _MEMINFO.read_text(encoding="ascii").splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     free_bytes = [int(fields["MemAvailable"].split()[0]) * 1024]
-    limit, taken = _CGROUP / "memory.max", _CGROUP / "memory.current"
-    if limit.is_file() and taken.is_file():
-        most = limit.read_text(encoding="ascii").strip()
-        if most != "max":
-            free_bytes.append(int(most) - int(taken.read_text(encoding="ascii")))
+    free_bytes += [most - taken for most, taken in _cgroup_limits()]
     return _resident() + max(0, min(free_bytes))
+
+
+def _cgroup_limits() -> list[tuple[int, int]]:
+    """The limit of each control group that holds this process, and what the group takes.
+
+    Version 2 and version 1 of the kernel's interface. A container sees its own group at the root;
+    a process outside of one finds its group's path, and those above it, in /proc/self/cgroup.
+    """
+    limits = []
+    for folder in _cgroup_folders():
+        for most, taken in _CGROUP_FILES:
+            try:
+                limit = (folder / most).read_text(encoding="ascii").strip()
+                used = (folder / taken).read_text(encoding="ascii").strip()
+            except (OSError, ValueError):
+                continue
+            # Without a limit version 2 says "max", version 1 a number beyond any memory.
+            if limit.isdecimal() and used.isdecimal():
+                limits.append((int(limit), int(used)))
+    return limits
+
+
+def _cgroup_folders() -> list[Path]:
+    folders = {_CGROUP, _CGROUP / "memory"}
+    try:
+        lines = _OWN_CGROUP.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        lines = []
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", "", ""][:3]
+        root = _CGROUP / "memory" if "memory" in controllers.split(",") else _CGROUP
+        if controllers and root == _CGROUP:
+            continue  # of version 1, for something else than memory
+        own = root / path.strip("/")
+        folders |= {own, *(folder for folder in own.parents if folder.is_relative_to(root))}
+    return sorted(folders)
 
 
 def _resident() -> float:

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from samestep.errors import ConfigError, SamestepError
+from samestep.utils.files import user_path
 
 
 def is_reference(text: str) -> bool:
@@ -41,7 +42,7 @@ def load_object(
     place, colon, name = reference.partition(":")
     if not place or (colon and not name):
         raise error(f"{what}: {reference!r} must be file.py:name or package.module:name")
-    path = Path(place).expanduser()
+    path = user_path(place)
     is_module = all(part.isidentifier() for part in place.split("."))
     is_file = place.endswith(".py") or not is_module or path.is_file()
     if is_file and not path.is_file():

@@ -19,6 +19,23 @@ _PAUSES = (2.0, 3.0, 5.0, 10.0)
 _details: list[str] = []
 """What the works under way last said of themselves, the innermost last."""
 
+_labels: list[str] = []
+"""What is under way, the innermost last."""
+
+_moved = 0
+"""How often work began, ended, or said how far it is."""
+
+
+def work_under_way() -> tuple[int, str]:
+    """How often work has moved in this process, and the label of the innermost; empty if none."""
+    labels = list(_labels)
+    return _moved, labels[-1] if labels else ""
+
+
+def _move() -> None:
+    global _moved
+    _moved += 1
+
 
 def doing(detail: str) -> None:
     """Say how far the work under way is; shown with its next line, if there is one.
@@ -26,6 +43,7 @@ def doing(detail: str) -> None:
     Args:
         detail: Such as "12,000 of 100,000 rows".
     """
+    _move()
     if _details:
         _details[-1] = detail
 
@@ -49,9 +67,29 @@ def waiting(
     Yields:
         Nothing.
     """
-    if os.environ.get("RANK", "0") != "0":
+    with _noted(label):
+        if os.environ.get("RANK", "0") != "0":
+            yield
+            return
+        with _said(label, say=say, pauses=pauses, clock=clock):
+            yield
+
+
+@contextmanager
+def _noted(label: str) -> Iterator[None]:
+    _labels.append(label)
+    _move()
+    try:
         yield
-        return
+    finally:
+        _labels.pop()
+        _move()
+
+
+@contextmanager
+def _said(
+    label: str, *, say: Callable[[str], None], pauses: tuple[float, ...], clock: Callable[[], float]
+) -> Iterator[None]:
     started, done = clock(), threading.Event()
     _details.append("")
     place = len(_details) - 1

@@ -7,8 +7,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from samestep.data.conversations import check_chat_template, renderer
 from samestep.data.examples import Example, Examples
+from samestep.data.messages import read_message_texts
 from samestep.data.records import Records
+from samestep.data.row_texts import check_text, read_text, shortened
 from samestep.data.rows import (
     Row,
     RowError,
@@ -241,6 +244,10 @@ def _value_label(row: Row) -> float:
 def _label(values: Mapping[str, Any]) -> Any:
     if not isinstance(values.get("text"), str) and not isinstance(values.get("messages"), list):
         raise RowError(f"has no text and no messages; {describe_columns(values)}")
+    if values.get("messages") is None:
+        read_text(values, "text")
+        if values.get("text_pair") is not None:
+            read_text(values, "text_pair")
     if values.get("label") is None:
         raise RowError("has no label")
     return values["label"]
@@ -252,7 +259,7 @@ def _class_name(label: Any) -> str:
         return str(int(label))
     if isinstance(label, int) and label < 0:
         raise RowError(f"label must be at least 0, found {label}")
-    return str(label)
+    return check_text(str(label), "label")
 
 
 def _all_classes(rows: Sequence[Row], labels: Sequence[Sequence[str]]) -> list[str]:
@@ -322,14 +329,22 @@ def _encode_texts(
 ) -> Mapping[str, list[list[int]]]:
     """The tokens of each row's ``text`` (and ``text_pair``), or of its ``messages``."""
     options: dict[str, Any] = {"truncation": max_length is not None, "max_length": max_length}
-    encoded: dict[str, list[list[int]]] = {}
-    for row in rows:
+    if any(isinstance(row.values.get("messages"), list) for row in rows):
+        check_chat_template(tokenizer)
+
+    def encode(row: Row) -> Mapping[str, list[int]]:
         values = row.values
+        outputs: Mapping[str, list[int]]
         if isinstance(values.get("messages"), list):
-            text = tokenizer.apply_chat_template(values["messages"], tokenize=False)
+            text = renderer(tokenizer, None)(read_message_texts(values, "messages"), False)
+            text = check_text(text, "messages")
             outputs = tokenizer(text, add_special_tokens=False, **options)
         else:
             outputs = tokenizer(values["text"], values.get("text_pair"), **options)
+        return outputs
+
+    encoded: dict[str, list[list[int]]] = {}
+    for outputs in map_rows(rows, encode):
         for name, tokens in outputs.items():
             encoded.setdefault(name, []).append(tokens)
     return encoded
@@ -341,8 +356,11 @@ def _tagged_words(row: Row) -> tuple[list[str], list[str | None]]:
         raise RowError("needs tokens and tags, both lists")
     if len(words) != len(tags):
         raise RowError(f"{len(words)} tokens but {len(tags)} tags")
-    if not all(isinstance(word, str) for word in words):
-        raise RowError("tokens must be text")
+    for word in words:
+        check_text(word, "a token")
+    for tag in tags:
+        if isinstance(tag, float | list | dict):
+            raise RowError(f"a tag must be the name or number of a class, found {shortened(tag)}")
     return words, [None if tag in (None, IGNORE) else _class_name(tag) for tag in tags]
 
 

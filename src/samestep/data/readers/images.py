@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from samestep.data.messages import Messages, read_messages
+from samestep.data.row_texts import shortened
 from samestep.data.rows import RowError
 from samestep.data.target_spans import Span
 from samestep.utils.extras import MissingExtraError, missing_text
-from samestep.utils.files import open_regular
+from samestep.utils.files import open_regular, user_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,7 +47,10 @@ def image_messages(values: Mapping[str, Any], folder: Path) -> tuple[Messages, l
     """
     if values.get("messages") is None:
         raise RowError("it has no messages, which rows with images need")
-    listed = list(values.get("images") or [])
+    named = values.get("images")
+    if named is not None and not isinstance(named, list):
+        raise RowError(f"images must be a list of files, found {shortened(named)}")
+    listed = list(named or [])
     messages: Messages = []
     files: list[Path] = []
     for message in read_messages(values, "messages"):
@@ -75,7 +79,7 @@ def _image_file(part: Mapping[str, Any], listed: list[Any], *, folder: Path) -> 
         raise RowError("an image part names no file: give it image, or list the files in images")
     if "://" in name:
         raise RowError(f"image {name}: images come from files; download it first")
-    return folder / Path(name).expanduser()
+    return folder / user_path(name)
 
 
 def _open_image(file: Path) -> "Image":

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from samestep.data.collate import attention_mask, pad_rows
@@ -31,6 +31,7 @@ from samestep.data.rows import (
     read_weight,
 )
 from samestep.errors import ConfigError, DataError
+from samestep.utils.files import open_regular, user_path
 
 LATENTS = "latents"
 """The name of the latents in a file."""
@@ -108,7 +109,7 @@ def latent_records(
         DataError: Files cannot be used; lists every one.
         ConfigError: ``row_format`` names nothing that converts rows, or there are no rows.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not path.is_dir():
         folder, rows = path.parent, load_rows(source, row_format=row_format)
     elif row_format is None:
@@ -165,15 +166,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
+            with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
                 tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         else:
+            open_regular(path).close()  # a pipe would hang
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise RowError(f"{path}: no such file") from None
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise RowError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    except MemoryError:
+        raise RowError(f"{path}: cannot be read (it does not fit into memory)") from None
+    except Exception as error:  # readers of damaged archives raise whatever they trip over
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RowError(f"{path}: cannot be read ({reason})") from None
     return {name: _wide(value) for name, value in tensors.items()}
 
 

@@ -7,8 +7,17 @@ import torch
 
 from samestep.data.readers.classification import read_labels, untargeted_records
 from samestep.data.records import Records
-from samestep.data.rows import Row, RowError, rows_with_weight, tally_cut, tally_missing
+from samestep.data.row_texts import read_text, shortened
+from samestep.data.rows import (
+    Row,
+    RowError,
+    rows_with_weight,
+    tally_cut,
+    tally_missing,
+)
 from samestep.errors import ConfigError
+
+_LISTS = "text, a list of texts, and answer_start, a list of whole numbers"
 
 
 def answer_records(
@@ -68,13 +77,20 @@ def answer_records(
 
 def _answer(row: Row) -> tuple[int, int] | None:
     """The characters of the answer; None if there is none."""
-    question, context, answers = (row.values.get(n) for n in ("question", "context", "answers"))
-    if not isinstance(question, str) or not isinstance(context, str):
-        raise RowError("needs question and context, both text")
-    if answers is None or not answers.get("text"):
+    context, answers = read_text(row.values, "context"), row.values.get("answers")
+    read_text(row.values, "question")
+    if answers is None:
         return None
-    text, start = answers["text"][0], answers["answer_start"][0]
-    if context[start : start + len(text)] != text or not text:
+    lists = [answers.get(n) for n in ("text", "answer_start")] if isinstance(answers, dict) else []
+    if not lists or not all(each is None or isinstance(each, list) for each in lists):
+        raise RowError(f"answers must be an object with {_LISTS}, found {shortened(answers)}")
+    texts, starts = (each or [] for each in lists)
+    if not texts:
+        return None
+    if not starts or not isinstance(texts[0], str) or type(starts[0]) is not int:
+        raise RowError(f"answers must hold {_LISTS}, found {shortened(answers)}")
+    text, start = texts[0], starts[0]
+    if start < 0 or context[start : start + len(text)] != text or not text:
         raise RowError(f"the answer {text!r} does not stand at character {start} of the context")
     return start, start + len(text)
 

@@ -68,11 +68,18 @@ def rollout_records(
     dropped = RowTally()
     kept = list(range(len(rows)))
     if baseline != "given":
-        groups = [_group_key(row.values) for row in rows]
+        groups = map_rows(rows, lambda row: _group_key(row.values))
         sizes = Counter(groups)
         kept = [at for at, group in enumerate(groups) if sizes[group] > 1]
         dropped = tally_missing("alone in its group", kept, total=len(rows))
-        values = advantages_of(values, groups, baseline=baseline)
+        try:
+            values = advantages_of(values, groups, baseline=baseline)
+        except OverflowError:
+            largest = max(range(len(rows)), key=lambda at: abs(values[at]))
+            raise DataError(
+                f"{rows[largest].origin}: reward {values[largest]:g} is too large: its square, "
+                "or a sum over its group, is no finite number"
+            ) from None
     if not kept:
         raise DataError("every row is alone in its group, so that no reward compares with another")
     examples = tokenize_rows(
@@ -134,7 +141,7 @@ def advantages_of(
 
 def _group_key(values: Mapping[str, Any]) -> str:
     group = values.get("group")
-    return json.dumps(values.get("prompt") if group is None else group, sort_keys=True)
+    return json.dumps(values.get("prompt") if group is None else group, default=repr)
 
 
 def _old_log_p(rows: Sequence[Row], examples: Examples, *, max_length: int | None) -> Tensor:
@@ -154,9 +161,13 @@ def _old_log_p(rows: Sequence[Row], examples: Examples, *, max_length: int | Non
 def _finite_numbers(value: Any, column: str) -> list[float]:
     if not isinstance(value, list) or not all(isinstance(each, int | float) for each in value):
         raise RowError(f"{column} must be a list of numbers, found {value!r}")
-    if not all(math.isfinite(number) for number in value):
+    try:
+        numbers = [float(number) for number in value]
+    except OverflowError:
+        numbers = [math.inf]
+    if not all(map(math.isfinite, numbers)):
         raise RowError(f"{column} has a number that is not finite")
-    return value
+    return numbers
 
 
 _TOPK_HINT = ("top_ids", "top_logps")
@@ -225,7 +236,7 @@ def _top_k(row: Row, k: int, *, targets: int, truncated: bool) -> tuple[Tensor, 
 def _table(row: Row, name: str, *, k: int) -> NDArray[np.float64]:
     try:
         table = np.asarray(row.values.get(name), dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         table = np.asarray(np.nan)
     if table.ndim != 2 or table.shape[1] != k or not np.isfinite(table).all():
         raise RowError(f"{name} must be a list for each target of {k} finite numbers")

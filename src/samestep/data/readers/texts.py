@@ -10,6 +10,7 @@ from torch import Tensor
 from samestep.data.collate import Padding, collate_examples, collate_records, pad_rows
 from samestep.data.examples import Example, Examples
 from samestep.data.records import Record, Records
+from samestep.data.row_texts import read_text
 from samestep.data.rows import (
     Row,
     RowError,
@@ -109,6 +110,8 @@ def _cut_texts(
 def _check_columns(row: Row, columns: Sequence[str]) -> None:
     if not all(isinstance(row.values.get(name), str) for name in columns):
         raise RowError(describe_columns(row.values))
+    for name in columns:
+        read_text(row.values, name)
 
 
 def _encode_column(

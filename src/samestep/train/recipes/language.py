@@ -1,7 +1,6 @@
 """Language models: next tokens, images with texts, masked tokens, encoder-decoders, a teacher."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -37,7 +36,7 @@ from samestep.train.settings.language import (
     VisionLanguageSettings,
 )
 from samestep.train.settings.objectives import DistillationSettings
-from samestep.utils.files import cache_folder
+from samestep.utils.files import cache_folder, user_path
 from samestep.utils.sources import Source
 
 _TARGET_COLUMNS = ("top_ids", "top_logps")
@@ -180,7 +179,7 @@ class VisionLanguageRecipe(CausalLMRecipe):
 
     def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of messages with images, whose files lie beside the rows."""
-        path = Path(self.one_source(source)).expanduser()
+        path = user_path(self.one_source(source))
         rows = self.load_rows(source)
         records = image_records(
             rows,

@@ -194,7 +194,8 @@ class TrainSettings(EvaluationFields, OptimizationFields):
     cpu_offload: bool = False
     """fsdp2: keep shards and optimizer state in the CPU's memory."""
     rank_timeout: float = Field(default=600.0, ge=1)
-    """Seconds without progress after which a run on several ranks gives up, naming the rank."""
+    """Seconds in which nothing moves, after which several ranks give up, naming the rank; six times
+    that in loading, three times in saving."""
     not_finite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not finite: end the run, or go on without it."""
 
@@ -302,8 +303,20 @@ def resume_may_change(before: Mapping[str, Any], settings: TrainSettings) -> fro
     return free - (DEFINES_BITS - ({"threads"} if settings.threads is None else set()))
 
 
+_LARGEST = 2**63 - 1
+"""Whole numbers that a setting may have: those beyond it are none to libraries in C."""
+
+
+def _too_large(settings: TrainSettings) -> list[str]:
+    return [
+        f"{name}: {value} is too large (at most {_LARGEST:,})"
+        for name, value in settings
+        if isinstance(value, int) and abs(value) > _LARGEST
+    ]
+
+
 def _contradictions(settings: TrainSettings) -> list[str]:
-    problems = []
+    problems = _too_large(settings)
     if settings.bitwise and settings.parallel == "fsdp2":
         problems.append(
             "bitwise: not under parallel fsdp2, which sums in an order that depends on the ranks"

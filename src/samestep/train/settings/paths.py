@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from samestep.train.settings.base import TrainSettings
+from samestep.utils.files import user_path
 from samestep.utils.plugins import nearest
 from samestep.utils.sources import DataSource, is_url
 
@@ -28,10 +29,10 @@ def missing_paths(settings: TrainSettings) -> list[str]:
     """
     given = {name: getattr(settings, name, None) for name in (*_MODELS, *_DATA)}
     return [
-        f"{name}: there is no {_kind(value)} {value}{_near(Path(value).expanduser())}"
+        f"{name}: there is no {_kind(value)} {value}{_near(user_path(value))}"
         for name, values in given.items()
         for value in texts_of(values)
-        if _looks_like_a_path(value) and not Path(value).expanduser().exists()
+        if _looks_like_a_path(value) and not user_path(value).exists()
     ]
 
 

@@ -1,0 +1,117 @@
+"""What the files of a model must be: safetensors, whole, finite, with numbers that can be."""
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import cached_file
+
+from samestep.errors import ConfigError
+
+log = logging.getLogger("samestep")
+
+_IS_SAFETENSORS = re.compile(r"[^/\\\x00]+\.safetensors")
+"""Names of files of weights: a file beside the index."""
+
+_MOST_PARTS = 100_000
+"""Layers or experts that a config may name."""
+
+
+def check_safetensors(source: str, index: str) -> None:
+    """Refuse an index that names other files: libraries would unpickle them.
+
+    Args:
+        source: The folder or Hub name of a model.
+        index: The name of its index.
+
+    Raises:
+        ConfigError: It names something else than safetensors beside it, or an adapter lies there.
+    """
+    path = cached_file(source, index, _raise_exceptions_for_missing_entries=False)
+    if path is not None:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()
+        wrong = sorted({str(name) for name in names if not _IS_SAFETENSORS.fullmatch(str(name))})
+        if wrong:
+            raise ConfigError(
+                f"model: {index} of {source} names {', '.join(wrong[:3])}: weights are read from "
+                "*.safetensors files beside it alone. Save the model anew with safetensors"
+            )
+    if (Path(source) / "adapter_config.json").exists():
+        raise ConfigError(
+            f"model: {source} holds an adapter (adapter_config.json) beside a model's config.json: "
+            "merge it into the weights, or move it elsewhere"
+        )
+
+
+def check_parts(config: Mapping[str, Any]) -> None:
+    """Refuse numbers of parts that would be built one by one until memory runs out.
+
+    Args:
+        config: The fields of a config.
+
+    Raises:
+        ValueError: One is too large; names it.
+    """
+    for name, value in config.items():
+        counts_parts = any(part in name for part in ("layer", "block", "expert"))
+        if counts_parts and isinstance(value, int) and value > _MOST_PARTS:
+            raise ValueError(f"{name} is {value}: more than {_MOST_PARTS:,} are none of a model's")
+
+
+def check_complete(source: str, model: Any, *, missing: Iterable[str], new_head: bool) -> None:
+    """Refuse missing weights, but for those of a head that is to be new.
+
+    Args:
+        source: Where the model is from, for messages.
+        model: A model of transformers.
+        missing: Names of the weights that its files lack.
+        new_head: Whether those of its head may be missing.
+
+    Raises:
+        ConfigError: Others are.
+    """
+    body = f"{model.base_model_prefix}."
+    absent = sorted(missing)
+    if new_head:
+        head = [key for key in absent if not key.startswith(body) or ".pooler." in key]
+        absent = [key for key in absent if key not in head]
+        if head:
+            log.info("the head starts from random values: %s", ", ".join(head))
+    if absent:
+        names = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
+        raise ConfigError(
+            f"model: {source} lacks {len(absent)} of the model's weights ({names}): they would "
+            "start from random values"
+        )
+
+
+@torch.no_grad()
+def check_finite(source: str, model: Any) -> None:
+    """Refuse weights that hold NaN or infinity, also where no row of the data would reach them.
+
+    Args:
+        source: Where the model is from, for messages.
+        model: The model.
+
+    Raises:
+        ConfigError: Some do; names the first.
+    """
+    # A sum in one pass; only one that is not finite is looked at element by element.
+    suspects = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and not weight.sum(dtype=torch.float32).isfinite()
+    }
+    wrong = {name: int((~weight.isfinite()).sum()) for name, weight in suspects.items()}
+    wrong = {name: number for name, number in wrong.items() if number}
+    if wrong:
+        first = next(iter(wrong))
+        raise ConfigError(
+            f"model: {len(wrong)} weights of {source} hold numbers that are not finite: {first} "
+            f"has {wrong[first]} of {model.get_parameter(first).numel():,}. The model is damaged: "
+            "get it anew"
+        )
