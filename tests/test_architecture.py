@@ -50,13 +50,15 @@ OUTSIDE: dict[str, set[str]] = {
     "utils": {"huggingface_hub", "pydantic", "yaml"},
     "kernels": {"transformers"},
     "hf": {"transformers"},
-    "data": {"PIL", "datasets", "pyarrow", "safetensors", "transformers"},
+    "data": {"PIL", "datasets", "fsspec", "pyarrow", "safetensors", "transformers"},
     "models": {"diffusers", "peft", "safetensors", "transformers"},
     "audit": {
-        *("accelerate", "altair", "jinja2", "markupsafe", "pytest", "transformers", "vl_convert"),
+        *("accelerate", "altair", "datasets", "jinja2", "markupsafe", "pytest", "transformers"),
+        "vl_convert",
     },
+    "doctor": {"accelerate", "datasets", "lightning", "tokenizers", "transformers"},
     "train": {
-        *("filelock", "huggingface_hub", "pydantic", "pydantic_core", "safetensors"),
+        *("filelock", "huggingface_hub", "peft", "pydantic", "pydantic_core", "safetensors"),
         *("trackio", "transformers", "wandb", "yaml"),
     },
     "study": {
@@ -67,22 +69,25 @@ OUTSIDE: dict[str, set[str]] = {
 """What else each package may import, at any time. The other packages, such as the step and the
 losses, import nothing else."""
 
+
+def part(module: str) -> str:
+    """The package, or the module at the root, that a module belongs to."""
+    return module.split(".")[1] if "." in module else module
+
+
 LIGHT = (
     "samestep.__main__",
     "samestep.audit.adapters.processes",
     "samestep.audit.check",
     "samestep.audit.command",
     "samestep.audit.worker",
-    *sorted(set(samestep._HOME.values())),
+    "samestep.doctor.command",
+    *sorted({home for home in samestep._HOME.values() if part(home) != "train"}),
 )
-"""What must be importable with the core alone: every public name, `samestep check`, its process."""
+"""What must be importable with the core alone: `samestep check` and its process, `samestep doctor`,
+and every public name but those of a run, which say what they need."""
 
 LONGEST_FILE = 400
-
-
-def part(module: str) -> str:
-    """The package, or the module at the root, that a module belongs to."""
-    return module.split(".")[1] if "." in module else module
 
 
 def forbidden(name: str, source: Path) -> list[str]:

@@ -46,20 +46,31 @@ LAZY_ENTRY_POINTS = {
     "samestep": "public names load PyTorch when they are first used",
     "samestep.audit.command": "`samestep check --help` needs no PyTorch",
     "samestep.audit.pytest_plugin": "pytest loads it in every project where samestep is installed",
+    "samestep.doctor.command": "`samestep doctor --help` needs no PyTorch",
+    "samestep.doctor.worker": "what libraries print as they are loaded is kept from its results",
     "samestep.study.command": "`samestep study --help` needs no PyTorch",
+    "samestep.train.after_command": "`samestep generate --help` needs no PyTorch",
+    "samestep.train.verify_command": "`samestep verify --help` needs no PyTorch",
     "samestep.train.command": "`samestep train --help` needs no PyTorch",
 }
 """Modules whose task is to be cheap to import and to load the heavy part once it is wanted."""
 
 OPTIONAL_PACKAGES = {
     "PIL": "vision",
+    "accelerate": "dev",
     "altair": "report",
+    "datasets": "train",
     "diffusers": "diffusion",
+    "fsspec": "train",
     "jinja2": "report",
+    "lightning": "dev",
     "markupsafe": "report",
+    "peft": "train",
     "tensorboard": "track",
     "torch.utils.tensorboard": "track",
+    "tokenizers": "train",
     "trackio": "track",
+    "transformers": "train",
     "vl_convert": "report",
     "wandb": "track",
 }

@@ -15,7 +15,6 @@ import peft
 import torch
 import transformers
 
-import samestep
 from samestep.engine.bitwise import Bitwise, determinism
 from samestep.engine.collectives import all_gather_object, gather_results, on_rank_0
 from samestep.engine.exact_sum import digest_of, digest_of_all
@@ -28,6 +27,7 @@ from samestep.train.origin import differences
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
 from samestep.train.setup import TrainingSetup
+from samestep.utils.version import package_version
 
 log = logging.getLogger("samestep")
 
@@ -84,7 +84,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "products by": "oneDNN" if onednn_is_faster() else "PyTorch's own choice",
-        "samestep": samestep.__version__,
+        "samestep": package_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
