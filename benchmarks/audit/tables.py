@@ -29,9 +29,13 @@ TRAINERS = """
 
 {versions}, the trainers' own settings but for the loss that is named. `step`: the verdict on the
 micro-batch size; `reported`: on what is logged; `evaluation`: on the evaluation batch size, with
-the number that changes most.
+the number that changes most. The last columns are further axes of [check.md](check.md); of those
+that are newer than these results it says "not run".
 
 """
+
+OTHER_AXES = ("short-window", "ranks", "next-step", "loader")
+"""Axes that have a column with the verdict and the cause."""
 
 SWEEP = """
 ## Every trainable head of transformers
@@ -74,6 +78,7 @@ def page(subjects: dict[str, Any], heads: dict[str, Any]) -> str:
                 "cause",
                 "reported",
                 "evaluation",
+                *OTHER_AXES,
             ),
             [_subject(name, one) for name, one in subjects["subjects"].items()],
         ),
@@ -105,7 +110,8 @@ def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def _subject(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     if found["verdict"] == "not run":
-        return (name, "", "not run", "", "", _cell(found["why"]), "", "")
+        unknown = ("",) * (2 + len(OTHER_AXES))
+        return (name, "", "not run", "", "", _cell(found["why"]), *unknown)
     axes = {axis["name"]: axis for axis in found["axes"]}
     four, step = found["accumulation 4"], axes["micro-batch"]
     kinds = found["subject"].partition("(")[2].rstrip(")")
@@ -119,7 +125,15 @@ def _subject(name: str, found: dict[str, Any]) -> tuple[str, ...]:
         step["cause"] or "",
         _scalar(axes["reported"]),
         _scalar(axes["evaluation-batch"]),
+        *(_in_words(axes.get(axis)) for axis in OTHER_AXES),
     )
+
+
+def _in_words(axis: dict[str, Any] | None) -> str:
+    """A verdict, with the cause; of results that are older than an axis, that it was not run."""
+    if axis is None:
+        return "not run"
+    return f"inexact: {axis['cause']}" if axis["verdict"] == "inexact" else str(axis["verdict"])
 
 
 def _scalar(axis: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from samestep.audit.adapters.trainer_data import select_rows, stand_in_for
 from samestep.audit.axes.axis import Axis
 from samestep.audit.check import CheckReport, check
 from samestep.audit.experiments import Experiments
+from samestep.errors import CheckError
 
 LENGTHS = (5, 17, 3, 9, 12, 4, 21, 7)
 
@@ -99,6 +100,21 @@ def test_an_error_of_the_audit_is_not_blamed_on_the_subject() -> None:
     first, second = report.axes
     assert "no fault of the subject's" in first.reason
     assert second.verdict == "exact"
+
+
+class CannotCollate(Loop):
+    def collate(self, rows: list[Tensor]) -> dict[str, Tensor]:
+        raise ValueError("of the loop")
+
+
+def test_whose_error_it_is_is_said_of_the_first_batches_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(CheckError, match="the subject failed: ValueError: of the loop"):
+        check(CannotCollate, axes=["order"])
+    monkeypatch.setattr("samestep.audit.adapters.loop.token_length", int)
+    with pytest.raises(CheckError, match="no fault of the subject's"):
+        check(Loop, axes=["order"])
 
 
 class Collate:

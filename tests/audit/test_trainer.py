@@ -83,6 +83,7 @@ def test_a_causal_language_model_is_exact_but_for_its_evaluation() -> None:
     assert report.dtype == "float64"
     assert {name: cause for name, cause in found(report).items() if cause != "exact"} == {
         "packing": "skipped",
+        "knobs": "skipped",
         "ranks": "duplicated-examples",  # of 7 rows, the sampler repeats one to fill the last batch
         "terms": "skipped",
         "evaluation-batch": "eval-mean-of-means",

@@ -15,6 +15,7 @@ from samestep.audit.adapters.knobs import Knobs
 from samestep.audit.adapters.loop import LoopSubject
 from samestep.audit.axes.axis import Axis, AxisResult, run_axis
 from samestep.audit.axes.table import AXES, DEFAULT_AXES
+from samestep.audit.blame import blamed
 from samestep.audit.causes import Cause, with_causes
 from samestep.audit.experiments import Experiments
 from samestep.audit.subject import Subject
@@ -298,7 +299,13 @@ def as_subject(source: Any, *, name: str | None = None) -> Subject:
         declared = getattr(factory, "knobs", None) or _member(source, "knobs")
         knobs = Knobs.of(declared, functions=[factory], holder=source, open_ended=True)
         return TrainerSubject(factory, name=label, knobs=knobs)
-    return LoopSubject(LoopFunctions.of(source), name=label)
+    functions = LoopFunctions.of(source)
+    try:
+        return LoopSubject(functions, name=label)
+    except CheckError:
+        raise
+    except Exception as error:  # the subject is the user's code: anything may come
+        raise CheckError(f"{label} could not be run: {blamed(error)}") from error
 
 
 def _trainer_factory(source: Any) -> Callable[..., Any] | None:

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 
+from samestep.audit.blame import blamed
 from samestep.audit.causes import CAUSES, Cause
 from samestep.audit.gradients import (
     FloatDtypeRecorder,
@@ -96,9 +97,7 @@ class Experiments:
                     "where a teacher is the student. Start from other weights or rows"
                 )
             return experiments
-        raise CheckError(
-            f"{subject.name} could not be run: {type(errors[0]).__name__}: {errors[0]}"
-        ) from errors[0]
+        raise CheckError(f"{subject.name} could not be run: {blamed(errors[0])}") from errors[0]
 
     @property
     def whole_batch(self) -> Split:

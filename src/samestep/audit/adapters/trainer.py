@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -111,7 +112,7 @@ class TrainerSubject(DealsRows):
         kinds = f"{type(trainer).__name__}, {type(trainer.model).__name__}"
         rows = self.rows_per_example
         self.name = f"{name} ({kinds}{f', {rows} rows an example' if rows > 1 else ''})"
-        self._singles = [self._batch((index,)) for index in range(self.size)]
+        self._singles = self._batches([(index,) for index in range(self.size)])
         self._padding = self._infer_padding()
 
     def _make_first(self, name: str) -> Any:
@@ -177,6 +178,10 @@ class TrainerSubject(DealsRows):
 
     def missing(self) -> Mapping[Capability, str]:
         """What a trainer, or this one's batches, cannot do."""
+        return self._missing
+
+    @functools.cached_property
+    def _missing(self) -> Mapping[Capability, str]:
         reasons: dict[Capability, str] = {
             "packing": "a trainer packs its data when it is made; compare two factories instead",
             "terms": "a trainer does not expose its loss terms",
@@ -260,10 +265,7 @@ class TrainerSubject(DealsRows):
         all_rows: Sequence[int] | None = None,
         dealt: list[tuple[int | None, ...]] | None = None,
     ) -> Observation:
-        """Some updates of a new trainer; see `_fresh_trainer`.
-
-        Where ``dealt`` is a list, the trainer's own loader deals, and what came is written there.
-        """
+        """Some updates of a new trainer; ``dealt`` gets what its own loader deals, if that does."""
         start = time.perf_counter()
         with self._fresh_trainer(
             split,
@@ -383,8 +385,14 @@ class TrainerSubject(DealsRows):
 
     def _batch(self, micro_batch: Sequence[int], settings: RunSettings = _NATIVE) -> Any:
         """The trainer's own batch of these examples."""
-        with self._fresh_trainer((micro_batch,), settings, accumulation=1) as (trainer, _):
-            return next(iter(trainer.get_train_dataloader()))
+        return self._batches([micro_batch], settings)[0]
+
+    def _batches(
+        self, micro_batches: Sequence[Sequence[int]], settings: RunSettings = _NATIVE
+    ) -> list[Any]:
+        """Those of several micro-batches of one size, by one trainer."""
+        with self._fresh_trainer(micro_batches, settings, accumulation=1) as (trainer, _):
+            return list(itertools.islice(trainer.get_train_dataloader(), len(micro_batches)))
 
 
 def _changes_batches(settings: RunSettings) -> bool:

@@ -1,14 +1,13 @@
 """What an axis is: how something that may not change the step is tried, judged and named."""
 
 import math
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 
+from samestep.audit.blame import blamed
 from samestep.audit.causes import UNEXPLAINED, Diagnosis, advice_for
 from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import GradientDifference
@@ -16,9 +15,6 @@ from samestep.audit.subject import Capability
 from samestep.errors import CheckError
 
 Verdict = Literal["exact", "inexact", "skipped"]
-
-ADAPTERS = Path(__file__).resolve().parent.parent / "adapters"
-"""Where the code of subjects is called from."""
 
 MAX_SINGLE = 1e-3
 """Relative difference from which on nobody looks whether it is the rounding of float32."""
@@ -241,22 +237,6 @@ def _judged(axis: Axis, experiments: Experiments) -> tuple[Measurement, bool]:
         return measurement, False
     text = f"in float32, in which parts are computed, {measurement.size:.1e}: its rounding"
     return replace(again, evidence="; ".join(filter(None, [again.evidence, text]))), True
-
-
-def blamed(error: Exception) -> str:
-    """An error, and whose it is: the subject's, or the auditor's own.
-
-    Args:
-        error: What a run raised.
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    folders = [Path(frame.filename).resolve().parent for frame in frames]
-    in_subject = any(folder == ADAPTERS for folder in folders)
-    text = f"{type(error).__name__}: {error}"
-    if in_subject and not folders[-1].is_relative_to(ADAPTERS.parent):
-        return f"the subject failed: {text}"
-    where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
-    return f"the audit itself failed, which is no fault of the subject's: {text} ({where})"
 
 
 def _diagnosis(axis: Axis, measurement: Measurement) -> Diagnosis:

@@ -1,6 +1,7 @@
 """The axis of knobs: sizes of the loop's own that may not change the step."""
 
-from samestep.audit.axes.axis import Measurement, blamed
+from samestep.audit.axes.axis import Measurement
+from samestep.audit.blame import blamed
 from samestep.audit.causes import Diagnosis
 from samestep.audit.diagnose.knobs import diagnose_knob
 from samestep.audit.diagnose.state import compare_left
