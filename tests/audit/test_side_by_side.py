@@ -85,6 +85,28 @@ def test_a_mean_in_a_second_pass_weighs_by_size() -> None:
     assert axis_of(TwoPassesOfSums).verdict == "exact"
 
 
+class SizesByThree(Loop):
+    """Micro-batches weigh by a third of their rows: whole multiples, but no repeats."""
+
+    def step(self, model: nn.Module, micros: list[Any]) -> None:
+        for micro in micros:
+            times = 1.0 if len(micros) == 1 else len(micro["labels"]) / 3
+            (self.sum_of(model, micro) / self.count(micros) * times).backward()
+
+
+class Repeats(Loop):
+    """The first two micro-batches come twice."""
+
+    def step(self, model: nn.Module, micros: list[Any]) -> None:
+        for micro in [*micros, *micros[: 2 * (len(micros) > 1)]]:
+            (self.sum_of(model, micro) / self.count(micros)).backward()
+
+
+def test_whole_multiples_are_repeats_unless_they_follow_sizes() -> None:
+    assert axis_of(SizesByThree).cause == "weighted-by-size"
+    assert axis_of(Repeats).cause == "duplicated-examples"
+
+
 class LastNormOnly(Loop):
     """Clips all that was added up by the norm of the last micro-batch's gradient."""
 

@@ -1,6 +1,6 @@
 """Audit every subject of the corpus and print what was detected, named, and raised in vain.
 
-python tests/corpus/corpus_run.py [--seeds 200 201 202] [--family NAME] [--only NAME] [--jobs 2]
+python tests/corpus/corpus_run.py [--seeds 301 302 303] [--family NAME] [--only NAME] [--jobs 2]
     [--json FILE]
 """
 
@@ -53,7 +53,7 @@ FAMILIES = {
     "what is said": what_is_said.CASES,
     "places": places.CASES,
 }
-FINAL_SEEDS = (200, 201, 202)
+FINAL_SEEDS = (301, 302, 303)
 """Not used while developing, and of other numbers of examples and lengths than seeds below 100."""
 
 Auditor = Callable[[Case, int], CheckReport]

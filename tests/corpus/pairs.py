@@ -79,7 +79,7 @@ def vectors(seed: int) -> list[dict[str, Any]]:
             "x": torch.randn(7, generator=draw),
             "kind": int(torch.randint(0, 4, (), generator=draw)),
             "value": float(torch.randn((), generator=draw)),
-            "weight": 0.25 + (at * 5 % 7) / 4,
+            "weight": 0.25 + (at * 5 % 13) / 6,
             "group": int(at % 3 == 0),
         }
         for at in range(number)

@@ -260,6 +260,14 @@ def token_length(single: Any) -> int | None:
     return inputs.shape[1] if inputs.dim() > 1 and not inputs.is_floating_point() else None
 
 
+def rows_and_width(batch: Any) -> tuple[int, int] | None:
+    """Of the inputs of a batch; None where they have no two dimensions."""
+    if not _tensors_of(batch):
+        return None
+    _, inputs = _inputs_of(batch)
+    return (inputs.shape[0], inputs.shape[1]) if inputs.dim() > 1 else None
+
+
 def possible_denominators(batch: Any) -> dict[str, Denominator]:
     """Everything that a loop could divide a batch by, and the cause that it is if it does.
 

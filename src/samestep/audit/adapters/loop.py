@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from samestep.audit.adapters.batches import (
     add_padding,
@@ -19,6 +19,7 @@ from samestep.audit.adapters.batches import (
     mask_boundaries,
     mask_targets,
     possible_denominators,
+    rows_and_width,
     token_length,
 )
 from samestep.audit.adapters.functions import OPTIONAL, LoopFunctions
@@ -131,10 +132,8 @@ class LoopSubject:
         return possible_denominators(self._batch(micro_batch, settings))
 
     def batch_shape(self, micro_batch: tuple[int, ...]) -> tuple[int, int] | None:
-        """That of ``input_ids``."""
-        batch = self._batch(micro_batch, DEFAULT_SETTINGS)
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        return (ids.shape[0], ids.shape[1]) if isinstance(ids, Tensor) and ids.dim() == 2 else None
+        """That of ``input_ids``, or else of the first tensor."""
+        return rows_and_width(self._batch(micro_batch, DEFAULT_SETTINGS))
 
     def run(self, split: Split, settings: RunSettings = DEFAULT_SETTINGS) -> Observation:
         """One step on fresh weights."""

@@ -210,7 +210,7 @@ def _nonlinear(
     parts = least_squares(evidence.split, evidence.alone)
     residual = max(whole.residual, parts.residual)
     if residual <= evidence.residual_tolerance:
-        known = _lost_or_repeated(whole, parts, evidence=evidence) or by_size(evidence)
+        known = by_size(evidence) or _lost_or_repeated(whole, parts, evidence=evidence)
         if known is not None:
             return known
     inside = _inside(experiments, split, evidence=evidence, **changes)
