@@ -37,6 +37,7 @@ from safetensors.torch import load_file
 import samestep
 from samestep.kernels.gemm import processor_name
 from samestep.train.trainer import train
+from samestep.utils.memory import keep_large_blocks
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "bitwise.json"
@@ -242,6 +243,7 @@ def packs_of(model: Any, number: int, tokens: int) -> list[dict[str, Any]]:
 
 def cost(size: str, *, packs: int, tokens: int, rounds: int) -> dict[str, Any]:
     """Processor's seconds of ordinary and bit-equal steps in turn, and of their parts."""
+    keep_large_blocks()  # as `samestep train` does
     model = large_model(size)
     batch = packs_of(model, packs, tokens)
     loss_fn = samestep.CausalLMLoss()
