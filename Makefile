@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test lint unit slow demo bench profile corpus audit study studies study-smollm2 history format clean models chaos docs dist
+.PHONY: help setup test lint unit slow demo bench profile corpus audit study studies study-smollm2 history format clean models chaos bitwise docs dist
 
 help:
 	@echo "make demo    fine-tune a real 135 M-parameter model and prove the step (5 minutes)"
@@ -22,6 +22,7 @@ help:
 	@echo "make audit   audit the trainers of transformers and TRL (half an hour; it resumes)"
 	@echo "make history audit the trainers of eight releases, each in its own environment (hours; it resumes)"
 	@echo "make chaos   break runs on purpose and count what is lost (3 minutes)"
+	@echo "make bitwise draw runs, kill and resume them, and compare their bits; what it costs (an hour)"
 	@echo "make docs    bring the generated parts of the docs up to date, build the site (a minute)"
 	@echo "make dist    build wheel and sdist, and try the wheel in empty environments"
 	@echo "make format  put the code in its standard form"
@@ -79,6 +80,9 @@ audit: $(READY)
 
 history: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/history/run.py
+
+bitwise: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bitwise.py
 
 chaos: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py

@@ -92,5 +92,5 @@ def shows(draw: Draw, alone: Any) -> bool:
     """Whether a run differs from another, or its ranks from each other: what they send, even."""
     try:
         return bool(run(draw) != alone)
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         return "ranks part" in str(error) or not isinstance(error, AssertionError)

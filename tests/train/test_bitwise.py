@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import rank_work
 import torch
+from bit_objectives import lines_of
 from gloo import on_ranks
 from runs import llama_folder, read_lines, run_config, write_rows
 from safetensors.torch import load_file
@@ -104,6 +105,13 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(
     train(run_config(folder, **options, out=str(outs[1]), resume=True))
     whole, broken = ((read_lines(out / "digests.jsonl"), tensors(out)) for out in outs)
     assert whole == broken
+
+
+@pytest.mark.parametrize("case", ["causal_lm mixtral", "kto", "embedding"])
+def test_objectives_that_couple_the_batch_have_the_same_bits(tmp_path: Path, case: str) -> None:
+    """A sum over the routers of the batch, the KL of all rows, negatives from all rows."""
+    found = [lines_of(tmp_path, case, backwards=backwards, steps=1) for backwards in (False, True)]
+    assert found[0] == found[1]
 
 
 def verify(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

@@ -14,7 +14,8 @@ def content_digest(micro_batch: Any) -> str:
     """SHA-256 of a micro-batch: of its tensors, numbers and texts, by name and in their order.
 
     Args:
-        micro_batch: A tensor, or mappings and sequences of tensors, numbers, texts and None.
+        micro_batch: A tensor, or mappings and sequences of tensors, numbers, texts, slices and
+            None.
 
     Returns:
         Hexadecimal.
@@ -38,7 +39,7 @@ def _add(digest: Any, value: Any, name: str) -> None:
         text = f"sequence of {len(value)}"
         for at, each in enumerate(value):
             _add(digest, each, f"{name}[{at}]")
-    elif value is None or isinstance(value, str | int | float | bool):
+    elif value is None or isinstance(value, str | int | float | bool | slice | range):
         text = repr(value)
     else:
         raise ConfigError(
