@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import bars
+import gpu_section
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 
@@ -225,6 +226,7 @@ def page() -> str:
         result = bars.load(name)
         if result is not None:
             parts.append(section(result))
+    parts.append(gpu_section.section(bars.load("gpu")))
     return "\n".join(parts)
 
 

@@ -143,6 +143,14 @@ def test_mixed_keeps_float32_weights(folder: Path, parallel: str, lora: int | No
     assert {str(weight.dtype) for weight in saved.values()} == {"torch.float32"}
 
 
+def test_ranks_measure_by_themselves_and_take_the_worst(folder: Path) -> None:
+    """One finds its costs in a cache, the other runs a micro-batch: neither waits for the other."""
+    costs = [[0.1, 3e-3, 2e9, 10.0], [0.2, 1e-3, 5e9, 7.0]]
+    found = on_ranks(2, rank_work.measuring, str(folder), costs)
+    assert [worst for worst, _ in found] == [[0.2, 3e-3, 5e9, 10.0]] * 2
+    assert [sizes for _, sizes in found] == [[], [1]]
+
+
 def test_memory_that_runs_out_on_one_rank_changes_the_cut_of_all(folder: Path) -> None:
     out = folder / "memory"
     options = settings(folder, out=str(out), micro_batch=None, micro_tokens=2000)

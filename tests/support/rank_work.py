@@ -226,6 +226,40 @@ def trained(config: Any) -> None:
     train(config)
 
 
+def measuring(folder: str, costs: list[list[float]]) -> Any:
+    """What each rank takes for the costs if it measures other ones; rank 0 finds its own cached.
+
+    A real micro-batch is run on the ranks that measure: it must wait for nobody.
+    """
+    from runs import run_config
+
+    from samestep.train import micro_tokens
+    from samestep.train.setup import set_up
+
+    setup = set_up(run_config(Path(folder), micro_batch=4))
+    sizes: list[int] = []
+
+    def measured(model: Any, objective: Any, **_: Any) -> Any:
+        micros = list(setup.micro_batches.batches(range(4 * collectives_rank), 0))
+        samestep.backward(model, micros, objective.loss_fn)
+        sizes.append(collectives.world_size())
+        return micro_tokens.Costs(*costs[collectives_rank])
+
+    collectives_rank = collectives.rank()
+    real = micro_tokens._measure, micro_tokens.cached_costs
+    micro_tokens._measure = measured
+    cached = micro_tokens.Costs(*costs[0])
+    micro_tokens.cached_costs = lambda _, measure: measure() if collectives_rank else cached
+    try:
+        found = micro_tokens.measured_costs(
+            setup.model, setup.objective, settings=setup.recipe.settings, cut=lambda _: []
+        )
+    finally:
+        micro_tokens._measure, micro_tokens.cached_costs = real
+    assert found is not None
+    return [found.seconds, found.seconds_per_token, found.bytes, found.bytes_per_token], sizes
+
+
 def faulty_training(folder: str, fault: str, **changes: Any) -> Any:
     """A run in which one rank alone meets a fault: its summary, or its error's class and text.
 

@@ -9,7 +9,9 @@ and nothing is unpickled.
 """
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -182,8 +184,26 @@ def row_offset(num_rows: int) -> int:
     return sum(all_gather_object(num_rows)[: rank()])
 
 
+_here = threading.local()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A block that this rank runs by itself, as if there were no others; for this thread alone.
+
+    For measurements of replicated models: a rank that measures must not wait for the others.
+    """
+    before = getattr(_here, "alone", False)
+    _here.alone = True
+    try:
+        yield
+    finally:
+        _here.alone = before
+
+
 def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    by_itself = getattr(_here, "alone", False)
+    return not by_itself and dist.is_available() and dist.is_initialized()
 
 
 def _gather_bytes(message: bytes, size: int) -> list[bytes]:

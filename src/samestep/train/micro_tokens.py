@@ -14,11 +14,13 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
+from samestep.engine.collectives import alone, gather_results
 from samestep.engine.counts import input_tokens
 from samestep.engine.step import backward
 from samestep.engine.terms import Objective
@@ -280,7 +282,8 @@ def choose_micro_tokens(
         return least  # the run itself cuts finer still, or says which sequence is too large
     if costs is None:
         return choice.unmeasured  # such a step is one or two micro-batches anyway
-    limit = _memory_limit(model.device, settings.memory_limit)
+    limits = gather_results(lambda: _memory_limit(model.device, settings.memory_limit))
+    limit = min((one for one in limits if one is not None), default=None)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in trained)
     reserved = (state_per_weight(settings) + (settings.ema is not None)) * weight_bytes
@@ -314,13 +317,29 @@ def measured_costs(
         cut: The first step's micro-batches under a budget.
 
     Returns:
-        The costs; None if they cannot be measured.
+        The costs, of several ranks the worst; None if one cannot measure them.
 
     Raises:
         OutOfMemoryError: What is measured does not fit into memory.
     """
     path = cache_folder() / "costs" / f"{_key(model, settings)}.json"
-    return cached_costs(path, lambda: _measure(model, objective, seed=settings.seed, cut=cut))
+
+    measure = partial(_measure, model, objective, seed=settings.seed, cut=cut)
+
+    def own() -> dict[str, Any] | None:
+        with alone():  # one may find the costs in its cache, and another measure them
+            costs = cached_costs(path, measure)
+        return asdict(costs) if costs else None
+
+    found = gather_results(own)
+    every = [one for one in found if one is not None]
+    if len(every) < len(found):
+        return None
+    return Costs(**{name: _worst([one[name] for one in every]) for name in every[0]})
+
+
+def _worst(values: Sequence[float | None]) -> Any:
+    return None if None in values else max(value for value in values if value is not None)
 
 
 def _memory_limit(device: torch.device, gigabytes: float | None) -> float | None:

@@ -161,7 +161,7 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
         cut=cut_first,
         tokens=steps * sum(data[0].lengths[at] for at in first) / world_size(),
     )
-    if _measures(recipe):
+    if _measures(recipe, model):
         micro_tokens = choose_micro_tokens(
             model, objective, recipe=recipe, cut=cut_first, longest=max(data[0].lengths)
         )
@@ -290,8 +290,9 @@ def _micro_tokens(model: Any, settings: TrainSettings) -> int:
     return DEFAULT_MICRO_TOKENS if is_sharded(model) else budget_range(device).unmeasured
 
 
-def _measures(recipe: Recipe) -> bool:
-    """Whether what micro-batches cost decides how large they are."""
+def _measures(recipe: Recipe, model: Any) -> bool:
+    """Whether what micro-batches cost decides how large they are; ranks of one CPU share it."""
     settings = recipe.settings
     automatic = settings.micro_tokens == "auto" and settings.micro_batch is None
-    return automatic and recipe.measures_costs and world_size() == 1
+    by_itself = world_size() == 1 or (model.device.type != "cpu" and not is_sharded(model))
+    return automatic and recipe.measures_costs and by_itself
