@@ -57,7 +57,7 @@ Written by `make history` from `benchmarks/results/history`: each release of tra
 accelerate and the TRL of its time, in an environment of its own, under the same PyTorch and the
 same auditor. Models are random and tiny, rows are ragged, gradients are float64. "Use the newest
 release" is not the answer: what is exact is a matter of the release, the head and the trainer. Look
-here, or run `samestep check` where you train.
+here, or run `samestep check` where you train. An empty field has not been measured.
 
 ![One row a trainer, one column a release: exact, or how far the gradient is off](history.svg)
 """
@@ -96,7 +96,8 @@ WITH_EXACT = """
 ## With `samestep.hf.exact`
 
 The same trainers after `exact(trainer)`, by the cut into micro-batches and by the window that is
-not full: the worse of the two. `refused`: it says why, and which release to take.
+not full: the worse of the two. `no step`: a loop that ends without an update stays as it is.
+`refused`: it says why, and which release to take.
 
 """
 
@@ -192,7 +193,9 @@ def not_run(results: Mapping[str, Any]) -> str:
             for way, found in ways.items():
                 if found["verdict"] == "not run":
                     place = f"{release} {NAMES[kind]}{' with exact' if way == EXACT else ''}"
-                    reasons.setdefault(found["why"], []).append(place)
+                    place = f"{release} with exact" if is_refusal(found) else place
+                    places = reasons.setdefault(found["why"].partition(" (")[0], [])
+                    places += [] if place in places else [place]
     if not reasons:
         return ""
     lines = [f"- {', '.join(places)}: {why}" for why, places in reasons.items()]

@@ -81,21 +81,21 @@ def tokenizer() -> Any:
     )
 
 
-def model(kind: str) -> Any:
+def model(kind: str, *, classes: int = CLASSES) -> Any:
     """A random model, loaded from a folder: some trainers load a second copy from there."""
-    return getattr(hf, kind).from_pretrained(_saved(kind))
+    return getattr(hf, kind).from_pretrained(_saved(kind, classes))
 
 
 @functools.cache
-def _saved(kind: str) -> str:
-    folder = HERE / kind
+def _saved(kind: str, classes: int) -> str:
+    folder = HERE / f"{kind}-{classes}"
     torch.manual_seed(0)
-    getattr(hf, kind)(_config(kind)).save_pretrained(folder)
+    getattr(hf, kind)(_config(kind, classes)).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
 
 
-def _config(kind: str) -> Any:
+def _config(kind: str, classes: int) -> Any:
     config_class = getattr(hf, kind).config_class
     if kind.startswith("Llava"):
         return config_class(
@@ -106,7 +106,7 @@ def _config(kind: str) -> Any:
         )
     shapes = {"Bert": ENCODER, "T5": ENCODER_DECODER}
     shape = next((shapes[name] for name in shapes if kind.startswith(name)), DECODER)
-    labels = {"num_labels": CLASSES} if "Classification" in kind else {}
+    labels = {"num_labels": classes} if "Classification" in kind else {}
     return config_class(**shape, **labels)
 
 
@@ -257,7 +257,7 @@ def dpo(**sizes: Any) -> Any:
 
 def reward(**sizes: Any) -> Any:
     """TRL's reward model."""
-    classifier = model("LlamaForSequenceClassification")
+    classifier = model("LlamaForSequenceClassification", classes=1)
     data = _pairs()
     if "tokenizer" in inspect.signature(trl.RewardTrainer).parameters:
         data = data.map(_tokenised_pair, remove_columns=data.column_names)
