@@ -46,7 +46,7 @@ def test_a_missing_extra_is_said_before_the_work(folder: Path, package: str, com
     assert not started.exists()
     assert not (folder / "out").exists()
     # The hint works: it names the index's package, or a folder that defines the extra.
-    source = shlex.split(done.err.strip().rpartition("pip install ")[2])[0]
+    source = shlex.split(done.err.strip().rpartition("pip install ")[2])[-1]  # after -e, if any
     name, _, extra = source.removesuffix("]").rpartition("[")
     assert extra == "report"
     project = Path(name) / "pyproject.toml"

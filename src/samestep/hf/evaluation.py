@@ -9,8 +9,15 @@ from typing import Any
 import torch
 
 from samestep.engine.collectives import all_reduce_sum, gather_results
-from samestep.hf.proof import loss_of, select_rows
-from samestep.hf.units import SHIFTED, Batch, library_classes, num_examples, num_rows
+from samestep.hf.proof import METRICS, loss_of, select_rows
+from samestep.hf.units import (
+    SHIFTED,
+    Batch,
+    library_classes,
+    num_examples,
+    num_pairs,
+    stacks_pairs,
+)
 from samestep.hf.window import State, ignore_rows, rows_of_this_rank, trainer_of, unit_of
 
 _OF_DPO = {
@@ -36,14 +43,14 @@ def metric_counts(trainer: Any, inputs: Batch) -> dict[str, float]:
     """
     if "SFTTrainer" in library_classes(trainer):
         counts = {"labels": SHIFTED.count(inputs)}
-    elif "DPOTrainer" in library_classes(trainer):
-        pairs = num_rows(inputs) // 2
+    elif "DPOTrainer" in library_classes(trainer) and stacks_pairs(inputs):
+        pairs = num_pairs(inputs)
         mask = inputs["completion_mask"][:, 1:] != 0
         chosen, rejected = mask[:pairs].sum(), mask[pairs:].sum()
         counts = {"chosen": chosen, "rejected": rejected, "completion": chosen + rejected}
         counts["pairs"] = torch.tensor(pairs)
-    elif "RewardTrainer" in library_classes(trainer):
-        counts = {"pairs": torch.tensor(num_rows(inputs) // 2)}
+    elif {"DPOTrainer", "RewardTrainer"} & {*library_classes(trainer)}:
+        counts = {"pairs": torch.tensor(num_pairs(inputs))}
     else:
         return {}
     totals = torch.stack([count.to(trainer.args.device) for count in counts.values()])
@@ -62,7 +69,7 @@ def average_metrics(trainer: Any, mode: str, counts: list[dict[str, float]]) -> 
         return
     units = _OF_DPO if "DPOTrainer" in library_classes(trainer) else {}
     default = "labels" if "labels" in counts[0] else "pairs"
-    held = trainer._metrics[mode]
+    held = _held_metrics(trainer, mode)
     for name, values in list(held.items()):
         if len(values) != len(counts):
             continue  # not one value for each micro-batch: a total, such as num_tokens
@@ -72,6 +79,15 @@ def average_metrics(trainer: Any, mode: str, counts: list[dict[str, float]]) -> 
         elif sum(weights):
             pairs = zip(values, weights, strict=True)
             held[name] = [sum(value * weight for value, weight in pairs if weight) / sum(weights)]
+
+
+def _held_metrics(trainer: Any, mode: str) -> Any:
+    """The lists of metrics that a trainer keeps until it logs, by its release's name."""
+    for name in METRICS:
+        held = vars(trainer).get(name)
+        if isinstance(held, Mapping) and isinstance(held.get(mode), Mapping):
+            return held[mode]
+    return {}
 
 
 class ExactEvaluation:

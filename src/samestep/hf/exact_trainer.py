@@ -18,6 +18,7 @@ from samestep.hf.units import Batch, Unit, known_unit, library_classes, num_exam
 from samestep.hf.window import (
     State,
     UnitOption,
+    backward_of,
     count_window,
     ignore_rows,
     rows_of_this_rank,
@@ -26,6 +27,9 @@ from samestep.hf.window import (
     with_a_target,
     zero_loss,
 )
+
+SWITCH = "loss_is_scaled_for_ga"
+"""The attribute by which newer trainers leave a loss as it is; in older ones it is put back."""
 
 
 class Exact(ExactEvaluation):
@@ -50,10 +54,10 @@ class Exact(ExactEvaluation):
             return parent._get_num_items_in_batch(batch_samples, device)
         return None
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+    def get_batch_samples(self, *args: Any, **options: Any) -> Any:
         """Prefetch a window as the trainer does, and count it over the ranks."""
         parent: Any = super()
-        batches, count = parent.get_batch_samples(epoch_iterator, num_batches, device)
+        batches, count = parent.get_batch_samples(*args, **options)
         state, trainer = self._samestep, trainer_of(self)
         if state.complete:
             return batches, count
@@ -80,9 +84,13 @@ class Exact(ExactEvaluation):
         state.window.advance()
         state.in_step = True
         try:
-            return parent.training_step(*args, **options)
+            if hasattr(self, SWITCH):
+                return parent.training_step(*args, **options)
+            with backward_of(trainer_of(self).accelerator, lambda: state.scaled):
+                parent.training_step(*args, **options)
+            return state.scaled.detach()
         finally:
-            state.in_step = False
+            state.in_step, state.scaled = False, None
 
     def compute_loss(
         self,
@@ -109,6 +117,7 @@ class Exact(ExactEvaluation):
         result = parent.compute_loss(model, inputs, return_outputs, None, **options)
         loss = result[0] if return_outputs else result
         scaled = loss * state.window.factor() if count else zero_loss(loss, trainer_of(self).model)
+        state.scaled = scaled
         return (scaled, *result[1:]) if return_outputs else scaled
 
 
@@ -147,10 +156,11 @@ def exact(trainer: Any, *, unit: UnitOption = None, prove: bool = False) -> Any:
 
 def _prepare(trainer: Any, *, unit: UnitOption, prove: bool) -> None:
     """Refuse what cannot be exact, then find what is known of a trainer before its data come."""
-    if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
+    if not hasattr(transformers.Trainer, "get_batch_samples"):
         raise ConfigError(
-            f"exact() needs transformers 5.19 or later, not {transformers.__version__}: earlier "
-            "trainers scale losses in ways that a class cannot switch off"
+            f"exact() needs transformers 4.46 or later, not {transformers.__version__}: earlier "
+            "trainers take one micro-batch at a time, so nothing can be counted over a window "
+            "before its first backward"
         )
     refuse_inexact(trainer)
     complete = is_complete(trainer)
@@ -160,7 +170,7 @@ def _prepare(trainer: Any, *, unit: UnitOption, prove: bool) -> None:
         complete=complete,
         unproved=prove and not complete,
     )
-    if not complete:
+    if not complete and hasattr(transformers.Trainer, SWITCH):
         trainer.loss_is_scaled_for_ga = True
 
 

@@ -1,6 +1,6 @@
 """Proof from values: is a loss a mean over a unit, whatever the cut? Asked of the first window."""
 
-from collections import defaultdict
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,10 +9,21 @@ import torch
 from torch import Tensor
 
 from samestep.errors import ConfigError, StepError
-from samestep.hf.units import Batch, Unit, num_examples, num_rows, row_tensors
+from samestep.hf.units import (
+    Batch,
+    Unit,
+    num_examples,
+    num_pairs,
+    num_rows,
+    row_tensors,
+    stacks_pairs,
+)
 from samestep.utils.agreement import FACTOR, rounding_noise
 
 Cut = tuple[list[int], list[int]]
+
+METRICS = ("_metrics", "_stored_metrics")
+"""Where the trainers of TRL keep what they log, by release."""
 
 _ASK = "give exact(trainer, unit=...) the name of the unit or a function that counts it"
 
@@ -110,8 +121,9 @@ def _cuts(batch: Batch, *, paired: bool) -> list[Cut]:
 
 def select_rows(batch: Batch, rows: Sequence[int], *, paired: bool) -> dict[str, Any]:
     """A batch of some rows, or some pairs, of a batch."""
-    half = num_rows(batch) // 2
-    chosen = [*rows, *(row + half for row in rows)] if paired else list(rows)
+    half = num_pairs(batch)
+    stacked = paired and stacks_pairs(batch)
+    chosen = [*rows, *(row + half for row in rows)] if stacked else list(rows)
     held = row_tensors(batch)
     return {name: held[name][chosen] if name in held else value for name, value in batch.items()}
 
@@ -181,15 +193,16 @@ def _explains(
 @contextmanager
 def _undisturbed(trainer: Any) -> Iterator[None]:
     """Leave neither metrics nor random numbers nor the model's mode behind."""
-    model, metrics = trainer.model, getattr(trainer, "_metrics", None)
+    model = trainer.model
+    metrics = {name: vars(trainer)[name] for name in METRICS if name in vars(trainer)}
     was_training = model.training
-    if metrics is not None:
-        trainer._metrics = {mode: defaultdict(list) for mode in metrics}
+    for name, held in metrics.items():
+        setattr(trainer, name, copy.deepcopy(held))
     model.eval()
     try:
         with torch.random.fork_rng():
             yield
     finally:
         model.train(was_training)
-        if metrics is not None:
-            trainer._metrics = metrics
+        for name, held in metrics.items():
+            setattr(trainer, name, held)

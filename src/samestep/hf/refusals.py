@@ -62,9 +62,9 @@ def _of_library(trainer: Any) -> list[str]:
     names = library_classes(trainer)
     if not names or names == ["_BaseTrainer"]:
         return []
-    served = next((name for name in names if name in SERVED), None)
-    if served is None:
-        return [_of_unserved(names[0])]
+    served = names[0]  # one that derives from another has a loss of its own, as GKD from SFT
+    if served not in SERVED:
+        return [_of_unserved(served)]
     found = []
     if getattr(trainer, "aux_loss_enabled", False):
         found.append(
@@ -81,6 +81,11 @@ def _of_library(trainer: Any) -> list[str]:
             "which divides by those of the whole batch, or 'grpo'"
         )
     if served == "DPOTrainer":
+        if getattr(trainer.args, "rpo_alpha", None) is not None:
+            found.append(
+                f"rpo_alpha={trainer.args.rpo_alpha:g} adds a mean over tokens to one over pairs, "
+                f"and one factor cannot scale both: set rpo_alpha=None, or use {_HERE}"
+            )
         if "sft" in kinds and len(kinds) > 1:
             found.append(
                 f"loss_type={kinds}: 'sft' is a mean over tokens, the others over pairs, and one "

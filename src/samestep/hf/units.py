@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto import modeling_auto as auto
 
 from samestep.engine.targets import IGNORE
 from samestep.errors import ConfigError, StepError
+
+try:
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+except ImportError:  # of a release whose models hold their losses themselves
+    LOSS_MAPPING, ForCausalLMLoss = {}, object()
 
 Batch = Mapping[str, Any]
 
@@ -64,7 +68,17 @@ def num_rows(batch: Batch) -> int:
 
 def num_examples(batch: Batch, *, paired: bool) -> int:
     """The rows, or pairs, of a batch."""
-    return num_rows(batch) // (2 if paired else 1)
+    return num_pairs(batch) if paired else num_rows(batch)
+
+
+def stacks_pairs(batch: Batch) -> bool:
+    """Whether the chosen rows of a batch stand over the rejected; older TRL names each apart."""
+    return "input_ids" in batch
+
+
+def num_pairs(batch: Batch) -> int:
+    """The pairs of a batch."""
+    return num_rows(batch) // (2 if stacks_pairs(batch) else 1)
 
 
 def _labels_of(batch: Batch) -> Tensor:
@@ -93,11 +107,16 @@ def _count_rows(batch: Batch) -> Tensor:
 
 
 def _count_pairs(batch: Batch) -> Tensor:
-    return torch.tensor(num_rows(batch) // 2)
+    return torch.tensor(num_pairs(batch))
 
 
 def _count_chosen(batch: Batch) -> Tensor:
-    rows = num_rows(batch) // 2
+    if not stacks_pairs(batch) or "completion_mask" not in batch:
+        raise StepError(
+            f"a micro-batch without input_ids and completion_mask (it has {', '.join(batch)}): the "
+            "tokens of its chosen answers cannot be counted; take TRL 1.0 or later"
+        )
+    rows = num_pairs(batch)
     mask: Tensor = batch["completion_mask"]
     return (mask[:rows, 1:] != 0).sum()
 
@@ -183,7 +202,7 @@ def unit_named(unit: str | Callable[[Batch], Any]) -> Unit:
 
 def known_unit(trainer: Any) -> Unit | None:
     """The unit of a loss that is the library's own; None if it has to be found from its values."""
-    if own_methods(trainer, "compute_loss") or trainer.compute_loss_func is not None:
+    if own_methods(trainer, "compute_loss") or getattr(trainer, "compute_loss_func", None):
         return None
     names = library_classes(trainer)
     if "SFTTrainer" in names:
@@ -203,7 +222,7 @@ def _unit_of_model(model: Any, *, smoothed: bool) -> Unit | None:
     if _holds((auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,), name) and smoothed:
         return SHIFTED
     encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
-    shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    shifts = _mapped_loss(model) is ForCausalLMLoss
     if shifts and not smoothed and not encoder_decoder and _calls_mapped_loss(kind):
         return SHIFTED
     if _holds(_BY_LABEL, name):
@@ -215,6 +234,13 @@ def _unit_of_model(model: Any, *, smoothed: bool) -> Unit | None:
     if _holds((auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,), name):
         return ANSWERS
     return None
+
+
+def _mapped_loss(model: Any) -> Any:
+    """The function that a model's type of loss is mapped to; some releases do not tell the type."""
+    if hasattr(model, "loss_type"):
+        return LOSS_MAPPING.get(model.loss_type)
+    return getattr(model, "loss_function", None)
 
 
 def _row_unit(has_classes: bool) -> Unit:

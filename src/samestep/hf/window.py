@@ -1,6 +1,7 @@
 """The window of a step, counted before the first backward over all ranks, and its state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,6 +136,38 @@ def zero_loss(loss: Tensor, model: Any) -> Tensor:
     return torch.stack([(weight * 0.0).sum() for weight in weights]).sum()
 
 
+@contextmanager
+def backward_of(accelerator: Any, loss: Callable[[], Tensor]) -> Iterator[None]:
+    """Differentiate a loss as it is, whatever a trainer and accelerate divide it by on the way.
+
+    Each release of transformers divides in its own place, and some have no switch. So what arrives
+    is replaced, and the one division that accelerate states is undone.
+
+    Args:
+        accelerator: The trainer's; its ``backward`` is another within the block.
+        loss: Gives what is to be differentiated, once it is there.
+
+    Raises:
+        StepError: The trainer did not go through it, as with apex.
+    """
+    backward, calls = accelerator.backward, []
+
+    def differentiate(divided: Tensor, **options: Any) -> None:
+        calls.append(divided)
+        backward(loss() * accelerator.gradient_accumulation_steps, **options)
+
+    accelerator.backward = differentiate
+    try:
+        yield
+    finally:
+        accelerator.backward = backward
+    if not calls:
+        raise StepError(
+            "the trainer differentiates its loss without its accelerator (apex?), where exact() "
+            "cannot scale it: use bf16=True or fp16=True without apex"
+        )
+
+
 @dataclass
 class State:
     """What is remembered of a trainer between its hooks.
@@ -145,6 +178,7 @@ class State:
         unproved: Whether the next window is to be compared with its parts.
         window: The micro-batches of this step.
         in_step: Whether a loss that is computed is one to scale.
+        scaled: The loss of the micro-batch that is computed, as it is to be differentiated.
         candidates: The units that are possible.
         untried: Whether no value has been compared yet.
         evaluated: Loss times count, and count, of each batch of an evaluation that is under way.
@@ -156,6 +190,7 @@ class State:
     unproved: bool
     window: Window = field(default_factory=Window)
     in_step: bool = False
+    scaled: Any = None
     candidates: list[Unit] = field(
         default_factory=lambda: [unit for unit in NAMED.values() if not unit.paired]
     )

@@ -53,6 +53,7 @@ from samestep.audit.adapters.trainer_setup import (
     padding_side,
     padding_token,
     restore,
+    shifts_labels,
     strip_trainer,
     suppress_output,
     take_rows_in_order,
@@ -113,6 +114,8 @@ class TrainerSubject(DealsRows):
         rows = self.rows_per_example
         self.name = f"{name} ({kinds}{f', {rows} rows an example' if rows > 1 else ''})"
         self._singles = self._batches([(index,) for index in range(self.size)])
+        with self._fresh_trainer(((0,),), _NATIVE, accumulation=1) as (fresh, _):
+            self._shifts = shifts_labels(fresh, self._singles[0])
         self._padding = self._infer_padding()
 
     def _make_first(self, name: str) -> Any:
@@ -165,7 +168,6 @@ class TrainerSubject(DealsRows):
         self._stream = is_stream(self._data)
         self._padding_side = padding_side(trainer)
         self._padding_token = padding_token(trainer)
-        self._shifts = bool(trainer._loss_shifts_labels)
 
     def _infer_padding(self) -> CollatorPadding | None:
         """How the trainer's own collator pads; None if it cannot be seen."""

@@ -2,11 +2,11 @@
 
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import datasets
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
@@ -58,7 +58,17 @@ class _Rows(Subset[Any]):
 
 def is_stream(dataset: Any) -> bool:
     """Whether a dataset can only be iterated over."""
-    return isinstance(dataset, IterableDataset | datasets.IterableDataset)
+    kinds = (IterableDataset, *_kinds_of_datasets("IterableDataset"))
+    return isinstance(dataset, kinds)
+
+
+def _kinds_of_datasets(name: str) -> tuple[Any, ...]:
+    """A class of the package datasets; none, where nothing has loaded it: then no data are of it.
+
+    A plain trainer does not need that package.
+    """
+    package = sys.modules.get("datasets")
+    return () if package is None else (getattr(package, name),)
 
 
 def number_of_rows(dataset: Any, most: int) -> int:
@@ -70,7 +80,7 @@ def number_of_rows(dataset: Any, most: int) -> int:
 
 def select_rows(dataset: Any, indices: Sequence[int]) -> Any:
     """A dataset of these rows in this order, of the same kind as far as a trainer can see."""
-    if isinstance(dataset, datasets.Dataset):
+    if isinstance(dataset, _kinds_of_datasets("Dataset")):
         return dataset.select(indices)
     if is_stream(dataset):
         rows = list(itertools.islice(dataset, max(indices) + 1))
@@ -348,9 +358,9 @@ class Rollouts:
         prompts = self.columns["prompt_mask"].sum(1).tolist()
         return [ExampleCounts(int(a), int(a + b)) for a, b in zip(targets, prompts, strict=True)]
 
-    def dataset(self) -> datasets.Dataset:
+    def dataset(self) -> list[dict[str, str]]:
         """As many rows as there are rollouts, for a data loader to count."""
-        return datasets.Dataset.from_dict({"prompt": [""] * self.size})
+        return [{"prompt": ""} for _ in range(self.size)]
 
     def batch(self, rows: Sequence[int], all_rows: Sequence[int]) -> dict[str, Tensor]:
         """A micro-batch.

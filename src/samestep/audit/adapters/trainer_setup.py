@@ -22,6 +22,7 @@ from samestep.audit.adapters.instrument import perturb_weights, scalars_of
 from samestep.audit.adapters.trainer_data import is_stream
 from samestep.audit.gradients import global_norm, sketch, sketch_fold
 from samestep.audit.subject import Gradient, Observation, RunSettings, Side
+from samestep.engine.targets import IGNORE
 from samestep.errors import CheckError
 
 SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -85,14 +86,46 @@ def describe_error(error: BaseException) -> str:
 
 def padding_side(trainer: Any) -> Side:
     """The side that the trainer's own tokenizer pads."""
-    side = getattr(trainer.processing_class, "padding_side", "right")
+    side = getattr(_reader(trainer), "padding_side", "right")
     return "left" if side == "left" else "right"
+
+
+def _reader(trainer: Any) -> Any:
+    """What turns the trainer's rows into tokens, by the name that its release gives it."""
+    names = ("processing_class", "tokenizer")
+    return next((vars(trainer)[name] for name in names if name in vars(trainer)), None)
+
+
+def shifts_labels(trainer: Any, batch: Any) -> bool:
+    """Whether a trainer's loss predicts each label from the tokens before it.
+
+    Where the trainer does not say so, it is asked: such a loss does not read a row's first label.
+
+    Args:
+        trainer: Its loss is computed twice, unless it says.
+        batch: One of its own micro-batches.
+    """
+    said = getattr(trainer, "_loss_shifts_labels", None)
+    if said is not None:
+        return bool(said)
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 2:
+        return False
+    losses = []
+    trainer.model.eval()
+    for first in (IGNORE, int(labels.max())):
+        changed = labels.clone()
+        changed[:, 0] = first
+        inputs = trainer._prepare_inputs({**batch, "labels": changed})
+        with torch.no_grad():
+            losses.append(float(trainer.compute_loss(trainer.model, inputs).mean()))
+    return losses[0] == losses[1]
 
 
 def padding_token(trainer: Any) -> int:
     """The token that the trainer's own batches are padded with, as far as it says."""
     config = getattr(trainer.model, "config", None)
-    for owner in (trainer.processing_class, config):
+    for owner in (_reader(trainer), config):
         token = getattr(owner, "pad_token_id", None)
         if isinstance(token, int):
             return token
@@ -137,9 +170,12 @@ def strip_trainer(trainer: Any, *, stream_steps: int, in_order: bool = True) -> 
     trainer.callback_handler.callbacks = [
         callback for callback in trainer.callback_handler.callbacks if _belongs_to_step(callback)
     ]
-    trainer._clip_grad_norm = lambda model: nn.utils.get_total_norm(
-        [weight.grad for weight in model.parameters() if weight.grad is not None]
-    )
+    if hasattr(trainer, "_clip_grad_norm"):
+        trainer._clip_grad_norm = lambda model: nn.utils.get_total_norm(
+            [weight.grad for weight in model.parameters() if weight.grad is not None]
+        )
+    else:  # clipped inside of the loop, unless the largest norm is 0
+        args.max_grad_norm = 0.0
 
 
 def _belongs_to_step(callback: Any) -> bool:
@@ -236,6 +272,7 @@ def observe_trainer(
         raise CheckError("the trainer ended without an update by its optimizer")
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     reported = scalars_of(logs[-1]) if logs else {}
+    reported = _unrounded(reported, trainer.state.log_history[-1])
     rounding = torch.finfo(next(trainer.model.parameters()).dtype).eps
     gradient = optimizer.gradient
     moved = _moved_otherwise(trainer.model, gradient, initial=initial)
@@ -249,6 +286,19 @@ def observe_trainer(
         rounding=rounding,
         updates=optimizer.updates if moved is None else 0,
     )
+
+
+def _unrounded(reported: dict[str, float], summary: Mapping[str, Any]) -> dict[str, float]:
+    """What was logged, with more digits of the loss where the log rounds it and the summary not.
+
+    Args:
+        reported: The numbers of the last log.
+        summary: The entry after it, which has the mean of the losses of the run.
+    """
+    mean = summary.get("train_loss")
+    if isinstance(mean, float) and reported.get("loss") == round(mean, 4):
+        return {**reported, "loss": mean}
+    return reported
 
 
 def _moved_otherwise(
@@ -293,7 +343,7 @@ def to_float64(network: nn.Module) -> None:
     """Float64 weights, and experts multiplied in turn: the grouped kernel has no float64."""
     network.to(torch.float64)
     for module in network.modules():
-        if isinstance(module, PreTrainedModel):
+        if isinstance(module, PreTrainedModel) and hasattr(module, "set_experts_implementation"):
             module.set_experts_implementation("eager")
 
 
