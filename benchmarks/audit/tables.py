@@ -29,7 +29,8 @@ TRAINERS = """
 
 {versions}, the trainers' own settings but for the loss that is named. `step`: the verdict on the
 micro-batch size; `reported`: on what is logged; `evaluation`: on the evaluation batch size, with
-the number that changes most.
+the number that changes most. `with exact`: the axes that were inexact, after
+[`samestep.hf.exact`](trainers.md); empty where it was not tried.
 
 """
 
@@ -74,6 +75,7 @@ def page(subjects: dict[str, Any], heads: dict[str, Any]) -> str:
                 "cause",
                 "reported",
                 "evaluation",
+                "with exact",
             ),
             [_subject(name, one) for name, one in subjects["subjects"].items()],
         ),
@@ -81,7 +83,7 @@ def page(subjects: dict[str, Any], heads: dict[str, Any]) -> str:
         _table(("task", "exact", "inexact", "not run"), _totals(classes)),
         "\n",
         _table(
-            ("class", "task", "verdict", "scale", "cosine", "cause", "inputs"),
+            ("class", "task", "verdict", "scale", "cosine", "cause", "with exact", "inputs"),
             [_head(name, one) for name, one in sorted(ran.items(), key=_rank)],
         ),
         NOT_RUN.format(number=len(failed)),
@@ -105,7 +107,7 @@ def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def _subject(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     if found["verdict"] == "not run":
-        return (name, "", "not run", "", "", _cell(found["why"]), "", "")
+        return (name, "", "not run", "", "", _cell(found["why"]), "", "", "")
     axes = {axis["name"]: axis for axis in found["axes"]}
     four, step = found["accumulation 4"], axes["micro-batch"]
     kinds = found["subject"].partition("(")[2].rstrip(")")
@@ -119,6 +121,7 @@ def _subject(name: str, found: dict[str, Any]) -> tuple[str, ...]:
         step["cause"] or "",
         _scalar(axes["reported"]),
         _scalar(axes["evaluation-batch"]),
+        _cured(found),
     )
 
 
@@ -153,8 +156,18 @@ def _rank(item: tuple[str, dict[str, Any]]) -> tuple[Any, ...]:
 def _head(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     scale, cosine = _figures(found, found["verdict"])
     return (
-        name, found["task"], found["verdict"], scale, cosine, found["cause"] or "", found["inputs"],
+        name, found["task"], found["verdict"], scale, cosine, found["cause"] or "", _cured(found),
+        found["inputs"],
     )  # fmt: skip
+
+
+def _cured(found: dict[str, Any]) -> str:
+    """What `samestep.hf.exact` makes of it: empty where it was exact, or where it was not tried."""
+    cured = found.get("with exact")
+    if cured is None:
+        return ""
+    left = f": {', '.join(cured['left'])}" if cured.get("left") else ""
+    return f"{cured['verdict']}{left}"
 
 
 def _cell(text: str) -> str:
