@@ -75,6 +75,7 @@ study-smollm2: $(READY)
 
 audit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/audit/run.py
+	$(BIN)/python tools/known_faults.py
 
 chaos: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py
