@@ -77,6 +77,7 @@ study-smollm2: $(READY)
 
 audit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/audit/run.py
+	$(BIN)/python tools/known_faults.py
 
 history: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/history/run.py

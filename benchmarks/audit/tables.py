@@ -29,8 +29,9 @@ TRAINERS = """
 
 {versions}, the trainers' own settings but for the loss that is named. `step`: the verdict on the
 micro-batch size; `reported`: on what is logged; `evaluation`: on the evaluation batch size, with
-the number that changes most. The last columns are further axes of [check.md](check.md); of those
-that are newer than these results it says "not run".
+the number that changes most. Then further axes of [check.md](check.md); of those that are newer
+than these results it says "not run". `with exact`: the axes that were inexact, after
+[`samestep.hf.exact`](trainers.md); empty where it was not tried.
 
 """
 
@@ -79,6 +80,7 @@ def page(subjects: dict[str, Any], heads: dict[str, Any]) -> str:
                 "reported",
                 "evaluation",
                 *OTHER_AXES,
+                "with exact",
             ),
             [_subject(name, one) for name, one in subjects["subjects"].items()],
         ),
@@ -86,7 +88,7 @@ def page(subjects: dict[str, Any], heads: dict[str, Any]) -> str:
         _table(("task", "exact", "inexact", "not run"), _totals(classes)),
         "\n",
         _table(
-            ("class", "task", "verdict", "scale", "cosine", "cause", "inputs"),
+            ("class", "task", "verdict", "scale", "cosine", "cause", "with exact", "inputs"),
             [_head(name, one) for name, one in sorted(ran.items(), key=_rank)],
         ),
         NOT_RUN.format(number=len(failed)),
@@ -110,7 +112,7 @@ def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def _subject(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     if found["verdict"] == "not run":
-        unknown = ("",) * (2 + len(OTHER_AXES))
+        unknown = ("",) * (3 + len(OTHER_AXES))
         return (name, "", "not run", "", "", _cell(found["why"]), *unknown)
     axes = {axis["name"]: axis for axis in found["axes"]}
     four, step = found["accumulation 4"], axes["micro-batch"]
@@ -126,6 +128,7 @@ def _subject(name: str, found: dict[str, Any]) -> tuple[str, ...]:
         _scalar(axes["reported"]),
         _scalar(axes["evaluation-batch"]),
         *(_in_words(axes.get(axis)) for axis in OTHER_AXES),
+        _cured(found),
     )
 
 
@@ -167,8 +170,18 @@ def _rank(item: tuple[str, dict[str, Any]]) -> tuple[Any, ...]:
 def _head(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     scale, cosine = _figures(found, found["verdict"])
     return (
-        name, found["task"], found["verdict"], scale, cosine, found["cause"] or "", found["inputs"],
+        name, found["task"], found["verdict"], scale, cosine, found["cause"] or "", _cured(found),
+        found["inputs"],
     )  # fmt: skip
+
+
+def _cured(found: dict[str, Any]) -> str:
+    """What `samestep.hf.exact` makes of it: empty where it was exact, or where it was not tried."""
+    cured = found.get("with exact")
+    if cured is None:
+        return ""
+    left = f": {', '.join(cured['left'])}" if cured.get("left") else ""
+    return f"{cured['verdict']}{left}"
 
 
 def _cell(text: str) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from exact_cases import dpo, gradients, plain, reward, sft, worst
+from exact_cases import EXACT, dpo, gradients, plain, reward, sft, worst
 
 from samestep.hf.exact_trainer import exact
 
@@ -33,13 +33,6 @@ WRONG_TODAY = {"masked", "bert-classes", "llama-classes", "tags", "dpo-sft"}
 SHORT_WRONG_TODAY = WRONG_TODAY | {"answers", "regression", "dpo", "reward", "seq2seq"}
 """Those whose step does, at the latest, with a micro-batch shorter than the others."""
 
-TOLERANCE = {"sft": 2e-5, "sft-dft": 2e-5, "dpo": 2e-5, "dpo-sft": 2e-5}
-"""TRL's fused head computes in float32."""
-
-
-def bound(name: str) -> float:
-    return TOLERANCE.get(name, 2e-6)
-
 
 def run(make: Any, cut: tuple[int, int], folder: Path, *, apply: bool) -> dict[str, torch.Tensor]:
     trainer = make(*cut, folder)
@@ -52,8 +45,8 @@ def test_the_gradient_does_not_depend_on_the_cut(tmp_path: Path, name: str) -> N
     make = CASES[name]
     whole = run(make, (8, 1), tmp_path, apply=True)
     for cut in ((1, 8), (2, 4), (3, 3)):  # the last of three rows is one of two
-        assert worst(whole, run(make, cut, tmp_path, apply=True)) < bound(name), cut
-    assert worst(whole, run(make, (8, 1), tmp_path, apply=False)) < bound(name)
+        assert worst(whole, run(make, cut, tmp_path, apply=True)) < EXACT, cut
+    assert worst(whole, run(make, (8, 1), tmp_path, apply=False)) < EXACT
     if name in WRONG_TODAY:
         assert worst(whole, run(make, (1, 8), tmp_path, apply=False)) > 1e-2
     if name in SHORT_WRONG_TODAY:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from exact_cases import collate, dpo, gradients, model_of, plain, sft, token_rows, worst
+from exact_cases import EXACT, collate, dpo, gradients, model_of, plain, sft, token_rows, worst
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -55,7 +55,7 @@ def test_the_unit_of_a_loss_of_ones_own_is_found(tmp_path: Path, trainer: Any) -
     make = plain("LlamaForCausalLM", "next", trainer=trainer)
     (whole,) = gradients(exact(make(8, 1, tmp_path)))
     (cut,) = gradients(exact(make(3, 3, tmp_path)))
-    assert worst(whole, cut) < 2e-6
+    assert worst(whole, cut) < EXACT
     (wrong,) = gradients(make(3, 3, tmp_path))
     assert worst(whole, wrong) > 1e-2
 
@@ -70,7 +70,7 @@ def test_units_are_told_apart_when_data_come_that_differ(tmp_path: Path) -> None
         return exact(made)
 
     for one, other in zip(gradients(trainer(4, 1)), gradients(trainer(2, 2)), strict=True):
-        assert worst(one, other) < 2e-6
+        assert worst(one, other) < EXACT
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_unit_can_be_given(tmp_path: Path, unit: Any) -> None:
     make = plain("LlamaForCausalLM", "next", trainer=MeanOfTokens)
     (whole,) = gradients(exact(make(8, 1, tmp_path), unit=unit))
     (cut,) = gradients(exact(make(1, 8, tmp_path), unit=unit))
-    assert worst(whole, cut) < 1e-12
+    assert worst(whole, cut) < EXACT
     with pytest.raises(ConfigError, match="'lines': one of shifted-labels"):
         exact(make(1, 8, tmp_path), unit="lines")
 
@@ -106,7 +106,7 @@ def test_the_class_before_a_trainer(tmp_path: Path) -> None:
     make = plain("BertForMaskedLM", "tokens", trainer=Mine)
     (whole,) = gradients(make(8, 1, tmp_path))
     (cut,) = gradients(make(2, 4, tmp_path))
-    assert worst(whole, cut) < 2e-6
+    assert worst(whole, cut) < EXACT
     (again,) = gradients(exact(make(2, 4, tmp_path)))
     assert worst(cut, again) == 0
 
@@ -124,7 +124,7 @@ def test_a_micro_batch_without_targets_adds_nothing(tmp_path: Path, name: str) -
     (whole,) = gradients(trainer(8, 1))
     made = trainer(2, 4)
     (cut,) = gradients(made)
-    assert worst(whole, cut) < 2e-6
+    assert worst(whole, cut) < EXACT
     assert made.state.log_history[0]["loss"] > 0
     assert made.evaluate()["eval_loss"] > 0
 
@@ -139,7 +139,7 @@ def test_a_micro_batch_of_sft_without_targets(tmp_path: Path) -> None:
 
     (whole,) = gradients(trainer(8, 1))
     (cut,) = gradients(trainer(1, 8))
-    assert worst(whole, cut) < 2e-5
+    assert worst(whole, cut) < EXACT
 
 
 class WithBatchNorm(nn.Module):

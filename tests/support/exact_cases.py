@@ -12,7 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
+from samestep.audit.adapters.instrument import force_float64
+
 V, PAD = 260, 258
+
+EXACT = 1e-12
+"""How far a weight's gradient may be off in float64, relatively: the contract of the step."""
 
 SHAPE: dict[str, Any] = {
     "vocab_size": V,
@@ -208,10 +213,11 @@ class RecordsGradient(hf.TrainerCallback):
 
 
 def gradients(trainer: Any) -> list[dict[str, Tensor]]:
-    """The gradient of each update of a whole training."""
+    """The gradient of each update of a whole training, computed in float64 throughout."""
     recorder = RecordsGradient()
     trainer.add_callback(recorder)
-    trainer.train()
+    with force_float64():  # rotations, losses and TRL's fused head are in float32 otherwise
+        trainer.train()
     return recorder.updates
 
 

@@ -41,15 +41,13 @@ from samestep.audit.adapters.trainer_data import (
     stand_in_for,
 )
 from samestep.audit.adapters.trainer_loader import DealsRows, deal_in_order, recognise_dealt
+from samestep.audit.adapters.trainer_observe import install_optimizer, observe_trainer, only_metrics
 from samestep.audit.adapters.trainer_setup import (
     check_signature,
     copied_tensors,
     describe_error,
-    install_optimizer,
     make_trainer,
     networks_of,
-    observe_trainer,
-    only_metrics,
     padding_side,
     padding_token,
     restore,
