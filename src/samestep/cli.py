@@ -25,6 +25,7 @@ usage: samestep COMMAND ...
 Training steps that do not depend on how the batch was split.
 
 commands:
+  init [RUN.YAML]                        write a commented run.yaml, by a few questions
   train [RUN.YAML] [--FIELD VALUE ...]   fine-tune a language model
   eval RUN --data ROWS                   evaluate a run's model on other rows
   generate RUN --prompt TEXT             what a run's model answers
@@ -123,6 +124,10 @@ def _run(command: str, arguments: list[str]) -> int:
         from samestep.train.command import run
 
         return run(arguments)
+    if command == "init":
+        from samestep.train.init_command import init
+
+        return init(arguments)
     if command in ("eval", "generate", "export"):
         from samestep.train.after_command import COMMANDS
 
@@ -142,7 +147,7 @@ def _run(command: str, arguments: list[str]) -> int:
         return report(arguments)
     if command.endswith((".yaml", ".yml")):
         raise ConfigError(f"which command? `samestep train {command}`, or study?")
-    names = ["train", "eval", "generate", "export", "check", "study", "report"]
+    names = ["init", "train", "eval", "generate", "export", "check", "study", "report"]
     near = difflib.get_close_matches(command, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"there is no command {command!r}{hint} (`samestep --help` lists them)")
