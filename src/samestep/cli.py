@@ -36,6 +36,13 @@ class _Command(NamedTuple):
 
 
 _COMMANDS = {
+    "init": _Command(
+        "[RUN.YAML]",
+        "write a commented run.yaml, by a few questions",
+        "train.init_command",
+        "init",
+        extras=("train",),
+    ),
     "train": _Command(
         "[RUN.YAML] [--FIELD VALUE ...]",
         "fine-tune a language model",

@@ -33,7 +33,7 @@ class OptimizerSettings(Protocol):
     weight_decay_by_name: dict[str, float]
     schedule: str
     warmup: float
-    decay: float
+    cooldown: float
     min_lr_ratio: float
 
 
@@ -101,12 +101,12 @@ def _constant(progress: float) -> float:
 
 
 def _wsd(progress: float) -> float:
-    """Stays at the peak, and falls in a straight line over the last steps (`decay`)."""
+    """Stays at the peak, and falls in a straight line over the last steps (`cooldown`)."""
     return 1 - progress
 
 
 def _cooldown(progress: float) -> float:
-    """Stays at the peak, and falls as 1 - √progress over the last steps (`decay`)."""
+    """Stays at the peak, and falls as 1 - √progress over the last steps (`cooldown`)."""
     return 1 - math.sqrt(progress)
 
 
@@ -328,7 +328,7 @@ def learning_rate(step: int, *, total: int, settings: OptimizerSettings) -> floa
     Args:
         step: From 0.
         total: Steps of the whole run.
-        settings: ``lr``, ``schedule``, ``warmup``, ``decay``, ``min_lr_ratio``.
+        settings: ``lr``, ``schedule``, ``warmup``, ``cooldown``, ``min_lr_ratio``.
 
     Returns:
         The learning rate. It rises linearly over the warm-up, reaches ``lr``, and then follows
@@ -339,7 +339,7 @@ def learning_rate(step: int, *, total: int, settings: OptimizerSettings) -> floa
         return settings.lr * (step + 1) / (warmup + 1)
     start = warmup
     if settings.schedule in COOLDOWNS:
-        falling = settings.decay if settings.decay >= 1 else settings.decay * total
+        falling = settings.cooldown if settings.cooldown >= 1 else settings.cooldown * total
         start = max(warmup, total - falling)
     progress = max(0.0, step - start) / max(1.0, total - start)
     floor = settings.min_lr_ratio

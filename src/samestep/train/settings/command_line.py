@@ -21,7 +21,7 @@ GROUPS = {
         *("warmup", "weight_decay", "max_grad_norm", "seed", "not_finite", "bitwise"),
     ),
     "the update in detail": (
-        *("betas", "eps", "momentum", "decay", "min_lr_ratio", "lr_by_name"),
+        *("betas", "eps", "momentum", "cooldown", "min_lr_ratio", "lr_by_name"),
         *("weight_decay_by_name", "freeze", "ema"),
     ),
     "adapters": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge"),

@@ -111,7 +111,7 @@ class OptimizationFields(BaseModel):
     """How the learning rate falls after warm-up; linear and cosine end at 0."""
     warmup: float = Field(default=0.0, ge=0)
     """Warm-up: a share of the steps if below 1, else a number of steps."""
-    decay: float = Field(default=0.1, gt=0)
+    cooldown: float = Field(default=0.1, gt=0)
     """wsd, cooldown: the steps at the end in which the rate falls, a share if below 1."""
     min_lr_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Where the schedule ends, as a share of the peak."""
@@ -152,17 +152,18 @@ def optimization_problems(settings: OptimizationFields) -> list[str]:
         problems.append(f"betas: each from 0 up to, not with, 1, not {shown}")
     if any(rate == 0 for rate in settings.lr_by_name.values()):
         problems.append("lr_by_name: a rate of 0 trains nothing: name those weights in freeze")
-    default = OptimizationFields.model_fields["decay"].default
-    if settings.decay != default and settings.schedule not in COOLDOWNS:
+    default = OptimizationFields.model_fields["cooldown"].default
+    if settings.cooldown != default and settings.schedule not in COOLDOWNS:
         problems.append(
-            f"decay belongs to schedule {' and '.join(COOLDOWNS)}, and this is {settings.schedule}"
+            f"cooldown belongs to schedule {' and '.join(COOLDOWNS)}, and this is "
+            f"{settings.schedule}"
         )
     if settings.min_lr_ratio and settings.schedule == "constant":
         problems.append("min_lr_ratio: schedule constant never falls")
-    shares = [value for value in (settings.warmup, settings.decay) if value < 1]
+    shares = [value for value in (settings.warmup, settings.cooldown) if value < 1]
     if settings.schedule in COOLDOWNS and len(shares) == 2 and sum(shares) > 1:
         problems.append(
-            f"warmup and decay: {settings.warmup:g} and {settings.decay:g} of the steps are more "
-            "than all"
+            f"warmup and cooldown: {settings.warmup:g} and {settings.cooldown:g} of the steps are "
+            "more than all"
         )
     return problems

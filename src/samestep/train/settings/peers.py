@@ -127,7 +127,9 @@ PEER_FIELDS: Mapping[str, Meaning] = {
     **_same("eps", "adam_epsilon adam_eps"),
     **_same("momentum", "sgd_momentum muon_momentum"),
     **_same("min_lr_ratio", "min_lr min_lr_rate cosine_min_lr_ratio", "a share of the peak"),
-    **_same("decay", "num_decay_steps decay_steps decay_ratio", "a share of the steps, or steps"),
+    **_same(
+        "cooldown", "num_decay_steps decay_steps decay_ratio", "a share of the steps, or steps"
+    ),
     **_same("freeze", "frozen_parameters freeze_parameters freeze_layers", "regular expressions"),
     **_same("ema", "ema_decay use_ema", "the share that stays, such as 0.999"),
     **_none(
