@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test lint unit slow demo bench profile corpus audit study studies study-smollm2 history format clean models chaos bitwise docs dist
+.PHONY: help setup test lint unit slow demo bench profile corpus audit study studies study-smollm2 history format clean models chaos fuzz bitwise docs dist
 
 help:
 	@echo "make demo    fine-tune a real 135 M-parameter model and prove the step (5 minutes)"
@@ -21,7 +21,8 @@ help:
 	@echo "make corpus  audit the corpus of seeded bugs and sound loops (2 minutes)"
 	@echo "make audit   audit the trainers of transformers and TRL (half an hour; it resumes)"
 	@echo "make history audit the trainers of eight releases, each in its own environment (hours; it resumes)"
-	@echo "make chaos   break runs on purpose and count what is lost (3 minutes)"
+	@echo "make chaos   break runs on purpose and count what is lost (minutes)"
+	@echo "make fuzz    give 50,000 spoiled inputs, and count how they end (minutes)"
 	@echo "make bitwise draw runs, kill and resume them, and compare their bits; what it costs (an hour)"
 	@echo "make docs    bring the generated parts of the docs up to date, build the site (a minute)"
 	@echo "make dist    build wheel and sdist, and try the wheel in empty environments"
@@ -87,6 +88,9 @@ bitwise: $(READY)
 
 chaos: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py
+
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py
 
 models: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/named/named_run.py

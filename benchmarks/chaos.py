@@ -1,6 +1,9 @@
 """Break runs on purpose, again and again, and count what is lost: writes docs/faults.md.
 
-    python benchmarks/chaos.py [--scale 1.0] [--out docs/faults.md]
+    python benchmarks/chaos.py [--scale 1.0] [--json benchmarks/results/chaos.json] [--page]
+
+The page is made from the result file, --page makes it alone; its part on inputs is that of
+`benchmarks/fuzz.py`, and stays.
 
 Every run is a real training run in a process of its own, forked from one that has PyTorch loaded. A
 fault survives if the run, resumed until it ends, has the weights of a run that nothing broke, equal
@@ -18,9 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +33,25 @@ import torch
 from runs import llama_folder, run_config, write_rows
 from safetensors.torch import load_file
 
+from chaos_faults import (
+    Outcome,
+    changed_models,
+    damaged_files,
+    foreign_files,
+    killed_launchers,
+    planted_hangs,
+    second_signals,
+    two_runs,
+)
 from samestep.errors import Interrupted, RankError
 from samestep.train.trainer import train
 
+PAGE = Path("docs/faults.md")
 ATTACK = Path(__file__).parent.parent / "tests" / "support" / "save_attack.py"
 STEPS = 12
 PATIENCE = 60
-"""Seconds after which a run that should have ended counts as hanging."""
+"""Seconds after which a run that should have ended counts as hanging; on a busy machine, twenty
+times those that an unbroken run took."""
 
 
 @dataclass
@@ -46,6 +61,7 @@ class Tally:
     fault: str
     injected: int = 0
     survived: int = 0
+    problems: list[str] = field(default_factory=list)
 
     def row(self) -> str:
         lost = self.injected - self.survived
@@ -55,10 +71,10 @@ class Tally:
 class Runs:
     """Runs of one tiny configuration on one or two ranks, in forked processes."""
 
-    def __init__(self, folder: Path, ranks: int) -> None:
-        self.folder, self.ranks = folder, ranks
-        self.out = folder / f"out-{ranks}"
-        started = time.monotonic()
+    def __init__(self, folder: Path, ranks: int, **changes: Any) -> None:
+        self.folder, self.ranks, self.changes = folder, ranks, changes
+        self.out = folder / "-".join(["out", str(ranks), *changes])
+        self.seconds, started = 100.0, time.monotonic()
         self.finish(self.start(fresh=True))
         self.seconds = time.monotonic() - started
         self.wanted = self.weights()
@@ -81,7 +97,7 @@ class Runs:
     def _run(self, rank: int, port: int, *, resume: bool) -> None:
         code = 1
         try:
-            with (self.folder / f"output-{rank}.txt").open("a") as text:
+            with (self.folder / f"output-{rank}.txt").open("w") as text:
                 os.dup2(text.fileno(), 2)
             if self.ranks > 1:
                 os.environ |= {
@@ -100,6 +116,7 @@ class Runs:
                     micro_batch=2,
                     rank_timeout=10,
                     resume=resume,
+                    **self.changes,
                 )
             )
             code = 0
@@ -115,7 +132,7 @@ class Runs:
 
     def finish(self, ids: list[int]) -> list[int]:
         """Wait for every rank; the exit codes (-9 after SIGKILL). A rank that hangs is killed."""
-        end, codes = time.monotonic() + PATIENCE, {}
+        end, codes = time.monotonic() + max(PATIENCE, 20 * self.seconds), {}
         while len(codes) < len(ids):
             for child in set(ids) - codes.keys():
                 done, status = os.waitpid(child, os.WNOHANG)
@@ -128,8 +145,13 @@ class Runs:
             time.sleep(0.005)
         return [codes[child] for child in ids]
 
+    def said(self) -> str:
+        """What rank 0 of the last run printed to stderr."""
+        return (self.folder / "output-0.txt").read_text(errors="replace")
+
     def weights(self) -> dict[str, torch.Tensor]:
-        return load_file(self.out / "model" / "model.safetensors")
+        (file,) = (self.out / "model").glob("*.safetensors")
+        return load_file(file)
 
     def same(self) -> bool:
         """Whether the run that has ended has the weights of the unbroken one, to the bit."""
@@ -232,6 +254,19 @@ def attacked_saves() -> list[Tally]:
     return tallies
 
 
+def counted(outcomes: Iterator[Outcome]) -> Tally:
+    """The faults of one kind, counted."""
+    tally = Tally("")
+    for fault, survived, why in outcomes:
+        tally.fault = fault
+        tally.injected += 1
+        tally.survived += survived
+        if not survived:
+            tally.problems.append(why)
+    print(tally.row(), *tally.problems, sep="\n", flush=True)
+    return tally
+
+
 def _hidden(folder: Path) -> set[str]:
     with suppress(FileNotFoundError):
         return {name for name in os.listdir(folder) if name.startswith(".step-")}
@@ -246,15 +281,43 @@ def _send(process: int, number: signal.Signals) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the faults to inject")
-    parser.add_argument("--out", type=Path, default=Path("docs/faults.md"))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/chaos.json"))
+    parser.add_argument("--page", action="store_true", help="write docs/faults.md alone")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    started, draw = time.monotonic(), random.Random(0)
+    if not options.page:
+        torch.set_num_threads(1)
+        started = time.monotonic()
+        rows: list[dict[str, Any]] = []
+        for tally in all_faults(options.scale):  # kept one by one: it takes long
+            rows.append(asdict(tally))
+            result = {
+                "minutes": round((time.monotonic() - started) / 60, 1),
+                "cores": os.cpu_count(),
+                "steps": STEPS,
+                "faults": rows,
+            }
+            options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = json.loads(options.json.read_text(encoding="utf-8"))
+    before = PAGE.read_text(encoding="utf-8")
+    inputs = before[before.index("## Inputs") :] if "## Inputs" in before else ""
+    PAGE.write_text(page(result, inputs), encoding="utf-8")
+    if any(row["survived"] < row["injected"] for row in result["faults"]):
+        sys.exit("something was lost")
+
+
+def all_faults(scale: float) -> Iterator[Tally]:
+    """Every kind of fault, so many of each; those that are tried one by one are always all."""
+    draw = random.Random(0)
+
+    def of(number: int) -> int:
+        return max(1, round(number * scale))
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         llama_folder(folder / "tiny")
         write_rows(folder / "rows.jsonl", 20)
         one, two = Runs(folder, 1), Runs(folder, 2)
+        adapters = Runs(folder, 1, lora_rank=2)
         plan: list[tuple[str, int, Runs, Any]] = [
             ("kill -9 at a random moment", 60, one, at_random(one, draw, signal.SIGKILL)),
             ("kill -9 while a checkpoint is written", 40, one, in_a_checkpoint(one, draw)),
@@ -262,41 +325,54 @@ def main() -> None:
             ("kill -9, and the newest checkpoint damaged", 10, one, damaged(one, draw)),
             ("kill -9 of one rank of two", 10, two, at_random(two, draw, signal.SIGKILL)),
         ]
-        tallies = []
         for fault, number, runs, inject in plan:
             tally = Tally(fault)
-            break_and_resume(runs, tally, max(1, round(number * options.scale)), inject)
-            tallies.append(tally)
-    tallies += attacked_saves()
-    minutes = (time.monotonic() - started) / 60
-    options.out.write_text(page(tallies, minutes), encoding="utf-8")
-    if any(tally.survived < tally.injected for tally in tallies):
-        sys.exit("something was lost")
+            break_and_resume(runs, tally, of(number), inject)
+            yield tally
+        yield counted(second_signals(one, of(10)))
+        yield from attacked_saves()
+        yield counted(damaged_files(one))
+        yield counted(foreign_files(one))
+        yield counted(changed_models(adapters))
+        yield counted(two_runs(one, of(5)))
+        yield counted(planted_hangs(folder))
+        yield counted(killed_launchers(folder, of(3)))
 
 
-def page(tallies: list[Tally], minutes: float) -> str:
-    rows = "\n".join(tally.row() for tally in tallies)
-    cores = os.cpu_count()
+def page(result: dict[str, Any], inputs: str) -> str:
+    """The page of the result file, with the part that `benchmarks/fuzz.py` has written."""
+    rows = "\n".join(
+        Tally(row["fault"], row["injected"], row["survived"]).row() for row in result["faults"]
+    )
     return f"""# Faults
 
-Written by `make chaos` ({minutes:.1f} minutes on {cores} cores): real runs of {STEPS} steps that
-save after every step, broken on purpose. A fault is survived if the run, resumed until it ends,
-has the weights of a run that nothing broke, equal bit for bit.
+## Runs
+Written by `make chaos` ({result["minutes"]:.1f} minutes on {result["cores"]} cores) from
+`benchmarks/results/chaos.json`: real runs of {result["steps"]} steps that save after every
+step, broken on purpose. A fault is survived if the run, resumed until it ends, has the weights
+of a run that nothing broke, equal bit for bit.
 
-| fault | injected | survived | lost |
+| fault | tried | survived | lost |
 | --- | --- | --- | --- |
 {rows}
 
-In the last rows every file operation of a save (of a tiny network) kills the process, or fails
-once, in its turn. It is survived if a run then starts from a whole checkpoint, from before or from
-after, and the next save leaves no trace (`tests/train/test_checkpoint_faults.py`).
+Where every file operation of a save (of a tiny network) kills the process, or fails once, in
+its turn, the fault is survived if a run then starts from a whole checkpoint, from before or
+from after, and the next save leaves no trace (`tests/train/test_checkpoint_faults.py`). A model
+that changed must be refused by name, and the run go on once it is back; of two runs in one
+folder the second must be refused, and the first end as if alone. A rank that hangs (in loading,
+resuming, collating, a micro-batch, a loss of the user's own, evaluation, the log, a save, after
+one, the export, or compiled code) must be named with what it was doing, and both ranks end;
+after kill -9 of the launcher both ranks must end, and the run be resumed.
 
-Further faults are injected by the tests, each once or a few times: memory that runs out (by a
-hook, and for real), losses that are not finite, full, slow and read-only disks, changed rows, a
-clock that jumps, two runs in one folder (`tests/train/test_faults.py`,
-`tests/train/test_checkpoint.py`); a rank that is killed, hangs, or fails alone
-(`tests/distributed/test_faults.py`).
-"""
+Further faults are injected by the tests, each once or a few times: memory that runs out, by a
+hook and for real, in a micro-batch, clipping, the update, a save and the export
+(`tests/train/test_faults.py`, `tests/train/test_memory_faults.py`); losses and weights that are
+not finite, full, slow and read-only disks, changed rows, a clock that jumps
+(`tests/train/test_faults.py`, `tests/train/test_checkpoint.py`); a rank that is killed, hangs,
+or fails alone under the launcher (`tests/distributed/test_faults.py`).
+
+{inputs}"""
 
 
 if __name__ == "__main__":

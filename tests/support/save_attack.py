@@ -1,4 +1,4 @@
-"""Attacks saves of checkpoints: dies before, or fails at, each file operation in its turn.
+"""Attacks saves and the export: dies before, or fails at, each file operation in its turn.
 
 Run by itself, without threads, so that each attack is a fork of a process that has PyTorch already.
 Takes the faults to try, or tries all. Prints JSON: what was tried, and a line for each attack that
@@ -21,6 +21,7 @@ from torch import nn
 
 from samestep.errors import CheckpointError
 from samestep.train import checkpoint
+from samestep.train.model_folder import save_model
 from samestep.train.progress import DataFingerprint, Progress
 
 EVENTS = {
@@ -100,19 +101,89 @@ def half_replaced(folder: Path) -> None:
     (folder / "other").rmdir()
 
 
-SCENARIOS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any], set[tuple[int, float]]]]
+def starts_from(allowed: set[tuple[int, float]]) -> Callable[[Path], str]:
+    """What is wrong with checkpoints after an attack; empty if a run starts from one of these."""
+
+    def check(folder: Path) -> str:
+        found = kept(folder)
+        if found not in allowed:
+            return f"{found} is left"
+        save(folder, 3, 3.0)
+        rest = sorted(path.name for path in folder.iterdir())
+        if kept(folder) != (3, 3.0) or rest != ["step-00000003"]:
+            return f"afterwards there is {rest}"
+        return ""
+
+    return check
+
+
+class Exported:
+    """A model whose files hold one word."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+    def save_pretrained(self, folder: Path, state_dict: Any = None) -> None:
+        Path(folder).mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (Path(folder) / name).write_text(self.word, encoding="utf-8")
+
+
+def export(folder: Path, word: str) -> None:
+    save_model(Exported(word), None, folder=folder / "model", merge=False)
+
+
+def words(folder: Path) -> set[str]:
+    """What the files of an exported model hold; more than one is half of two."""
+    return {path.read_text(encoding="utf-8") for path in (folder / "model").glob("*")}
+
+
+def check_export(folder: Path) -> str:
+    """What is wrong after an attack: the model is the old one, the new one, or not there yet."""
+    if words(folder) not in ({"old"}, {"new"}, set()):
+        return f"the model holds {words(folder)}"
+    export(folder, "next")
+    rest = sorted(path.name for path in folder.iterdir())
+    if words(folder) != {"next"} or rest != ["model"]:
+        return f"afterwards there is {rest} with {words(folder)}"
+    return ""
+
+
+SCENARIOS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any], Callable[[Path], str]]]
 SCENARIOS = {
-    "the first save": (lambda folder: None, lambda f: save(f, 1, 1.0), {(0, 0.0), (1, 1.0)}),
-    "the next step": (lambda f: save(f, 1, 1.0), lambda f: save(f, 2, 2.0), {(1, 1.0), (2, 2.0)}),
-    "a saved step": (lambda f: save(f, 1, 1.0), lambda f: save(f, 1, 2.0), {(1, 1.0), (1, 2.0)}),
-    "the start after a kill": (half_replaced, kept, {(1, 1.0), (1, 2.0)}),
+    "the first save": (
+        lambda folder: None,
+        lambda folder: save(folder, 1, 1.0),
+        starts_from({(0, 0.0), (1, 1.0)}),
+    ),
+    "the next step": (
+        lambda folder: save(folder, 1, 1.0),
+        lambda folder: save(folder, 2, 2.0),
+        starts_from({(1, 1.0), (2, 2.0)}),
+    ),
+    "a saved step": (
+        lambda folder: save(folder, 1, 1.0),
+        lambda folder: save(folder, 1, 2.0),
+        starts_from({(1, 1.0), (1, 2.0)}),
+    ),
+    "the start after a kill": (half_replaced, kept, starts_from({(1, 1.0), (1, 2.0)})),
+    "the export": (
+        lambda folder: folder.mkdir(),
+        lambda folder: export(folder, "new"),
+        check_export,
+    ),
+    "the export over another": (
+        lambda folder: export(folder, "old"),
+        lambda folder: export(folder, "new"),
+        check_export,
+    ),
 }
-"""What stands there before, what is attacked, and what a resumed run may start from."""
+"""What stands there before, what is attacked, and what may be wrong afterwards."""
 
 
 def attacked(name: str, folder: Path, *, at: int, fault: str) -> tuple[bool, str]:
     """Whether the attack came before the end; and what it lost."""
-    before, work, allowed = SCENARIOS[name]
+    before, work, check = SCENARIOS[name]
     before(folder)
     child = os.fork()
     if not child:
@@ -129,16 +200,10 @@ def attacked(name: str, folder: Path, *, at: int, fault: str) -> tuple[bool, str
     if code not in (0, 2, KILLED):
         return True, "an error that is not samestep's own"
     try:
-        found = kept(folder)
-        if found not in allowed:
-            return True, f"{found} is left"
-        save(folder, 3, 3.0)
-        rest = sorted(path.name for path in folder.iterdir())
+        problem_found = check(folder)
     except Exception as error:
         return True, f"{type(error).__name__}: {error}"
-    if kept(folder) != (3, 3.0) or rest != ["step-00000003"]:
-        return True, f"afterwards there is {rest}"
-    return code != 0, ""
+    return code != 0 or bool(problem_found), problem_found
 
 
 def main() -> None:

@@ -142,7 +142,7 @@ def iter_rows(
             dropped.add(str(reason), index)
             continue
         except Exception as error:
-            problems.append(f"{row.origin}: {unexpected(error)}")
+            problems.append(f"{row.origin}: {_unexpected(error)}")
             continue
         yield index, result
     raise_problems(problems, hint=hint)
@@ -167,7 +167,7 @@ def map_rows(
     return [result for _, result in iter_rows(rows, lambda _, row: read(row), hint=hint)]
 
 
-def unexpected(error: Exception) -> RowError:
+def _unexpected(error: Exception) -> RowError:
     """What a reader tripped over, as an error of its row.
 
     The values of a row may be anything that a format holds, and so may what libraries raise on
@@ -208,7 +208,7 @@ def result_or_error(
     try:
         return function(*args, **keywords)
     except Exception as error:
-        return unexpected(error)
+        return _unexpected(error)
 
 
 def map_valid(
