@@ -82,7 +82,8 @@ def corpus() -> str:
         for family, one in {**record["families"], "**all**": record}.items()
     ]
     heads = ("family", "bugs", "detected", "rightly named", "sound", "false alarms")
-    return markdown_table(heads, rows)
+    seeds = ", ".join(map(str, record["seeds"]))
+    return f"{markdown_table(heads, rows)}\nMeasured at seed {seeds}.\n"
 
 
 def blind(name: str) -> Callable[[], str]:
