@@ -253,7 +253,6 @@ def test_auto_compiles_where_a_run_earns_it_back(
         None,  # type: ignore[arg-type]
         recipe=recipe_for(settings),
         padding="none",
-        products=lambda: torch.no_grad(),
         cut=lambda budget: [],
         tokens=steps * 100,
     )

@@ -2,8 +2,6 @@
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from samestep.errors import ConfigError, OutOfMemoryError
 from samestep.models.compiled import compilable_layers, compile_layers, run_eagerly
 from samestep.models.dropout import key_dropout
 from samestep.train.micro_tokens import CutFirstStep, measured_costs
+from samestep.train.precision import products
 from samestep.train.recipes.base import Recipe
 
 log = logging.getLogger("samestep")
@@ -34,7 +33,6 @@ def choose_compilation(
     *,
     recipe: Recipe,
     padding: Padding,
-    products: Callable[[], AbstractContextManager[None]],
     cut: CutFirstStep,
     tokens: float,
 ) -> None:
@@ -48,7 +46,6 @@ def choose_compilation(
         objective: What is optimised.
         recipe: Its settings say ``compile``.
         padding: The layout of micro-batches.
-        products: Makes a context in which the model's products have their type.
         cut: The first step's micro-batches under a budget.
         tokens: Of the whole run, on this rank.
 
@@ -69,7 +66,7 @@ def choose_compilation(
             )
     started = time.perf_counter()
     if not reason:
-        with products():
+        with products(model, recipe.settings, keep_copies=False):
             reason = compile_layers(
                 model, lambda: recipe.outputs(model, _probe(model, padding=padding))
             )

@@ -157,7 +157,6 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
         objective,
         recipe=recipe,
         padding=padding,
-        products=lambda: products(model, settings, keep_copies=False),
         cut=cut_first,
         tokens=steps * sum(data[0].lengths[at] for at in first) / world_size(),
     )
