@@ -95,7 +95,9 @@ def _of_history() -> Iterator[dict[str, Any]]:
 def _kind(axes: dict[str, Any], ratio: float) -> dict[str, Any]:
     """The axes on which a kind is inexact, and how long its gradient is at 8 x 1 over 1 x 8."""
     inexact = [name for name in AXES if axes.get(name, {}).get("verdict") == "inexact"]
-    return {"inexact": inexact, "scale": float(f"{ratio:.4g}")}
+    unknown = [name for name in AXES if axes.get(name, {}).get("verdict", "skipped") == "skipped"]
+    found = {"inexact": inexact, "scale": float(f"{ratio:.4g}")}
+    return found | ({"unknown": unknown} if unknown else {})
 
 
 def _numbers(versions: dict[str, str]) -> list[int]:

@@ -152,6 +152,10 @@ def test_the_nearest_release_before_is_told_and_the_first_exact_one_after(
     assert "  causal LM: step x 1.243" in lines_on("4.44.2")
     assert "oldest" in lines_on("4.40.0")[0]
     assert upgrade("4.44.2", ["causal_lm"]) == "4.57.1"
+    content["releases"][1]["kinds"]["causal_lm"]["unknown"] = ["short-window"]
+    assert upgrade("4.44.2", ["causal_lm"]) == "5.24.0", "what was not measured is not promised"
+    assert "  causal LM: exact, where it could be measured" in lines_on("4.57.1")
+    del content["releases"][1]["kinds"]["causal_lm"]["unknown"]
     assert upgrade("4.44.2", ["causal_lm", "masked_lm"]) is None
     found = probe("causal_lm", "inexact", cure=probe("c", "exact") | {"name": "cure"})
     assert "4.57.1" in advise([found], {"transformers": "4.44.2"})[1]

@@ -78,14 +78,19 @@ def upgrade(installed: str, kinds: Sequence[str]) -> str | None:
         number: str = entry["versions"]["transformers"]
         found: Mapping[str, Any] = entry["kinds"]
         newer = release(number) > release(installed)
-        if newer and all(kind in found and not STEP & {*found[kind]["inexact"]} for kind in kinds):
+        if newer and all(kind in found and _is_exact_step(found[kind]) for kind in kinds):
             return number
     return None
+
+
+def _is_exact_step(found: Mapping[str, Any]) -> bool:
+    """Whether a step was measured on each of its axes, and exact; what was skipped is not."""
+    return not STEP & {*found["inexact"], *found.get("unknown", ())}
 
 
 def _verdict(found: Mapping[str, Any]) -> str:
     inexact = found["inexact"]
     if not inexact:
-        return "exact"
+        return "exact, where it could be measured" if found.get("unknown") else "exact"
     told = [f"step x {found['scale']:g}"] if "micro-batch" in inexact else []
     return ", ".join([*told, *(f"{_LIMITS[axis]} inexact" for axis in inexact if axis in _LIMITS)])
