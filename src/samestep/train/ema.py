@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 
 class WeightAverage:
@@ -17,7 +18,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
-        self._decay = decay
+        self._model, self._decay = model, decay
         self.tensors: dict[str, Tensor] = {
             name: weight.detach().clone().to(torch.promote_types(weight.dtype, torch.float32))
             for name, weight in self._weights.items()
@@ -33,17 +34,27 @@ class WeightAverage:
     @torch.no_grad()
     def put_in_place(self) -> None:
         """Give the model the average for its weights, for good."""
+        _rest(self._model)
         for name, weight in self._weights.items():
             weight.copy_(self.tensors[name])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Give the model the average for its weights inside the block."""
+        _rest(self._model)
         before = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self.put_in_place()
         try:
             yield
         finally:
+            _rest(self._model)
             with torch.no_grad():
                 for name, weight in self._weights.items():
                     weight.copy_(before[name])
+
+
+def _rest(model: nn.Module) -> None:
+    """Let FSDP2 drop the whole weights that a forward has left, which were made of the former."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

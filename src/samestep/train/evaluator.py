@@ -11,7 +11,9 @@ from samestep.data.records import Records
 from samestep.engine.collectives import on_rank_0
 from samestep.engine.evaluate import EvalReport, evaluate
 from samestep.engine.modes import eval_mode
+from samestep.engine.parallel import is_sharded, prepare_for_step
 from samestep.engine.terms import LossFn, Objective, named_terms
+from samestep.errors import ConfigError
 from samestep.train.answers import (
     Answer,
     answer_rows,
@@ -204,6 +206,8 @@ def check_choice(
         ConfigError: There is no such number.
         DataError: As for `check_questions`.
     """
+    if is_sharded(model) and (settings.samples or "exact_match" in settings.metrics):
+        raise ConfigError("exact_match, samples: not under parallel fsdp2, whose ranks go together")
     for name, held in sets.items():
         check_questions(held.records, tokenizer, name=name, settings=settings)
     if settings.best is None:
@@ -212,4 +216,5 @@ def check_choice(
     micro = next(each.micro_batches.batches([0], 0))
     with eval_mode(model), one_step(each.micro_batches.device):
         terms = named_terms(objective.loss_fn(model, micro))
+    prepare_for_step(model)
     check_best(settings, dict.fromkeys(("loss", *terms, *settings.metrics)))
