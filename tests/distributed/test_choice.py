@@ -19,10 +19,19 @@ def settings(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
         {"path": str(folder / "more.jsonl"), "weight": 1},
     ]
     return {
-        "precision": "float64", "steps": 3, "batch_size": 4, "eval_every": 1, "data": sources,
-        "eval_data": {"e": str(folder / "eval.jsonl")}, "metrics": ("sequence_accuracy",),
-        "best": "e/loss", "ema": 0.5, "lr_by_name": {"embed": 1e-3}, "sample_tokens": 3,
-        "out": str(folder / out), **changes,
+        "precision": "float64",
+        "steps": 3,
+        "batch_size": 4,
+        "eval_every": 1,
+        "data": sources,
+        "eval_data": {"e": str(folder / "eval.jsonl")},
+        "metrics": ("sequence_accuracy",),
+        "best": "e/loss",
+        "ema": 0.5,
+        "lr_by_name": {"embed": 1e-3},
+        "sample_tokens": 3,
+        "out": str(folder / out),
+        **changes,
     }
 
 
