@@ -116,7 +116,7 @@ def test_an_error_of_a_callback_ends_the_run_after_what_was_saved(folder: Path) 
         ({"ranks": 2}, "start the ranks by torchrun"),
         ({"steps": 0}, "steps: .*greater than or equal to 1"),
     ],
-    ids=str,
+    ids=range(8),
 )
 def test_what_is_wrong_is_said_before_anything_is_written(
     tmp_path: Path, arguments: dict[str, Any], message: str
