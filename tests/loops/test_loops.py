@@ -94,6 +94,7 @@ def test_units() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of Lightning against typing_extensions
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
 def test_lightning_leaves_out_what_the_module_leaves_out() -> None:
     lightning = pytest.importorskip("lightning")
     from samestep.loops.lightning import exact

@@ -84,7 +84,9 @@ def test_the_cause_comes_first_and_skipped_axes_share_a_line(folder: Path) -> No
     table = next(at for at, line in enumerate(lines) if line.startswith("axis "))
     assert table > 1
     skipped = next(line for line in lines if line.startswith("skipped: "))
-    assert skipped.startswith("skipped: packing, short-window, terms, ranks")
+    assert skipped.startswith(
+        "skipped: packing, short-window, next-step, knobs, loader, terms, ranks"
+    )
     assert "packing skipped" not in done.out
     verbose = samestep("check", "loop.py", "--verbose", folder=folder)
     assert "packing skipped: the subject has no pack" in verbose.out

@@ -123,7 +123,7 @@ def test_a_checkpoint_is_never_older_than_some_minutes(
 
     class Timed(Trainer):
         def run(self) -> None:
-            self.clock = lambda: 60 * step_minutes * self.progress.step
+            self.saver.clock = lambda: 60 * step_minutes * self.progress.step
             super().run()
 
         def _save(self) -> None:

@@ -84,7 +84,7 @@ def test_an_error_loads_no_pytorch(folder: Path, wrong: list[str]) -> None:
     done = samestep("train", "run.yaml", *wrong, folder=folder, python=("-X", "importtime"))
     assert done.code == 2
     imported = {line.rpartition("|")[2].strip() for line in done.err.splitlines() if "|" in line}
-    assert "samestep.train.command" in imported
+    assert "samestep.train.settings.base" in imported
     assert not imported & {"torch", "transformers", "datasets"}
 
 

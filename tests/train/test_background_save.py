@@ -15,7 +15,7 @@ from runs import read_lines, run_config
 from safetensors.torch import load_file
 
 from samestep.errors import CheckpointError, NotFiniteError
-from samestep.train import checkpoint, trainer
+from samestep.train import checkpoint, saver, trainer
 from samestep.train.background_save import BackgroundSave
 from samestep.train.trainer import train
 
@@ -24,7 +24,7 @@ NAME = "samestep-save"
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(trainer, "saves_in_background", lambda device: True)
+    monkeypatch.setattr(saver, "saves_in_background", lambda device: True)
     yield
     assert NAME not in [one.name for one in threading.enumerate()]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from samestep.errors import CheckpointError, ConfigError, NotFiniteError, SequenceTooLargeError
-from samestep.train import trainer
+from samestep.train import summary, trainer
 from samestep.train.log import JsonLines
 from samestep.train.reporter import RunReporter
 from samestep.train.run_folder import RunFolder
@@ -312,7 +312,7 @@ def test_a_disk_that_is_full_at_the_end_is_named_and_loses_nothing(
         elif at == "rename":
             patch.setattr(Path, "rename", full_rename)
         else:
-            patch.setattr(trainer, "write_atomically", full)
+            patch.setattr(summary, "write_atomically", full)
         with pytest.raises(CheckpointError, match=r"could not be written.*No space left"):
             train(run_config(tmp_path, steps=1, resume=True))
     assert worst(weights(tmp_path / "out"), before) == 0

@@ -13,6 +13,7 @@ from samestep.engine import oom, step
 from samestep.engine.oom import update_guard
 from samestep.errors import CheckpointError, OutOfMemoryError, StepError
 from samestep.train import checkpoint, model_folder
+from samestep.train.progress import DataFingerprint, Progress
 from samestep.train.trainer import train
 
 FULL = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
@@ -129,8 +130,8 @@ def test_memory_that_runs_out_in_a_save_is_named(
 
     model = torch.nn.Linear(2, 2)
     optimizer = AdamW(model.parameters())
-    data = checkpoint.DataFingerprint(fingerprint="a", records=1, tokens=1, blocks=["b"])
-    progress = checkpoint.Progress(step=1, tokens=0, seconds=0.0, skipped=0, data=data)
+    data = DataFingerprint(fingerprint="a", records=1, tokens=1, blocks=["b"])
+    progress = Progress(step=1, tokens=0, seconds=0.0, skipped=0, data=data)
     monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", fail)
     place = folder / type(error).__name__ / str(len(str(error)))
     with pytest.raises(CheckpointError, match=r"could not be written: out of memory for the copy"):

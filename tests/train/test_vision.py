@@ -1,6 +1,6 @@
 """Whole runs on pictures: `samestep train --objective vision_language`."""
 
-import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,4 +75,4 @@ def test_help_shows_what_applies(capsys: pytest.CaptureFixture[str]) -> None:
         read_settings(["--objective", "vision_language", "--help"])
     shown = capsys.readouterr().out
     assert "{right,left}" in shown
-    assert json.dumps(shown).count("--beta") == 0
+    assert not re.search(r"--beta\b", shown)

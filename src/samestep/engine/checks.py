@@ -107,7 +107,7 @@ def check_terms_reach_weights(
     optimised: dict[str, list[bool]] = {}
     for totals in totals_by_rank:
         for name, term in totals.items():
-            if term["weight"] != 0 and term["total"] != 0:
+            if term["weight"] != 0 and any(term["total"]):
                 optimised.setdefault(name, []).append(term["graph"])
     detached = [repr(name) for name, graphs in optimised.items() if not any(graphs)]
     if detached:

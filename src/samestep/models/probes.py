@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from samestep.data.collate import Padding, collate_examples, to_device
 from samestep.data.examples import Example
+from samestep.engine.modes import eval_mode
 from samestep.errors import ConfigError
 from samestep.kernels import packed_attention
 from samestep.models import lm_head
@@ -116,7 +117,8 @@ def _check_answers(model: Any, alone: Callable[[], list[Tensor]]) -> None:
     Raises:
         ConfigError: They are not finite, or the same whatever the input is.
     """
-    answers = torch.cat([output.flatten().float() for output in alone()])
+    with eval_mode(model):
+        answers = torch.cat([output.flatten().float() for output in alone()])
     if not answers.isfinite().all():
         raise ConfigError(
             f"model: the outputs of {type(model).__name__} are not finite in {model.dtype}: its "

@@ -152,7 +152,8 @@ class RunFolder:
             for name in sorted({*before, *now} - free - unknown)
             if before.get(name) != now.get(name)
         ]
-        longer = {name for name in ("steps", "epochs") if before.get(name) != now.get(name)}
+        lengths = {"steps", "epochs"} & before.keys()  # damaged settings may lack them
+        longer = {name for name in lengths if before[name] != now[name]}
         if longer and settings.schedule == "constant" and not 0 < settings.warmup < 1:
             # The rate of a step does not depend on how many there are.
             changed = [line for line in changed if not line.startswith(_LENGTH)]

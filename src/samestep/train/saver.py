@@ -54,8 +54,12 @@ class Saver:
     background: BackgroundSave = field(default_factory=BackgroundSave)
 
     def __post_init__(self) -> None:
-        self._saved = self.clock()
         self._untold: int | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Count the minutes from now on."""
+        self._saved = self.clock()
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is due after a step, by its number or by this rank's clock.

@@ -207,6 +207,7 @@ class Trainer:
         Raises:
             Interrupted: A signal came; the run is saved.
         """
+        self.saver.start()
         try:
             if self._evaluate_if_due():
                 self._save()

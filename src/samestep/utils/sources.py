@@ -38,7 +38,9 @@ def parts_of(source: Source) -> tuple[DataSource, ...]:
         In order.
     """
     parts = source if isinstance(source, tuple) else (source,)
-    return tuple(DataSource(path=each) if isinstance(each, str) else each for each in parts)
+    return tuple(
+        DataSource.model_construct(path=each) if isinstance(each, str) else each for each in parts
+    )
 
 
 def describe_source(source: Source) -> str:

@@ -12,6 +12,7 @@ from samestep.train.settings.evaluation import (
     EVALUATION_MAY_CHANGE,
     EvaluationFields,
     evaluation_problems,
+    evaluation_sets,
     one_or_several,
 )
 from samestep.train.settings.optimization import (
@@ -329,6 +330,9 @@ def _contradictions(settings: TrainSettings) -> list[str]:
         problems.append("batch_size and batch_tokens are both given: keep one")
     if settings.steps is not None and settings.epochs is not None:
         problems.append("steps and epochs are both given: keep one")
+    for name, source in [("data", settings.data), *evaluation_sets(settings).items()]:
+        if not all(part.path for part in parts_of(source)):
+            problems.append(f"{name or 'eval_data'}: a source has an empty name")
     problems += _mix_problems(parts_of(settings.data))
     if isinstance(settings.micro_tokens, int) and settings.micro_tokens < 1:
         problems.append(f"micro_tokens: at least 1, or 'auto', not {settings.micro_tokens}")
