@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from samestep.engine.counts import input_tokens
 from samestep.engine.oom import memory_guard
 from samestep.errors import OutOfMemoryError
-from samestep.train import micro_tokens, summary
+from samestep.train import micro_tokens
+from samestep.train import summary as summaries
 from samestep.train.micro_tokens import Costs
 from samestep.train.trainer import train
 from samestep.utils.files import cache_folder
@@ -133,7 +134,7 @@ def test_the_device_s_peak_is_in_the_summary_and_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert train(run(tmp_path))["peak_device_bytes"] is None
-    monkeypatch.setattr(summary, "device_peak", lambda device: 5_000_000_000)
+    monkeypatch.setattr(summaries, "device_peak", lambda device: 5_000_000_000)
     with caplog.at_level(logging.INFO, logger="samestep"):
         summary = train(run(tmp_path, overwrite=True))
     assert summary["peak_device_bytes"] == 5_000_000_000

@@ -170,6 +170,8 @@ class Trainer:
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
+        # Before any evaluation: a forward may leave whole weights in the place of shards.
+        self._updates = UpdateWatch(self.setup.model)
         self.saver = Saver(
             settings=self.settings,
             folder=self.folder,
@@ -228,7 +230,6 @@ class Trainer:
 
     def steps(self, last: int) -> Iterator[int]:
         """Take the steps up to one, and no more than that; yields each that is done."""
-        self._updates = UpdateWatch(self.setup.model)
         for plan in self._plans(last):
             if self._is_over():
                 return

@@ -91,9 +91,10 @@ def _wait(children: Sequence[Any], folder: Path, *, seconds: float) -> None:
     end = time.monotonic() + seconds
     running = list(children)
     while running:
-        if not wait(
-            [child.sentinel for child in running], timeout=max(0.0, end - time.monotonic())
-        ):
+        left = end - time.monotonic()
+        # A sentinel may come late, so the exit codes are looked at every second too.
+        wait([child.sentinel for child in running], timeout=max(0.0, min(1.0, left)))
+        if left <= 0 and all(child.exitcode is None for child in running):
             raise DeadlockError(f"{len(children)} ranks did not finish within {seconds:.0f} s")
         if any(child.exitcode for child in children):
             for child in children:

@@ -6,6 +6,7 @@ gradient is the unclipped one times a factor, all were added up before they were
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 from samestep.audit.causes import Diagnosis
 from samestep.audit.gradients import global_norm, least_squares
@@ -22,7 +23,9 @@ MINIMUM = 1e-6
 def by_size(evidence: SplitEvidence) -> Diagnosis | None:
     """A factor of each micro-batch that depends on how many examples it holds, and on nothing else.
 
-    Micro-batches of one size have to have one factor although their targets differ.
+    Micro-batches of one size have to have one factor although their targets differ, and the factor
+    has to grow, or to fall, from each size to the next: what is alike for some sizes depends on
+    something else.
     """
     ratios = _ratios(evidence)
     if ratios is None:
@@ -33,7 +36,9 @@ def by_size(evidence: SplitEvidence) -> Diagnosis | None:
         by.setdefault(size, []).append(ratio)
         counts.setdefault(size, set()).add(at if evidence.targets is None else evidence.targets[at])
     repeated = [values for size, values in by.items() if len(counts[size]) > 1]
-    if not repeated or not all(_alike(values) for values in repeated) or _alike(ratios):
+    if not repeated or not all(_alike(values) for values in repeated):
+        return None
+    if not _strictly_monotone([values[0] for _, values in sorted(by.items())]):
         return None
     shown = ", ".join(f"{size} x {values[0]:.4g}" for size, values in sorted(by.items()))
     text = f"over the whole batch's, a micro-batch weighs by its number of examples alone: {shown}"
@@ -56,6 +61,13 @@ def _ratios(evidence: SplitEvidence) -> list[float] | None:
         return None
     pairs = zip(split.coefficients, whole.coefficients, strict=True)
     return [own / of_whole for own, of_whole in pairs]
+
+
+def _strictly_monotone(values: list[float]) -> bool:
+    least = SAME * max(map(abs, values))
+    steps = [after - before for before, after in pairwise(values)]
+    grows, falls = all(s > least for s in steps), all(s < -least for s in steps)
+    return bool(steps) and (grows or falls)
 
 
 def _alike(values: list[float]) -> bool:
