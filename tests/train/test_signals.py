@@ -89,3 +89,25 @@ def test_a_second_signal_inside_a_save_has_the_exit_code_of_a_stop(
     paths = ["--model", str(tmp_path / "tiny"), "--data", str(tmp_path / "rows.jsonl")]
     out = ["--out", str(tmp_path / "out")]
     assert main(["train", *paths, *out, "--steps", "1"]) == 128 + number
+
+
+def lose_a_rank(*, signals_sent: int) -> None:
+    """An error leaves the steps, and is looked into while the launcher ends what remains."""
+    with stop_signals() as signals:
+        try:
+            with signals.between_micro_batches(lambda text: None):
+                raise RuntimeError("Connection closed by peer")
+        except RuntimeError:
+            for _ in range(signals_sent):
+                signal.raise_signal(signal.SIGTERM)
+            raise CheckpointError("rank 1 died") from None
+
+
+def test_a_first_signal_leaves_an_error_its_say() -> None:
+    with pytest.raises(CheckpointError, match="rank 1 died"):
+        lose_a_rank(signals_sent=1)
+
+
+def test_a_second_signal_ends_the_run_while_an_error_is_told() -> None:
+    with pytest.raises(Interrupted):
+        lose_a_rank(signals_sent=2)

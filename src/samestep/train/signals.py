@@ -15,8 +15,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopSignals:
     """What SIGINT and SIGTERM have asked for.
 
-    A first signal inside `between_micro_batches` is noted, and the loop asks for it. Any other
-    raises `Interrupted` at once.
+    A first signal inside `between_micro_batches` is noted, and the loop asks for it; so is one that
+    comes after an error has left that block, since launchers send one to the ranks that remain
+    while they still find out which one was lost. Any other raises `Interrupted` at once.
     """
 
     def __init__(self) -> None:
@@ -24,6 +25,7 @@ class StopSignals:
         """The number of the signal that ends the run where it is; 0 before there is one."""
         self._noted = 0
         self._announce: Callable[[str], None] | None = None
+        self._failed = False
 
     def number(self) -> int:
         """The number of the signal that asked to stop, or 0.
@@ -48,6 +50,9 @@ class StopSignals:
         self._announce = announce
         try:
             yield
+        except BaseException:
+            self._failed = True
+            raise
         finally:
             self._announce = None
 
@@ -57,10 +62,12 @@ class StopSignals:
         Raises:
             Interrupted: It ends the run at once.
         """
-        if self._announce is None or self._noted:
+        if self._noted or (self._announce is None and not self._failed):
             self.at_once = number
             raise Interrupted(number)
         self._noted = number
+        if self._announce is None:
+            return
         name = signal.Signals(number).name
         text = f"{name}: stopping after this micro-batch, then saving; again stops at once"
         try:
