@@ -8,10 +8,10 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from samestep import __version__
 from samestep.audit.source import hash_files, hash_of, portable
 from samestep.errors import ConfigError
 from samestep.utils.text import printable
+from samestep.utils.version import package_version
 
 FORMAT = "samestep certificate 1"
 COLOURS = {"exact": "#15803d", "inexact": "#b91c1c"}
@@ -45,7 +45,7 @@ def certificate(report: Mapping[str, Any], reference: str, folder: Path) -> dict
         "examples": report["examples"],
         "dtype": report["dtype"],
         "seed": report["seed"],
-        "versions": {**report["versions"], "samestep": __version__},
+        "versions": {**report["versions"], "samestep": package_version()},
         "source": {"sha256": hash_of(files), "files": files},
     }
 
@@ -60,7 +60,7 @@ def badge(found: Mapping[str, Any]) -> str:
     inexact = sum(axis["verdict"] == "inexact" for axis in run)
     said = f"exact on {len(run)} axes" if not inexact else f"inexact on {inexact} of {len(run)}"
     left, right = 6 * len(_LABEL) + 14, 6 * len(said) + 14
-    title = escape(printable(f"{_LABEL}: {said} ({found['name']}, samestep {__version__})"))
+    title = escape(printable(f"{_LABEL}: {said} ({found['name']}, samestep {package_version()})"))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right}" height="20" role="img" '
         f'aria-label="{title}"><title>{title}</title>'
@@ -123,7 +123,7 @@ def _version(name: str) -> str | None:
     if name == "python":
         return python_version()
     if name == "samestep":
-        return __version__
+        return package_version()
     try:
         return version(name)
     except PackageNotFoundError:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from samestep import __version__
 from samestep.audit.baseline import Comparison
 from samestep.audit.source import portable
 from samestep.utils.text import printable
+from samestep.utils.version import package_version
 
 SCHEMA = (
     "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -165,7 +165,7 @@ def _locations(reference: str, source: Report | None) -> list[dict[str, Any]]:
 def _sarif(rules: dict[str, str], results: Iterable[Report], *, successful: bool) -> str:
     driver = {
         "name": "samestep check",
-        "semanticVersion": __version__,
+        "semanticVersion": package_version(),
         "rules": [
             {
                 "id": name,

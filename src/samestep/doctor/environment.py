@@ -4,7 +4,7 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
-from samestep import __version__
+from samestep.utils.version import package_version
 
 LIBRARIES = ("transformers", "trl", "accelerate", "lightning")
 """Those whose steps are looked at."""
@@ -12,7 +12,10 @@ LIBRARIES = ("transformers", "trl", "accelerate", "lightning")
 
 def installed() -> dict[str, str | None]:
     """The version of Python, torch, samestep and of each library; None: it is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "samestep": __version__}
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "samestep": package_version(),
+    }
     for name in ("torch", *LIBRARIES):
         found[name] = _version(name)
     return found
