@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help setup test lint unit slow demo bench profile corpus audit study studies study-smollm2 history format clean models chaos fuzz bitwise docs dist
 
 help:
-	@echo "make demo    fine-tune a real 135 M-parameter model and prove the step (5 minutes)"
+	@echo "make demo    fine-tune a real 135 M-parameter model and prove the step (4 minutes)"
 	@echo "make test    lint, types, and every test, the slow ones too"
 	@echo "make study   compare 32 x 1 with 1 x 32, exact and wrong, in a page (2 minutes)"
 	@echo "make bench   compare speed and memory with TRL, Trainer and a plain loop (hours)"

@@ -1,6 +1,6 @@
 """Fine-tune SmolLM2-135M on grade-school maths, then prove that the step ignores the split.
 
-Run by `make demo`; needs no network once installed, and about 3 minutes on 2 cores.
+Run by `make demo`; needs no network once installed, and about 4 minutes on 2 cores.
 """
 
 import importlib.util
@@ -108,7 +108,7 @@ def compare_answers(before: Path, after: Path) -> None:
         given = sum(one is not None for one in found)
         table.add_row(name, f"{given} of {QUESTIONS}", f"{right} of {QUESTIONS}")
     console.print(table)
-    console.print("Six steps teach the form of an answer; arithmetic takes more of them.")
+    console.print("Six steps teach the form of an answer, not yet the arithmetic.")
 
 
 def gradient(
