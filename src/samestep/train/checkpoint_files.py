@@ -41,6 +41,11 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def aside_of(checkpoint: Path) -> Path:
     """Where a checkpoint is written before it gets its name."""
     return checkpoint.with_name(f".{checkpoint.name}.tmp")

@@ -10,7 +10,7 @@ from typing import Any
 from samestep.engine.collectives import rank, run_or_fail_together
 from samestep.errors import ConfigError
 from samestep.train.bitwise import BitRun, choose_threads, repeatable, shortened, state_digests
-from samestep.train.checkpoint_files import all_checkpoints, damage, read_origin
+from samestep.train.checkpoint_files import all_checkpoints, damage, read_origin, step_of
 from samestep.train.origin import differences
 from samestep.train.precision import choose_precision
 from samestep.train.progress import DataFingerprint, Progress
@@ -183,13 +183,13 @@ def _range(steps: tuple[int, int] | None, record: Record, folder: RunFolder) -> 
 
 
 def _saved(folder: RunFolder) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in all_checkpoints(folder.checkpoints)]
+    return [step_of(path) for path in all_checkpoints(folder.checkpoints)]
 
 
 def _before(first: int, folder: RunFolder) -> Path | None:
     """The newest whole checkpoint before a step; None: the run's beginning."""
     for path in reversed(all_checkpoints(folder.checkpoints)):
-        if int(path.name.removeprefix("step-")) < first:
+        if step_of(path) < first:
             problem = damage(path)
             if not problem:
                 return path

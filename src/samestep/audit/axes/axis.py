@@ -9,6 +9,7 @@ import torch
 
 from samestep.audit.blame import blamed
 from samestep.audit.causes import UNEXPLAINED, Diagnosis, advice_for
+from samestep.audit.diagnose.state import LeftDifference
 from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import GradientDifference
 from samestep.audit.subject import Capability
@@ -54,6 +55,29 @@ class Measurement:
     diagnose: Callable[[], Diagnosis] | None = None
 
     @classmethod
+    def of_left(
+        cls,
+        left: LeftDifference,
+        reason: str,
+        *,
+        diagnose: Callable[[], Diagnosis] | None = None,
+    ) -> "Measurement":
+        """The measurement of what a step leaves beside its gradient, where that differs.
+
+        Args:
+            left: From `samestep.audit.diagnose.state.compare_left`.
+            reason: What was compared.
+            diagnose: Names the cause; None: as ``left`` does.
+        """
+        return cls(
+            reason,
+            relative_difference=left.size,
+            worst=left.worst,
+            exact=False,
+            diagnose=diagnose or left.diagnosis,
+        )
+
+    @classmethod
     def of(
         cls,
         difference: GradientDifference,
@@ -97,6 +121,19 @@ class Measurement:
         """The relative difference, for ranking: what is not finite is the largest."""
         difference = self.relative_difference or 0.0
         return difference if math.isfinite(difference) else math.inf
+
+
+def within_noise(difference: GradientDifference, *measured: Experiments) -> bool:
+    """Whether a difference is no more than the noise of any of several ways to run a subject.
+
+    Args:
+        difference: Of two gradients.
+        *measured: The experiments of each way, whose tolerance follows from their noise.
+
+    Returns:
+        Whether; never with NaN. Later ways are measured only if the earlier ones do not explain it.
+    """
+    return any(difference.relative_difference <= each.tolerance for each in measured)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.coupling import PADDING_COLUMNS, diagnose_pack, diagnose_padding
 from samestep.audit.diagnose.reported import diagnose_objective, recomputed_differently
 from samestep.audit.diagnose.split import diagnose_empty, diagnose_split
-from samestep.audit.diagnose.state import LeftDifference, compare_left, moves_beside
+from samestep.audit.diagnose.state import compare_left, moves_beside
 from samestep.audit.experiments import Experiments, candidate_splits, sizes_of, uneven_split
 from samestep.audit.gradients import (
     GradientDifference,
@@ -71,18 +71,10 @@ def _left_otherwise(experiments: Experiments, splits: Sequence[Split]) -> Measur
     for split in splits:
         left = compare_left(experiments, experiments.run(split), experiments.run(batch))
         if left is not None:
-            return _of_left(left, f"what is left after {sizes_of(split)} and {sizes_of(batch)}")
+            return Measurement.of_left(
+                left, f"what is left after {sizes_of(split)} and {sizes_of(batch)}"
+            )
     return None
-
-
-def _of_left(left: LeftDifference, reason: str) -> Measurement:
-    return Measurement(
-        reason,
-        relative_difference=left.size,
-        worst=left.worst,
-        exact=False,
-        diagnose=left.diagnosis,
-    )
 
 
 def order(experiments: Experiments) -> Measurement:
@@ -163,7 +155,7 @@ def _fewer_micro_batches(experiments: Experiments) -> Measurement:
     reason = f"{held} micro-batches where a full window has {window}"
     left = compare_left(experiments, observed, whole)
     if left is not None and left.cause == "dropped-examples":
-        return _of_left(left, reason)
+        return Measurement.of_left(left, reason)
     short = observed.gradient
 
     def diagnose() -> Diagnosis:

@@ -1,12 +1,11 @@
 """The axis of knobs: sizes of the loop's own that may not change the step."""
 
-from samestep.audit.axes.axis import Measurement
+from samestep.audit.axes.axis import Measurement, within_noise
 from samestep.audit.blame import blamed
-from samestep.audit.causes import Diagnosis
 from samestep.audit.diagnose.knobs import diagnose_knob
 from samestep.audit.diagnose.state import compare_left
 from samestep.audit.experiments import Experiments, sizes_of
-from samestep.audit.gradients import GradientDifference, compare_gradients
+from samestep.audit.gradients import compare_gradients
 from samestep.audit.subject import Knob, Split
 from samestep.errors import CheckError
 
@@ -55,7 +54,7 @@ def _of_split(experiments: Experiments, split: Split, knob: Knob, value: object)
     turned = experiments.departing(knob=knob)
     own, observed = experiments.run(split), turned.run(split)
     difference = compare_gradients(observed.gradient, own.gradient)
-    if _is_small(difference, experiments, turned):
+    if within_noise(difference, experiments, turned):
         if experiments.clips:
             difference = compare_gradients(
                 turned.small_gradient(split), experiments.small_gradient(split)
@@ -65,25 +64,10 @@ def _of_split(experiments: Experiments, split: Split, knob: Knob, value: object)
             left = compare_left(turned, observed, own, tolerance=experiments.tolerance)
             if left is None:
                 return Measurement.of(difference, reason, exact=True)
-            diagnosis = Diagnosis(left.cause, 0.0, left.evidence)
-            return Measurement(
-                reason,
-                relative_difference=left.size,
-                worst=left.worst,
-                exact=False,
-                diagnose=lambda: diagnosis,
-            )
+            return Measurement.of_left(left, reason)
     return Measurement.of(
         difference,
         reason,
         exact=False,
         diagnose=lambda: diagnose_knob(experiments, split, knob=knob, value=value),
     )
-
-
-def _is_small(
-    difference: GradientDifference, experiments: Experiments, turned: Experiments
-) -> bool:
-    """Within the noise of the subject, or of the subject with that value."""
-    size = difference.relative_difference
-    return size <= experiments.tolerance or size <= turned.tolerance

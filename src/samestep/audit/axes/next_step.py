@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
-from samestep.audit.axes.axis import Measurement
+from samestep.audit.axes.axis import Measurement, within_noise
 from samestep.audit.causes import Diagnosis
 from samestep.audit.diagnose.split import is_faulty
 from samestep.audit.diagnose.state import compare_left
 from samestep.audit.experiments import Experiments, sizes_of
 from samestep.audit.gradients import (
-    GradientDifference,
     compare_gradients,
     global_norm,
     relative_difference,
@@ -121,7 +120,7 @@ def _compared(
     """The second step of a split against that of the whole batch."""
     reason = f"the second of two steps, {sizes_of(split)} against {sizes_of(two.whole_batch)}"
     difference = compare_gradients(observed.gradient, expected.gradient)
-    differs = _differs(difference, experiments, two)
+    differs = not within_noise(difference, experiments, two)
     left = compare_left(two, observed, expected, tolerance=experiments.tolerance)
     if left is None and not differs:
         return Measurement.of(difference, reason, exact=True, noise_floor=_noise(two))
@@ -132,22 +131,10 @@ def _compared(
         what, cause = left.evidence, left.cause
     diagnosis = Diagnosis(cause, 0.0, f"the first step is exact, the second is not: {what}")
     if left is not None and not differs:
-        return Measurement(
-            reason,
-            relative_difference=left.size,
-            worst=left.worst,
-            exact=False,
-            diagnose=lambda: diagnosis,
-        )
+        return Measurement.of_left(left, reason, diagnose=lambda: diagnosis)
     return Measurement.of(
         difference, reason, exact=False, noise_floor=two.noise_floor, diagnose=lambda: diagnosis
     )
-
-
-def _differs(difference: GradientDifference, experiments: Experiments, two: Experiments) -> bool:
-    """Whether a difference is more than the noise of one step, and more than that of two."""
-    size = difference.relative_difference
-    return not size <= experiments.tolerance and not size <= two.tolerance
 
 
 def _noise(two: Experiments) -> float | None:
