@@ -1,6 +1,8 @@
 """Settings of every test: no network, a cache of its own, the same random state."""
 
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,6 +30,20 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 @pytest.fixture(autouse=True)
 def same_random_state() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def log_left_as_it_was() -> Iterator[None]:
+    """What a test, or a command within it, changes of the log does not reach the next test."""
+    loggers = [logging.getLogger(), logging.getLogger("samestep")]
+    before = [(log.level, log.disabled, log.propagate, list(log.handlers)) for log in loggers]
+    disabled = logging.root.manager.disable
+    yield
+    logging.disable(disabled)
+    for log, (level, off, propagate, handlers) in zip(loggers, before, strict=True):
+        log.setLevel(level)
+        log.disabled, log.propagate = off, propagate
+        log.handlers[:] = handlers
 
 
 @pytest.fixture(params=[False, True], ids=["blas", "onednn"])

@@ -19,8 +19,10 @@ NUMBER = {"settings": 150, "YAML": 60, "rows": 250, "images": 150, "latents": 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_input_is_taken_or_refused(kind: str, tmp_path: Path) -> None:
-    logging.getLogger("samestep").setLevel(logging.ERROR)
+def test_an_input_is_taken_or_refused(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR, logger="samestep")  # what it says of each would fill the log
 
     @settings(
         max_examples=NUMBER.get(kind, 60),
