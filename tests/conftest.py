@@ -2,11 +2,14 @@
 
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Iterator
+from zlib import crc32
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from thorough import THOROUGH
 
 from samestep.kernels import gemm
 
@@ -20,6 +23,26 @@ settings.register_profile(
     "samestep", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("samestep")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked ``thorough``, and of ``sampled`` all but a part, always the same."""
+    if THOROUGH:
+        return
+    left_out = {item for item in items if item.get_closest_marker("thorough") is not None}
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled") is not None:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for group in cases.values():
+        marker = group[0].get_closest_marker("sampled")
+        assert marker is not None
+        (of,) = marker.args
+        # Not each second or third: of two parameters that could leave out a value of one of them.
+        group.sort(key=lambda item: crc32(item.nodeid.encode()))
+        left_out |= set(group[-(-len(group) // of) :])
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
 
 
 @pytest.fixture(autouse=True)

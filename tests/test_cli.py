@@ -1,26 +1,14 @@
 """The command as a user runs it: in a process of its own."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from command_line import samestep
 from runs import llama_folder, write_rows
 
 from samestep.cli import main
-
-
-def samestep(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"NO_COLOR": "1", "COLUMNS": "100"}
-    return subprocess.run(
-        [sys.executable, "-m", "samestep", *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.fixture
@@ -35,13 +23,13 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_run_shows_plain_lines_and_ends_with_its_result(folder: Path) -> None:
     done = samestep("train", "run.yaml", "--eval-data", "rows.jsonl", folder=folder)
-    assert done.returncode == 0, done.stderr
-    assert "step 2/2  loss" in done.stderr
-    assert "tokens/s" in done.stderr
-    assert "eta" in done.stderr
-    assert "evaluation loss" in done.stdout
-    assert "model in out/model" in done.stdout
-    assert "\x1b" not in done.stderr + done.stdout
+    assert done.code == 0, done.err
+    assert "step 2/2  loss" in done.err
+    assert "tokens/s" in done.err
+    assert "eta" in done.err
+    assert "evaluation loss" in done.out
+    assert "model in out/model" in done.out
+    assert "\x1b" not in done.err + done.out
 
 
 @pytest.mark.parametrize(
@@ -58,23 +46,23 @@ def test_mistakes_end_in_one_message_without_a_traceback(
     folder: Path, arguments: list[str], code: int, message: str
 ) -> None:
     done = samestep(*arguments, folder=folder)
-    assert done.returncode == code
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.code == code
+    assert message in done.err
+    assert "Traceback" not in done.err
     assert not (folder / "out").exists()
 
 
 def test_debug_shows_the_traceback(folder: Path) -> None:
     done = samestep("train", "run.yaml", "--data", "none.jsonl", "--debug", folder=folder)
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
+    assert done.code == 1
+    assert "Traceback" in done.err
 
 
 def test_a_run_that_fails_ends_with_1(folder: Path) -> None:
     wild = ["--optimizer", "sgd", "--lr", "1e30", "--max-grad-norm", "None"]
     done = samestep("train", "run.yaml", *wild, folder=folder)
-    assert done.returncode == 1
-    assert "the step was not taken" in done.stderr
+    assert done.code == 1
+    assert "the step was not taken" in done.err
 
 
 def test_help_and_version_need_no_heavy_import(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""10,000 random plans, micro-batches and configurations: right, or one clear error."""
+"""Random plans, micro-batches and settings (10,000 with `make thorough`): right, or one error."""
 
 import itertools
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thorough import examples
 
 from samestep.data.batching import pack_micro_batches, plan_steps, shard_by_cost
 from samestep.data.collate import collate_examples
@@ -20,7 +21,7 @@ LENGTHS = st.lists(st.integers(1, 40) | st.integers(1, 4000), min_size=1, max_si
 LIMITS = st.none() | st.integers(-1, 60) | st.integers(1, 9000)
 
 
-@settings(max_examples=4000)
+@settings(max_examples=examples(4000))
 @given(
     lengths=LENGTHS,
     seed=st.integers(0, 2**63),
@@ -71,7 +72,7 @@ def test_an_epoch_holds_every_example_once_within_the_budget(
         assert sorted(seen) == list(range(len(lengths)))
 
 
-@settings(max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(lengths=LENGTHS, ranks=st.integers(1, 9))
 def test_no_rank_has_much_more_than_its_part(lengths: list[int], ranks: int) -> None:
     """Longest processing time first: within 4/3 of the best possible, bounded from below here."""
@@ -93,7 +94,7 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=2000)
+@settings(max_examples=examples(2000))
 @given(rows=ROWS, padding=st.sampled_from(["none", "right", "left"]), pad_id=st.integers(0, 96))
 def test_a_micro_batch_has_the_targets_of_its_rows(
     rows: list[list[tuple[int, bool]]], padding: Any, pad_id: int
@@ -125,7 +126,7 @@ ANYTHING = (
 FIELDS = st.sampled_from([*CausalLMSettings.model_fields, "batch_sise", "lerning_rate", ""])
 
 
-@settings(max_examples=3000)
+@settings(max_examples=examples(3000))
 @given(values=st.dictionaries(FIELDS, ANYTHING, max_size=5))
 def test_settings_are_taken_or_refused_by_name(values: dict[str, Any]) -> None:
     needed = {"model": "m", "data": "d", "out": "o"}

@@ -23,6 +23,7 @@ EVALUATION = ROWS.with_name("gsm_eval.jsonl")
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.thorough
 def test_two_steps_lower_the_evaluation_loss(tmp_path: Path) -> None:
     few = tmp_path / "eval.jsonl"
     rows = EVALUATION.read_text(encoding="utf-8").splitlines(keepends=True)[:8]

@@ -38,6 +38,7 @@ AUDIT = "import samestep; assert samestep.check('loop.py').verdict == 'exact'"
 PEAK = "; import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_memory_is_within_three_times_the_loops_own(tmp_path: Path) -> None:
     (tmp_path / "loop.py").write_text(LOOP, encoding="utf-8")

@@ -22,6 +22,7 @@ def losses(*command: str) -> list[str]:
     return re.findall(r"loss (\S+)", done.stdout)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize("example", ["ddp.py", "fsdp2.py"])
 def test_two_ranks_print_the_losses_of_one(example: str) -> None:

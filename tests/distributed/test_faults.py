@@ -121,6 +121,7 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_with_fewer(
     assert_resumes(folder, run, ranks=1)
 
 
+@pytest.mark.thorough
 def test_a_rank_that_hangs_is_named(folder: Path, launched: list[LaunchedRun]) -> None:
     run = LaunchedRun(folder, "hung")
     launched.append(run)
@@ -142,6 +143,7 @@ def test_a_hang_in_a_loss_of_ones_own_is_blamed_on_its_line(folder: Path) -> Non
     assert f"{folder}/loss.py, line 12, in slow_loss). --resume continues" in text
 
 
+@pytest.mark.thorough
 def test_sigterm_saves_and_ends_with_a_code_of_its_own(
     folder: Path, launched: list[LaunchedRun]
 ) -> None:

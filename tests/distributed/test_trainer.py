@@ -55,6 +55,7 @@ def assert_same_run(out: Path, alone: Path) -> None:
             assert one["tokens"] == other["tokens"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_the_run_is_that_of_one_process(folder: Path, number: int, parallel: str) -> None:
@@ -74,6 +75,7 @@ def test_ranks_wait_for_one_with_a_slow_disk(folder: Path) -> None:
     assert worst(weights(out), weights(folder / "quick")) == 0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("before", "after"),
     [((2, "fsdp2"), (4, "fsdp2")), ((4, "fsdp2"), (2, "ddp")), ((4, "ddp"), (2, "fsdp2"))],
@@ -109,6 +111,7 @@ def test_resumed_on_one_process(folder: Path) -> None:
     assert_same_run(out, folder / "alone")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "options",
     [
@@ -130,6 +133,7 @@ def test_options_under_fsdp2(folder: Path, options: dict[str, Any]) -> None:
     assert worst(one, other) < 1e-9
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("lora", [None, 2])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_mixed_keeps_float32_weights(folder: Path, parallel: str, lora: int | None) -> None:

@@ -52,6 +52,7 @@ def test_float32(truths: dict[str, Any], name: str, sizes: list[int], padding: A
     assert worst(gradients(model), truths[name][1]) < 2e-6
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("normalize", ["token", "sequence", 50.0])
 @pytest.mark.parametrize("terms", [{}, {"smoothing": 0.1}, {"z_loss": 0.01}], ids=str)
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
@@ -140,6 +141,7 @@ def three_steps(name: str, sizes: list[int], padding: Any, *, dtype: torch.dtype
     return {key: weight.detach().clone() for key, weight in model.named_parameters()}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_after_three_steps(name: str, dtype: torch.dtype, bound: float) -> None:

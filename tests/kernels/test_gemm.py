@@ -69,6 +69,7 @@ print(resident_pages() - before)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and Path("/proc/self/statm").exists()),
     reason="no oneDNN, or a system that does not say what a process takes",

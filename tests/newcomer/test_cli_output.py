@@ -35,6 +35,7 @@ STEP = (
 )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("flags", [[], ["--lora-rank", "2"], ["--gradient-checkpointing", "full"]])
 def test_a_run_says_these_lines_and_no_warning(folder: Path, flags: list[str]) -> None:
     done = samestep("train", "run.yaml", *flags, folder=folder, python=("-W", "error"))

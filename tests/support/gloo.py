@@ -10,6 +10,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+from command_line import PRELOAD
+
 PATIENCE = 100
 """Seconds after which ranks that have not answered are killed."""
 
@@ -19,7 +21,7 @@ class Ranks:
 
     def __init__(self, number: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.fsdp", "transformers"])
+        context.set_forkserver_preload(PRELOAD)
         self._store = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes = []

@@ -1,7 +1,9 @@
 """Runs on two ranks in which one rank hangs in a chosen place, started without a launcher."""
 
+import importlib
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import time
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from command_line import PRELOAD
 from runs import run_config
 
 LOSS = """
@@ -41,38 +44,39 @@ def _sleep(real: Callable[..., Any], *, rank: int, after: int = 0) -> Callable[.
     return hanging
 
 
+HOOKS = {
+    "loading": ("samestep.train.trainer", "set_up", 0),
+    "resuming": ("samestep.train.trainer", "first_progress", 0),
+    "collating": ("samestep.train.micro_batches:MicroBatches", "_make", 6),
+    "micro-batch": ("samestep.train.trainer", "key_dropout", 3),
+    "evaluation": ("samestep.train.evaluator", "evaluate", 1),
+    "log": ("samestep.train.log:RunLog", "step", 1),
+    "saving": ("samestep.train.checkpoint", "sync", 0),
+    "after a save": ("samestep.train.trainer", "learning_rate", 3),
+    "export": ("samestep.train.model_folder", "sync_tree", 0),
+    "compiled code": ("samestep.train.trainer", "key_dropout", 0),
+}
+"""What hangs in a place: the module or class, its function, and how many calls go well."""
+
+
+def hook(place: str) -> tuple[Any, str, int]:
+    """The object whose function is to hang in a place, that function's name, and the good calls."""
+    where, name, after = HOOKS[place]
+    module, _, owner = where.partition(":")
+    found = importlib.import_module(module)
+    return (getattr(found, owner) if owner else found), name, after
+
+
 def _plant(place: str, rank: int) -> None:
-    import re
+    owner, name, after = hook(place)
 
-    from samestep.train import checkpoint, model_folder, trainer
-    from samestep.train.log import RunLog
-    from samestep.train.micro_batches import MicroBatches
+    def catastrophic(*_: Any, **__: Any) -> None:
+        if os.environ["RANK"] == str(rank):
+            re.match(r"(a+)+$", "a" * 60 + "b")
 
-    if place == "loading":
-        trainer.set_up = _sleep(trainer.set_up, rank=rank)
-    elif place == "resuming":
-        trainer.first_progress = _sleep(trainer.first_progress, rank=rank)
-    elif place == "collating":
-        MicroBatches._make = _sleep(MicroBatches._make, rank=rank, after=6)
-    elif place == "micro-batch":
-        trainer.key_dropout = _sleep(trainer.key_dropout, rank=rank, after=3)
-    elif place == "evaluation":
-        trainer.evaluate = _sleep(trainer.evaluate, rank=rank, after=1)
-    elif place == "log":
-        RunLog.step = _sleep(RunLog.step, rank=rank, after=1)
-    elif place == "saving":
-        checkpoint.sync = _sleep(checkpoint.sync, rank=rank)
-    elif place == "after a save":
-        trainer.learning_rate = _sleep(trainer.learning_rate, rank=rank, after=3)
-    elif place == "export":
-        model_folder.sync_tree = _sleep(model_folder.sync_tree, rank=rank)
-    elif place == "compiled code":
-
-        def catastrophic(*_: Any, **__: Any) -> None:
-            if os.environ["RANK"] == str(rank):
-                re.match(r"(a+)+$", "a" * 60 + "b")
-
-        trainer.key_dropout = catastrophic
+    real = getattr(owner, name)
+    hanging = catastrophic if place == "compiled code" else _sleep(real, rank=rank, after=after)
+    setattr(owner, name, hanging)
 
 
 PLACES = {
@@ -136,7 +140,7 @@ class PlantedRun:
 
     def __init__(self, folder: Path, place: str, victim: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.fsdp", "transformers"])
+        context.set_forkserver_preload(PRELOAD)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

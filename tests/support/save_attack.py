@@ -1,8 +1,8 @@
 """Attacks saves and the export: dies before, or fails at, each file operation in its turn.
 
 Run by itself, without threads, so that each attack is a fork of a process that has PyTorch already.
-Takes the faults to try, or tries all. Prints JSON: what was tried, and a line for each attack that
-lost something.
+Takes the faults to try, or tries all; `EIO/4` fails at each fourth operation alone. Prints JSON:
+what was tried, and a line for each attack that lost something.
 """
 
 import errno
@@ -212,8 +212,9 @@ def main() -> None:
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # there is no disk to wait for
     tried, lost = dict.fromkeys(SCENARIOS, 0), []
     for name in SCENARIOS:
-        for fault in sys.argv[1:] or FAULTS:
-            for at in range(1, 1000):
+        for given in sys.argv[1:] or FAULTS:
+            fault, _, every = given.partition("/")
+            for at in range(1, 1000, int(every or 1)):
                 folder = Path(tempfile.mkdtemp(dir=memory))
                 came, problem = attacked(name, folder / "checkpoints", at=at, fault=fault)
                 shutil.rmtree(folder)

@@ -85,6 +85,7 @@ def test_killed_on_two_ranks_and_resumed_on_one(folder: Path) -> None:
     assert bits(out) == bits(folder / "alone")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "options",
     [

@@ -53,6 +53,7 @@ class Allocator:
         raise RuntimeError(FULL)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("knob", [{"micro_tokens": 400}, {"micro_batch": 8}], ids=str)
 @pytest.mark.parametrize("backward", [False, True])
 def test_out_of_memory_changes_the_cut_and_nothing_else(
@@ -124,6 +125,7 @@ print(train(read_settings([*arguments, "--micro-tokens", "1000000"]))["steps"])
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_a_real_memory_limit_is_survived(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def leak(monkeypatch: pytest.MonkeyPatch) -> Any:
     packed_attention.register()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2", *FAMILIES])
 def test_sound_models_pass_in_every_type(name: str, dtype: torch.dtype) -> None:

@@ -18,6 +18,7 @@ from samestep.audit.axes.table import AXES, DEFAULT_AXES
 from samestep.audit.blame import blamed
 from samestep.audit.causes import Cause, with_causes
 from samestep.audit.experiments import Experiments
+from samestep.audit.source import NO_FILE
 from samestep.audit.subject import Subject
 from samestep.errors import CheckError
 from samestep.utils.plugins import load_object
@@ -258,8 +259,7 @@ def load_subject(reference: str) -> Subject:
         CheckError: The file or the name is missing, or holds no subject; the file's own error is
             shown if it cannot be imported.
     """
-    hint = "; `samestep check --init` writes one to start"
-    source = load_object(reference, what="subject", error=CheckError, hint=hint)
+    source = load_object(reference, what="subject", error=CheckError, hint=NO_FILE)
     path, _, name = reference.partition(":")
     return as_subject(source, name=name or Path(path).stem)
 

@@ -27,9 +27,11 @@ from samestep.audit.baseline import (
 )
 from samestep.audit.formats import junit, junit_error, sarif, sarif_error
 from samestep.audit.report import print_report, render_page
+from samestep.audit.source import NO_FILE
 from samestep.errors import CheckError, ConfigError
 from samestep.utils.extras import REPORT_PACKAGES, require_extra
 from samestep.utils.files import check_room, write_atomically
+from samestep.utils.plugins import find_place
 from samestep.utils.text import printable
 
 TEMPLATE = Path(__file__).with_name("template.py")
@@ -196,6 +198,7 @@ def audit_in_child(
     Raises:
         CheckError: The subject could not be run.
     """
+    find_place(reference, what="subject", error=CheckError, hint=NO_FILE)
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "report.json"
         errors = Path(folder) / "stderr"

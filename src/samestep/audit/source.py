@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 _OURS = Path(__file__).resolve().parents[1]
+NO_FILE = "; `samestep check --init` writes one to start"
+"""What to do, for a message that there is no such file of a subject."""
 _NAMES = ("make_trainer", "step", "train")
 """What a file is a subject by, if no name in it is given."""
 

@@ -39,14 +39,7 @@ def load_object(
         SamestepError: Of that class: the file, the module or the name does not exist, or running
             it fails; shows its own error.
     """
-    place, colon, name = reference.partition(":")
-    if not place or (colon and not name):
-        raise error(f"{what}: {reference!r} must be file.py:name or package.module:name")
-    path = user_path(place)
-    is_module = all(part.isidentifier() for part in place.split("."))
-    is_file = place.endswith(".py") or not is_module or path.is_file()
-    if is_file and not path.is_file():
-        raise error(f"{what}: there is no file {place}{hint}")
+    place, name, path, is_file = find_place(reference, what=what, error=error, hint=hint)
     try:
         module = _load_file(path.absolute()) if is_file else importlib.import_module(place)
     except Exception as cause:  # the user's code may raise anything
@@ -63,6 +56,35 @@ def load_object(
         raise error(
             f"{what}: {place} has no {name!r}{nearest(name, public)}; it has: {', '.join(public)}"
         ) from None
+
+
+def find_place(
+    reference: str, *, what: str, error: type[SamestepError] = ConfigError, hint: str = ""
+) -> tuple[str, str, Path, bool]:
+    """Where a reference leads, found before anything is loaded.
+
+    Args:
+        reference: As `load_object` takes it.
+        what: The setting that holds the reference, to open messages.
+        error: The class of the error to raise.
+        hint: Added to the message where there is no such file.
+
+    Returns:
+        The file or module as it is written, the name in it (empty: itself), the file's path, and
+        whether it is a file.
+
+    Raises:
+        SamestepError: Of that class: it has another form, or there is no such file.
+    """
+    place, colon, name = reference.partition(":")
+    if not place or (colon and not name):
+        raise error(f"{what}: {reference!r} must be file.py:name or package.module:name")
+    path = user_path(place)
+    is_module = all(part.isidentifier() for part in place.split("."))
+    is_file = place.endswith(".py") or not is_module or path.is_file()
+    if is_file and not path.is_file():
+        raise error(f"{what}: there is no file {place}{hint}")
+    return place, name, path, is_file
 
 
 def nearest(name: str, names: Iterable[str], *, cutoff: float = 0.6) -> str:
