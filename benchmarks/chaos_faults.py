@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from planted import PLACES, PlantedRun
+from planted import PLACES, SEEN_AT, PlantedRun
 from safetensors.torch import load_file, save_file
 
 Outcome = tuple[str, bool, str]
@@ -206,9 +206,10 @@ def planted_hangs(folder: Path) -> Iterator[Outcome]:
         runs = [PlantedRun(folder, place, victim) for place, victim in some]
         for (place, victim), run in zip(some, runs, strict=True):
             codes, text = run.end(300)
-            named = f"rank {victim} hangs (last seen at" in text
             if place == "compiled code":
                 named = f"rank {victim} died or was stopped, or hangs in compiled code" in text
+            else:
+                named = f"rank {victim} hangs (last seen at {SEEN_AT[place]}" in text
             right = named and None not in codes and 0 not in codes and "Traceback" not in text
             what = f"{place} {victim}: {codes}, {text[-300:]}"
             yield "a rank of two hangs in its turn everywhere", right, what

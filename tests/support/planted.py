@@ -94,6 +94,20 @@ PLACES = {
 }
 """Where a rank may hang, and which ranks come there."""
 
+SEEN_AT = {
+    "loading": "loading",
+    "resuming": "loading",
+    "collating": "step 1, collating",
+    "micro-batch": "step 2, micro-batch",
+    "evaluation": "evaluation",
+    "log": "step 2, writing the log",
+    "saving": "saving step 2",
+    "after a save": "step 3",
+    "export": "saving the model",
+    "custom loss": "evaluation, micro-batch 7",
+}
+"""What a rank that hangs must be said to be doing; compiled code lets it say nothing any more."""
+
 
 def _rank(folder: str, name: str, place: str, victim: int, rank: int, port: int) -> None:
     """Run as one of two ranks; the file of its output says what it printed."""

@@ -8,11 +8,13 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from runs import run_config
 from torch import distributed
 
 from samestep.engine import collectives
-from samestep.train import watchdog
+from samestep.train import evaluator, watchdog
 from samestep.train.blame import blame, innermost_frame, line_of, waits_for_others
+from samestep.train.trainer import train
 from samestep.train.watchdog import LIMITS, Watchdog
 from samestep.utils.waiting import doing, waiting
 
@@ -243,3 +245,25 @@ def test_a_store_that_is_gone_tells_who_is_gone(
     assert named in watched.find_culprit()
     run_until_it_ends(watched, monkeypatch)
     assert named in capsys.readouterr().err
+
+
+def test_an_evaluation_is_one_before_its_first_micro_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases: list[str] = []
+    seen: list[str] = []
+    begin, real = Watchdog.begin, evaluator.evaluate
+
+    def noted(watchdog: Watchdog, phase: str, at: str) -> None:
+        phases.append(phase)
+        begin(watchdog, phase, at)
+
+    def evaluate(*given: Any, **options: Any) -> Any:
+        seen.append(phases[-1])
+        return real(*given, **options)
+
+    monkeypatch.setattr(Watchdog, "begin", noted)
+    monkeypatch.setattr(evaluator, "evaluate", evaluate)
+    config = run_config(tmp_path, steps=1)
+    train(config.model_copy(update={"eval_data": config.data}))
+    assert seen == ["evaluation", "evaluation"]

@@ -161,6 +161,8 @@ class Evaluator:
         everything, micro_batches = range(len(each.records)), each.micro_batches
 
         def attempt() -> EvalReport:
+            if self.watchdog is not None:
+                self.watchdog.begin("evaluation", "evaluation, starting")
             micros = micro_batches.of_this_rank(everything, 0)
             if self.watchdog is not None:
                 micros = self.watchdog.each(micros, "evaluation", "evaluation, collating")
