@@ -1,12 +1,13 @@
 """The axes that are judged by numbers: what a loop reports, and what an evaluation says."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from samestep.audit.axes.axis import Measurement
-from samestep.audit.causes import Diagnosis
+from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.reported import (
     diagnose_number,
     diagnose_objective,
@@ -24,6 +25,14 @@ Numbers = Mapping[str, float]
 MAX_CANCELLED = 1e-6
 """Relative change up to which a number may be one that cancels almost to nothing, whose own
 rounding is then measured before it is judged."""
+
+
+PAIRED = 4
+"""Examples, of which each two are evaluated together."""
+
+MAX_MEAN_ERROR = 1e-3
+"""How far beyond two numbers, relative, another may be and still be a mean of them that was logged
+in few digits."""
 
 
 def evaluation_batch(experiments: Experiments) -> Measurement:
@@ -51,7 +60,11 @@ def evaluation_batch(experiments: Experiments) -> Measurement:
         def read(**changes: object) -> float:
             return experiments.evaluate(3, None, **changes).get(key, math.nan)
 
-        return with_padding(experiments, diagnosis, read=read)
+        padded = with_padding(experiments, diagnosis, read=read)
+        if padded is not diagnosis or not (is_loss(key) or diagnosis.cause == UNEXPLAINED):
+            return padded
+        # A mean of batches is one however their rows are coupled; a metric need be no mean of rows.
+        return _beyond_means(experiments, key) or diagnosis
 
     def perturbed(key: str) -> list[list[float]]:
         points = (None, *experiments.perturbations)
@@ -174,6 +187,29 @@ def _coupling(experiments: Experiments, key: str) -> float:
     except Exception:  # the subject is the user's code: it may refuse changed inputs
         return 0.0
     return relative_change(pair, (own + altered) / 2)
+
+
+def _beyond_means(experiments: Experiments, key: str) -> Diagnosis | None:
+    """Whether two examples together give a number that is no mean of their own, by any weights.
+
+    Unlike `_coupling` it changes no input, so it can be asked of every evaluation.
+    """
+    alone = [experiments.evaluate(2, (at,)).get(key, math.nan) for at in range(PAIRED)]
+    found, sums = [], True
+    for first, second in itertools.combinations(range(PAIRED), 2):
+        together = experiments.evaluate(2, (first, second)).get(key, math.nan)
+        low, high = sorted((alone[first], alone[second]))
+        size = max(low - together, together - high) / max(map(abs, (together, low, high, 1e-12)))
+        found.append((size, first, second, together))
+        sums = sums and relative_change(together, low + high) <= MAX_MEAN_ERROR
+    size, first, second, together = max(found)
+    if sums or not size > MAX_MEAN_ERROR:
+        return None
+    text = (
+        f"examples {first} and {second} give {alone[first]:.6g} and {alone[second]:.6g} alone, "
+        f"{together:.6g} in one batch: no mean of the two, by whatever weights"
+    )
+    return Diagnosis("batch-coupled-term", size, text)
 
 
 def _steady(first: Numbers, again: Numbers) -> list[str]:
