@@ -40,7 +40,7 @@ def evaluation_batch(experiments: Experiments) -> Measurement:
     size, sizes = experiments.subject.size, (1, 2, 3)
     reference = experiments.evaluate(size)
     by_size = {each: experiments.evaluate(each) for each in sizes}
-    steady = _steady(reference, experiments.evaluate(size))
+    steady = steady_numbers(reference, experiments.evaluate(size))
 
     def diagnose(key: str) -> Diagnosis:
         if is_loss(key):
@@ -73,7 +73,7 @@ def evaluation_batch(experiments: Experiments) -> Measurement:
             for each in (size, 1)
         ]
 
-    return _measure_numbers(
+    return measure_numbers(
         experiments,
         steady,
         reference=reference,
@@ -90,7 +90,7 @@ def reported(experiments: Experiments) -> Measurement:
     reference = experiments.run(batch).reported
     if not reference:
         raise CheckError("the loop reports no numbers")
-    steady = _steady(reference, experiments.rerun(batch).reported)
+    steady = steady_numbers(reference, experiments.rerun(batch).reported)
 
     def perturbed(key: str) -> list[list[float]]:
         points = (None, *experiments.perturbations)
@@ -99,7 +99,7 @@ def reported(experiments: Experiments) -> Measurement:
             for split in (batch, experiments.single_examples)
         ]
 
-    measurement = _measure_numbers(
+    measurement = measure_numbers(
         experiments,
         steady,
         reference=reference,
@@ -121,7 +121,7 @@ def reported(experiments: Experiments) -> Measurement:
     )
 
 
-def _measure_numbers(
+def measure_numbers(
     experiments: Experiments,
     steady: Sequence[str],
     *,
@@ -141,6 +141,9 @@ def _measure_numbers(
         reason: What was compared.
         diagnose: Why a number changes.
         perturbed: Rows of a number's values while the weights move by roundings.
+
+    Returns:
+        The measurement; exact where only counts change.
     """
     changes = {
         key: max(relative_change(each.get(key, math.nan), reference[key]) for each in others)
@@ -212,8 +215,13 @@ def _beyond_means(experiments: Experiments, key: str) -> Diagnosis | None:
     return Diagnosis("batch-coupled-term", size, text)
 
 
-def _steady(first: Numbers, again: Numbers) -> list[str]:
-    """The numbers that are the same when nothing changed: times and rates are not."""
+def steady_numbers(first: Numbers, again: Numbers) -> list[str]:
+    """The numbers that are the same when nothing changed: times and rates are not.
+
+    Args:
+        first: By name.
+        again: Those of a repeat.
+    """
     return [
         key for key, value in first.items() if relative_change(again.get(key, math.nan), value) == 0
     ]
