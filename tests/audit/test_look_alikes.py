@@ -202,3 +202,25 @@ def test_evaluations_of_rows_against_each_other_are_told_from_means(
     pairs = {"model": Pairs, "collate": flattened, "examples": rows()}
     report = check({**pairs, "step": step, "evaluate": evaluate}, ["evaluation-batch"])
     assert report.axes[0].cause == cause
+
+
+def divides_each_time(model: nn.Module, micro_batches: list[dict[str, Tensor]]) -> None:
+    for micro in micro_batches:
+        (total_loss(model, micro) / num_targets(micro)).backward()
+        for weight in model.parameters():
+            weight.grad /= len(micro_batches)
+
+
+def repeats_the_first(model: nn.Module, micro_batches: list[dict[str, Tensor]]) -> None:
+    count = sum(map(num_targets, micro_batches))
+    again = micro_batches[:1] if len(micro_batches) > 1 else []
+    for micro in [*micro_batches, *again]:
+        (total_loss(model, micro) / count).backward()
+
+
+@pytest.mark.parametrize(
+    ("step", "cause"),
+    [(divides_each_time, "weighted-by-place"), (repeats_the_first, "duplicated-examples")],
+)
+def test_weights_by_place_are_told_from_repeats(step: Callable[..., None], cause: str) -> None:
+    assert micro_batch_axis(step=step).cause == cause

@@ -111,10 +111,6 @@ def _cause_of(of_split: _Unit, of_whole: _Unit, *, total: float) -> str | None:
     return next(wrong, "example-weighted")
 
 
-def _same(values: Sequence[float], others: Sequence[float]) -> bool:
-    return all(abs(a - b) <= SAME * abs(b) for a, b in zip(values, others, strict=True))
-
-
 def _proportional(values: Sequence[float], others: Sequence[float]) -> bool:
     if not all(value > 0 for value in (*values, *others)):
         return False
@@ -123,13 +119,8 @@ def _proportional(values: Sequence[float], others: Sequence[float]) -> bool:
 
 def whole_follows_a_count(evidence: SplitEvidence) -> bool:
     """Whether the whole weighs micro-batches by shares, or all alike, as sums over counts do."""
-    weights = list(least_squares(evidence.whole, evidence.alone).coefficients)
-    if abs(sum(weights) - 1) <= SAME or _alike(weights):
-        return True
-    shares = (
-        [count / unit.whole for count in unit.counts] for unit in _units(evidence) if unit.whole
-    )
-    return any(_same(weights, each) for each in shares)
+    whole = least_squares(evidence.whole, evidence.alone)
+    return abs(sum(whole.coefficients) - 1) <= SAME or _alike(list(whole.coefficients))
 
 
 def _ratios(evidence: SplitEvidence) -> list[float] | None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.coupling import coupling, diagnose_seen_padding, leak_in_row
 from samestep.audit.diagnose.examples import by_example, cut_by_neighbours, fits_by_example
+from samestep.audit.diagnose.places import by_place
 from samestep.audit.diagnose.sizes import (
     by_size,
     by_two_units,
@@ -225,7 +226,8 @@ def _nonlinear(
     parts = least_squares(evidence.split, evidence.alone)
     residual = max(whole.residual, parts.residual)
     if residual <= evidence.residual_tolerance:
-        known = by_size(evidence) or _lost_or_repeated(whole, parts, evidence=evidence)
+        known = by_size(evidence) or by_place(experiments, split, evidence=evidence, **changes)
+        known = known or _lost_or_repeated(whole, parts, evidence=evidence)
         if known is not None:
             return known
     inside = _inside(experiments, split, evidence=evidence, **changes)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
-from samestep.audit.experiments import Experiments
+from samestep.audit.experiments import Experiments, uneven_split
 from samestep.audit.gradients import relative_difference
 from samestep.audit.hypotheses import (
     Hypothesis,
@@ -64,6 +64,9 @@ def tell_apart(
             continue
         held = _holding(left, evidence if names is None else only_weights(evidence, names))
         left = held or left
+    if is_tied(left) and len({len(micro_batch) for micro_batch in split}) == 1:
+        # By examples is all alike where the subject takes no micro-batches of other sizes.
+        left = [pair for pair in left if pair[1].weighting != "by examples"] or left
     return left
 
 
@@ -102,6 +105,8 @@ def _elsewhere(
     experiments: Experiments, split: Split, changes: Mapping[str, object]
 ) -> Iterator[tuple[Split, Mapping[str, object]]]:
     """Where counts part that are alike here: an example without targets, and other cuts."""
+    if len({len(micro_batch) for micro_batch in split}) == 1:
+        yield uneven_split(experiments.subject.size), {}
     if "masking" not in experiments.subject.missing() and not changes.get("masked_examples"):
         shared = [micro_batch for micro_batch in split if len(micro_batch) > 1]
         for micro_batch in shared[:1]:
