@@ -27,7 +27,7 @@ MAX_CANCELLED = 1e-6
 rounding is then measured before it is judged."""
 
 
-PAIRED = 4
+PAIRED = 3
 """Examples, of which each two are evaluated together."""
 
 MAX_MEAN_ERROR = 1e-3
