@@ -224,3 +224,30 @@ def repeats_the_first(model: nn.Module, micro_batches: list[dict[str, Tensor]]) 
 )
 def test_weights_by_place_are_told_from_repeats(step: Callable[..., None], cause: str) -> None:
     assert micro_batch_axis(step=step).cause == cause
+
+
+def by_rows_divided_again(model: nn.Module, micro_batches: list[dict[str, Tensor]]) -> None:
+    rows = sum(len(micro["labels"]) for micro in micro_batches)
+    for micro in micro_batches:
+        mean = total_loss(model, micro) / num_targets(micro)
+        (mean * len(micro["labels"]) / rows / len(micro_batches)).backward()
+
+
+def mean_of_all_but_the_last(model: nn.Module, micro_batches: list[dict[str, Tensor]]) -> None:
+    used = micro_batches[:-1] or micro_batches
+    for micro in used:
+        (total_loss(model, micro) / num_targets(micro) / len(micro_batches)).backward()
+
+
+@pytest.mark.parametrize(
+    ("step", "cause", "beside"),
+    [
+        (by_rows_divided_again, "example-weighted", "divided-twice"),
+        (mean_of_all_but_the_last, "dropped-examples", "mean-of-means"),
+    ],
+)
+def test_two_laws_that_act_on_the_same_gradients_are_both_named(
+    step: Callable[..., None], cause: str, beside: str
+) -> None:
+    axis = micro_batch_axis(step=step)
+    assert (axis.cause, axis.also) == (cause, (beside,))

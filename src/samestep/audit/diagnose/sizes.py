@@ -56,14 +56,14 @@ def by_two_units(evidence: SplitEvidence) -> Diagnosis | None:
     ratios = _ratios(evidence)
     if ratios is None:
         return None
-    units = list(_units(evidence))
-    alike = _Unit("all alike", "mean-of-means", [1.0] * len(ratios), float(len(ratios)))
+    units = list(units_of(evidence))
+    alike = Unit("all alike", "mean-of-means", [1.0] * len(ratios), float(len(ratios)))
     for of_whole in units:
         held = [ratio * count for ratio, count in zip(ratios, of_whole.counts, strict=True)]
         for of_split in (*units, alike):
-            if _proportional(of_split.counts, of_whole.counts):
+            if is_proportional(of_split.counts, of_whole.counts):
                 continue
-            if not _proportional(held, of_split.counts):
+            if not is_proportional(held, of_split.counts):
                 continue
             cause = _cause_of(of_split, of_whole, total=sum(held) / of_whole.whole)
             text = f"micro-batches weigh {of_split.name} in the split, {of_whole.name} in the whole"
@@ -72,7 +72,7 @@ def by_two_units(evidence: SplitEvidence) -> Diagnosis | None:
 
 
 @dataclass(frozen=True)
-class _Unit:
+class Unit:
     """What a loop could weigh by: how it is said, the cause that it is, and how many there are.
 
     Attributes:
@@ -88,18 +88,22 @@ class _Unit:
     whole: float
 
 
-def _units(evidence: SplitEvidence) -> Iterator[_Unit]:
-    """Targets, examples, and all that can be counted in every micro-batch."""
+def units_of(evidence: SplitEvidence) -> Iterator[Unit]:
+    """Targets, examples, and all that can be counted in every micro-batch.
+
+    Args:
+        evidence: Of a split.
+    """
     if evidence.targets is not None:
-        yield _Unit("by targets", "example-weighted", evidence.targets, sum(evidence.targets))
-    yield _Unit("by examples", "example-weighted", evidence.examples, sum(evidence.examples))
+        yield Unit("by targets", "example-weighted", evidence.targets, sum(evidence.targets))
+    yield Unit("by examples", "example-weighted", evidence.examples, sum(evidence.examples))
     *parts, whole = evidence.denominators
     for name, (cause, value) in whole.items():
         if all(name in held for held in parts):
-            yield _Unit(f"by {name}", cause, [held[name].value for held in parts], value)
+            yield Unit(f"by {name}", cause, [held[name].value for held in parts], value)
 
 
-def _cause_of(of_split: _Unit, of_whole: _Unit, *, total: float) -> str | None:
+def _cause_of(of_split: Unit, of_whole: Unit, *, total: float) -> str | None:
     """What it is to weigh by these two; `total` is the split's scale over the whole's.
 
     Returns:
@@ -111,7 +115,8 @@ def _cause_of(of_split: _Unit, of_whole: _Unit, *, total: float) -> str | None:
     return next(wrong, "example-weighted")
 
 
-def _proportional(values: Sequence[float], others: Sequence[float]) -> bool:
+def is_proportional(values: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether numbers are others times one factor; never of what is not above 0."""
     if not all(value > 0 for value in (*values, *others)):
         return False
     return _alike([value / other for value, other in zip(values, others, strict=True)])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.coupling import coupling, diagnose_seen_padding, leak_in_row
 from samestep.audit.diagnose.examples import by_example, cut_by_neighbours, fits_by_example
+from samestep.audit.diagnose.overlaps import scaled_too, weighted_too
 from samestep.audit.diagnose.places import by_place
 from samestep.audit.diagnose.sizes import (
     by_size,
@@ -163,7 +164,11 @@ def _by_hypothesis(
         for hypothesis in hypotheses(evidence, causes)
     ]
     best = min(residual for residual, _ in scored)
-    if best > min(evidence.residual_tolerance, 0.1 * difference):
+    bound = min(evidence.residual_tolerance, 0.1 * difference)
+    if best > bound:
+        twofold = scaled_too(evidence, scored, bound=bound)
+        if twofold is not None:
+            return twofold
         return _nonlinear(experiments, split, evidence=evidence, best=best, **changes)
     fits = fit_alike(scored, bound=evidence.residual_tolerance)
     diagnosis = _checked(experiments, split, evidence=evidence, fit=fits[0], **changes)
@@ -303,7 +308,8 @@ def _lost_or_repeated(
         text = ", ".join(f"micro-batch {at + 1} x {each:.3g}" for at, each in enumerate(multiples))
         return Diagnosis("duplicated-examples", split.residual, f"{text}; {_shown(evidence)}")
     cause = "last-micro-batch-only" if kept <= 1 else "dropped-examples"
-    return Diagnosis(cause, split.residual, _shown(evidence))
+    lost = Diagnosis(cause, split.residual, _shown(evidence))
+    return weighted_too(lost, evidence, split=split.coefficients, whole=whole.coefficients)
 
 
 def _in_words(evidence: SplitEvidence) -> str:
