@@ -251,3 +251,18 @@ def test_two_laws_that_act_on_the_same_gradients_are_both_named(
 ) -> None:
     axis = micro_batch_axis(step=step)
     assert (axis.cause, axis.also) == (cause, (beside,))
+
+
+def test_a_fault_that_only_another_order_shows_is_named_from_that_order() -> None:
+    def step(model: nn.Module, micro_batches: list[dict[str, Tensor]]) -> None:
+        count = sum(map(num_targets, micro_batches))
+        for micro in micro_batches:
+            width = int((micro["labels"][0] != -100).sum())  # of the first row
+            cut = {name: value[:, :width] for name, value in micro.items()}
+            (total_loss(model, cut) / count).backward()
+
+    longest_first = sorted(rows(), key=len, reverse=True)
+    loop = subject(step=step, examples=longest_first)
+    by_micro_batch, by_order = check(loop, ["micro-batch", "order"]).axes
+    assert by_micro_batch.verdict == "exact"
+    assert by_order.cause == "dropped-examples"
