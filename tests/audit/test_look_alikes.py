@@ -266,3 +266,26 @@ def test_a_fault_that_only_another_order_shows_is_named_from_that_order() -> Non
     by_micro_batch, by_order = check(loop, ["micro-batch", "order"]).axes
     assert by_micro_batch.verdict == "exact"
     assert by_order.cause == "dropped-examples"
+
+
+def normalised(each: bool) -> Callable[..., None]:
+    """Gradients are brought to unit length: of each micro-batch, or once at the end."""
+
+    def step(model: nn.Module, micro_batches: list[dict[str, Tensor]]) -> None:
+        count = sum(map(num_targets, micro_batches))
+        weights = list(model.parameters())
+        total = [torch.zeros_like(weight) for weight in weights]
+        for micro in micro_batches:
+            found = torch.autograd.grad(total_loss(model, micro) / count, weights)
+            length = nn.utils.get_total_norm(found) if each else 1.0
+            total = [old + new / length for old, new in zip(total, found, strict=True)]
+        length = nn.utils.get_total_norm(total) if not each else 1.0
+        for weight, gradient in zip(weights, total, strict=True):
+            weight.grad = gradient / length
+
+    return step
+
+
+@pytest.mark.parametrize(("each", "cause"), [(True, "clip-per-micro-batch"), (False, None)])
+def test_gradients_brought_to_one_length_each_are_clipped_each(each: bool, cause: str) -> None:
+    assert micro_batch_axis(step=normalised(each)).cause == cause

@@ -151,6 +151,22 @@ def _alike(values: list[float]) -> bool:
     return max(values) - min(values) <= SAME * max(map(abs, values))
 
 
+def of_one_length(evidence: SplitEvidence) -> Diagnosis | None:
+    """Whether gradients are brought to one length before they are added up, whatever they hold.
+
+    Args:
+        evidence: Of a split; one that has that length too is scaled after the addition.
+    """
+    lengths = [global_norm(each) for each in (evidence.whole, *evidence.alone)]
+    if min(lengths) <= 0 or not _alike(lengths) or _alike([global_norm(evidence.split), *lengths]):
+        return None
+    text = (
+        f"each micro-batch alone has a gradient of length {lengths[0]:.4g}, and so has the whole: "
+        "each is scaled before it is added"
+    )
+    return Diagnosis("clip-per-micro-batch", 0.0, text)
+
+
 def shortened_after_adding(
     observed: Gradient, unclipped: Gradient, *, bound: float
 ) -> Diagnosis | None:

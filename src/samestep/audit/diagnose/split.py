@@ -15,6 +15,7 @@ from samestep.audit.diagnose.places import by_place
 from samestep.audit.diagnose.sizes import (
     by_size,
     by_two_units,
+    of_one_length,
     shortened_after_adding,
     whole_follows_a_count,
 )
@@ -69,6 +70,7 @@ def diagnose_split(experiments: Experiments, split: Split, **changes: object) ->
     def part(fits: Sequence[Scored], names: Sequence[str]) -> list[Scored]:
         return tell_apart(experiments, split, fits, names=names, **changes)
 
+    diagnosis = diagnosis or of_one_length(evidence)
     diagnosis = diagnosis or by_weights(evidence, experiments.causes.values(), part=part)
     diagnosis = diagnosis or _by_hypothesis(
         experiments, split, evidence=evidence, difference=difference, **changes
