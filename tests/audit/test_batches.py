@@ -18,6 +18,7 @@ from samestep.audit.adapters.batches import (
     mask_boundaries,
     mask_targets,
     possible_denominators,
+    real_tokens,
     token_length,
 )
 from samestep.errors import CheckError
@@ -126,8 +127,29 @@ def test_everything_that_a_batch_could_be_counted_by_has_a_cause() -> None:
     assert found["labels"] == ("unshifted-count", 6)
     assert found["elements of labels"] == ("padding-counted", 8)
     assert found["elements of labels[:, 1:]"] == ("padding-counted", 6)
-    assert found["labels of labels"] == ("example-weighted", 6)
+    assert "labels of labels" not in found  # they are the labels
     assert found["sum of weight"] == ("example-weighted", 2.5)
+
+
+def test_sums_of_marks_are_counts_of_them() -> None:
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    found = possible_denominators({**rows([LONG, SHORT]), "attention_mask": mask})
+    assert found["sum of attention_mask"] == found["non-zeros of attention_mask"]
+
+
+def test_an_example_is_altered_alike_whatever_its_neighbours_pad_it_to() -> None:
+    def altered(batch: Any, padding: Any) -> list[int]:
+        found: list[int] = alter_inputs(batch, [real_tokens(batch, 0, padding=padding)])[
+            "input_ids"
+        ][0].tolist()
+        return found
+
+    alone, beside = rows([SHORT]), rows([SHORT, LONG])
+    padding = infer_padding(alone, rows([LONG, SHORT]))
+    assert altered(alone, padding) == altered(beside, padding)[:2]
+    for batch in (alone, beside):
+        batch["attention_mask"] = (batch["labels"] != -100).long()
+    assert altered(alone, None) == altered(beside, None)[:2]
 
 
 def test_lengths_are_of_tokens() -> None:

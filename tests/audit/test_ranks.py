@@ -102,6 +102,8 @@ def test_sound_loops_are_exact() -> None:
         (loop(lambda count, world: 1 / count), "rank-local-count"),
         (loop(lambda count, world: world / count), "world-scaled"),
         (loop(lambda count, world: everywhere(count, 1)), "world-divided"),
+        # Over a constant: half of the whole is the mean of what the ranks give alone, too.
+        (loop(lambda count, world: torch.tensor(1 / 64)), "world-divided"),
         (loop(everywhere, synchronise=False), "ranks-not-synchronised"),
     ],
 )

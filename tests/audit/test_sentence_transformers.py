@@ -66,3 +66,10 @@ def test_losses_of_pairs_and_of_batches_are_told_apart(
     axis = check(factory(loss, tmp_path, scored=cause is None), ["micro-batch"]).axes[0]
     assert axis.verdict == ("exact" if cause is None else "inexact")
     assert axis.cause == cause
+
+
+@pytest.mark.filterwarnings("ignore")  # of the package's own imports
+def test_evaluations_of_losses_over_the_batch_are_coupled_too(tmp_path: Path) -> None:
+    make_trainer = factory("MultipleNegativesRankingLoss", tmp_path, scored=False)
+    axis = check(make_trainer, ["evaluation-batch"]).axes[0]
+    assert axis.cause == "batch-coupled-term"

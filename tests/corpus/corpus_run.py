@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ddp_scripts
+import inside_the_loop
 import knobs_and_loaders
 import models_and_batches
 import next_steps
@@ -52,6 +53,7 @@ FAMILIES = {
     "parts and norms": parts_and_norms.CASES,
     "what is said": what_is_said.CASES,
     "places": places.CASES,
+    "inside the loop": inside_the_loop.CASES,
 }
 FINAL_SEEDS = (301, 302, 303)
 """Not used while developing, and of other numbers of examples and lengths than seeds below 100."""

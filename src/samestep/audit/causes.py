@@ -50,6 +50,13 @@ _TABLE = (
         advice="Sum in one unit, count in the same unit over the whole batch, and divide once.",
     ),
     Cause(
+        "weighted-by-place",
+        "What a micro-batch weighs depends on when it comes within its window.",
+        "Look for what happens to .grad inside the accumulation loop: what is divided, decayed or "
+        "averaged there holds the earlier micro-batches, once more each time. Scale each loss "
+        "before its backward, by one constant, or all gradients once after the loop.",
+    ),
+    Cause(
         "weighted-by-size",
         meaning=(
             "What a micro-batch weighs depends on its size by a law that no count of the whole "

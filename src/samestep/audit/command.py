@@ -51,7 +51,8 @@ class CheckArguments:
     """Axes to run, with commas between; by default all but dropout and low-precision. There are
     micro-batch, order, padding, packing, short-window, next-step (what leaks into the step after),
     knobs (sizes of the loop's own), loader (its own loader deals the rows), zero-target, terms,
-    ranks, reported, evaluation-batch, evaluation-first, low-precision and dropout."""
+    ranks, reported, evaluation-batch, evaluation-ranks, evaluation-first, low-precision and
+    dropout."""
     json: Path | None = None
     """Write the report to this file."""
     html: Path | None = None

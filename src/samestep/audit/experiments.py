@@ -193,12 +193,15 @@ class Experiments:
         if not self.keeps_scale:
             return self.run(split, **changes).gradient
         small = self.run(split, **changes, gradient_scale=SMALL_SCALE).gradient
-        return scale(self._without_offset(small), 1 / SMALL_SCALE)
+        return scale(self._without_offset(small, split, **changes), 1 / SMALL_SCALE)
 
     def small_gradient_of_ranks(self, shares: Sequence[Split], **changes: object) -> Gradient:
         """That of the first rank, as `small_gradient` has it."""
         small = self.run_on_ranks(shares, **changes, gradient_scale=SMALL_SCALE)[0].gradient
-        return scale(self._without_offset(small), 1 / SMALL_SCALE)
+        if self._has_offset:
+            still = self.run_on_ranks(shares, **changes, gradient_scale=0.0)
+            small = subtract(small, still[0].gradient)
+        return scale(small, 1 / SMALL_SCALE)
 
     def unclipped_gradient(self, split: Split, **changes: object) -> Gradient:
         """The gradient, small where the loop clips it."""
@@ -208,36 +211,43 @@ class Experiments:
 
     def natural_gradient(self, split: Split, **changes: object) -> Gradient:
         """The loop's gradient as it is, clipped or not, without what is no gradient of the loss."""
-        return self._without_offset(self.run(split, **changes).gradient)
+        return self._without_offset(self.run(split, **changes).gradient, split, **changes)
 
-    def _without_offset(self, gradient: Gradient) -> Gradient:
-        return gradient if self._offset is None else subtract(gradient, self._offset)
+    def offset(self, split: Split, **changes: object) -> Gradient:
+        """What a step on a split does without any gradient, such as weight decay; {} if nothing."""
+        if not self._has_offset:
+            return {}
+        return self.run(split, **{**changes, "gradient_scale": 0.0}).gradient
+
+    def _without_offset(self, gradient: Gradient, split: Split, **changes: object) -> Gradient:
+        return subtract(gradient, self.offset(split, **changes)) if self._has_offset else gradient
 
     @cached_property
-    def _offset(self) -> Gradient | None:
-        """What the step does without any gradient, or None if nothing."""
-        offset = self.run(self.whole_batch, gradient_scale=0.0).gradient
-        natural = self.run(self.whole_batch).gradient
-        if relative_difference(offset, natural) < 1e-3:  # the scale does not arrive
-            return None
-        return offset if global_norm(offset) else None
+    def _has_offset(self) -> bool:
+        """Whether a step moves weights without any gradient, once or between micro-batches."""
+        return any(map(self._moves_by_itself, (self.whole_batch, self.single_examples)))
+
+    def _moves_by_itself(self, split: Split) -> bool:
+        offset, natural = (self.run(split, gradient_scale=s).gradient for s in (0.0, 1.0))
+        # They are alike if the scale does not arrive.
+        return global_norm(offset) > 0 and relative_difference(offset, natural) >= 1e-3
 
     @cached_property
     def clips(self) -> bool:
         """Whether the whole batch's gradient is clipped."""
         if not self.keeps_scale:
             return False
-        natural = self._without_offset(self.run(self.whole_batch).gradient)
+        natural = self.natural_gradient(self.whole_batch)
         small = self.small_gradient(self.whole_batch)
         return relative_difference(small, natural) > self.small_tolerance
 
     @cached_property
     def keeps_scale(self) -> bool:
         """Whether the scale of a backward's gradient arrives in the step, to enough digits."""
-        natural = self.run(self.whole_batch)
-        small = self.run(self.whole_batch, gradient_scale=SMALL_SCALE)
-        size = global_norm(self._without_offset(small.gradient))
-        reference = global_norm(self._without_offset(natural.gradient))
+        batch = self.whole_batch
+        natural, small = self.run(batch), self.run(batch, gradient_scale=SMALL_SCALE)
+        size = global_norm(self._without_offset(small.gradient, batch))
+        reference = global_norm(self._without_offset(natural.gradient, batch))
         if not reference or not math.isfinite(size) or size / reference > 0.5:
             return False
         return small.rounding < 1e-8 or small.rounding <= 2 * natural.rounding
@@ -326,7 +336,9 @@ class Experiments:
         """The same of `small_gradient`: small updates of weights lose digits."""
         if not self.keeps_scale:
             return self.tolerance
-        rounding = self.run(self.whole_batch, gradient_scale=SMALL_SCALE).rounding
+        small = self.run(self.whole_batch, gradient_scale=SMALL_SCALE)
+        left = global_norm(self.small_gradient(self.whole_batch)) * SMALL_SCALE
+        rounding = small.rounding * global_norm(small.gradient) / left  # what is taken off rounds
         return TOLERANCE_FACTOR * max(self.noise_floor, rounding)
 
     @property

@@ -1,7 +1,7 @@
 """Hypotheses: the gradients that known bugs would give, from those of the micro-batches alone."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from samestep.audit.causes import Cause
 from samestep.audit.experiments import Experiments, merged
@@ -77,6 +77,25 @@ def collect_evidence(experiments: Experiments, split: Split, **changes: object) 
         targets=targets,
         denominators=[experiments.denominators(micro, **changes) for micro in (*split, *whole)],
         residual_tolerance=experiments.residual_tolerance,
+    )
+
+
+def only_weights(evidence: SplitEvidence, names: Sequence[str]) -> SplitEvidence:
+    """The evidence of these weights alone.
+
+    Args:
+        evidence: Of all.
+        names: Of the weights to keep.
+    """
+
+    def of(gradient: Gradient) -> Gradient:
+        return {name: gradient[name] for name in names if name in gradient}
+
+    return replace(
+        evidence,
+        split=of(evidence.split),
+        whole=of(evidence.whole),
+        alone=[of(each) for each in evidence.alone],
     )
 
 

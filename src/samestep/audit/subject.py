@@ -167,6 +167,19 @@ class Dealt:
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """An evaluation on one of several ranks.
+
+    Attributes:
+        numbers: Loss and metrics, as this rank says them.
+        examples: Those that it scored, repeats too.
+    """
+
+    numbers: Mapping[str, float]
+    examples: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ExampleCounts:
     """What the data say of one example.
 

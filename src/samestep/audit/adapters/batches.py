@@ -147,6 +147,26 @@ def locate_examples(
     raise CheckError("the examples of a batch of this subject cannot be told apart")
 
 
+def real_tokens(batch: Any, row: int, *, padding: CollatorPadding | None) -> Location:
+    """The stretch of a row that is no padding, whatever its neighbours made of the row's length.
+
+    Args:
+        batch: Of rows; what its ``attention_mask`` leaves out is padding.
+        row: Which.
+        padding: How the collator pads, if that could be seen: tokens at the ends like it are left.
+    """
+    name, inputs = _inputs_of(batch)
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == inputs.shape[:2]:
+        held = mask[row] != 0
+    elif padding is not None and name in padding.fills and inputs.dim() == 2:
+        held = inputs[row] != padding.fills[name]
+    else:
+        return (row,)
+    places = held.nonzero().flatten().tolist()
+    return (row, slice(places[0], places[-1] + 1)) if places else (row,)
+
+
 def mask_targets(batch: Any, locations: Sequence[Location]) -> Any:
     """A batch in which some examples have no target.
 
@@ -297,7 +317,10 @@ def possible_denominators(batch: Any) -> dict[str, Denominator]:
             tokens = like_labels and tensor.dim() > 1
             cause = "padding-counted" if tokens else "example-weighted"
             count(f"non-zeros of {key}", cause, (tensor != 0).sum())
-            if bool((tensor == IGNORE).any()):
+            if bool((tensor == IGNORE).any()) and not (key == "labels" and "labels" in counts):
                 count(f"labels of {key}", "example-weighted", (tensor != IGNORE).sum())
-        count(f"sum of {key}", "example-weighted", tensor.sum())
+            binary = bool(((tensor == 0) | (tensor == 1)).all())
+            count(f"sum of {key}", cause if binary else "example-weighted", tensor.sum())
+        else:
+            count(f"sum of {key}", "example-weighted", tensor.sum())
     return counts

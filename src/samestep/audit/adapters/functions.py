@@ -111,6 +111,11 @@ class LoopFunctions:
         return replace(self, **given)
 
     @property
+    def evaluates_on_ranks(self) -> bool:
+        """Whether ``evaluate`` reduces over ranks."""
+        return self.evaluate is not None and _calls_distributed(self.evaluate)
+
+    @property
     def update(self) -> Callable[..., Any]:
         """``step``, or else ``train``."""
         function = self.step or self.train

@@ -43,6 +43,7 @@ from samestep.audit.subject import (
     Capability,
     Dealt,
     Denominator,
+    Evaluated,
     ExampleCounts,
     Observation,
     RunSettings,
@@ -252,6 +253,34 @@ class LoopSubject:
                 return self._evaluate(model, batch_size, settings=settings, examples=examples)
 
         return self._in_group(work)
+
+    def evaluate_on_ranks(
+        self,
+        batch_size: int,
+        settings: RunSettings = DEFAULT_SETTINGS,
+        *,
+        examples: Sequence[int],
+        world: int,
+    ) -> list[Evaluated]:
+        """The subject's own evaluation on each rank, over its stretch of the batches.
+
+        Raises:
+            CheckError: The evaluation does not put the ranks' numbers together.
+        """
+        if not self.loop.evaluates_on_ranks:
+            raise CheckError("evaluate calls nothing of torch.distributed: each rank says its own")
+        starts = list(range(0, len(examples), batch_size))
+        border = batch_size * max(1, len(starts) * 3 // 8)  # fewer batches on the first
+        shares = (tuple(examples[:border]), tuple(examples[border:]))
+
+        def work(rank: int) -> Evaluated:
+            with self._fresh_model(settings) as (_, model):
+                numbers = self._evaluate(
+                    model, batch_size, settings=settings, examples=shares[rank]
+                )
+                return Evaluated(numbers, shares[rank])
+
+        return run_on_ranks(work, world, seconds=rank_timeout(self._slowest))
 
     def _evaluate(
         self,

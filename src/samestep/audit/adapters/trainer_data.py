@@ -15,11 +15,11 @@ from transformers import Trainer
 
 from samestep.audit.adapters.batches import (
     CollatorPadding,
-    Location,
     add_padding,
     alter_inputs,
     cast_floats,
     mask_targets,
+    real_tokens,
 )
 from samestep.audit.subject import Capability, ExampleCounts, RunSettings
 from samestep.errors import CheckError
@@ -198,9 +198,10 @@ def change_batch(
         altered += [at for at, row in enumerate(rows) if row in rows[:at]]
     masked = [at for at, each in enumerate(examples) if each in settings.masked_examples]
     if altered:
-        batch = alter_inputs(batch, _locations(batch, altered, number=len(rows)))
+        own = _locations(batch, altered, number=len(rows))
+        batch = alter_inputs(batch, [real_tokens(batch, row, padding=padding) for row in own])
     if masked:
-        batch = mask_targets(batch, _locations(batch, masked, number=len(rows)))
+        batch = mask_targets(batch, [(row,) for row in _locations(batch, masked, number=len(rows))])
     if settings.extra_padding:
         token = settings.padding_offset or (padding_token if padding is None else 0)
         batch = add_padding(
@@ -213,12 +214,12 @@ def change_batch(
     return batch if settings.dtype is None else cast_floats(batch, settings.dtype)
 
 
-def _locations(batch: Any, chosen: Sequence[int], *, number: int) -> list[Location]:
-    """The places of some of a batch's examples: a row each, or a row in each of several parts."""
+def _locations(batch: Any, chosen: Sequence[int], *, number: int) -> list[int]:
+    """The rows of some of a batch's examples: one each, or one in each of several parts."""
     rows = _rows_of(batch)
     if rows is None or rows % number:
         raise CheckError("the collator does not give each example rows of its own")
-    return [(part + at,) for at in chosen for part in range(0, rows, number)]
+    return [part + at for at in chosen for part in range(0, rows, number)]
 
 
 def _rows_of(batch: Any) -> int | None:

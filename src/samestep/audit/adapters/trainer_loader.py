@@ -10,11 +10,17 @@ from transformers import Trainer
 
 from samestep.audit.adapters.loaders import named, one_pass, recognise
 from samestep.audit.adapters.processes import rank_timeout, run_on_ranks
-from samestep.audit.adapters.trainer_data import AuditCollator, shard_as_loader, without_repeats
+from samestep.audit.adapters.trainer_data import (
+    AuditCollator,
+    select_evaluation_rows,
+    shard_as_loader,
+    without_repeats,
+)
 from samestep.audit.subject import (
     DEFAULT_SETTINGS,
     Capability,
     Dealt,
+    Evaluated,
     Observation,
     RunSettings,
     Split,
@@ -26,6 +32,7 @@ class DealsRows:
 
     _train: Callable[..., Observation]
     _fresh_trainer: Callable[..., AbstractContextManager[tuple[Any, AuditCollator]]]
+    _evaluate: Callable[..., dict[str, float]]
     _rows: Callable[[Sequence[int]], list[int]]
     missing: Callable[[], Mapping[Capability, str]]
     _rollouts: Any
@@ -48,6 +55,30 @@ class DealsRows:
             return self._train(share, settings, accumulation=len(share), all_rows=rows)
 
         return run_on_ranks(work, len(shares), seconds=rank_timeout(self._slowest))
+
+    def evaluate_on_ranks(
+        self,
+        batch_size: int,
+        settings: RunSettings = DEFAULT_SETTINGS,
+        *,
+        examples: Sequence[int],
+        world: int,
+    ) -> list[Evaluated]:
+        """The trainer's own evaluation on each rank, of rows that its own loader deals."""
+
+        def work(rank: int) -> Evaluated:
+            PartialState._reset_state()
+            with self._fresh_trainer((tuple(examples),), settings, accumulation=1) as (trainer, of):
+                rows = self._rows(examples)
+                trainer.eval_dataset = select_evaluation_rows(trainer.eval_dataset, rows)
+                of.start(rows)
+                numbers = self._evaluate(trainer, batch_size, seed=settings.seed)
+                data = trainer.eval_dataset
+                seen = named(recognise_in(data, of.seen), range(len(rows))) or ()
+                scored = [row // self.rows_per_example for batch in seen for row in batch]
+                return Evaluated(numbers, tuple(scored))
+
+        return run_on_ranks(work, world, seconds=rank_timeout(self._slowest))
 
     def shard(self, examples: int, world: int) -> Sequence[tuple[int, ...]] | None:
         """As the trainer's own data loader deals one micro-batch to each rank."""
@@ -106,8 +137,18 @@ def _cut(examples: Sequence[int], size: int) -> list[tuple[int, ...]]:
 
 def recognise_dealt(trainer: Any, collator: AuditCollator) -> list[tuple[int | None, ...]]:
     """The places, in the trainer's data, of the rows of each micro-batch that it collated."""
-    rows = [trainer.train_dataset[at] for at in range(len(trainer.train_dataset))]
-    return [recognise(features, rows) for features in collator.seen]
+    return recognise_in(trainer.train_dataset, collator.seen)
+
+
+def recognise_in(dataset: Any, seen: Sequence[Any]) -> list[tuple[int | None, ...]]:
+    """The places, in a data set, of the rows of each micro-batch.
+
+    Args:
+        dataset: Rows by number.
+        seen: What the collator was given, a list for each micro-batch.
+    """
+    rows = [dataset[at] for at in range(len(dataset))]
+    return [recognise(features, rows) for features in seen]
 
 
 def deal_in_order(trainer: Any) -> None:

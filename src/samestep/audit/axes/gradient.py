@@ -88,11 +88,17 @@ def order(experiments: Experiments) -> Measurement:
         ((_difference(experiments, after, reference=before), before) for before, after in pairs),
         key=lambda pair: pair[0].size,
     )
-    return Measurement.of(
-        worst,
-        f"{sizes_of(at)} forwards and backwards",
-        diagnose=lambda: diagnose_split(experiments, split),
-    )
+
+    def diagnose() -> Diagnosis:
+        diagnosis = diagnose_split(experiments, split)
+        if diagnosis.cause != UNEXPLAINED or experiments.subject.uniform:
+            return diagnosis
+        # In this order the fault may not show: the first row of each may be the longest.
+        turned = tuple(micro_batch[::-1] for micro_batch in split[::-1])
+        backwards = diagnose_split(experiments, turned)
+        return diagnosis if backwards.cause == UNEXPLAINED else backwards
+
+    return Measurement.of(worst, f"{sizes_of(at)} forwards and backwards", diagnose=diagnose)
 
 
 def _difference(

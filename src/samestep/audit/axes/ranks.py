@@ -203,7 +203,7 @@ def _diagnose(
     combination = least_squares(gradient, own)
     evidence = f"on the ranks' own gradients: {combination} (residual {combination.residual:.0e})"
     dealt = [index for share in shares for micro_batch in share for index in micro_batch]
-    predictions = list(_predictions(shares, own, whole=whole))
+    predictions = list(_predictions(shares, own, whole=None if masked_examples else whole))
     if len(set(dealt)) < len(dealt):
         repeated = experiments.unclipped_gradient((tuple(dealt),), **masked)
         predictions.append(("duplicated-examples", repeated))
@@ -212,7 +212,11 @@ def _diagnose(
         kept = experiments.unclipped_gradient((tuple(sorted(set(dealt))),), **masked)
         predictions.append(("dropped-examples", kept))
         evidence = f"no rank sees {', '.join(f'example {index}' for index in missing)}; {evidence}"
-    best, cause = min((relative_difference(guess, gradient), name) for name, guess in predictions)
+    scored = [(relative_difference(guess, gradient), name) for name, guess in predictions]
+    best = min(scored)[0]
+    # The first of those that fit alike: a multiple of the whole says more than of the ranks' own.
+    allowed = max(10 * best, 1e-3 * experiments.residual_tolerance)
+    cause = next(name for residual, name in scored if residual <= allowed)
     if best > experiments.residual_tolerance:
         within = _within_a_rank(experiments, shares, whole=whole, masked_examples=masked_examples)
         return within or Diagnosis(UNEXPLAINED, best, evidence)
@@ -245,11 +249,18 @@ def _within_a_rank(
 
 
 def _predictions(
-    shares: Sequence[Split], own: Sequence[Gradient], *, whole: Gradient
+    shares: Sequence[Split], own: Sequence[Gradient], *, whole: Gradient | None
 ) -> Iterator[tuple[str, Gradient]]:
-    """The whole by the number of ranks; each rank's own, averaged, added up, or divided again."""
-    yield "world-scaled", scale(whole, float(WORLD))
-    yield "world-divided", scale(whole, 1 / WORLD)
+    """The whole by the number of ranks; each rank's own, averaged, added up, or divided again.
+
+    Args:
+        shares: The micro-batches of each rank.
+        own: The gradient of each rank's share on one process.
+        whole: Of all; None where the ranks give it if none lacks targets, and so no multiple of it.
+    """
+    if whole is not None:
+        yield "world-scaled", scale(whole, float(WORLD))
+        yield "world-divided", scale(whole, 1 / WORLD)
     yield "rank-local-count", linear_combination(own, [1 / WORLD] * len(own))
     yield "world-scaled", linear_combination(own, [1.0] * len(own))
     yield "world-divided", linear_combination(own, [1 / WORLD**2] * len(own))

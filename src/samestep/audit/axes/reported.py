@@ -1,12 +1,13 @@
 """The axes that are judged by numbers: what a loop reports, and what an evaluation says."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from samestep.audit.axes.axis import Measurement
-from samestep.audit.causes import Diagnosis
+from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.reported import (
     diagnose_number,
     diagnose_objective,
@@ -26,12 +27,20 @@ MAX_CANCELLED = 1e-6
 rounding is then measured before it is judged."""
 
 
+PAIRED = 3
+"""Examples, of which each two are evaluated together."""
+
+MAX_MEAN_ERROR = 1e-3
+"""How far beyond two numbers, relative, another may be and still be a mean of them that was logged
+in few digits."""
+
+
 def evaluation_batch(experiments: Experiments) -> Measurement:
     """The evaluation batch size: loss and every metric, at the same weights."""
     size, sizes = experiments.subject.size, (1, 2, 3)
     reference = experiments.evaluate(size)
     by_size = {each: experiments.evaluate(each) for each in sizes}
-    steady = _steady(reference, experiments.evaluate(size))
+    steady = steady_numbers(reference, experiments.evaluate(size))
 
     def diagnose(key: str) -> Diagnosis:
         if is_loss(key):
@@ -51,7 +60,11 @@ def evaluation_batch(experiments: Experiments) -> Measurement:
         def read(**changes: object) -> float:
             return experiments.evaluate(3, None, **changes).get(key, math.nan)
 
-        return with_padding(experiments, diagnosis, read=read)
+        padded = with_padding(experiments, diagnosis, read=read)
+        if padded is not diagnosis or not (is_loss(key) or diagnosis.cause == UNEXPLAINED):
+            return padded
+        # A mean of batches is one however their rows are coupled; a metric need be no mean of rows.
+        return _beyond_means(experiments, key) or diagnosis
 
     def perturbed(key: str) -> list[list[float]]:
         points = (None, *experiments.perturbations)
@@ -60,7 +73,7 @@ def evaluation_batch(experiments: Experiments) -> Measurement:
             for each in (size, 1)
         ]
 
-    return _measure_numbers(
+    return measure_numbers(
         experiments,
         steady,
         reference=reference,
@@ -77,7 +90,7 @@ def reported(experiments: Experiments) -> Measurement:
     reference = experiments.run(batch).reported
     if not reference:
         raise CheckError("the loop reports no numbers")
-    steady = _steady(reference, experiments.rerun(batch).reported)
+    steady = steady_numbers(reference, experiments.rerun(batch).reported)
 
     def perturbed(key: str) -> list[list[float]]:
         points = (None, *experiments.perturbations)
@@ -86,7 +99,7 @@ def reported(experiments: Experiments) -> Measurement:
             for split in (batch, experiments.single_examples)
         ]
 
-    measurement = _measure_numbers(
+    measurement = measure_numbers(
         experiments,
         steady,
         reference=reference,
@@ -108,7 +121,7 @@ def reported(experiments: Experiments) -> Measurement:
     )
 
 
-def _measure_numbers(
+def measure_numbers(
     experiments: Experiments,
     steady: Sequence[str],
     *,
@@ -128,6 +141,9 @@ def _measure_numbers(
         reason: What was compared.
         diagnose: Why a number changes.
         perturbed: Rows of a number's values while the weights move by roundings.
+
+    Returns:
+        The measurement; exact where only counts change.
     """
     changes = {
         key: max(relative_change(each.get(key, math.nan), reference[key]) for each in others)
@@ -176,8 +192,36 @@ def _coupling(experiments: Experiments, key: str) -> float:
     return relative_change(pair, (own + altered) / 2)
 
 
-def _steady(first: Numbers, again: Numbers) -> list[str]:
-    """The numbers that are the same when nothing changed: times and rates are not."""
+def _beyond_means(experiments: Experiments, key: str) -> Diagnosis | None:
+    """Whether two examples together give a number that is no mean of their own, by any weights.
+
+    Unlike `_coupling` it changes no input, so it can be asked of every evaluation.
+    """
+    alone = [experiments.evaluate(2, (at,)).get(key, math.nan) for at in range(PAIRED)]
+    found, sums = [], True
+    for first, second in itertools.combinations(range(PAIRED), 2):
+        together = experiments.evaluate(2, (first, second)).get(key, math.nan)
+        low, high = sorted((alone[first], alone[second]))
+        size = max(low - together, together - high) / max(map(abs, (together, low, high, 1e-12)))
+        found.append((size, first, second, together))
+        sums = sums and relative_change(together, low + high) <= MAX_MEAN_ERROR
+    size, first, second, together = max(found)
+    if sums or not size > MAX_MEAN_ERROR:
+        return None
+    text = (
+        f"examples {first} and {second} give {alone[first]:.6g} and {alone[second]:.6g} alone, "
+        f"{together:.6g} in one batch: no mean of the two, by whatever weights"
+    )
+    return Diagnosis("batch-coupled-term", size, text)
+
+
+def steady_numbers(first: Numbers, again: Numbers) -> list[str]:
+    """The numbers that are the same when nothing changed: times and rates are not.
+
+    Args:
+        first: By name.
+        again: Those of a repeat.
+    """
     return [
         key for key, value in first.items() if relative_change(again.get(key, math.nan), value) == 0
     ]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from samestep.audit.axes.axis import Axis
+from samestep.audit.axes.evaluation_ranks import evaluation_ranks
 from samestep.audit.axes.gradient import (
     dropout,
     evaluation_first,
@@ -79,6 +80,12 @@ _TABLE = (
         "the evaluation batch size: loss and metrics at the same weights",
         evaluation_batch,
         needs=("evaluation",),
+    ),
+    Axis(
+        "evaluation-ranks",
+        "an evaluation on two processes instead of one, over the same batches",
+        evaluation_ranks,
+        needs=("ranks", "evaluation"),
     ),
     Axis(
         "evaluation-first",

@@ -19,6 +19,9 @@ from samestep.audit.subject import Side, Split
 PADDING_COLUMNS = 5
 """Of padding that are added to see whether it matters."""
 
+WIDER = (3, 5)
+"""Widths of a batch of padding that are added to see whether more of it still matters."""
+
 
 def coupling(experiments: Experiments, split: Split, **changes: object) -> float | None:
     """How far two examples of equal counts are from the sum of the two alone, relative.
@@ -95,12 +98,39 @@ def diagnose_padding(experiments: Experiments, *, side: Side) -> Diagnosis:
     moved = relative_difference(other_token, padded)
     evidence += f"; another padding token moves it by {moved:.1e}"
     unread = moved <= experiments.residual_tolerance
-    cut = cut_by_neighbours(experiments) if unread and side == "right" else None
+    cut = None
+    if unread and side == "right":
+        cut = cut_by_neighbours(experiments) or _cut_by_width(experiments)
     if cut is not None:  # the width of the batch says how much of a row is kept
         return replace(cut, evidence=f"{evidence}; {cut.evidence}")
     shifts = side == "left" and unread
     cause = "position-leak" if shifts else "padding-attended"
     return Diagnosis(cause, difference.relative_difference, evidence)
+
+
+def _cut_by_width(experiments: Experiments) -> Diagnosis | None:
+    """Whether padding changes the gradient only until the rows are wide enough.
+
+    So it does where how much of a row is kept depends on the width of the batch; where padding
+    enters a mean or a position, it changes the gradient without an end.
+    """
+    shape = experiments.subject.batch_shape(experiments.whole_batch[0])
+    if shape is None:
+        return None
+    try:
+        wide, wider = (
+            experiments.small_gradient(experiments.whole_batch, extra_padding=times * shape[1])
+            for times in WIDER
+        )
+    except Exception:  # the subject is the user's code: its rows may have a longest length
+        return None
+    if relative_difference(wider, wide) > experiments.residual_tolerance:
+        return None
+    text = (
+        f"rows {1 + WIDER[0]} and {1 + WIDER[1]} times as wide give one gradient: how much of a "
+        "row is kept depends on the width of its batch"
+    )
+    return Diagnosis("dropped-examples", 0.0, text)
 
 
 def diagnose_seen_padding(experiments: Experiments) -> Diagnosis | None:

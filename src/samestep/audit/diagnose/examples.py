@@ -189,14 +189,16 @@ def cut_by_neighbours(experiments: Experiments, **changes: object) -> Diagnosis 
     neighbours = by_length[::step]
     best, at = 0, 0
     for example in {by_length[-1], by_length[-2], by_length[len(by_length) // 2]}:
-        parts = []
-        for neighbour in [None, *neighbours]:
-            part = _own_part(experiments, example, neighbour, **changes)
-            if part is not None and global_norm(part):
-                parts.append(part)
-        rank = _rank(parts)
-        if rank > best:
-            best, at = rank, example
+        for first in (False, True):
+            beside = (
+                _own_part(experiments, example, neighbour, neighbour_first=first, **changes)
+                for neighbour in (None, *neighbours)
+            )
+            rank = _rank([part for part in beside if part is not None and global_norm(part)])
+            if rank > best:
+                best, at = rank, example
+            if best > TERMS:
+                break
     if best <= TERMS:
         return None
     text = (
@@ -209,12 +211,18 @@ def cut_by_neighbours(experiments: Experiments, **changes: object) -> Diagnosis 
 
 
 def _own_part(
-    experiments: Experiments, example: int, neighbour: int | None, **changes: object
+    experiments: Experiments,
+    example: int,
+    neighbour: int | None,
+    *,
+    neighbour_first: bool,
+    **changes: object,
 ) -> Gradient | None:
     """How a gradient changes with the tokens of an example, beside a neighbour or alone."""
     if neighbour == example:
         return None
     members = (example,) if neighbour is None else (example, neighbour)
+    members = members[::-1] if neighbour_first else members
     try:
         own = experiments.small_gradient((members,), **changes)
         altered = experiments.small_gradient((members,), **changes, altered_examples=(example,))

@@ -1,6 +1,6 @@
 """Names why a size of the loop's own changes the gradient of a batch, where a known law fits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from samestep.audit.causes import Diagnosis
 from samestep.audit.experiments import Experiments
@@ -19,6 +19,12 @@ SHOWN = 3
 
 WHOLE_NUMBER = 1e-6
 """How far a scale may be from a whole number and still be one."""
+
+NO_COPY = 1e-4
+"""How far a number of copies may be from a whole one."""
+
+MOST_COPIES = 3
+"""Of the example that came least often."""
 
 
 def diagnose_knob(
@@ -148,14 +154,24 @@ def repeats_of(
         return None
     pairs = zip(of_observed.coefficients, of_own.coefficients, strict=True)
     times = [float(a / b) if b else 1.0 for a, b in pairs]
-    middle = sorted(times)[len(times) // 2]
-    if not middle:
+    copies = _copies(times)
+    odd = {i: t for i, t in zip(members, copies, strict=True) if t != 1}
+    if not odd:
         return None
-    relative = [each / middle for each in times]
-    odd = {i: t for i, t in zip(members, relative, strict=True) if abs(t - 1) > 1e-4}
-    if not odd or any(abs(t - round(t)) > 1e-4 or t < -1e-4 for t in odd.values()):
-        return None
-    dropped = all(abs(each) < 1e-4 for each in odd.values())
-    text = ", ".join(f"example {index} x {times:.4g}" for index, times in odd.items())
+    dropped = not any(odd.values())
+    text = ", ".join(f"example {index} x {count}" for index, count in odd.items())
     cause = "dropped-examples" if dropped else "duplicated-examples"
     return Diagnosis(cause, of_observed.residual, text)
+
+
+def _copies(times: Sequence[float]) -> list[int]:
+    """How often each example came, from what each weighs; all once if those are no counts.
+
+    The lightest of them came once, twice, or up to `MOST_COPIES` times.
+    """
+    least = min((each for each in times if abs(each) > NO_COPY), default=0.0)
+    for copies in range(1, MOST_COPIES + 1):
+        counts = [each * copies / least for each in times] if least > 0 else []
+        if counts and all(abs(count - round(count)) <= NO_COPY for count in counts):
+            return [round(count) for count in counts]
+    return [1] * len(times)

@@ -5,7 +5,8 @@ say how much of each micro-batch the split holds over how much the whole does. W
 gradient is the unclipped one times a factor, all were added up before they were clipped.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from samestep.audit.causes import Diagnosis
@@ -45,6 +46,82 @@ def by_size(evidence: SplitEvidence) -> Diagnosis | None:
     return Diagnosis("weighted-by-size", 0.0, text)
 
 
+def by_two_units(evidence: SplitEvidence) -> Diagnosis | None:
+    """Micro-batches that weigh by one unit in the split and by another one in the whole.
+
+    How much of a micro-batch the split holds over how much the whole does is free of what a
+    micro-batch that runs alone is divided by. So it tells laws apart that weight the micro-batches'
+    own gradients alike: any loop that does not know its window adds these up.
+    """
+    ratios = _ratios(evidence)
+    if ratios is None:
+        return None
+    units = list(units_of(evidence))
+    alike = Unit("all alike", "mean-of-means", [1.0] * len(ratios), float(len(ratios)))
+    for of_whole in units:
+        held = [ratio * count for ratio, count in zip(ratios, of_whole.counts, strict=True)]
+        for of_split in (*units, alike):
+            if is_proportional(of_split.counts, of_whole.counts):
+                continue
+            if not is_proportional(held, of_split.counts):
+                continue
+            cause = _cause_of(of_split, of_whole, total=sum(held) / of_whole.whole)
+            text = f"micro-batches weigh {of_split.name} in the split, {of_whole.name} in the whole"
+            return Diagnosis(cause, 0.0, text) if cause is not None else None
+    return None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a loop could weigh by: how it is said, the cause that it is, and how many there are.
+
+    Attributes:
+        name: In words.
+        cause: Where a loop takes it for another.
+        counts: Of each micro-batch.
+        whole: Of the undivided batch, which may hold more: padding.
+    """
+
+    name: str
+    cause: str
+    counts: Sequence[float]
+    whole: float
+
+
+def units_of(evidence: SplitEvidence) -> Iterator[Unit]:
+    """Targets, examples, and all that can be counted in every micro-batch.
+
+    Args:
+        evidence: Of a split.
+    """
+    if evidence.targets is not None:
+        yield Unit("by targets", "example-weighted", evidence.targets, sum(evidence.targets))
+    yield Unit("by examples", "example-weighted", evidence.examples, sum(evidence.examples))
+    *parts, whole = evidence.denominators
+    for name, (cause, value) in whole.items():
+        if all(name in held for held in parts):
+            yield Unit(f"by {name}", cause, [held[name].value for held in parts], value)
+
+
+def _cause_of(of_split: Unit, of_whole: Unit, *, total: float) -> str | None:
+    """What it is to weigh by these two; `total` is the split's scale over the whole's.
+
+    Returns:
+        None where all weigh alike, and are neither averaged nor added up.
+    """
+    if of_split.name == "all alike" and abs(total - 1) > SAME:
+        return "unscaled-sum" if abs(total / of_split.whole - 1) <= SAME else None
+    wrong = (unit.cause for unit in (of_split, of_whole) if unit.cause != "example-weighted")
+    return next(wrong, "example-weighted")
+
+
+def is_proportional(values: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether numbers are others times one factor; never of what is not above 0."""
+    if not all(value > 0 for value in (*values, *others)):
+        return False
+    return _alike([value / other for value, other in zip(values, others, strict=True)])
+
+
 def whole_follows_a_count(evidence: SplitEvidence) -> bool:
     """Whether the whole weighs micro-batches by shares, or all alike, as sums over counts do."""
     whole = least_squares(evidence.whole, evidence.alone)
@@ -72,6 +149,22 @@ def _strictly_monotone(values: list[float]) -> bool:
 
 def _alike(values: list[float]) -> bool:
     return max(values) - min(values) <= SAME * max(map(abs, values))
+
+
+def of_one_length(evidence: SplitEvidence) -> Diagnosis | None:
+    """Whether gradients are brought to one length before they are added up, whatever they hold.
+
+    Args:
+        evidence: Of a split; one that has that length too is scaled after the addition.
+    """
+    lengths = [global_norm(each) for each in (evidence.whole, *evidence.alone)]
+    if min(lengths) <= 0 or not _alike(lengths) or _alike([global_norm(evidence.split), *lengths]):
+        return None
+    text = (
+        f"each micro-batch alone has a gradient of length {lengths[0]:.4g}, and so has the whole: "
+        "each is scaled before it is added"
+    )
+    return Diagnosis("clip-per-micro-batch", 0.0, text)
 
 
 def shortened_after_adding(

@@ -5,15 +5,26 @@ batch; known bugs combine those gradients in known ways. The whole batch run und
 the loop itself takes for the answer.
 """
 
+from collections.abc import Sequence
+
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.coupling import coupling, diagnose_seen_padding, leak_in_row
 from samestep.audit.diagnose.examples import by_example, cut_by_neighbours, fits_by_example
+from samestep.audit.diagnose.overlaps import scaled_too, weighted_too
+from samestep.audit.diagnose.places import by_place
 from samestep.audit.diagnose.sizes import (
     by_size,
+    by_two_units,
+    of_one_length,
     shortened_after_adding,
     whole_follows_a_count,
 )
-from samestep.audit.diagnose.state import moved_between, order_dependence
+from samestep.audit.diagnose.state import (
+    moved_between,
+    moved_without_gradient,
+    order_dependence,
+)
+from samestep.audit.diagnose.ties import Scored, fit_alike, is_tied, tell_apart, undecided
 from samestep.audit.diagnose.weights import by_weights, several_laws
 from samestep.audit.experiments import Experiments, merged
 from samestep.audit.gradients import (
@@ -23,7 +34,7 @@ from samestep.audit.gradients import (
     least_squares,
     relative_difference,
 )
-from samestep.audit.hypotheses import Hypothesis, SplitEvidence, collect_evidence, hypotheses
+from samestep.audit.hypotheses import SplitEvidence, collect_evidence, hypotheses
 from samestep.audit.subject import Split
 
 
@@ -50,16 +61,22 @@ def diagnose_split(experiments: Experiments, split: Split, **changes: object) ->
         natural, bound = experiments.natural_gradient(split, **changes), evidence.residual_tolerance
         whole = experiments.natural_gradient(merged(split), **changes)
         if relative_difference(natural, whole) <= experiments.tolerance:
-            return _of_order(experiments, split, evidence=evidence, **changes)
+            moved = moved_without_gradient(experiments, split, **changes)
+            return moved or _of_order(experiments, split, evidence=evidence, **changes)
         partial = shortened_after_adding(natural, evidence.split, bound=bound)
         return partial or Diagnosis("clip-per-micro-batch", difference, _shown(evidence))
     diagnosis = moved_between(experiments, split, **changes)
-    diagnosis = diagnosis or by_weights(evidence, experiments.causes.values())
+
+    def part(fits: Sequence[Scored], names: Sequence[str]) -> list[Scored]:
+        return tell_apart(experiments, split, fits, names=names, **changes)
+
+    diagnosis = diagnosis or of_one_length(evidence)
+    diagnosis = diagnosis or by_weights(evidence, experiments.causes.values(), part=part)
     diagnosis = diagnosis or _by_hypothesis(
         experiments, split, evidence=evidence, difference=difference, **changes
     )
     if diagnosis.cause in (UNEXPLAINED, "second-term-per-micro-batch"):
-        diagnosis = several_laws(evidence, experiments.causes.values()) or diagnosis
+        diagnosis = several_laws(evidence, experiments.causes.values(), part=part) or diagnosis
     if _bends_large_gradients(experiments, split, **changes):
         text = f"gradients are cut short before they are added; besides, {diagnosis.cause}: "
         beside = () if diagnosis.cause == UNEXPLAINED else (diagnosis.cause, *diagnosis.also)
@@ -149,19 +166,20 @@ def _by_hypothesis(
         for hypothesis in hypotheses(evidence, causes)
     ]
     best = min(residual for residual, _ in scored)
-    if best > min(evidence.residual_tolerance, 0.1 * difference):
+    bound = min(evidence.residual_tolerance, 0.1 * difference)
+    if best > bound:
+        twofold = scaled_too(evidence, scored, bound=bound)
+        if twofold is not None:
+            return twofold
         return _nonlinear(experiments, split, evidence=evidence, best=best, **changes)
-    # The first among equals wins, as where all micro-batches are of one size.
-    allowed = max(10 * best, 1e-3 * evidence.residual_tolerance)
-    residual, hypothesis = next(pair for pair in scored if pair[0] <= allowed)
-    return _checked(
-        experiments,
-        split,
-        evidence=evidence,
-        hypothesis=hypothesis,
-        residual=residual,
-        **changes,
-    )
+    fits = fit_alike(scored, bound=evidence.residual_tolerance)
+    diagnosis = _checked(experiments, split, evidence=evidence, fit=fits[0], **changes)
+    if diagnosis.cause != fits[0][1].cause or not is_tied(fits):
+        return diagnosis
+    left = tell_apart(experiments, split, fits, names=None, **changes)
+    if is_tied(left):
+        return undecided(left)
+    return _checked(experiments, split, evidence=evidence, fit=left[0], **changes)
 
 
 def _checked(
@@ -169,11 +187,11 @@ def _checked(
     split: Split,
     *,
     evidence: SplitEvidence,
-    hypothesis: Hypothesis,
-    residual: float,
+    fit: Scored,
     **changes: object,
 ) -> Diagnosis:
     """A hypothesis that fits, unless the micro-batches' own gradients already hold the fault."""
+    residual, hypothesis = fit
     text = f"micro-batches weighted {hypothesis.weighting}{_in_words(evidence)}; {_shown(evidence)}"
     whole = least_squares(evidence.whole, evidence.alone)
     if not hypothesis.scales_whole and whole.residual > evidence.residual_tolerance:
@@ -181,9 +199,14 @@ def _checked(
         if inside is not None:
             return inside
     if not hypothesis.scales_whole and not whole_follows_a_count(evidence):
-        sized = by_size(evidence)
-        if sized is not None:
-            return sized
+        # What weights the micro-batches' own gradients says nothing of a whole that no count makes.
+        known = by_size(evidence) or by_two_units(evidence)
+        if known is not None:
+            return known
+        coupled = coupling(experiments, split, **changes)
+        if coupled is not None and coupled > evidence.residual_tolerance:
+            return Diagnosis("batch-coupled-term", coupled, text)
+        return Diagnosis(UNEXPLAINED, residual, f"the whole follows no count; {text}")
     if hypothesis.cause == "example-weighted":
         # The unit of the whole may be no count but a size of the micro-batch as a whole.
         coupled = coupling(experiments, split, **changes)
@@ -210,7 +233,8 @@ def _nonlinear(
     parts = least_squares(evidence.split, evidence.alone)
     residual = max(whole.residual, parts.residual)
     if residual <= evidence.residual_tolerance:
-        known = by_size(evidence) or _lost_or_repeated(whole, parts, evidence=evidence)
+        known = by_size(evidence) or by_place(experiments, split, evidence=evidence, **changes)
+        known = known or _lost_or_repeated(whole, parts, evidence=evidence)
         if known is not None:
             return known
     inside = _inside(experiments, split, evidence=evidence, **changes)
@@ -286,7 +310,8 @@ def _lost_or_repeated(
         text = ", ".join(f"micro-batch {at + 1} x {each:.3g}" for at, each in enumerate(multiples))
         return Diagnosis("duplicated-examples", split.residual, f"{text}; {_shown(evidence)}")
     cause = "last-micro-batch-only" if kept <= 1 else "dropped-examples"
-    return Diagnosis(cause, split.residual, _shown(evidence))
+    lost = Diagnosis(cause, split.residual, _shown(evidence))
+    return weighted_too(lost, evidence, split=split.coefficients, whole=whole.coefficients)
 
 
 def _in_words(evidence: SplitEvidence) -> str:

@@ -169,6 +169,28 @@ def moved_between(experiments: Experiments, split: Split, **changes: object) -> 
     return Diagnosis("state-per-micro-batch", 0.0, text)
 
 
+def moved_without_gradient(
+    experiments: Experiments, split: Split, **changes: object
+) -> Diagnosis | None:
+    """What a step does to the weights even without a gradient, where a split does more of it.
+
+    Args:
+        experiments: The subject's.
+        split: The split at fault, whose gradients are those of the whole batch.
+        **changes: The settings that it was run under.
+    """
+    of_split, of_whole = (experiments.offset(each, **changes) for each in (split, merged(split)))
+    size = global_norm(experiments.natural_gradient(merged(split), **changes))
+    if global_norm(subtract(of_split, of_whole)) <= experiments.small_tolerance * size:
+        return None
+    text = (
+        f"without any gradient the step moves the weights by {global_norm(of_split):.3g} in this "
+        f"split and by {global_norm(of_whole):.3g} in the undivided batch; their gradients are "
+        "the same"
+    )
+    return Diagnosis("state-per-micro-batch", 0.0, text)
+
+
 def moves_beside(experiments: Experiments, split: Split, diagnosis: Diagnosis) -> Diagnosis:
     """A diagnosis of the gradient, with what else moves once a micro-batch beside it.
 

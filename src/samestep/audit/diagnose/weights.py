@@ -1,23 +1,27 @@
 """Bugs that hit some weights only: the others are exact, and these follow a law of their own."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 
 from samestep.audit.causes import Cause, Diagnosis
+from samestep.audit.diagnose.ties import Scored, fit_alike, is_tied, undecided
 from samestep.audit.gradients import compare_gradients, global_norm, least_squares, subtract
-from samestep.audit.hypotheses import SplitEvidence, hypotheses
+from samestep.audit.hypotheses import SplitEvidence, hypotheses, only_weights
 from samestep.audit.subject import Gradient
+
+Part = Callable[[Sequence[Scored], Sequence[str]], list[Scored]]
+"""`samestep.audit.diagnose.ties.tell_apart` for a split: of the fits, and the weights' names."""
 
 SHOWN = 3
 """Names of weights in a line of evidence."""
 
 
-def by_weights(evidence: SplitEvidence, causes: Iterable[Cause]) -> Diagnosis | None:
+def by_weights(evidence: SplitEvidence, causes: Iterable[Cause], *, part: Part) -> Diagnosis | None:
     """The law of the weights that are inexact, where others are exact.
 
     Args:
         evidence: Of an inexact split.
         causes: Those that could be named, the user's own too.
+        part: Tells hypotheses apart that fit alike.
 
     Returns:
         None unless some weights are exact, some are not, and those follow a known law.
@@ -33,15 +37,17 @@ def by_weights(evidence: SplitEvidence, causes: Iterable[Cause]) -> Diagnosis | 
     ]
     if not at_fault or not exact:
         return None
-    own = _only(evidence, at_fault)
+    own = only_weights(evidence, at_fault)
     shown = _shown(at_fault, exact)
     if not global_norm(own.split) or not global_norm(own.whole):
         which = "the split" if not global_norm(own.split) else "the undivided batch"
         return Diagnosis("weights-left-out", 0.0, f"no gradient in {which}: {shown}")
-    return _law(own, causes, shown)
+    return _law(own, causes, shown, part=part)
 
 
-def _law(own: SplitEvidence, causes: Iterable[Cause], shown: str) -> Diagnosis | None:
+def _law(
+    own: SplitEvidence, causes: Iterable[Cause], shown: str, *, part: Part
+) -> Diagnosis | None:
     """The hypothesis that predicts the weights at fault, or the one micro-batch that they keep."""
     scored = [
         (compare_gradients(each.gradient, own.split).relative_difference, each)
@@ -52,8 +58,11 @@ def _law(own: SplitEvidence, causes: Iterable[Cause], shown: str) -> Diagnosis |
     difference = compare_gradients(own.split, own.whole).relative_difference
     best = min(residual for residual, _ in scored)
     if best <= min(own.residual_tolerance, 0.1 * difference):
-        allowed = max(10 * best, 1e-3 * own.residual_tolerance)
-        residual, hypothesis = next(pair for pair in scored if pair[0] <= allowed)
+        fits = fit_alike(scored, bound=own.residual_tolerance)
+        fits = part(fits, list(own.whole)) if is_tied(fits) else fits
+        if is_tied(fits):
+            return undecided(fits)
+        residual, hypothesis = fits[0]
         text = f"{shown}; there micro-batches are weighted {hypothesis.weighting}"
         return Diagnosis(hypothesis.cause, residual, text)
     for number, alone in enumerate(own.alone):
@@ -66,12 +75,15 @@ def _law(own: SplitEvidence, causes: Iterable[Cause], shown: str) -> Diagnosis |
     return None
 
 
-def several_laws(evidence: SplitEvidence, causes: Iterable[Cause]) -> Diagnosis | None:
+def several_laws(
+    evidence: SplitEvidence, causes: Iterable[Cause], *, part: Part
+) -> Diagnosis | None:
     """Laws side by side, where every weight is exact or follows one, and not all the same.
 
     Args:
         evidence: Of an inexact split.
         causes: Those that could be named, the user's own too.
+        part: Tells hypotheses apart that fit alike.
 
     Returns:
         The law of the weights that differ most, the others beside it.
@@ -82,10 +94,10 @@ def several_laws(evidence: SplitEvidence, causes: Iterable[Cause]) -> Diagnosis 
     for name, difference in every:
         if difference <= evidence.residual_tolerance:
             continue
-        own = _only(evidence, [name])
+        own = only_weights(evidence, [name])
         if global_norm(subtract(own.split, own.whole)) <= evidence.residual_tolerance * size:
             continue
-        law = _law(own, causes, "") if _elements(own.split) > 1 else None
+        law = _law(own, causes, "", part=part) if _elements(own.split) > 1 else None
         if law is None:
             return None
         found.setdefault(law.cause, []).append(name)
@@ -98,22 +110,8 @@ def several_laws(evidence: SplitEvidence, causes: Iterable[Cause]) -> Diagnosis 
 
 def _difference(evidence: SplitEvidence, names: Sequence[str]) -> float:
     """How far these weights are from where they should be."""
-    own = _only(evidence, names)
+    own = only_weights(evidence, names)
     return global_norm(subtract(own.split, own.whole))
-
-
-def _only(evidence: SplitEvidence, names: Sequence[str]) -> SplitEvidence:
-    """The evidence of these weights alone."""
-
-    def of(gradient: Gradient) -> Gradient:
-        return {name: gradient[name] for name in names if name in gradient}
-
-    return replace(
-        evidence,
-        split=of(evidence.split),
-        whole=of(evidence.whole),
-        alone=[of(each) for each in evidence.alone],
-    )
 
 
 def _elements(gradient: Gradient) -> int:
