@@ -5,6 +5,7 @@ is multiplied by n_i * ranks / N, with N counted over the window and the ranks b
 backward. What remains is the sum of all S_i over N, however the window was cut.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import transformers
@@ -14,6 +15,7 @@ from samestep.errors import ConfigError
 from samestep.hf.evaluation import ExactEvaluation, metric_counts
 from samestep.hf.proof import prove_unit, select_rows
 from samestep.hf.refusals import is_complete, refuse_inexact
+from samestep.hf.routers import RouterBalance
 from samestep.hf.units import Batch, Unit, known_unit, library_classes, num_examples, unit_named
 from samestep.hf.window import (
     State,
@@ -38,14 +40,21 @@ class Exact(ExactEvaluation):
     Attributes:
         samestep_unit: What the loss is a mean over, where it is not known: see `exact`.
         samestep_prove: Whether the first window is cut in two ways and compared: see `exact`.
+        samestep_two_pass: Whether a router loss is taken over the window: see `exact`.
     """
 
     samestep_unit: UnitOption = None
     samestep_prove: bool = False
+    samestep_two_pass: bool = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        _prepare(self, unit=type(self).samestep_unit, prove=self.samestep_prove)
+        _prepare(
+            self,
+            unit=type(self).samestep_unit,
+            prove=self.samestep_prove,
+            two_pass=self.samestep_two_pass,
+        )
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
         """No count for the model and the loss: they take their own means."""
@@ -66,6 +75,9 @@ class Exact(ExactEvaluation):
             state.unproved = False
             gather_results(lambda: prove_unit(trainer, batches, unit))
         repeats_only = False
+        if batches and state.balance:
+            keep = rows_of_this_rank(trainer.accelerator, batches[-1], paired=False)
+            state.balance.count(batches, keep=keep)
         if batches:
             batches[-1], repeats_only = _without_repeats(trainer, batches[-1], unit)
         ranks = trainer.accelerator.num_processes
@@ -114,14 +126,28 @@ class Exact(ExactEvaluation):
         count = state.window.count()
         if not (count or (state.unit and state.unit.empty_is_zero)):
             inputs = with_a_target(inputs)
-        result = parent.compute_loss(model, inputs, return_outputs, None, **options)
-        loss = result[0] if return_outputs else result
-        scaled = loss * state.window.factor() if count else zero_loss(loss, trainer_of(self).model)
+        with state.balance.in_step() if state.balance else nullcontext(_whole) as split:
+            result = parent.compute_loss(model, inputs, return_outputs, None, **options)
+            mean, share = split(result[0] if return_outputs else result)
+        scaled = mean * state.window.factor() if count else zero_loss(mean, trainer_of(self).model)
+        if share is not None:
+            scaled = scaled + share * state.window.ranks
         state.scaled = scaled
         return (scaled, *result[1:]) if return_outputs else scaled
 
 
-def exact(trainer: Any, *, unit: UnitOption = None, prove: bool = False) -> Any:
+def _whole(loss: Any) -> tuple[Any, None]:
+    """A loss without a router loss, in two parts."""
+    return loss, None
+
+
+def exact(
+    trainer: Any,
+    *,
+    unit: UnitOption = None,
+    prove: bool = False,
+    two_pass: bool = False,
+) -> Any:
     """Make the step of a `transformers.Trainer`, or of one of TRL, exact by construction.
 
     After it the step, the logged loss and the evaluation's loss depend on the effective batch
@@ -135,6 +161,8 @@ def exact(trainer: Any, *, unit: UnitOption = None, prove: bool = False) -> Any:
             found from the values of the first window.
         prove: Whether to compare the loss of the first window with those of its parts, without
             dropout: finds a wrong unit, coupled rows, and a model that attends to padding.
+        two_pass: Whether to take a router loss of a mixture of experts over the whole window, by a
+            first pass over it without gradients. Without it such a model is refused.
 
     Returns:
         The same trainer.
@@ -147,14 +175,14 @@ def exact(trainer: Any, *, unit: UnitOption = None, prove: bool = False) -> Any:
             f"exact() takes a transformers.Trainer or a trainer derived from it, not "
             f"{type(trainer).__name__}; in a loop of your own use samestep.step"
         )
-    _prepare(trainer, unit=unit, prove=prove)
+    _prepare(trainer, unit=unit, prove=prove, two_pass=two_pass)
     if not isinstance(trainer, Exact):
         kind: Any = type(trainer)
         trainer.__class__ = type(kind.__name__, (Exact, kind), {"__module__": __name__})
     return trainer
 
 
-def _prepare(trainer: Any, *, unit: UnitOption, prove: bool) -> None:
+def _prepare(trainer: Any, *, unit: UnitOption, prove: bool, two_pass: bool) -> None:
     """Refuse what cannot be exact, then find what is known of a trainer before its data come."""
     if not hasattr(transformers.Trainer, "get_batch_samples"):
         raise ConfigError(
@@ -162,13 +190,14 @@ def _prepare(trainer: Any, *, unit: UnitOption, prove: bool) -> None:
             "trainers take one micro-batch at a time, so nothing can be counted over a window "
             "before its first backward"
         )
-    refuse_inexact(trainer)
+    refuse_inexact(trainer, two_pass=two_pass)
     complete = is_complete(trainer)
     found = known_unit(trainer) if unit is None and not complete else None
     trainer._samestep = State(
         unit=unit_named(unit) if unit is not None else found,
         complete=complete,
         unproved=prove and not complete,
+        balance=RouterBalance(trainer) if two_pass else None,
     )
     if not complete and hasattr(transformers.Trainer, SWITCH):
         trainer.loss_is_scaled_for_ga = True

@@ -183,6 +183,7 @@ class State:
         untried: Whether no value has been compared yet.
         evaluated: Loss times count, and count, of each batch of an evaluation that is under way.
         metrics: What the metrics of each micro-batch count, since the last log, by mode.
+        balance: Takes the router loss over the window; None without one, or where not asked for.
     """
 
     unit: Unit | None
@@ -199,6 +200,7 @@ class State:
     metrics: dict[str, list[dict[str, float]]] = field(
         default_factory=lambda: {"train": [], "eval": []}
     )
+    balance: Any = None
 
 
 def trainer_of(hooks: Any) -> Any:
