@@ -5,6 +5,7 @@ is multiplied by n_i * ranks / N, with N counted over the window and the ranks b
 backward. What remains is the sum of all S_i over N, however the window was cut.
 """
 
+import logging
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers
 
 from samestep.engine.collectives import gather_results
 from samestep.errors import ConfigError
+from samestep.hf.dropout import KeyedDropout
 from samestep.hf.evaluation import ExactEvaluation, metric_counts
 from samestep.hf.proof import prove_unit, select_rows
 from samestep.hf.refusals import is_complete, refuse_inexact
@@ -29,6 +31,9 @@ from samestep.hf.window import (
     with_a_target,
     zero_loss,
 )
+from samestep.models.dropout import count_dropouts
+
+log = logging.getLogger("samestep")
 
 SWITCH = "loss_is_scaled_for_ga"
 """The attribute by which newer trainers leave a loss as it is; in older ones it is put back."""
@@ -41,11 +46,13 @@ class Exact(ExactEvaluation):
         samestep_unit: What the loss is a mean over, where it is not known: see `exact`.
         samestep_prove: Whether the first window is cut in two ways and compared: see `exact`.
         samestep_two_pass: Whether a router loss is taken over the window: see `exact`.
+        samestep_key_dropout: Whether dropout draws by the row: see `exact`.
     """
 
     samestep_unit: UnitOption = None
     samestep_prove: bool = False
     samestep_two_pass: bool = False
+    samestep_key_dropout: bool = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -54,6 +61,7 @@ class Exact(ExactEvaluation):
             unit=type(self).samestep_unit,
             prove=self.samestep_prove,
             two_pass=self.samestep_two_pass,
+            key_dropout=self.samestep_key_dropout,
         )
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
@@ -71,6 +79,8 @@ class Exact(ExactEvaluation):
         if state.complete:
             return batches, count
         unit = unit_of(self, batches)
+        if state.dropout:
+            gather_results(lambda: state.dropout.check(batches))
         if state.unproved:
             state.unproved = False
             gather_results(lambda: prove_unit(trainer, batches, unit))
@@ -117,6 +127,8 @@ class Exact(ExactEvaluation):
         state = self._samestep
         if state.complete:
             return parent.compute_loss(model, inputs, return_outputs, num_items_in_batch, **options)
+        if state.dropout and trainer_of(self).model.training:
+            state.dropout.set(inputs)
         if state.in_step or state.evaluated is not None:
             mode = "train" if trainer_of(self).model.training else "eval"
             counts = metric_counts(self, inputs)
@@ -147,6 +159,7 @@ def exact(
     unit: UnitOption = None,
     prove: bool = False,
     two_pass: bool = False,
+    key_dropout: bool = False,
 ) -> Any:
     """Make the step of a `transformers.Trainer`, or of one of TRL, exact by construction.
 
@@ -163,6 +176,8 @@ def exact(
             dropout: finds a wrong unit, coupled rows, and a model that attends to padding.
         two_pass: Whether to take a router loss of a mixture of experts over the whole window, by a
             first pass over it without gradients. Without it such a model is refused.
+        key_dropout: Whether dropout draws by the row in place of the micro-batch, so that its masks
+            do not depend on the cut. Every ``nn.Dropout`` of the model is replaced.
 
     Returns:
         The same trainer.
@@ -175,14 +190,16 @@ def exact(
             f"exact() takes a transformers.Trainer or a trainer derived from it, not "
             f"{type(trainer).__name__}; in a loop of your own use samestep.step"
         )
-    _prepare(trainer, unit=unit, prove=prove, two_pass=two_pass)
+    _prepare(trainer, unit=unit, prove=prove, two_pass=two_pass, key_dropout=key_dropout)
     if not isinstance(trainer, Exact):
         kind: Any = type(trainer)
         trainer.__class__ = type(kind.__name__, (Exact, kind), {"__module__": __name__})
     return trainer
 
 
-def _prepare(trainer: Any, *, unit: UnitOption, prove: bool, two_pass: bool) -> None:
+def _prepare(
+    trainer: Any, *, unit: UnitOption, prove: bool, two_pass: bool, key_dropout: bool
+) -> None:
     """Refuse what cannot be exact, then find what is known of a trainer before its data come."""
     if not hasattr(transformers.Trainer, "get_batch_samples"):
         raise ConfigError(
@@ -190,7 +207,7 @@ def _prepare(trainer: Any, *, unit: UnitOption, prove: bool, two_pass: bool) -> 
             "trainers take one micro-batch at a time, so nothing can be counted over a window "
             "before its first backward"
         )
-    refuse_inexact(trainer, two_pass=two_pass)
+    refuse_inexact(trainer, two_pass=two_pass, key_dropout=key_dropout)
     complete = is_complete(trainer)
     found = known_unit(trainer) if unit is None and not complete else None
     trainer._samestep = State(
@@ -198,7 +215,15 @@ def _prepare(trainer: Any, *, unit: UnitOption, prove: bool, two_pass: bool) -> 
         complete=complete,
         unproved=prove and not complete,
         balance=RouterBalance(trainer) if two_pass else None,
+        dropout=KeyedDropout(trainer) if key_dropout else None,
     )
+    drops = count_dropouts(trainer.model)
+    if drops and not key_dropout and not complete:
+        log.warning(
+            "%d dropout modules draw by the micro-batch: their masks, and only these, change with "
+            "the cut. exact(trainer, key_dropout=True) lets them draw by the row",
+            drops,
+        )
     if not complete and hasattr(transformers.Trainer, SWITCH):
         trainer.loss_is_scaled_for_ga = True
 

@@ -26,18 +26,20 @@ def is_complete(trainer: Any) -> bool:
     return any(name in COMPLETE_ALREADY for name in library_classes(trainer))
 
 
-def refuse_inexact(trainer: Any, *, two_pass: bool = False) -> None:
+def refuse_inexact(trainer: Any, *, two_pass: bool = False, key_dropout: bool = False) -> None:
     """Refuse a trainer that no factor makes exact.
 
     Args:
         trainer: The trainer.
         two_pass: Whether a router loss is to be taken over the window.
+        key_dropout: Whether dropout is to draw by the row.
 
     Raises:
         ConfigError: Every reason, each with what to do instead.
     """
     found = [*_of_setup(trainer), *_of_library(trainer), *_of_overrides(trainer)]
     found += _of_routers(trainer, two_pass=two_pass)
+    found += _of_dropout(trainer) if key_dropout else []
     if not is_complete(trainer):
         found += _of_model(trainer)
     if found:
@@ -172,6 +174,21 @@ def _of_routers(trainer: Any, *, two_pass: bool) -> list[str]:
         found.append("two_pass=True is not tested with FSDP: use DDP")
     if getattr(trainer.args, "torch_compile", False):
         found.append("two_pass=True reads the routers as the model runs: set torch_compile=False")
+    return found
+
+
+def _of_dropout(trainer: Any) -> list[str]:
+    model, found = base_model(trainer), []
+    if is_complete(trainer):
+        found.append(
+            f"key_dropout=True: {library_classes(trainer)[0]} is left alone, its dropout too: set "
+            "the model's dropout to 0"
+        )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        found.append(
+            f"key_dropout=True: {type(model).__name__} holds two sequences a row, and which of the "
+            "two a dropout acts on is not known: set its dropout to 0"
+        )
     return found
 
 

@@ -184,6 +184,7 @@ class State:
         evaluated: Loss times count, and count, of each batch of an evaluation that is under way.
         metrics: What the metrics of each micro-batch count, since the last log, by mode.
         balance: Takes the router loss over the window; None without one, or where not asked for.
+        dropout: Keys the dropout of a forward by its rows; None where not asked for.
     """
 
     unit: Unit | None
@@ -201,6 +202,7 @@ class State:
         default_factory=lambda: {"train": [], "eval": []}
     )
     balance: Any = None
+    dropout: Any = None
 
 
 def trainer_of(hooks: Any) -> Any:
