@@ -1,10 +1,11 @@
-"""Audits the real trainers of subjects.py, resumes the sweep of heads, and writes docs/audit.md.
+"""Audits the real trainers of subjects.py, then the heads of sweep.py, and writes docs/audit.md.
 
     python benchmarks/audit/run.py
 
-Results are kept in benchmarks/results: a class of the sweep that has one is not repeated.
+It resumes: what has a result of the installed releases in benchmarks/results is not repeated.
 """
 
+import argparse
 import json
 import os
 import time
@@ -14,10 +15,11 @@ from typing import Any
 import subjects
 import sweep
 import torch
-from forks import in_fork
+from forks import in_forks
 from tables import ROOT, SUBJECTS, write_docs
 
 from samestep.audit.adapters.trainer import TrainerSubject
+from samestep.audit.axes.table import AXES
 from samestep.audit.check import check_subject
 from samestep.audit.experiments import Experiments
 from samestep.utils.files import write_atomically
@@ -30,7 +32,8 @@ def audit(name: str) -> dict[str, Any]:
     report = check_subject(subject).as_dict()
     seconds = time.perf_counter() - start
     inexact = [axis["name"] for axis in report["axes"] if axis["verdict"] == "inexact"]
-    cured = sweep.with_exact(getattr(subjects, name), name, inexact) if inexact else None
+    factory, options = getattr(subjects, name), {"two_pass": True} if "router" in name else {}
+    cured = sweep.with_exact(factory, name, inexact, **options) if inexact else None
     return {
         **report,
         "with exact": cured,
@@ -39,18 +42,38 @@ def audit(name: str) -> dict[str, Any]:
     }
 
 
+def resume(jobs: int) -> None:
+    """Audit the trainers that have no result on every axis with the installed releases."""
+    packages = {name: version(name) for name in ("torch", "transformers", "trl", "samestep")}
+    held = json.loads(SUBJECTS.read_text()) if SUBJECTS.exists() else {}
+    known = held.get("subjects", {}) if held.get("versions") == packages else {}
+    found = {name: known[name] for name in subjects.NAMES if _is_whole(known.get(name))}
+    left = [name for name in subjects.NAMES if name not in found]
+    for name, one in in_forks(audit, left, jobs=jobs, seconds=1200):
+        found[name] = one
+        print(f"{name}: {one['verdict']}", flush=True)
+        ordered = {each: found[each] for each in subjects.NAMES if each in found}
+        text = json.dumps({"versions": packages, "subjects": ordered}, indent=1)
+        write_atomically(SUBJECTS, text.replace(str(ROOT), ".") + "\n")
+
+
+def _is_whole(found: dict[str, Any] | None) -> bool:
+    """Whether a result says what `exact` makes of it, and holds every axis that there is now."""
+    if found is None or "with exact" not in found:
+        return False
+    axes = {axis["name"] for axis in found["axes"]}
+    return axes >= {name for name, axis in AXES.items() if not axis.on_request}
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=2, help="trainers, or heads, at a time")
+    jobs = parser.parse_args().jobs
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)
-    found = {}
-    for name in subjects.NAMES:
-        found[name] = in_fork(audit, name, seconds=600)
-        print(f"{name}: {found[name]['verdict']}", flush=True)
-    packages = {name: version(name) for name in ("torch", "transformers", "trl", "samestep")}
-    text = json.dumps({"versions": packages, "subjects": found}, indent=1)
-    write_atomically(SUBJECTS, text.replace(str(ROOT), ".") + "\n")
-    sweep.resume()
-    sweep.resume_cures()
+    resume(jobs)
+    sweep.resume(jobs=jobs)
+    sweep.resume_cures(jobs=jobs)
     write_docs()
 
 

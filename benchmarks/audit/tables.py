@@ -181,7 +181,10 @@ def _cured(found: dict[str, Any]) -> str:
     if cured is None:
         return ""
     left = f": {', '.join(cured['left'])}" if cured.get("left") else ""
-    return f"{cured['verdict']}{left}"
+    given = cured.get("options", {}).items()
+    options = "".join(f", with `{name}={value}`" for name, value in given)
+    proof = ", refused with `prove=True`" if cured.get("prove") else ""
+    return f"{cured['verdict']}{left}{options}{proof}"
 
 
 def _cell(text: str) -> str:

@@ -35,3 +35,7 @@ def test_each_way_to_be_cured_has_its_words() -> None:
     assert cured({"with exact": {"verdict": "refused", "why": "two units"}}) == "refused"
     left = {"verdict": "inexact", "left": ["ranks", "reported"]}
     assert cured({"with exact": left}) == "inexact: ranks, reported"
+    proved = {**left, "left": ["micro-batch"], "options": {}, "prove": "attends to padding"}
+    assert cured({"with exact": proved}) == "inexact: micro-batch, refused with `prove=True`"
+    two_pass = {"verdict": "exact", "left": [], "options": {"two_pass": True}}
+    assert cured({"with exact": two_pass}) == "exact, with `two_pass=True`"

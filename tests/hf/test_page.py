@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
 def test_the_page_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 9
     names: dict[str, Any] = {"make_tokenizer": tokenizer}
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)

@@ -1,9 +1,10 @@
 """Two ranks give the gradient, the logged loss and the evaluation of one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from exact_cases import EXACT, worst
+from exact_cases import BALANCED, EXACT, worst
 from exact_rank_work import trained
 from gloo import on_ranks
 
@@ -27,3 +28,12 @@ def test_two_ranks_are_not_one_without_it(tmp_path: Path) -> None:
     gradient, *_ = trained(*case, (8, 1), str(tmp_path))
     for found in on_ranks(2, trained, *case, (2, 2), str(tmp_path), apply=False):
         assert worst(gradient, found[0]) > 1e-2
+
+
+def test_two_ranks_balance_their_routers_as_one(tmp_path: Path) -> None:
+    case: Any = ("MixtralForCausalLM", "next")
+    options = {"rows": 7, "config": BALANCED, "two_pass": True}
+    gradient, loss, evaluated = trained(*case, (8, 1), str(tmp_path), **options)
+    for found in on_ranks(2, trained, *case, (2, 2), str(tmp_path), **options):
+        assert worst(gradient, found[0]) < EXACT
+        assert found[1:] == pytest.approx((loss, evaluated), rel=1e-6)

@@ -1,5 +1,6 @@
 """Trainers of users: losses of their own, refusals, proof, and micro-batches without targets."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import transformers as hf
 from exact_cases import EXACT, collate, dpo, gradients, model_of, plain, sft, token_rows, worst
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from samestep.errors import ConfigError, StepError
 from samestep.hf.exact_trainer import Exact, exact
@@ -308,3 +310,36 @@ def test_a_window_that_is_taken_from_elsewhere_is_refused(tmp_path: Path) -> Non
     with pytest.raises(StepError, match="get_batch_samples"):
         trainer.training_step(trainer.model, collate(token_rows("tokens")))
     assert torch.is_tensor(trainer.compute_loss(trainer.model, collate(token_rows("tokens"))))
+
+
+class _Operations(TorchDispatchMode):
+    """Keeps the size of what each operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.sizes.append(found.numel() if isinstance(found, Tensor) else 0)
+        return found
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_it_adds_a_few_operations_on_the_labels_whatever_the_model(
+    tmp_path: Path, layers: int
+) -> None:
+    """What docs/trainers.md says of the cost: counted, not timed."""
+
+    def operations(*, apply: bool) -> Counter[int]:
+        make = plain("BertForMaskedLM", "tokens", num_hidden_layers=layers)
+        trainer = make(2, 4, tmp_path)
+        if apply:
+            exact(trainer)
+        with _Operations() as seen:
+            trainer.train()
+        return Counter(seen.sizes)
+
+    added = operations(apply=True) - operations(apply=False)
+    assert max(added) <= 2 * 24  # the labels of a micro-batch: two rows of up to 24
+    assert added.total() <= 8 * 4  # micro-batches

@@ -30,6 +30,13 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 257,
     "pad_token_id": PAD,
 }
+ROUTED: dict[str, Any] = {
+    "num_hidden_layers": 1, "num_key_value_heads": 2, "num_local_experts": 4,
+    "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3,
+}  # fmt: skip
+BALANCED = {**ROUTED, "output_router_logits": True}
+"""Mixtral's configuration, with its router loss."""
+
 BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 T5 = {
     "vocab_size": V, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
@@ -55,7 +62,7 @@ def model_of(name: str, **config: Any) -> Any:
     torch.manual_seed(0)
     kind = getattr(hf, name)
     shape = T5 if "T5" in name else SHAPE | (BERT if "Bert" in name else {})
-    return kind(kind.config_class(**shape, **config)).double()
+    return kind(kind.config_class(**(shape | config))).double()
 
 
 def token_rows(labels: str, number: int = 8) -> list[dict[str, Any]]:
@@ -150,15 +157,21 @@ def plain(
     return make
 
 
-def of_trl(trainer: type, config: type, *columns: str, model: str = "LlamaForCausalLM") -> Any:
+def of_trl(
+    trainer: type,
+    config: type,
+    *columns: str,
+    model: str = "LlamaForCausalLM",
+    shape: dict[str, Any] | None = None,
+) -> Any:
     """A factory of a trainer of TRL, with options of its configuration."""
 
     def with_options(**settings: Any) -> Factory:
         def make(batch_size: int, accumulation: int, folder: Any, **more: Any) -> Any:
             options = {**_sizes(batch_size, accumulation, folder), **settings, **more}
-            shape = {"num_labels": 1} if "Classification" in model else {}
+            labels = {"num_labels": 1} if "Classification" in model else {}
             folder_of_model = folder / "model"
-            model_of(model, **shape).save_pretrained(folder_of_model)
+            model_of(model, **labels, **(shape or {})).save_pretrained(folder_of_model)
             tokenizer().save_pretrained(folder_of_model)
             kind = getattr(hf, model)
             return trainer(

@@ -176,6 +176,10 @@ class GatheredTerms:
             for name, value in self._values.items()
         }
 
+    def value_of(self, name: str) -> Tensor:
+        """A term's value over the whole batch, without a graph, on any rank with a micro-batch."""
+        return self._values[name]
+
     def resolve(self, loss: LossResult, index: int) -> LossResult:
         """Put in the place of each coupled term one whose gradient is this micro-batch's share.
 

@@ -111,9 +111,15 @@ class ExactEvaluation:
         if partial and unit.masks:
             inputs = ignore_rows(whole, keep)
         count = float(unit.count(alone)) if keep else 0.0
-        found = parent.prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if found[0] is not None:
-            loss = float(found[0].mean())
+        arguments = (model, inputs, prediction_loss_only, ignore_keys)
+        if state.balance is None:
+            found = parent.prediction_step(*arguments)
+            loss = None if found[0] is None else float(found[0].mean())
+        else:
+            with state.balance.in_evaluation(inputs, keep=keep) as without:
+                found = parent.prediction_step(*arguments)
+            loss = None if found[0] is None else without(float(found[0].mean()))
+        if loss is not None:
             if keep and partial and not unit.masks and not library_classes(trainer):
                 loss = float(loss_of(trainer, alone))
             state.evaluated.append((loss * count if count else 0.0, count))
@@ -141,8 +147,19 @@ class ExactEvaluation:
             state.evaluated = outer
         total, count = _sums(parts)
         if count and f"{metric_key_prefix}_loss" in output.metrics:
-            output.metrics[f"{metric_key_prefix}_loss"] = total / count
+            output.metrics[f"{metric_key_prefix}_loss"] = total / count + self._balanced()
         return output
+
+    def _balanced(self) -> float:
+        """The router loss over the evaluation, as it stands in the loss; 0 where there is none."""
+        balance = self._samestep.balance
+        if balance is None:
+            return 0.0
+        value, weight = balance.end_evaluation()
+        held = _held_metrics(self, "eval")
+        if "aux_loss" in held:
+            held["aux_loss"] = [value] * len(held["aux_loss"])
+        return float(weight * value)
 
     def log(self, logs: Any, *args: Any, **options: Any) -> None:
         """The trainer's own; metrics of micro-batches are averaged in their own units."""

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -153,7 +153,7 @@ def _losses(
 ) -> tuple[list[float], float]:
     """The losses of a batch and of its two parts, and their relative noise."""
     parts = _parts(batch, cut, paired=paired, trim=trim)
-    with _undisturbed(trainer):
+    with undisturbed(trainer), torch.random.fork_rng():
 
         def run() -> list[Tensor]:
             return [loss_of(trainer, part) for part in parts]
@@ -163,18 +163,29 @@ def _losses(
     return losses, noise
 
 
-def loss_of(trainer: Any, part: Batch) -> Tensor:
-    """The loss of a batch by itself, without the wrapper that ranks exchange through."""
+def loss_of(
+    trainer: Any, part: Batch, *, balanced: bool = False, with_graph: bool = False
+) -> Tensor:
+    """The loss of a batch by itself, without the wrapper that ranks exchange through.
+
+    Args:
+        trainer: Its model is run as it is.
+        part: The batch.
+        balanced: Whether a router loss that is one of the window is in it.
+        with_graph: Whether it can be differentiated.
+    """
     inputs = trainer._prepare_inputs(dict(part))
-    with torch.no_grad(), trainer.compute_loss_context_manager():
+    balance = None if balanced else trainer._samestep.balance
+    apart = balance.left_out() if balance else nullcontext()
+    with torch.set_grad_enabled(with_graph), trainer.compute_loss_context_manager(), apart:
         try:
-            loss: Tensor = trainer.compute_loss(trainer.model, inputs)
+            loss: Tensor = trainer.compute_loss(trainer.model, inputs).mean()
         except TypeError as error:
             raise ConfigError(
                 f"the loss needs more than its micro-batch: {error}. exact() does not pass "
                 "num_items_in_batch: return the mean of the micro-batch where it is None"
             ) from error
-    return loss.detach().mean()
+    return loss
 
 
 def _explains(
@@ -191,18 +202,21 @@ def _explains(
 
 
 @contextmanager
-def _undisturbed(trainer: Any) -> Iterator[None]:
-    """Leave neither metrics nor random numbers nor the model's mode behind."""
+def undisturbed(trainer: Any, *, training: bool = False) -> Iterator[None]:
+    """Leave nothing behind of losses that are computed: no metrics, totals, mode.
+
+    Args:
+        trainer: What it holds by name, and its metrics, are put back.
+        training: The model's mode within the block.
+    """
     model = trainer.model
-    metrics = {name: vars(trainer)[name] for name in METRICS if name in vars(trainer)}
-    was_training = model.training
-    for name, held in metrics.items():
-        setattr(trainer, name, copy.deepcopy(held))
-    model.eval()
+    held, was_training = dict(vars(trainer)), model.training
+    for name in METRICS:
+        if name in held:
+            setattr(trainer, name, copy.deepcopy(held[name]))
+    model.train(training)
     try:
-        with torch.random.fork_rng():
-            yield
+        yield
     finally:
         model.train(was_training)
-        for name, held in metrics.items():
-            setattr(trainer, name, held)
+        vars(trainer).update(held)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from samestep.errors import ConfigError
+from samestep.hf.routers import FUNCTION, balance_function
 from samestep.hf.units import base_model, library_classes, own_methods
 
 COMPLETE_ALREADY = ("GRPOTrainer", "RLOOTrainer")
@@ -25,13 +26,20 @@ def is_complete(trainer: Any) -> bool:
     return any(name in COMPLETE_ALREADY for name in library_classes(trainer))
 
 
-def refuse_inexact(trainer: Any) -> None:
+def refuse_inexact(trainer: Any, *, two_pass: bool = False, key_dropout: bool = False) -> None:
     """Refuse a trainer that no factor makes exact.
+
+    Args:
+        trainer: The trainer.
+        two_pass: Whether a router loss is to be taken over the window.
+        key_dropout: Whether dropout is to draw by the row.
 
     Raises:
         ConfigError: Every reason, each with what to do instead.
     """
     found = [*_of_setup(trainer), *_of_library(trainer), *_of_overrides(trainer)]
+    found += _of_routers(trainer, two_pass=two_pass)
+    found += _of_dropout(trainer) if key_dropout else []
     if not is_complete(trainer):
         found += _of_model(trainer)
     if found:
@@ -66,11 +74,6 @@ def _of_library(trainer: Any) -> list[str]:
     if served not in SERVED:
         return [_of_unserved(served)]
     found = []
-    if getattr(trainer, "aux_loss_enabled", False):
-        found.append(
-            "the router loss couples the batch and is added to a mean in another unit: set "
-            f"router_aux_loss_coef=0.0, or use {_HERE}"
-        )
     if getattr(trainer, "_entropy_bonus_enabled", False):
         found.append("the entropy bonus is averaged over each micro-batch: set entropy_coef=0.0")
     kinds = trainer.args.loss_type if hasattr(trainer.args, "loss_type") else []
@@ -131,11 +134,6 @@ def _of_model(trainer: Any) -> list[str]:
             f"{_HERE}, objective embedding, which gathers them"
         )
     config = getattr(model, "config", None)
-    if getattr(config, "output_router_logits", False) and not library_classes(trainer):
-        found.append(
-            "output_router_logits=True adds a router loss, which couples the batch: set "
-            f"model.config.output_router_logits = False, or use {_HERE}"
-        )
     if "ForPreTraining" in type(model).__name__ and hasattr(config, "type_vocab_size"):
         found.append(
             f"{type(model).__name__} may add a mean over rows to one over tokens: use the masked "
@@ -144,6 +142,53 @@ def _of_model(trainer: Any) -> list[str]:
     peft = getattr(trainer.model, "active_peft_config", None)
     if getattr(peft, "is_prompt_learning", False):
         found.append("prompt learning adds virtual tokens that cannot be counted: use LoRA")
+    return found
+
+
+def _of_routers(trainer: Any, *, two_pass: bool) -> list[str]:
+    model, names = base_model(trainer), library_classes(trainer)
+    if names:
+        balances, off = getattr(trainer, "aux_loss_enabled", False), "router_aux_loss_coef=0.0"
+    else:
+        balances = getattr(getattr(model, "config", None), "output_router_logits", False)
+        off = "model.config.output_router_logits = False"
+    if not balances:
+        return ["two_pass=True: the trainer has no router loss, so leave it out"] * two_pass
+    if names and "SFTTrainer" not in names:
+        return [
+            "the router loss couples the batch and is added to a mean in another unit: set "
+            f"{off}, or use {_HERE}"
+        ]
+    if not two_pass:
+        return [
+            "the router loss couples the batch: take it over the whole window, with one more "
+            f"forward, by exact(trainer, two_pass=True); or set {off}, or use {_HERE}"
+        ]
+    found = []
+    if balance_function(model) is None:
+        found.append(
+            f"two_pass=True serves models that balance by {FUNCTION} as Mixtral does, and "
+            f"{type(model).__name__} does not: set {off}"
+        )
+    if trainer.is_fsdp_enabled:
+        found.append("two_pass=True is not tested with FSDP: use DDP")
+    if getattr(trainer.args, "torch_compile", False):
+        found.append("two_pass=True reads the routers as the model runs: set torch_compile=False")
+    return found
+
+
+def _of_dropout(trainer: Any) -> list[str]:
+    model, found = base_model(trainer), []
+    if is_complete(trainer):
+        found.append(
+            f"key_dropout=True: {library_classes(trainer)[0]} is left alone, its dropout too: set "
+            "the model's dropout to 0"
+        )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        found.append(
+            f"key_dropout=True: {type(model).__name__} holds two sequences a row, and which of the "
+            "two a dropout acts on is not known: set its dropout to 0"
+        )
     return found
 
 

@@ -183,6 +183,8 @@ class State:
         untried: Whether no value has been compared yet.
         evaluated: Loss times count, and count, of each batch of an evaluation that is under way.
         metrics: What the metrics of each micro-batch count, since the last log, by mode.
+        balance: Takes the router loss over the window; None without one, or where not asked for.
+        dropout: Keys the dropout of a forward by its rows; None where not asked for.
     """
 
     unit: Unit | None
@@ -199,6 +201,8 @@ class State:
     metrics: dict[str, list[dict[str, float]]] = field(
         default_factory=lambda: {"train": [], "eval": []}
     )
+    balance: Any = None
+    dropout: Any = None
 
 
 def trainer_of(hooks: Any) -> Any:

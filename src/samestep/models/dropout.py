@@ -7,8 +7,8 @@ and gradient checkpointing draws the same mask again. The hash is integer arithm
 it has the same bits on every device, costs no loop over sequences, and compiles with its layer.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -115,11 +115,25 @@ def replace_dropout(model: nn.Module) -> int:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Dropout and child.p > 0
+        if _drops(child)
     ]
     for layer, (parent, name, child) in enumerate(dropouts):
         setattr(parent, name, ExampleDropout(child.p, layer).train(child.training))
     return len(dropouts)
+
+
+def count_dropouts(model: nn.Module) -> int:
+    """How many ``nn.Dropout`` with p > 0 a model has.
+
+    Examples:
+        >>> count_dropouts(nn.Sequential(nn.Dropout(0.1), nn.Dropout(0.0)))
+        1
+    """
+    return sum(map(_drops, model.modules()))
+
+
+def _drops(module: nn.Module) -> TypeGuard[nn.Dropout]:
+    return type(module) is nn.Dropout and module.p > 0
 
 
 def key_dropout(model: nn.Module, micro_batch: Mapping[str, Any], *, seed: int, step: int) -> None:
@@ -143,24 +157,61 @@ def key_dropout(model: nn.Module, micro_batch: Mapping[str, Any], *, seed: int, 
         >>> torch.equal(model(states), model(states))  # the same example in the same step
         True
     """
-    layers = [module for module in model.modules() if isinstance(module, ExampleDropout)]
-    if not layers:
-        return
-    device = micro_batch["input_ids"].device
-    shape, spans = micro_batch["input_ids"].shape, sequence_spans(micro_batch)
-    positions = np.zeros((2, *shape), dtype=np.int64)
+    layers = example_dropouts(model)
+    if layers:
+        examples = micro_batch["example_ids"].tolist()
+        spans = sequence_spans(micro_batch)
+        keys = [example_key(seed, step, example) for example in examples]
+        set_keys(layers, micro_batch["input_ids"], spans=spans, keys=keys)
+
+
+def example_dropouts(model: nn.Module) -> list[ExampleDropout]:
+    """The layers that `replace_dropout` put into a model."""
+    return [module for module in model.modules() if isinstance(module, ExampleDropout)]
+
+
+def example_key(seed: int, step: int, example: int) -> np.uint64:
+    """The key of an example in a step.
+
+    Args:
+        seed: The run's seed.
+        step: The step's number.
+        example: The example's number, of any size.
+
+    Examples:
+        >>> int(example_key(0, 1, 3)) == int(example_key(0, 2, 3))
+        False
+    """
+    key: np.uint64 = np.random.SeedSequence([seed, step, example]).generate_state(1, np.uint64)[0]
+    return key
+
+
+def set_keys(
+    layers: Iterable[ExampleDropout],
+    ids: Tensor,
+    *,
+    spans: Sequence[tuple[int, slice]],
+    keys: Sequence[np.uint64],
+) -> None:
+    """Set the sequences of the next forward in some layers.
+
+    Args:
+        layers: Of `example_dropouts`.
+        ids: The tokens that the layers' states belong to [rows, length].
+        spans: The row and the positions of each sequence.
+        keys: Of each sequence, of `example_key`.
+    """
+    positions = np.zeros((2, *ids.shape), dtype=np.int64)
     whole = np.zeros((2, len(spans)), dtype=np.int64)
-    examples = micro_batch["example_ids"].tolist()
-    for at, (example, (row, span)) in enumerate(zip(examples, spans, strict=True)):
-        key = np.random.SeedSequence([seed, step, example]).generate_state(1, np.uint64)[0]
+    for at, (key, (row, span)) in enumerate(zip(keys, spans, strict=True)):
         length = span.stop - span.start
         positions[:, row, span] = _position_keys(key, np.arange(length, dtype=np.uint64))
         whole[:, at] = _position_keys(key, np.array([_WHOLE_SEQUENCE], dtype=np.uint64))[:, 0]
-    keys, sequence_keys = (
-        torch.from_numpy(one).to(device, non_blocking=True) for one in (positions, whole)
+    by_position, by_sequence = (
+        torch.from_numpy(one).to(ids.device, non_blocking=True) for one in (positions, whole)
     )
     for layer in layers:
-        layer.keys, layer.sequence_keys = keys, sequence_keys
+        layer.keys, layer.sequence_keys = by_position, by_sequence
 
 
 def _position_keys(key: Any, positions: Any) -> Any:
