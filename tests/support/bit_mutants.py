@@ -7,28 +7,43 @@ import pytest
 import torch
 from bit_runs import Draw, run
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from samestep.engine import bitwise as bitwise_module
+from samestep.engine import grid_sum
 from samestep.engine.bitwise import GridSums
-from samestep.engine.collectives import rank
+from samestep.engine.collectives import rank, world_size
+from samestep.engine.grid_sum import GridSum
+
+
+class FloatSum(GridSum):
+    """Gradients added up in float32, in the order in which they come."""
+
+    def add(self, gradient: Tensor) -> None:
+        self._look(gradient)
+        if self._shift is None:
+            return
+        if self._total is None:
+            self._total = torch.zeros(gradient.shape, dtype=torch.int64)
+        total = self._total.view(torch.float64)
+        total.copy_(total.add_(gradient).float())
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        total = self.integers()
+        return total.view(torch.float64).float(), total.view(-1)
 
 
 def add_floats(patch: pytest.MonkeyPatch) -> None:
-    """A float sum: gradients added up in float32, in the order in which they come."""
+    """A float sum."""
+    patch.setattr(bitwise_module, "GridSum", FloatSum)
+    patch.setattr(grid_sum, "GridSum", FloatSum)
 
-    def add_float(total: Tensor, values: Tensor, shift: int) -> None:
-        total.view(torch.float64).add_(values).copy_(total.view(torch.float64).float())
+    def over_ranks(sums: Any) -> None:
+        if world_size() > 1:
+            for each in sums:
+                dist.all_reduce(each.integers().view(torch.float64))
 
-    patch.setattr(bitwise_module, "add_rounded_", add_float)
-    patch.setattr(
-        bitwise_module, "from_grid", lambda total, shift: total.view(torch.float64).float()
-    )
-
-    def add_over_ranks(total: Tensor) -> Tensor:
-        bitwise_module.dist.all_reduce(total.view(torch.float64))
-        return total
-
-    patch.setattr(bitwise_module, "_summed", add_over_ranks)
+    patch.setattr(bitwise_module, "add_over_ranks", over_ranks)
 
 
 def cut_by_rank(patch: pytest.MonkeyPatch) -> None:

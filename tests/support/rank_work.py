@@ -198,6 +198,16 @@ def training(folder: str, **changes: Any) -> Any:
     return train(run_config(Path(folder), **changes))
 
 
+def verifying(out: str) -> tuple[int, str, int, int]:
+    """`samestep verify` on these ranks: its exit code, and what its verdict says."""
+    from samestep.train.command import read_settings
+    from samestep.train.verify import report, verify
+
+    settings = read_settings([f"{out}/config.yaml"]).model_copy(update={"out": out})
+    verdict = verify(settings, steps=None)
+    return report(verdict, out), verdict.difference.split(" (")[0], verdict.first, verdict.last
+
+
 def training_on_a_slow_disk(folder: str, **changes: Any) -> Any:
     """The same where rank 0, which writes, waits for its disk at each file."""
     import os

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from samestep import cli
 from samestep.errors import ConfigError, OutOfMemoryError
-from samestep.train import bitwise
+from samestep.train import bitwise, verify_command
 from samestep.train.trainer import train
 
 SETTINGS: dict[str, Any] = {
@@ -160,6 +160,7 @@ def test_verify_names_the_first_step_and_weight_that_differ(
 
     def other_state(line: dict[str, Any]) -> None:
         if line["step"] == 4 and "weights" in line:
+            line["state"] = "0" * 64
             line["weights"]["lm_head.weight (exp_avg)"] = "0" * 16
 
     code, said = verify(capsys, changed(folder, other_state))
@@ -185,6 +186,40 @@ def test_verify_names_what_it_cannot_run_on(
 
     code, said = verify(capsys, changed(folder, elsewhere))
     assert (code, named in said) == (2, True)
+
+
+def test_a_log_of_another_way_of_summing_is_refused_by_name(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a version before, whose logs do not say how they were summed."""
+
+    def of_before(line: dict[str, Any]) -> None:
+        if "start" in line:
+            del line["start"]["environment"]["way of summing and digesting"]
+
+    code, said = verify(capsys, changed(folder, of_before))
+    assert (code, "way of summing and digesting: was not there" in said) == (2, True)
+
+
+def test_several_ranks_verify_what_one_rank_ran(folder: Path) -> None:
+    verdicts = on_ranks(2, rank_work.verifying, str(folder / "alone"))
+    assert verdicts == [(0, "", 3, 4)] * 2
+    out = changed(folder, lambda line: line.update(digest="0" * 64) if "digest" in line else None)
+    verdicts = on_ranks(2, rank_work.verifying, out)
+    assert verdicts == [(1, "the gradient of all weights", 3, 3)] * 2
+
+
+def test_verify_starts_the_ranks_that_it_is_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank gets the command as it stands; the exit code is that of the ranks."""
+    started: list[Any] = []
+    monkeypatch.setattr(
+        verify_command, "launch", lambda *given: started.append(given) or len(started) - 1
+    )
+    arguments = ["verify", str(folder / "alone"), "--steps", "1..2", "--ranks", "2"]
+    assert [cli.main(arguments) for _ in range(2)] == [0, 1]
+    assert started == [(2, arguments)] * 2
 
 
 def test_verify_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

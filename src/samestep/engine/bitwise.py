@@ -1,7 +1,7 @@
 """The same bits on any ranks and in any order: what bit-equal steps carry, and how they add up.
 
 A micro-batch is computed alone, so its gradient depends on the weights and on it. `GridSums` adds
-those gradients up as integers on a grid (`samestep.engine.exact_sum`), which is the same on all
+those gradients up as integers on a grid (`samestep.engine.grid_sum`), which is the same on all
 ranks because it comes from the step before; `Bitwise` carries it from step to step. Where an
 element does not fit on the grid, or the grid is too coarse, the step is taken again on one that its
 own largest elements give, on all ranks alike.
@@ -18,17 +18,9 @@ from torch import distributed as dist
 from torch.amp.grad_scaler import GradScaler
 
 from samestep.engine.collectives import world_size
-from samestep.engine.exact_sum import (
-    add_rounded_,
-    digest_of,
-    digest_of_all,
-    exponent_of,
-    fits,
-    from_grid,
-    grid_bits,
-    largest_magnitude,
-)
-from samestep.engine.gradients import BUCKET_ELEMENTS
+from samestep.engine.exact_sum import digest_of_all, exponent_of, fits, grid_bits
+from samestep.engine.fold import digest_of_lanes
+from samestep.engine.grid_sum import GridSum, add_over_ranks, all_reduce_buckets, zero_sum
 from samestep.engine.normalize import TermSum
 from samestep.engine.parallel import Schedule, is_sharded, unwrap
 from samestep.errors import ConfigError, StepError
@@ -50,8 +42,8 @@ class Bitwise:
     any order and dealt to any ranks. `state_dict` belongs in a checkpoint.
 
     Attributes:
-        digest: SHA-256 of the summed gradient of the last step; empty before the first, and after
-            one that failed.
+        digest: Of the summed gradient of the last step (`samestep.engine.fold`); empty before the
+            first, and after one that failed.
         digests: The same of each weight, by name.
         retaken: How many steps were taken again on another grid; the first one always is.
 
@@ -154,7 +146,7 @@ class GridSums:
 
     Attributes:
         fit: After `reduce`: whether every weight's grid held what was added.
-        digests: After `reduce`: SHA-256 of each weight's sum, by name.
+        digests: After `reduce`: that of each weight's sum, by name.
     """
 
     def __init__(
@@ -173,18 +165,17 @@ class GridSums:
         self._first: dict[str, Any] | None = None
         self._checksums: dict[str, int] = {}
         self._seen: set[nn.Parameter] = set()
-        self._totals: dict[nn.Parameter, Tensor] = {}
-        self._largest: dict[nn.Parameter, Tensor] = {}
+        self._sums: dict[nn.Parameter, GridSum] = {}
         self._measured: dict[str, float] = {}
         self.fit = True
         self.digests: dict[str, str] = {}
 
     @contextmanager
-    def adding(self) -> Iterator[dict[nn.Parameter, Tensor]]:
-        """Add each gradient to its sum as soon as it is complete, and free it.
+    def adding(self) -> Iterator[dict[nn.Parameter, Any]]:
+        """Add each gradient to its sum as soon as it is complete.
 
         Yields:
-            The sums so far, of the weights that a gradient has reached.
+            The weights that a gradient has reached so far, and their sums.
         """
         for weight in self._names:
             weight.grad = None
@@ -192,7 +183,7 @@ class GridSums:
             weight.register_post_accumulate_grad_hook(self._add_gradient) for weight in self._names
         ]
         try:
-            yield self._totals
+            yield self._sums
         finally:
             for hook in hooks:
                 hook.remove()
@@ -215,17 +206,13 @@ class GridSums:
             self._checksums[name] = int(_bits_of(gradient).sum(dtype=torch.int64))
         if self._on_trial:
             return
-        largest = largest_magnitude(gradient)
-        if weight not in self._totals:
-            self._totals[weight] = torch.zeros(
-                weight.shape, dtype=torch.int64, device=weight.device
-            )
-            self._largest[weight] = largest
-        else:
-            self._largest[weight] = torch.maximum(self._largest[weight], largest)
+        if weight not in self._sums:
+            self._sums[weight] = GridSum(self._shift(name))
+        self._sums[weight].add(gradient)
+
+    def _shift(self, name: str) -> int | None:
         exponent = self._before[name]
-        if exponent is not None:
-            add_rounded_(self._totals[weight], gradient, self._bits - exponent)
+        return None if exponent is None else self._bits - exponent
 
     def with_trial(self, schedule: Schedule) -> Schedule:
         """The micro-batches of this rank, before them the first once more if it is to be tried."""
@@ -284,31 +271,55 @@ class GridSums:
             fits(self._before[name], largest) or largest == float("inf")
             for name, largest in self._measured.items()
         )
-        gradients: dict[nn.Parameter, Tensor] = {}
         if not self.fit:
-            self._totals.clear()
-            return gradients
-        for weight in reached:
-            name, total = self._names[weight], self._totals.pop(weight, None)
-            if total is None:
-                total = torch.zeros(weight.shape, dtype=torch.int64, device=weight.device)
-            gradients[weight] = self._finish(name, _summed(total))
+            self._sums.clear()
+            return {}
+        gradients: dict[nn.Parameter, Tensor] = {}
+        lanes: dict[str, Tensor] = {}
+        for bucket in all_reduce_buckets(reached):
+            sums = [self._sum_of(weight) for weight in bucket]
+            add_over_ranks(sums)
+            for weight, total in zip(bucket, sums, strict=True):
+                name = self._names[weight]
+                gradients[weight], left = total.finish()
+                if self._measured[name] == float("inf"):
+                    gradients[weight].fill_(float("nan"))
+                else:
+                    lanes[name] = left
+        self.digests = self._digests(gradients, lanes)
         return gradients
 
-    def _finish(self, name: str, total: Tensor) -> Tensor:
-        if self._measured[name] == float("inf"):
-            return torch.full(total.shape, float("nan"), device=total.device)
-        exponent = self._before[name]  # None: nothing but zeros was added
-        gradient = from_grid(total, self._bits - (exponent or 0))
-        self.digests[name] = digest_of(gradient)
-        return gradient
+    def _sum_of(self, weight: nn.Parameter) -> GridSum:
+        """The sum of a weight; of nothing but zeros where it has no grid, or no gradient here."""
+        found, shift = self._sums.pop(weight, None), self._shift(self._names[weight])
+        if found is None or shift is None:
+            return zero_sum(weight.shape, shift, weight.device)
+        return found
+
+    def _digests(
+        self, gradients: Mapping[nn.Parameter, Tensor], lanes: Mapping[str, Tensor]
+    ) -> dict[str, str]:
+        """Of each weight's sum; all of them leave a GPU at once."""
+        if not lanes:
+            return {}
+        device = next(iter(lanes.values())).device
+        together = torch.cat([each.to(device) for each in lanes.values()]).cpu()
+        parts = together.split([len(each) for each in lanes.values()])
+        shapes = {self._names[weight]: tuple(weight.shape) for weight in gradients}
+        return {
+            name: digest_of_lanes(part, f"{shapes[name]} {self._shift(name)}")
+            for name, part in zip(lanes, parts, strict=True)
+        }
 
     def _largest_over_ranks(self, reached: Sequence[nn.Parameter]) -> dict[str, float]:
         if not reached:
             return {}
-        zero = torch.zeros((), dtype=torch.float64)
+        device, zero = reached[0].device, torch.zeros((), dtype=torch.float64)
         found = torch.stack(
-            [self._largest.get(weight, zero).to(reached[0].device) for weight in reached]
+            [
+                (self._sums[weight].largest() if weight in self._sums else zero).to(device)
+                for weight in reached
+            ]
         )
         if world_size() > 1:
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
@@ -322,14 +333,6 @@ class GridSums:
             if largest != float("inf")
         }
         return {name: exponent for name, exponent in found.items() if exponent is not None}
-
-
-def _summed(total: Tensor) -> Tensor:
-    """The sum over the ranks, in place: integers, whose order does not matter."""
-    if world_size() > 1:
-        for piece in total.view(-1).split(BUCKET_ELEMENTS):
-            dist.all_reduce(piece)
-    return total
 
 
 def _bits_of(gradient: Tensor) -> Tensor:

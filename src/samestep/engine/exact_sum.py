@@ -5,7 +5,8 @@ overlap, and rounded once, when all parts of all ranks are there.
 
 Gradients are too large for that. Each element is rounded once to a whole multiple of a power of
 two, the grid of its weight; from there on it is a 64-bit integer, and integers add up exactly in
-any order and over any all-reduce. The grid is the same for every pack and rank of a step.
+any order and over any all-reduce (`samestep.engine.grid_sum`). The grid is the same for every pack
+and rank of a step.
 """
 
 import hashlib
@@ -15,20 +16,20 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+SUMS = "2"
+"""Which way of rounding gradients and of digesting their sums: another one gives other bits."""
+
 WORD_BITS = 62
 """Bits of an integer that a sum may fill: one for the sign, one to spare."""
+
+ROUNDING_BITS = 51
+"""Bits of an integer that one gradient may fill, as `samestep.engine.grid_sum` rounds it."""
 
 GROWTH_BITS = 10
 """How many times, as a power of two, a step's largest element may exceed that of the last step."""
 
 SHRINK_BITS = 8
 """How many times, as a power of two, it may stay below it, before the grid is too coarse."""
-
-_PIECE = {"cpu": 2**17}
-"""Elements that are rounded at a time, so that what is between stays in a CPU's cache."""
-
-_FLOAT32_SHIFTS = range(-126, 128)
-"""Powers of two that float32 multiplies by exactly."""
 
 
 def exact_parts(values: Iterable[float]) -> list[float]:
@@ -78,9 +79,10 @@ def grid_bits(packs: int) -> int:
         packs: How many packs the step adds up, over all ranks.
 
     Returns:
-        The bits; 46 for 64 packs, where float32 has 24.
+        The bits; 41 for up to 2,048 packs, where float32 has 24.
     """
-    return WORD_BITS - GROWTH_BITS - math.ceil(math.log2(max(1, packs)))
+    free = WORD_BITS - math.ceil(math.log2(max(1, packs)))
+    return min(ROUNDING_BITS, free) - GROWTH_BITS
 
 
 def exponent_of(largest: float) -> int | None:
@@ -102,52 +104,6 @@ def fits(exponent: int | None, largest: float) -> bool:
     if now is None:
         return True
     return exponent is not None and -SHRINK_BITS <= now - exponent <= GROWTH_BITS
-
-
-def add_rounded_(total: Tensor, values: Tensor, shift: int) -> None:
-    """Add ``round(values * 2**shift)`` to integers, each element rounded once, halves to even.
-
-    Args:
-        total: int64; changed in place.
-        values: Floats of as many elements; those of which the product needs more than 63 bits
-            leave garbage: the caller has looked at the largest.
-        shift: The power of two.
-    """
-    wide = values.dtype == torch.float64 or shift not in _FLOAT32_SHIFTS
-    dtype = torch.float64 if wide else torch.float32
-    piece = _PIECE.get(values.device.type, 2**26)
-    pairs = zip(total.view(-1).split(piece), values.reshape(-1).split(piece), strict=True)
-    for into, part in pairs:
-        scaled = part.to(dtype) * 2.0**shift
-        into.add_(scaled.round_().to(torch.int64))
-
-
-def from_grid(total: Tensor, shift: int) -> Tensor:
-    """``total * 2**-shift``: what the integers stand for, rounded to float32.
-
-    Args:
-        total: int64.
-        shift: As for `add_rounded_`.
-
-    Returns:
-        float32, of the shape of ``total``.
-    """
-    result = torch.empty(total.shape, dtype=torch.float32, device=total.device)
-    if -shift in _FLOAT32_SHIFTS:
-        return result.copy_(total).mul_(2.0**-shift)
-    piece = _PIECE.get(total.device.type, 2**26)
-    for into, part in zip(result.view(-1).split(piece), total.view(-1).split(piece), strict=True):
-        into.copy_(part.double() * 2.0**-shift)
-    return result
-
-
-def largest_magnitude(values: Tensor) -> Tensor:
-    """The largest absolute value, 0-d float64: exact; infinite if one is not finite."""
-    if values.numel() == 0:
-        return torch.zeros((), dtype=torch.float64, device=values.device)
-    low, high = torch.aminmax(values.detach())
-    found = torch.maximum(-low, high).double()
-    return torch.where(found.isfinite(), found, torch.inf)
 
 
 def digest_of(tensor: Tensor) -> str:

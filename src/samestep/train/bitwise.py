@@ -17,7 +17,7 @@ import transformers
 
 from samestep.engine.bitwise import Bitwise, determinism
 from samestep.engine.collectives import all_gather_object, gather_results, on_rank_0
-from samestep.engine.exact_sum import digest_of, digest_of_all
+from samestep.engine.exact_sum import SUMS, digest_of, digest_of_all
 from samestep.engine.step import backward
 from samestep.errors import ConfigError, OutOfMemoryError, SequenceTooLargeError, StepError
 from samestep.kernels.gemm import onednn_is_faster, processor_name
@@ -84,6 +84,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "products by": "oneDNN" if onednn_is_faster() else "PyTorch's own choice",
+        "way of summing and digesting": SUMS,
         "samestep": package_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -91,7 +92,8 @@ def environment(device: torch.device) -> dict[str, str]:
     }
     if device.type == "cuda":
         # Who starts and feeds a GPU does not change what it computes.
-        found = {name: found[name] for name in ("samestep", "torch", "transformers", "peft")}
+        of_processor = ("processor", "vector instructions", "threads", "products by")
+        found = {name: value for name, value in found.items() if name not in of_processor}
         found |= {
             "device": torch.cuda.get_device_name(device),
             "CUDA": str(torch.version.cuda),

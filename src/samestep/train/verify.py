@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from samestep.engine.collectives import rank, run_or_fail_together
+from samestep.engine.exact_sum import digest_of_all
 from samestep.errors import ConfigError
 from samestep.train.bitwise import BitRun, choose_threads, repeatable, shortened, state_digests
 from samestep.train.checkpoint_files import all_checkpoints, damage, read_origin, step_of
@@ -93,12 +94,16 @@ class Record:
         """What differs after a step, in words; empty if nothing does."""
         before = self.sums[step]
         if bits.sums.digest != before["digest"]:
-            return _first(before["sums"], shortened(bits.sums.digests), "the gradient of")
+            now = shortened(bits.sums.digests)
+            return _first(before["sums"], now, "the gradient of") or "the gradient of all weights"
         state = self.states.get(step)
         if state is None:
             return ""
-        now = shortened(state_digests(trainer.setup.model, trainer.setup.optimizer))
-        return _first(state["weights"], now, "the value of")
+        each = state_digests(trainer.setup.model, trainer.setup.optimizer)
+        if digest_of_all(list(each.items())) == state["state"]:
+            return ""
+        found = _first(state["weights"], shortened(each), "the value of")
+        return found or "the value of all weights and moments"
 
 
 def verify(settings: TrainSettings, *, steps: tuple[int, int] | None) -> Verdict:
@@ -214,7 +219,7 @@ def _first(before: Mapping[str, str], now: Mapping[str, str], what: str) -> str:
     for name in names:
         if before.get(name) != now.get(name):
             return f"{what} {name} (then {before.get(name, 'none')}, now {now.get(name, 'none')})"
-    return "" if before else f"{what} all weights"
+    return ""
 
 
 def report(verdict: Verdict, root: str) -> int:
