@@ -4,7 +4,12 @@ from largest import Largest
 from torch import Tensor, nn
 from torch.nn import functional
 
-from samestep.losses.likelihood import linear_likelihoods, logits_likelihoods, module_likelihoods
+from samestep.losses.likelihood import (
+    Extras,
+    linear_likelihoods,
+    logits_likelihoods,
+    module_likelihoods,
+)
 
 N, H, V = 9, 5, 11
 
@@ -30,6 +35,34 @@ def test_gradcheck_of_a_vector(chunk: int | None, softcap: float | None) -> None
     assert torch.autograd.gradcheck(nll, (hidden, weight, bias))
 
 
+@pytest.mark.parametrize("chunk", [2, None])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck_of_the_entropy(chunk: int | None, softcap: float | None) -> None:
+    hidden, weight, bias, targets, incoming = inputs()
+
+    def both(h: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        found = linear_likelihoods(
+            *(h, w, targets),
+            bias=b,
+            softcap=softcap,
+            chunk=chunk,
+            extras=Extras(entropy_graph=True),
+        )
+        return found.entropy, found.nll * incoming
+
+    assert torch.autograd.gradcheck(both, (hidden, weight, bias))
+
+
+def test_the_chance_of_a_collision() -> None:
+    hidden, weight, bias, targets, _ = inputs()
+    found = linear_likelihoods(
+        *(hidden, weight, targets), bias=bias, chunk=4, extras=Extras(collision=True)
+    )
+    p = (hidden @ weight.t() + bias)[targets != -100].softmax(-1)
+    torch.testing.assert_close(found.collision, p.square().sum(-1).log().detach())
+    assert not found.collision.requires_grad
+
+
 def test_values_are_pytorchs() -> None:
     hidden, weight, bias, targets, _ = inputs()
     actual = linear_likelihoods(hidden, weight, targets, bias=bias, chunk=4)
@@ -41,6 +74,7 @@ def test_values_are_pytorchs() -> None:
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(actual.entropy, entropy.detach())
     assert not actual.entropy.requires_grad
+    assert actual.collision.tolist() == [0] * len(logits)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -48,17 +82,22 @@ def test_the_other_forms_agree(softcap: float | None) -> None:
     hidden, weight, bias, targets, incoming = inputs()
     head = nn.Linear(H, V).double()
     head.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
-    expected = linear_likelihoods(hidden, head.weight, targets, bias=head.bias, softcap=softcap)
+    extras = Extras(entropy_graph=True, collision=True)
+    expected = linear_likelihoods(
+        *(hidden, head.weight, targets), bias=head.bias, softcap=softcap, extras=extras
+    )
     logits = head(hidden)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     for actual in (
-        logits_likelihoods(logits, targets),
-        module_likelihoods(head, hidden, targets, softcap=softcap, chunk=2),
+        logits_likelihoods(logits, targets, extras=extras),
+        module_likelihoods(head, hidden, targets, softcap=softcap, chunk=2, extras=extras),
     ):
         for one, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(one, other)
         slopes = [
-            torch.autograd.grad(one.nll @ incoming, (head.weight, hidden), retain_graph=True)
+            torch.autograd.grad(
+                (one.nll + 2 * one.entropy) @ incoming, (head.weight, hidden), retain_graph=True
+            )
             for one in (actual, expected)
         ]
         torch.testing.assert_close(*slopes)

@@ -1,5 +1,7 @@
 """Policy gradients: the papers' formulas over the whole batch, under every split."""
 
+from collections import defaultdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,10 +10,18 @@ from cases import build
 from torch import Tensor
 
 import samestep
-from objectives import check_all_splits, check_wrong_is_caught, log_probs, ragged_records
+from objectives import (
+    SPLITS,
+    check_all_splits,
+    check_wrong_is_caught,
+    log_probs,
+    ragged_records,
+    side_by_side,
+)
+from samestep.data.examples import Example
 from samestep.data.records import Records
 from samestep.engine.terms import Objective
-from samestep.losses.preference import ClipRange
+from samestep.losses.policy import ClipRange, Temperatures
 from samestep.objectives.language import DFT
 from samestep.objectives.log_probs import Reference
 from samestep.objectives.policy import PolicyGradient
@@ -94,6 +104,131 @@ def test_the_kl_to_a_reference() -> None:
         model, records, Objective(loss), plain(records, "token", "token", other)
     )
     assert terms["kl"] > 0
+
+
+def of_trl(records: Records, loss_type: str, level: str, bonus: float) -> Any:
+    """What TRL's own `GRPOTrainer._compute_loss` makes of these rollouts."""
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    def truth(model: Any) -> Tensor:
+        sequences = list(records.sequences)
+        policy, mask = side_by_side([log_probs(model, one) for one in sequences])
+        entropy, _ = side_by_side([entropies(model, one) for one in sequences])
+        old = [
+            record.token_fields["old_log_p"][0][one.labels != -100]
+            for record, one in zip(records, sequences, strict=True)
+        ]
+        fake: Any = SimpleNamespace(
+            _get_per_token_logps_and_entropies=lambda *_, **__: (policy, entropy, None),
+            model=SimpleNamespace(training=False),
+            accelerator=SimpleNamespace(
+                num_processes=1, gather=lambda one: one, reduce=lambda one, **_: one
+            ),
+            args=SimpleNamespace(delta=None, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05),
+            _metrics={"eval": defaultdict(list)},
+            aux_loss_enabled=False,
+            top_entropy_quantile=1.0,
+            off_policy_mask_threshold=None,
+            importance_sampling_level=level,
+            beta=0.0,
+            loss_type=loss_type,
+            epsilon_low=CLIP.low,
+            epsilon_high=1 + CLIP.high if loss_type == "cispo" else CLIP.high,
+            use_vllm=False,
+            _entropy_bonus_enabled=bonus != 0,
+            entropy_coef=bonus,
+            use_adaptive_entropy=False,
+        )
+        inputs = {
+            "prompt_ids": torch.zeros(len(sequences), 1),
+            "prompt_mask": torch.ones(len(sequences), 1),
+            "completion_ids": torch.zeros(mask.shape),
+            "completion_mask": mask.double(),
+            "advantages": records.fields["advantage"],
+            "old_per_token_logps": side_by_side(old)[0],
+            "num_items_in_batch": mask.sum(),
+        }
+        loss: Tensor = GRPOTrainer._compute_loss(fake, model, inputs)
+        return loss
+
+    return truth
+
+
+def entropies(model: Any, example: Example) -> Tensor:
+    """The entropy of the distribution of each target [targets], from whole logits."""
+    chosen = example.labels[1:] != -100
+    log_p = model(input_ids=example.input_ids[None]).logits[0, :-1][chosen].log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "ratio", "normalize", "theirs", "bonus"),
+    [
+        ("clipped", "token", "sequence", "grpo", 0.02),
+        ("clipped", "sequence", "sequence", "grpo", 0.0),  # GSPO
+        ("cispo", "token", "token", "cispo", 0.0),
+        ("cispo", "sequence", "token", "cispo", 0.02),
+        ("sapo", "token", "sequence", "sapo", 0.02),
+        ("sapo", "sequence", "sequence", "sapo", 0.0),
+    ],
+)
+def test_surrogates_are_trls_under_every_split(
+    loss: Any, ratio: Any, normalize: Any, theirs: str, bonus: float
+) -> None:
+    model = build("gpt2")  # llama's norms are in float32, and the truth runs the model twice
+    records = rollouts(model, old=True)
+    objective = Objective(
+        PolicyGradient(normalize, ratio, loss=loss, clip=CLIP, entropy_weight=bonus)
+    )
+    truth = of_trl(records, theirs, ratio, bonus)
+    terms = check_all_splits(
+        model,
+        records,
+        objective,
+        truth,
+        bound=1e-6 if loss == "sapo" else 1e-12,  # TRL has its temperatures in float32
+        splits=[SPLITS[1], SPLITS[3]],
+    )
+    assert ("clipped" in terms) == (loss != "sapo")
+    assert terms["entropy"] > 0
+    check_wrong_is_caught(model, records, objective, truth)
+
+
+def test_the_bonus_is_by_token_whatever_the_loss_is_divided_by() -> None:
+    """With weights of rows too; a bonus in the unit of the loss is another objective."""
+    model = build("gpt2")
+    records = rollouts(model, old=True, weighted=True)
+
+    def truth(model: Any) -> Tensor:
+        total, count = torch.zeros(()).double(), 0.0
+        for sequence in records.sequences:
+            each = entropies(model, sequence)
+            total = total + sequence.weight * each.sum()
+            count += sequence.weight * len(each)
+        return plain(records, 64.0, "token")(model) - 0.02 * total / count
+
+    loss = PolicyGradient(samestep.constant(64), clip=CLIP, entropy_weight=0.02)
+    check_all_splits(model, records, Objective(loss), truth, splits=[SPLITS[1], SPLITS[3]])
+
+
+def test_sapo_is_exact_under_every_split() -> None:
+    model = build("llama")
+    records = rollouts(model, old=True, weighted=True)
+
+    def truth(model: Any) -> Tensor:
+        total, count = torch.zeros(()).double(), 0.0
+        for record in records:
+            (sequence,) = record.sequences
+            new, old = log_probs(model, sequence), record.token_fields["old_log_p"][0]
+            t = 2.0 if record.fields["advantage"] > 0 else 3.0
+            gate = (t * ((new - old[sequence.labels != -100]).exp() - 1)).sigmoid() * 4 / t
+            total = total - sequence.weight * record.fields["advantage"] * gate.sum()
+            count += sequence.weight * len(new)
+        return total / count
+
+    loss = PolicyGradient(loss="sapo", temperatures=Temperatures(2.0, 3.0))
+    check_all_splits(model, records, Objective(loss), truth, splits=[SPLITS[1], SPLITS[3]])
+    check_wrong_is_caught(model, records, Objective(loss), truth)
 
 
 @pytest.mark.parametrize("normalize", ["token", "sequence"])

@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 
 import samestep
 from objectives import (
+    SPLITS,
     check_all_splits,
     check_wrong_is_caught,
     cut,
@@ -21,6 +22,7 @@ from objectives import (
     ragged_records,
     side_by_side,
 )
+from samestep.data.examples import Example
 from samestep.data.records import Records
 from samestep.engine.terms import Objective
 from samestep.engine.two_pass import TwoPass
@@ -30,9 +32,10 @@ from samestep.objectives.preference import DPO, ReferenceFree
 from samestep.objectives.units import PAIR_COUNTERS
 
 BETA, EPSILON = 0.3, 0.125
+FEW = [SPLITS[1], SPLITS[3]]
 LOSSES = (
     *("sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard"),
-    *("apo_zero", "apo_down", "discopop", "aot", "sft"),
+    *("apo_zero", "apo_down", "discopop", "aot", "aot_unpaired", "sft"),
 )
 
 
@@ -45,13 +48,20 @@ def reference() -> Any:
     return other
 
 
-def sides(model: Any, records: Records) -> tuple[Tensor, Tensor]:
+def sides(model: Any, records: Records, of: Any = log_probs) -> tuple[Tensor, Tensor]:
     """Log likelihoods of targets, chosen sequences first [2 x pairs, longest], and their mask."""
     sequences = list(records.sequences)
-    return side_by_side([log_probs(model, one) for one in sequences[::2] + sequences[1::2]])
+    return side_by_side([of(model, one) for one in sequences[::2] + sequences[1::2]])
 
 
-def of_trl(kinds: dict[str, float], policy: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
+def of_trl(
+    kinds: dict[str, float],
+    policy: Tensor,
+    ref: Tensor,
+    mask: Tensor,
+    collisions: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
     """What TRL's own `DPOTrainer._compute_loss` makes of these log likelihoods."""
     from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -60,48 +70,74 @@ def of_trl(kinds: dict[str, float], policy: Tensor, ref: Tensor, mask: Tensor) -
 
     def model(**_: Any) -> Any:
         like = torch.zeros_like(policy)
-        return SimpleNamespace(log_probs=policy, entropy=like, mean_logits=like, is_top1=mask)
+        return SimpleNamespace(
+            log_probs=policy,
+            log_sum_sq_probs=collisions,
+            entropy=like,
+            mean_logits=like,
+            is_top1=mask,
+        )
 
+    trained: Any = torch.nn.Module().eval()
+    trained.is_gradient_checkpointing = False
     fake = SimpleNamespace(
-        model=SimpleNamespace(training=False),
+        model=trained,
+        ref_model=lambda **_: SimpleNamespace(log_probs=ref),
         accelerator=SimpleNamespace(device="cpu", gather=gather, gather_for_metrics=gather),
-        args=SimpleNamespace(discopop_tau=0.05),
+        args=SimpleNamespace(discopop_tau=0.05, gradient_checkpointing_kwargs=None),
         _metrics=defaultdict(lambda: defaultdict(list)),
         _total_train_tokens=0,
         aux_loss_enabled=False,
-        ld_alpha=None,
-        precompute_ref_logps=True,
-        f_divergence_type="reverse_kl",
-        use_weighting=False,
+        precompute_ref_logps=False,
         beta=BETA,
-        label_smoothing=EPSILON,
         loss_types=list(kinds),
         loss_weights=list(kinds.values()),
+        **{
+            "ld_alpha": None,
+            "f_divergence_type": "reverse_kl",
+            "f_alpha_divergence_coef": 0.5,
+            "use_weighting": False,
+            "label_smoothing": EPSILON,
+            **options,
+        },
     )
     with_prompt = torch.cat([torch.zeros(len(mask), 1, dtype=torch.bool), mask], dim=1)
-    chosen, rejected = (ref * mask).sum(1).chunk(2)
     inputs = {
         "input_ids": torch.zeros_like(with_prompt, dtype=torch.long),
         "completion_mask": with_prompt.long(),
-        "ref_chosen_logps": chosen,
-        "ref_rejected_logps": rejected,
     }
     loss: Tensor = DPOTrainer._compute_loss(fake, model, inputs, return_outputs=False)
     return loss
 
 
-def trl_truth(records: Records, kinds: dict[str, float], other: Any) -> Callable[[Any], Tensor]:
+def collision_chances(model: Any, example: Example) -> Tensor:
+    """Log sum p² of the distribution of each target [targets], from whole logits."""
+    chosen = example.labels[1:] != -100
+    logits = model(input_ids=example.input_ids[None]).logits[0, :-1][chosen]
+    return logits.softmax(-1).square().sum(-1).log()
+
+
+def trl_truth(
+    records: Records,
+    kinds: dict[str, float],
+    other: Any,
+    *,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> Callable[[Any], Tensor]:
     def truth(model: Any) -> Tensor:
         policy, mask = sides(model, records)
         with torch.no_grad():
             ref, _ = sides(other, records)
-        return of_trl(kinds, policy, ref, mask)
+            chances, _ = sides(model, records, collision_chances)
+        return of_trl(kinds, policy.to(dtype), ref.to(dtype), mask, chances, **options)
 
     return truth
 
 
 def dpo(kinds: dict[str, float], other: Any, **options: Any) -> Objective:
-    loss = DPO(kinds, Reference(other), beta=BETA, label_smoothing=EPSILON, **options)
+    smoothing = options.pop("label_smoothing", EPSILON)
+    loss = DPO(kinds, Reference(other), beta=BETA, label_smoothing=smoothing, **options)
     return Objective(TwoPass(loss) if loss.coupled else loss, PAIR_COUNTERS)
 
 
@@ -118,6 +154,97 @@ def test_dpo_is_trls_under_every_split(name: str) -> None:
     bound = 1e-6 if name == "exo_pair" else 1e-12
     check_all_splits(model, records, dpo(kinds, other), truth, bound=bound)
     check_wrong_is_caught(model, records, dpo(kinds, other), truth)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "ours", "theirs"),
+    [
+        (["sigmoid_norm"], {}, {}),
+        (["sigmoid"], {"divergence": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
+        (["hinge"], {"divergence": "js_divergence"}, {"f_divergence_type": "js_divergence"}),
+        (["ipo"], {"divergence": "js_divergence"}, {"f_divergence_type": "js_divergence"}),
+        (["sigmoid", "sft"], {"tail_weight": 0.3}, {"ld_alpha": 0.3}),
+        (["ipo"], {"tail_weight": 0.0}, {"ld_alpha": 0.0}),
+        (["aot_unpaired", "aot"], {"tail_weight": 0.3}, {"ld_alpha": 0.3}),
+        (["apo_zero"], {"on_policy_weights": True}, {"use_weighting": True}),
+        (
+            ["sigmoid_norm"],
+            {"divergence": "js_divergence", "tail_weight": 0.5, "on_policy_weights": True},
+            {"f_divergence_type": "js_divergence", "ld_alpha": 0.5, "use_weighting": True},
+        ),
+    ],
+    ids=str,
+)
+def test_variants_are_trls_under_every_split(kinds: list[str], ours: Any, theirs: Any) -> None:
+    """TRL's "sigmoid" and "sigmoid_norm" know no label smoothing."""
+    model, other, records = build("llama"), reference(), ragged_records(7, width=2)
+    mixture = dict.fromkeys(kinds, 1.0)
+    truth = trl_truth(records, mixture, other, label_smoothing=0.0, **theirs)
+    objective = dpo(mixture, other, label_smoothing=0.0, **ours)
+    check_all_splits(model, records, objective, truth, splits=FEW)
+    check_wrong_is_caught(model, records, objective, truth)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.4, 1.0])
+def test_alpha_divergence_is_trls(coefficient: float) -> None:
+    """TRL has it in float32; exactly it is the derivative of the paper's f, taken here."""
+    model, other, records = build("llama"), reference(), ragged_records(7, width=2)
+    options = {"divergence": "alpha_divergence", "divergence_coefficient": coefficient}
+    objective = dpo({"sigmoid": 1.0}, other, label_smoothing=0.0, **options)
+    theirs = trl_truth(
+        *(records, {"sigmoid": 1.0}, other),
+        dtype=torch.float32,
+        label_smoothing=0.0,
+        f_divergence_type="alpha_divergence",
+        f_alpha_divergence_coef=coefficient,
+    )
+    check_all_splits(model, records, objective, theirs, bound=1e-4, splits=FEW[:1])
+    ours = divergence_truth(records, other, 1 - coefficient)
+    check_all_splits(model, records, objective, ours, splits=FEW)
+
+
+def divergence_truth(records: Records, other: Any, alpha: float) -> Callable[[Any], Tensor]:
+    """-log s(beta (f'(u_w) - f'(u_l))) with the f of the table of arXiv:2309.16240."""
+
+    def f(u: Tensor) -> Tensor:
+        if alpha == 0:
+            return u * u.log()
+        if alpha == 1:
+            return -u.log()
+        return (u ** (1 - alpha) - (1 - alpha) * u - alpha) / (alpha * (alpha - 1))
+
+    def truth(model: Any) -> Tensor:
+        policy, mask = sides(model, records)
+        with torch.no_grad():
+            ref, _ = sides(other, records)
+        ratios = ((policy - ref) * mask).sum(1).exp()
+        (slopes,) = torch.autograd.grad(f(ratios).sum(), ratios, create_graph=True)
+        chosen, rejected = slopes.chunk(2)
+        return -logsigmoid(BETA * (chosen - rejected)).mean()
+
+    return truth
+
+
+def test_weights_of_pairs_have_no_gradient_and_stand_beside_those_of_rows() -> None:
+    model, other = build("gpt2"), copy.deepcopy(build("gpt2"))
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(1.1)
+    records = ragged_records(7, width=2, weighted=True)
+
+    def truth(model: Any) -> Tensor:
+        policy, mask = sides(model, records)
+        with torch.no_grad():
+            ref, _ = sides(other, records)
+            chances, _ = sides(model, records, collision_chances)
+            each = (((policy - chances) * mask).sum(1) / mask.sum(1)).exp()
+        chosen, rejected = ((policy - ref) * mask).sum(1).chunk(2)
+        of_rows = torch.tensor([one.sequences[0].weight for one in records], dtype=ref.dtype)
+        weights = of_rows * each[: len(of_rows)] * each[len(of_rows) :]
+        return -(weights * logsigmoid(BETA * (chosen - rejected))).sum() / of_rows.sum()
+
+    objective = dpo({"sigmoid": 1.0}, other, label_smoothing=0.0, on_policy_weights=True)
+    terms = check_all_splits(model, records, objective, truth, splits=FEW)
+    assert 0 < terms["pair_weight"] < 1
 
 
 def sigmoid_truth(
@@ -177,9 +304,10 @@ def test_float32(kinds: dict[str, float]) -> None:
     assert max(worst(one, found[0]) for one in found[1:]) < 2e-6
 
 
-def test_aot_refuses_weights() -> None:
+@pytest.mark.parametrize("kind", ["aot", "aot_unpaired"])
+def test_aot_refuses_weights(kind: str) -> None:
     model, records = build("llama"), ragged_records(3, width=2, weighted=True)
-    loss = dpo({"aot": 1.0}, reference()).loss_fn
+    loss = dpo({kind: 1.0}, reference()).loss_fn
     with pytest.raises(ConfigError, match="aot compares sorted margins"):
         samestep.backward(model, cut(model, records, [3], "right"), loss, counters=PAIR_COUNTERS)
 

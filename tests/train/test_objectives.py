@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from samestep.errors import ConfigError
-from samestep.losses.preference import PairLoss
 from samestep.train.settings.base import finalize
-from samestep.train.settings.language import DPOLoss
 from samestep.train.settings.objectives import settings_class
 from samestep.train.trainer import train
 
@@ -211,8 +209,3 @@ def test_routers_of_a_dense_model_are_refused(tmp_path: Path) -> None:
 def test_settings_that_do_not_fit(objective: str, settings: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         finalize(settings_class(objective)(model="m", data="d", out="o", **settings))
-
-
-def test_the_settings_name_every_loss_of_pairs() -> None:
-    """They are spelled out twice, so that reading settings needs no PyTorch."""
-    assert set(get_args(DPOLoss)) == {*get_args(PairLoss), "aot", "sft"}

@@ -225,6 +225,8 @@ class Objective:
             such as the log probabilities of a reference model. None: nothing is added.
         after_step: Run on every rank after each step of training: (model, whether the weights
             moved). None: nothing is run.
+        state: Tensors by name that ``after_step`` changes in place and a resumed run needs;
+            checkpoints hold them, the same on every rank.
 
     Example:
         An objective of your own, as `samestep train` takes one:
@@ -247,3 +249,4 @@ class Objective:
     counters: Mapping[str, Counter] = field(default_factory=dict)
     annotate: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]] | None = None
     after_step: Callable[[Any, bool], None] | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)

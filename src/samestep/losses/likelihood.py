@@ -26,18 +26,37 @@ from samestep.losses.logits import (
 from samestep.utils.autocast import in_own_types, product_dtype
 
 
+class Extras(NamedTuple):
+    """What `Likelihoods` hold beside the likelihood, for some time and memory.
+
+    Attributes:
+        entropy_graph: The entropy has a graph.
+        collision: The chance of a collision is computed.
+    """
+
+    entropy_graph: bool = False
+    collision: bool = False
+
+
+NOTHING_ELSE = Extras()
+"""The likelihood, and what costs nothing beside it."""
+
+
 class Likelihoods(NamedTuple):
-    """The likelihood of each target and two statistics [targets], in reading order.
+    """The likelihood of each target and statistics [targets], in reading order.
 
     Attributes:
         nll: Negative log likelihood in nats, with a graph; float32, or float64.
         correct: Whether the target is the most likely token: 1 or 0, detached.
-        entropy: Entropy of the predicted distribution in nats, detached.
+        entropy: Entropy of the predicted distribution in nats; with a graph if that was asked for.
+        collision: Log of the chance that two draws of the predicted distribution are the same
+            token, log sum p², detached; 0 unless it was asked for.
     """
 
     nll: Tensor
     correct: Tensor
     entropy: Tensor
+    collision: Tensor
 
 
 def linear_likelihoods(
@@ -49,6 +68,7 @@ def linear_likelihoods(
     softcap: float | None = None,
     positions: Tensor | None = None,
     chunk: int | None = None,
+    extras: Extras = NOTHING_ELSE,
 ) -> Likelihoods:
     """Likelihoods of targets under ``softmax(hidden @ weight.T + bias)``.
 
@@ -60,6 +80,7 @@ def linear_likelihoods(
         softcap: As in `samestep.losses.logits.soft_cap`.
         positions: As in `samestep.losses.linear_cross_entropy.linear_cross_entropy`.
         chunk: Rows of logits held at once; None: as in `linear_cross_entropy`.
+        extras: What else is wanted.
 
     Returns:
         The likelihoods of the rows that are targets. Without any the vectors are empty and still
@@ -78,7 +99,12 @@ def linear_likelihoods(
             bias,
             classes,
             softcap,
-            chunk_rows(chunk, states, vocabulary=len(weight), copies=3 + (softcap is not None)),
+            chunk_rows(
+                *(chunk, states),
+                vocabulary=len(weight),
+                copies=3 + (softcap is not None) + extras.entropy_graph,
+            ),
+            extras,
         )
     )
 
@@ -93,21 +119,26 @@ class _LinearLikelihoods(torch.autograd.Function):
         targets: Tensor,
         softcap: float | None,
         chunk: int,
+        extras: Extras,
     ) -> tuple[Tensor, ...]:
-        """Nll, correct and entropy of each row [rows]."""
+        """The fields of `Likelihoods`, each [rows]."""
         dtype = accumulation_dtype(hidden.dtype)
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.softcap, ctx.chunk, ctx.dtype = softcap, chunk, dtype
+        ctx.softcap, ctx.chunk, ctx.dtype, ctx.extras = softcap, chunk, dtype, extras
         vectors = _chunked_likelihoods(
-            hidden, weight, bias=bias, targets=targets, softcap=softcap, chunk=chunk
+            hidden, weight, bias=bias, targets=targets, softcap=softcap, chunk=chunk, extras=extras
         )
-        results = tuple(vector.clone() for vector in vectors.unbind())
-        ctx.mark_non_differentiable(*results[1:])
-        return results
+        nll, correct, entropy, collision = (vector.clone() for vector in vectors.unbind())
+        ctx.mark_non_differentiable(
+            correct, collision, *(() if extras.entropy_graph else (entropy,))
+        )
+        return nll, correct, entropy, collision
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_nll: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_nll: Tensor, _: Tensor, grad_entropy: Tensor, __: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """(softmax - one-hot) times each row's incoming gradient, through the head."""
         hidden, weight, bias, targets = ctx.saved_tensors
         gradients = HeadGradients(
@@ -119,11 +150,12 @@ class _LinearLikelihoods(torch.autograd.Function):
             bias=bias,
             targets=targets,
             grad_nll=grad_nll,
+            grad_entropy=grad_entropy if ctx.extras.entropy_graph else None,
             softcap=ctx.softcap,
             chunk=ctx.chunk,
             gradients=gradients,
         )
-        return (*gradients.gradients(), None, None, None)
+        return (*gradients.gradients(), None, None, None, None)
 
 
 @in_own_types
@@ -135,14 +167,15 @@ def _chunked_likelihoods(
     targets: Tensor,
     softcap: float | None,
     chunk: int,
+    extras: Extras,
 ) -> Tensor:
-    """Nll, correct and entropy of each row [3, rows]."""
+    """The fields of `Likelihoods` [4, rows]."""
     dtype, weight = accumulation_dtype(hidden.dtype), weight.to(hidden.dtype)
-    chunks = [torch.empty(3, 0, dtype=dtype, device=hidden.device)]
+    chunks = [torch.empty(len(Likelihoods._fields), 0, dtype=dtype, device=hidden.device)]
     for start in range(0, len(hidden), chunk):
         rows = slice(start, start + chunk)
         logits = linear_logits(hidden[rows], weight, bias=bias, softcap=softcap, dtype=dtype)
-        chunks.append(torch.stack(_row_likelihoods(logits, targets[rows])))
+        chunks.append(torch.stack(_row_likelihoods(logits, targets[rows], extras)))
         del logits
     return torch.cat(chunks, dim=1)
 
@@ -155,19 +188,26 @@ def _add_gradients(
     bias: Tensor | None,
     targets: Tensor,
     grad_nll: Tensor,
+    grad_entropy: Tensor | None,
     softcap: float | None,
     chunk: int,
     gradients: HeadGradients,
 ) -> None:
-    """Add up the head's gradients, each row's times its ``grad_nll``."""
+    """Add up the head's gradients, each row's times its ``grad_nll``, and those of the entropy."""
     dtype = accumulation_dtype(hidden.dtype)
     for start in range(0, len(hidden), chunk):
         rows = slice(start, start + chunk)
         logits = linear_logits(hidden[rows], weight, bias=bias, softcap=softcap, dtype=dtype)
         grad_logits = logits.softmax(dim=-1)
+        of_entropy = None
+        if grad_entropy is not None:
+            of_entropy = _entropy_gradient(logits, grad_logits).mul_(grad_entropy[rows][:, None])
         classes = targets[rows][:, None]
         grad_logits.scatter_add_(1, classes, grad_logits.new_full(classes.shape, -1.0))
         grad_logits *= grad_nll[rows][:, None]
+        if of_entropy is not None:
+            grad_logits += of_entropy
+            del of_entropy
         if softcap is not None:
             grad_logits *= soft_cap_derivative(logits, softcap)
         del logits
@@ -175,8 +215,19 @@ def _add_gradients(
         del grad_logits  # before the next chunk's are made
 
 
+def _entropy_gradient(logits: Tensor, p: Tensor) -> Tensor:
+    """The derivative of each row's entropy at its logits: -p (log p + entropy)."""
+    surprise = logits.log_softmax(dim=-1).neg_()
+    entropy = (p * surprise).sum(dim=-1, keepdim=True)
+    return surprise.sub_(entropy).mul_(p)
+
+
 def logits_likelihoods(
-    logits: Tensor, targets: Tensor, *, positions: Tensor | None = None
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    positions: Tensor | None = None,
+    extras: Extras = NOTHING_ELSE,
 ) -> Likelihoods:
     """Likelihoods from given logits, by autograd.
 
@@ -184,12 +235,13 @@ def logits_likelihoods(
         logits: [..., vocabulary]; low precision is raised to float32.
         targets: Class of each row [...], int64; ``IGNORE`` rows count nothing.
         positions: As in `samestep.losses.linear_cross_entropy.linear_cross_entropy`.
+        extras: What else is wanted.
 
     Returns:
         The likelihoods of the rows that are targets.
     """
     rows, classes, _ = select_targets(logits, targets, positions=positions)
-    return _likelihoods_of_rows(rows, classes)
+    return _likelihoods_of_rows(rows, classes, extras)
 
 
 def module_likelihoods(
@@ -200,6 +252,7 @@ def module_likelihoods(
     softcap: float | None = None,
     positions: Tensor | None = None,
     chunk: int | None = None,
+    extras: Extras = NOTHING_ELSE,
 ) -> Likelihoods:
     """Likelihoods through any head, such as one wrapped by LoRA, in chunks of targets.
 
@@ -210,13 +263,14 @@ def module_likelihoods(
         softcap: As in `linear_likelihoods`.
         positions: As in `samestep.losses.linear_cross_entropy.linear_cross_entropy`.
         chunk: Rows of logits held at once; None: as in `linear_cross_entropy`.
+        extras: What else is wanted.
 
     Returns:
         The likelihoods of the rows that are targets.
     """
 
     def chunk_likelihoods(states: Tensor, classes: Tensor) -> Likelihoods:
-        return _likelihoods_of_rows(soft_cap(head(states), softcap), classes)
+        return _likelihoods_of_rows(soft_cap(head(states), softcap), classes, extras)
 
     states, classes, _ = select_targets(hidden, targets, positions=positions)
     chunks = map_chunks(
@@ -226,15 +280,21 @@ def module_likelihoods(
 
 
 @in_own_types
-def _likelihoods_of_rows(logits: Tensor, targets: Tensor) -> Likelihoods:
-    return Likelihoods(*_row_likelihoods(at_least_float32(logits), targets))
+def _likelihoods_of_rows(logits: Tensor, targets: Tensor, extras: Extras) -> Likelihoods:
+    return Likelihoods(*_row_likelihoods(at_least_float32(logits), targets, extras))
 
 
-def _row_likelihoods(logits: Tensor, targets: Tensor) -> list[Tensor]:
-    """Nll, correct and entropy of each row."""
+def _row_likelihoods(logits: Tensor, targets: Tensor, extras: Extras) -> list[Tensor]:
+    """The fields of `Likelihoods` of each row."""
     log_softmax = logits.log_softmax(dim=-1)
     nll = -log_softmax.gather(1, targets[:, None]).squeeze(1)
+    if extras.entropy_graph:
+        entropy = -(log_softmax.exp() * log_softmax).sum(dim=-1)
     with torch.no_grad():
+        if not extras.entropy_graph:
+            entropy = -log_softmax.exp().mul_(log_softmax).sum(dim=-1)
         correct = (logits.argmax(dim=-1) == targets).to(nll)
-        entropy = -log_softmax.exp().mul_(log_softmax).sum(dim=-1)
-    return [nll, correct, entropy]
+        collision = torch.zeros_like(nll)
+        if extras.collision:
+            collision = (2 * log_softmax).logsumexp(dim=-1)
+    return [nll, correct, entropy, collision]

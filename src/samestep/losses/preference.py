@@ -1,10 +1,11 @@
-"""Losses on completions: preferences (one number a pair) and policy gradients (one a token).
+"""Losses of preferences between completions, one number a pair, and of tokens by their chance.
 
 All take log ratios r = log p(y) - log p_reference(y) of the chosen (w) and the rejected (l)
 completion; d = r_w - r_l. They return a loss for each pair [pairs] and never divide by a count.
 Where a completion's log likelihood is divided by its length, r is that mean already.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -13,20 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-PairLoss = Literal[
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "robust",
-    "exo_pair",
-    "nca_pair",
-    "bco_pair",
-    "sppo_hard",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-]
-"""Losses of a pair by itself."""
+from samestep.losses.names import FDivergence, PairLoss
 
 
 @dataclass(frozen=True)
@@ -59,6 +47,7 @@ def pair_loss(
 
     - "sigmoid": DPO, -log s(beta d), arXiv:2305.18290; with smoothing e cDPO:
       -(1 - e) log s(beta d) - e log s(-beta d).
+    - "sigmoid_norm": the same of length-normalised ratios, arXiv:2411.15124.
     - "hinge": SLiC, max(0, 1 - beta d), arXiv:2309.06657.
     - "ipo": (d - 1 / (2 beta))², arXiv:2310.12036 eq. 17, of length-normalised ratios.
     - "robust": (-(1 - e) log s(beta d) + e log s(-beta d)) / (1 - 2e), arXiv:2403.00409.
@@ -85,23 +74,54 @@ def pair_loss(
 
 
 def sorted_loss(
-    policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 0.0
+    first: Tensor, second: Tensor, *, beta: float, label_smoothing: float = 0.0
 ) -> Tensor:
-    """AOT, arXiv:2406.05882: a logistic loss between the sorted margins of all pairs.
+    """AOT, arXiv:2406.05882: a logistic loss between two sorted lists of all pairs.
 
-    -log s(beta (sort(m) - sort(m_reference))), m = log p(y_w) - log p(y_l). Sorting couples all
-    pairs of a batch: this is a function of the whole batch, not a sum over its parts.
+    -log s(beta (sort(first) - sort(second))). "aot" (paired): margins log p(y_w) - log p(y_l) of
+    the policy and of the reference. "aot_unpaired": log ratios of the chosen and of the rejected.
+    Sorting couples all pairs of a batch: this is a function of the whole batch, not a sum over its
+    parts.
 
     Args:
-        policy: m of every pair [pairs].
-        reference: m_reference of every pair [pairs].
+        first: What is to be the larger [pairs].
+        second: What it is compared with [pairs].
         beta: Strength of the reference.
         label_smoothing: As for `pair_loss`.
 
     Returns:
         [pairs], in sorted order.
     """
-    return _smoothed(beta * (policy.sort().values - reference.sort().values), label_smoothing)
+    return _smoothed(beta * (first.sort().values - second.sort().values), label_smoothing)
+
+
+def divergence_scores(log_ratios: Tensor, kind: FDivergence, *, coefficient: float = 0.5) -> Tensor:
+    """What takes the place of r where an f-divergence holds the policy: f'(u), u = exp(r).
+
+    f-DPO, arXiv:2309.16240: the KL of policy to reference is one of several f-divergences; a reward
+    is beta f'(u) plus a constant of the prompt, which falls out of differences.
+
+    - "reverse_kl": r, which is DPO.
+    - "forward_kl": 1 - 1 / u.
+    - "js_divergence" (Jensen-Shannon): log(2 u / (1 + u)).
+    - "alpha_divergence": (u^(a - 1) - 1) / (a - 1), as in TRL; the paper's alpha is 1 - a. a = 1 is
+      "reverse_kl", a = 0 "forward_kl".
+
+    Args:
+        log_ratios: r [any].
+        kind: Which divergence.
+        coefficient: a, for "alpha_divergence".
+
+    Returns:
+        [any]; not finite where u^-1 is too large for the type.
+    """
+    if kind == "forward_kl":
+        return -torch.expm1(-log_ratios)
+    if kind == "js_divergence":
+        return math.log(2) + logsigmoid(log_ratios)
+    if kind == "alpha_divergence" and coefficient != 1:
+        return torch.expm1((coefficient - 1) * log_ratios) / (coefficient - 1)
+    return log_ratios
 
 
 def reference_free_loss(
@@ -235,6 +255,7 @@ class _Options(NamedTuple):
 
 _LOSSES: dict[PairLoss, Callable[[LogRatios, _Options], Tensor]] = {
     "sigmoid": lambda r, o: _smoothed(o.beta * r.difference, o.label_smoothing),
+    "sigmoid_norm": lambda r, o: _smoothed(o.beta * r.difference, o.label_smoothing),
     "hinge": lambda r, o: torch.relu(1 - o.beta * r.difference),
     "ipo": lambda r, o: (r.difference - 1 / (2 * o.beta)).square(),
     "robust": lambda r, o: _robust(o.beta * r.difference, o.label_smoothing),
@@ -250,54 +271,6 @@ _LOSSES: dict[PairLoss, Callable[[LogRatios, _Options], Tensor]] = {
 }
 
 assert set(_LOSSES) == set(get_args(PairLoss))
-
-
-class ClipRange(NamedTuple):
-    """How far the ratio of new to old policy may go from 1 before its gradient is cut off.
-
-    Attributes:
-        low: The ratio is clipped below 1 - low.
-        high: The ratio is clipped above 1 + high.
-    """
-
-    low: float = 0.2
-    high: float = 0.2
-
-
-def clipped_losses(
-    log_ratio: Tensor, advantages: Tensor, *, clip: ClipRange
-) -> tuple[Tensor, Tensor]:
-    """PPO's surrogate, arXiv:1707.06347 eq. 7: -min(q A, clip(q, 1 - low, 1 + high) A).
-
-    Args:
-        log_ratio: log q = log p - log p_old, of tokens or of sequences [any].
-        advantages: A [any].
-        clip: The range of the ratio.
-
-    Returns:
-        Losses [any], and whether the clipped term was the minimum [any]: 1 or 0, detached.
-    """
-    ratio = log_ratio.exp()
-    surrogate = ratio * advantages
-    clipped = ratio.clamp(1 - clip.low, 1 + clip.high) * advantages
-    losses = -torch.minimum(surrogate, clipped)
-    return losses, (clipped < surrogate).to(losses).detach()
-
-
-def kl_estimates(log_p: Tensor, log_p_reference: Tensor) -> Tensor:
-    """KL of policy to reference at sampled tokens, never below 0 ("k3"): exp(d) - d - 1.
-
-    http://joschu.net/blog/kl-approx.html, with d = log p_reference - log p.
-
-    Args:
-        log_p: Log probabilities of the tokens under the policy [any].
-        log_p_reference: Those under the reference [any].
-
-    Returns:
-        [any].
-    """
-    difference = log_p_reference - log_p
-    return difference.exp() - difference - 1
 
 
 def dft_losses(nll: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from samestep.engine.targets import shifted_targets, target_positions
 from samestep.errors import ConfigError
 from samestep.losses.cross_entropy import logits_cross_entropy, module_cross_entropy
 from samestep.losses.likelihood import (
+    NOTHING_ELSE,
+    Extras,
     Likelihoods,
     linear_likelihoods,
     logits_likelihoods,
@@ -101,25 +103,27 @@ class HiddenStates:
             return states
         return soft_cap(self.head(_scaled(states, self.rule)), self.rule.softcap)
 
-    def likelihoods(self, targets: Tensor, positions: Tensor) -> Likelihoods:
+    def likelihoods(
+        self, targets: Tensor, positions: Tensor, *, extras: Extras = NOTHING_ELSE
+    ) -> Likelihoods:
         """The likelihood of each target by itself.
 
         Args:
             targets: [rows, length], int64; ``IGNORE`` where there is none.
             positions: Of the targets in the flattened rows [targets], int64.
+            extras: What else is wanted.
 
         Returns:
             Vectors [targets], in reading order.
         """
+        options: dict[str, Any] = {"positions": positions, "extras": extras}
         if self.rule is None:
-            return logits_likelihoods(self.states, targets, positions=positions)
-        hidden, softcap = _scaled(self.states, self.rule), self.rule.softcap
+            return logits_likelihoods(self.states, targets, **options)
+        hidden, options["softcap"] = _scaled(self.states, self.rule), self.rule.softcap
         if type(self.head) is nn.Linear:
-            weight, bias = self.head.weight, self.head.bias
-            return linear_likelihoods(
-                hidden, weight, targets, bias=bias, softcap=softcap, positions=positions
-            )
-        return module_likelihoods(self.head, hidden, targets, softcap=softcap, positions=positions)
+            weight, options["bias"] = self.head.weight, self.head.bias
+            return linear_likelihoods(hidden, weight, targets, **options)
+        return module_likelihoods(self.head, hidden, targets, **options)
 
 
 def _scaled(states: Tensor, rule: LogitRule) -> Tensor:
@@ -175,12 +179,15 @@ class UpToHead:
         outputs = model(**inputs)
         return HiddenStates(head, outputs.logits, None, outputs)
 
-    def target_likelihoods(self, model: nn.Module, micro_batch: Mapping[str, Any]) -> Likelihoods:
+    def target_likelihoods(
+        self, model: nn.Module, micro_batch: Mapping[str, Any], *, extras: Extras = NOTHING_ELSE
+    ) -> Likelihoods:
         """Run a model and take the likelihood of each target by itself.
 
         Args:
             model: As for a call.
             micro_batch: As for a call, with ``labels`` [rows, length].
+            extras: What else is wanted.
 
         Returns:
             Vectors [targets], in reading order.
@@ -190,7 +197,7 @@ class UpToHead:
         """
         positions = target_positions(micro_batch)
         states = self(model, micro_batch, positions=positions)
-        return states.likelihoods(shifted_targets(micro_batch), positions)
+        return states.likelihoods(shifted_targets(micro_batch), positions, extras=extras)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from transformers import (
 
 from samestep.errors import ConfigError
 from samestep.models.files import check_complete, check_finite, check_parts, check_safetensors
+from samestep.models.lora import num_embeddings
 from samestep.utils.cached_folders import cached_folder
 from samestep.utils.extras import MissingExtraError, missing_text
 from samestep.utils.files import cache_folder, sha256_of, user_path
@@ -335,7 +336,7 @@ def check_token_range(model: Any, data: Mapping[str, Any]) -> None:
     """
     config = model.config.get_text_config()
     positions = config.to_dict().get("max_position_embeddings")
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = num_embeddings(model)
     problems = []
     for name, records in data.items():
         longest, highest = records.longest_sequence(), records.highest_id()

@@ -1,7 +1,9 @@
 """LoRA adapters, by PEFT."""
 
+import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,31 @@ _TASK_HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_output
 """Heads by PEFT's task type. PEFT trains them entirely; given adapters as well, it would fail."""
 
 
+_MARKS = frozenset(r"\^$*+?{}[]()|")
+"""Characters that a regular expression has, and the name of a module has not."""
+
+
+@dataclass(frozen=True)
+class LoraVariant:
+    """What is done otherwise than in LoRA as its paper has it; each is PEFT's.
+
+    Attributes:
+        rslora: Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA, arXiv:2312.03732).
+        dora: Learn the length of each weight's columns apart from their direction (DoRA,
+            arXiv:2402.09353).
+        modules_to_save: Names of modules that train entirely, and are saved beside the adapters.
+        tokens: Ids of tokens whose embeddings train.
+        parameters: Names of parameters that get an adapter, such as the stacked weights of experts,
+            which are no modules.
+    """
+
+    rslora: bool = False
+    dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+    parameters: tuple[str, ...] = ()
+
+
 def add_lora(
     model: Any,
     rank: int,
@@ -22,6 +49,7 @@ def add_lora(
     targets: Sequence[str],
     seed: int,
     task: str = "CAUSAL_LM",
+    variant: LoraVariant | None = None,
 ) -> Any:
     """Add LoRA adapters (arXiv:2106.09685) to a model; only they train, and a classifier's head.
 
@@ -30,21 +58,24 @@ def add_lora(
         rank: Of the adapters.
         alpha: The adapters' output is scaled by alpha / rank.
         dropout: Probability of dropout before the adapters.
-        targets: Names of the modules that get an adapter; ("all-linear",) means every linear layer
-            but the head.
+        targets: Names of the modules that get an adapter, or regular expressions of which one is
+            the whole of a name; ("all-linear",) means every linear layer but the head.
         seed: Of the adapters' random weights.
         task: PEFT's task type; the heads of classifiers train too.
+        variant: What is done otherwise.
 
     Returns:
         A PEFT model around it.
 
     Raises:
-        ConfigError: No module has such a name.
+        ConfigError: No module has such a name, or no token such an id.
     """
     from peft import LoraConfig, get_peft_model  # heavy, and needed for adapters alone
 
     torch.manual_seed(seed)
-    everywhere = "all-linear" if tuple(targets) == ("all-linear",) else None
+    variant = variant or LoraVariant()
+    _check_variant(model, variant)
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
     try:
         with warnings.catch_warnings():
             # PEFT asks for it by its former name.
@@ -55,13 +86,73 @@ def add_lora(
                     r=rank,
                     lora_alpha=alpha,
                     lora_dropout=dropout,
-                    target_modules=everywhere or list(targets),
+                    target_modules=_target_modules(targets),
                     exclude_modules=_TASK_HEADS.get(task),
                     task_type=task,
+                    use_rslora=variant.rslora,
+                    use_dora=variant.dora,
+                    modules_to_save=list(variant.modules_to_save) or None,
+                    trainable_token_indices=sorted(set(variant.tokens)) or None,
+                    target_parameters=list(variant.parameters) or None,
+                    # An embedding that trains entirely stays one with the head.
+                    ensure_weight_tying=tied and bool(variant.modules_to_save),
                 ),
             )
     except ValueError as error:
         raise ConfigError(f"lora_targets: {error}") from error
+
+
+def _target_modules(targets: Sequence[str]) -> str | list[str]:
+    """PEFT's ``target_modules``: names, or one regular expression for all if there is any."""
+    if tuple(targets) == ("all-linear",):
+        return "all-linear"
+    if not any(_MARKS & set(target) for target in targets):
+        return list(targets)
+    patterns = [
+        target if _MARKS & set(target) else rf"(?:.*\.)?{re.escape(target)}" for target in targets
+    ]
+    return "|".join(f"(?:{pattern})" for pattern in patterns)
+
+
+def _check_variant(model: Any, variant: LoraVariant) -> None:
+    """Refuse names of modules and parameters that are not there, and tokens beyond the vocabulary.
+
+    PEFT leaves such names out in silence.
+    """
+    named = {
+        "modules_to_save": (variant.modules_to_save, [name for name, _ in model.named_modules()]),
+        "target_parameters": (variant.parameters, [name for name, _ in model.named_parameters()]),
+    }
+    problems = [
+        f"{setting}: nothing is called {name!r} (names are such as "
+        f"{', '.join(known[1 :: max(1, len(known) // 6)])})"
+        for setting, (wanted, known) in named.items()
+        for name in wanted
+        if not any(f".{each}".endswith(f".{name}") for each in known)
+    ]
+    size = num_embeddings(model) if variant.tokens else 0
+    beyond = sorted(token for token in variant.tokens if not 0 <= token < size)
+    if beyond:
+        problems.append(
+            f"trainable_token_indices: {', '.join(map(str, beyond))}: the model has {size} "
+            f"embeddings, 0 to {size - 1}"
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def num_embeddings(model: Any) -> int:
+    """The number of input embeddings of a model, also where adapters have wrapped them.
+
+    Args:
+        model: A model of transformers, plain or wrapped by PEFT.
+
+    Returns:
+        How many tokens it can read.
+    """
+    embeddings = model.get_input_embeddings()
+    inner = getattr(embeddings, "original_module", embeddings)
+    return int(inner.num_embeddings)
 
 
 def unwrap_peft(model: nn.Module) -> Any:

@@ -14,6 +14,7 @@ from samestep.errors import ConfigError
 from samestep.kernels import packed_attention
 from samestep.models import lm_head
 from samestep.models.dropout import ExampleDropout
+from samestep.models.lora import num_embeddings
 from samestep.models.outputs import model_inputs
 from samestep.models.routers import routers
 from samestep.utils.agreement import compare_ways
@@ -74,7 +75,7 @@ def choose_padding(
 
 @torch.no_grad()
 def _why_not(model: Any, padding: Padding, plain: str, outputs: Outputs) -> str | None:
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = num_embeddings(model)
     lengths = 3, _beyond_the_window(model)
     sequences = [(torch.arange(length) * 7 + 3) % vocabulary for length in lengths]
     micro = collate_examples([Example(ids, ids) for ids in sequences], padding=padding)
@@ -187,7 +188,7 @@ def _last_layer(model: Any) -> nn.Module | None:
 
 @torch.no_grad()
 def _agrees(model: Any, padding: Padding) -> bool:
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = num_embeddings(model)
     sequences = [torch.tensor(ids) % vocabulary for ids in ([3, 1, 4, 1], [1, 5, 9, 2, 6])]
     examples = [Example(ids, ids.where(torch.arange(len(ids)) > 2, -100)) for ids in sequences]
     micro = to_device(collate_examples(examples, padding=padding), model.device)

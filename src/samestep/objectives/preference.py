@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from samestep.engine.terms import Counter, Coupled, Term
 from samestep.errors import ConfigError
 from samestep.losses.logits import at_least_float32
+from samestep.losses.names import MEANS_OVER_TOKENS, FDivergence, SortedLoss
 from samestep.losses.preference import (
     LogRatios,
+    divergence_scores,
     odds_ratio_loss,
     pair_loss,
     reference_free_loss,
@@ -20,30 +22,40 @@ from samestep.losses.preference import (
 )
 from samestep.models.lm_head import UpToHead
 from samestep.models.outputs import sequence_logits
-from samestep.objectives.log_probs import Reference, SequenceLogProbs, sequence_log_probs
+from samestep.objectives.log_probs import (
+    Reference,
+    SequenceLogProbs,
+    sequence_log_probs,
+    shared_length_weights,
+)
 from samestep.objectives.units import PAIR_COUNTERS, pair_weights
-
-_LENGTH_NORMALIZED = ("ipo",)
-"""Losses whose ratios are means over tokens by definition."""
 
 
 @dataclass(frozen=True)
 class DPO:
     """Direct preference optimisation with any mixture of losses.
 
-    Terms: one for each loss ("sigmoid", ...) in the unit "pair" ("sft": "chosen token"; "aot"
-    couples the batch), and the metrics "margin", "accuracy", "reward_chosen", "reward_rejected"
-    (beta times the log ratios), "token_accuracy".
+    Terms: one for each loss ("sigmoid", ...) in the unit "pair" ("sft": "chosen token"; "aot" and
+    "aot_unpaired" couple the batch), and the metrics "margin", "accuracy", "reward_chosen",
+    "reward_rejected" (beta times the log ratios), "token_accuracy", and "pair_weight" where pairs
+    are weighed.
 
     Attributes:
-        losses: Weight of each loss: those of `samestep.losses.preference.PairLoss`, "aot" and
-            "sft".
+        losses: Weight of each loss: those of `samestep.losses.names.DPOLoss`.
         reference: Where log ratios are taken to; None: from the fields "ref_chosen_logps" and
             "ref_rejected_logps" of the micro-batch.
         beta: Strength of the reference.
         label_smoothing: Share of labels that are taken to be wrong.
-        length_normalize: Divide log-probabilities by the number of targets ("ipo" always does).
+        length_normalize: Divide log-probabilities by the number of targets ("ipo" and
+            "sigmoid_norm" always do).
         tau: Temperature of "discopop".
+        divergence: What holds the policy near to the reference, see
+            `samestep.losses.preference.divergence_scores`.
+        divergence_coefficient: Of "alpha_divergence".
+        tail_weight: LD-DPO's alpha: the weight of targets beyond the number that both sides have,
+            in the log-probabilities of both models (`shared_length_weights`).
+        on_policy_weights: WPO, arXiv:2406.11827: a pair weighs the product of its sides' chances
+            exp(mean over targets of log p - log sum p²), without a gradient. "sft" does not.
 
     Examples:
         >>> import copy
@@ -70,13 +82,17 @@ class DPO:
     label_smoothing: float = 0.0
     length_normalize: bool = False
     tau: float = 0.05
+    divergence: FDivergence = "reverse_kl"
+    divergence_coefficient: float = 0.5
+    tail_weight: float = 1.0
+    on_policy_weights: bool = False
     up_to_head: UpToHead = field(default_factory=UpToHead, repr=False, compare=False)
     counters: ClassVar[Mapping[str, Counter]] = PAIR_COUNTERS
 
     @property
     def coupled(self) -> bool:
         """Whether it needs `samestep.TwoPass`."""
-        return "aot" in self.losses
+        return not self.losses.keys().isdisjoint(get_args(SortedLoss))
 
     def __call__(
         self, model: nn.Module, micro_batch: Mapping[str, Any]
@@ -84,23 +100,38 @@ class DPO:
         """Sums over the pairs of one micro-batch of `samestep.data.collate.collate_records`.
 
         Raises:
-            ConfigError: "aot" is among the losses, and the examples have weights.
+            ConfigError: "aot" or "aot_unpaired" is among the losses, and the examples have weights.
         """
         if self.coupled and micro_batch.get("example_weights") is not None:
             raise ConfigError(
-                "aot compares sorted margins, where a pair's weight has no meaning: leave the "
-                "weights of the rows out, or choose another loss"
+                "aot compares sorted margins, aot_unpaired sorted ratios: a pair's weight has no "
+                "meaning there. Leave the weights of the rows out, or choose another loss"
             )
-        policy = sequence_log_probs(model, micro_batch, up_to_head=self.up_to_head)
+        policy = sequence_log_probs(
+            model,
+            micro_batch,
+            up_to_head=self.up_to_head,
+            weights=self._target_weights(micro_batch),
+            collision=self.on_policy_weights,
+        )
         reference = self.reference_log_p(model, micro_batch).to(policy.log_p)
         weights = pair_weights(micro_batch).to(policy.log_p)
-        terms: dict[str, Term | Coupled] = {
-            kind: self._term(kind, weight, policy=policy, reference=reference, weights=weights)
-            for kind, weight in self.losses.items()
-        }
-        ratios = (policy.log_p - reference).detach()
+        metrics: dict[str, Tensor] = {}
+        of_losses = weights
+        if self.on_policy_weights:
+            chances = (policy.on_policy / policy.targets.to(policy.on_policy)).exp()
+            metrics["pair_weight"] = _chosen(chances) * _rejected(chances)
+            of_losses = weights * metrics["pair_weight"]
+        terms: dict[str, Term | Coupled] = {}
+        for kind, weight in self.losses.items():
+            if kind == "sft":
+                total = -(weights * _chosen(policy.log_p)).sum()
+                terms[kind] = Term(total, "chosen token", weight)
+            else:
+                terms[kind] = self._term(kind, weight, policy, reference, weights=of_losses)
+        ratios = (policy.weighted_log_p - reference).detach()
         margins = _margins(ratios)
-        metrics = {
+        metrics |= {
             "margin": self.beta * margins,
             "accuracy": (margins > 0).to(weights),
             "reward_chosen": self.beta * _chosen(ratios),
@@ -124,31 +155,42 @@ class DPO:
             [2 x pairs], chosen and rejected in turn, without a graph.
         """
         if self.reference is not None:
-            return self.reference.log_p(model, micro_batch, up_to_head=self.up_to_head)
+            weights = self._target_weights(micro_batch)
+            return self.reference.log_p(
+                model, micro_batch, up_to_head=self.up_to_head, weights=weights
+            )
         fields = micro_batch["fields"]
         both = [fields["ref_chosen_logps"], fields["ref_rejected_logps"]]
         return torch.stack(both, dim=1).flatten()
+
+    def _target_weights(self, micro_batch: Mapping[str, Any]) -> Tensor | None:
+        return (
+            None if self.tail_weight == 1 else shared_length_weights(micro_batch, self.tail_weight)
+        )
 
     def _term(
         self,
         kind: str,
         weight: float,
-        *,
         policy: SequenceLogProbs,
         reference: Tensor,
+        *,
         weights: Tensor,
     ) -> Term | Coupled:
         """One of the losses; ``weights`` [pairs] are the pairs', ``weight`` the term's."""
-        if kind == "sft":
-            total = -(weights * _chosen(policy.log_p)).sum()
-            return Term(total, "chosen token", weight)
         ones = torch.ones_like(policy.targets)
-        normalize = self.length_normalize or kind in _LENGTH_NORMALIZED
+        normalize = self.length_normalize or kind in MEANS_OVER_TOKENS
         length = (policy.targets if normalize else ones).to(policy.log_p)
+        log_p = policy.weighted_log_p
         if kind == "aot":
-            margins = [_margins(log_p / length) for log_p in (policy.log_p, reference)]
+            margins = [_margins(each / length) for each in (log_p, reference)]
             return Coupled(torch.stack(margins, dim=1), self._sorted_loss, "rows", weight)
-        ratios = (policy.log_p - reference) / length
+        ratios = log_p - reference
+        if kind == "aot_unpaired":
+            # The two columns [pairs, 2] are the chosen and the rejected.
+            return Coupled((ratios / length).view(-1, 2), self._sorted_loss, "rows", weight)
+        ratios = divergence_scores(ratios, self.divergence, coefficient=self.divergence_coefficient)
+        ratios = ratios / length
         losses = pair_loss(
             kind,  # type: ignore[arg-type]
             LogRatios(_chosen(ratios), _rejected(ratios)),
@@ -158,10 +200,10 @@ class DPO:
         )
         return Term((weights * losses).sum(), "pair", weight)
 
-    def _sorted_loss(self, margins: Tensor) -> Tensor:
-        """The mean "aot" loss of margins [pairs, 2], the policy's and the reference's."""
+    def _sorted_loss(self, columns: Tensor) -> Tensor:
+        """The mean loss between two columns [pairs, 2], each sorted by itself."""
         losses = sorted_loss(
-            margins[:, 0], margins[:, 1], beta=self.beta, label_smoothing=self.label_smoothing
+            columns[:, 0], columns[:, 1], beta=self.beta, label_smoothing=self.label_smoothing
         )
         return losses.mean()
 

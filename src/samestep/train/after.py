@@ -26,6 +26,7 @@ from samestep.train.launch import process_group
 from samestep.train.micro_batches import MicroBatches
 from samestep.train.model_folder import save_model
 from samestep.train.precision import find_device
+from samestep.train.settings.adapters import ADAPTERS
 from samestep.train.settings.base import TrainSettings, finalize, with_current_names
 from samestep.train.settings.objectives import settings_class
 from samestep.train.setup import set_up
@@ -132,8 +133,7 @@ def settings_to_evaluate(options: EvalArguments) -> TrainSettings:
     kind = settings_class(str(saved["objective"]))
     fields = {name: value for name, value in saved.items() if name not in _OF_TRAINING}
     if not (folder / "adapter_config.json").is_file():
-        adapters = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge", "init")
-        fields = {name: value for name, value in fields.items() if name not in adapters}
+        fields = {name: fields[name] for name in fields if name not in {*ADAPTERS, "init"}}
         if "reference_model" in fields and fields["reference_model"] is None:
             fields["reference_model"] = saved["model"]
         fields |= {"model": str(folder), "tokenizer": None}

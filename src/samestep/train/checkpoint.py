@@ -65,6 +65,7 @@ def save(
     keep: int,
     origin: Mapping[str, Any] | None = None,
     average: Mapping[str, Tensor] | None = None,
+    objective: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint, each rank its part, then delete all but the newest ``keep`` and the best.
 
@@ -79,6 +80,7 @@ def save(
         origin: What the run depends on and the checkpoint does not hold;
             `samestep.train.checkpoint_files.read_origin` gives it.
         average: The moving average of weights by name, if there is one.
+        objective: The state of the objective by name, if it has one.
 
     Returns:
         The checkpoint's folder.
@@ -92,7 +94,7 @@ def save(
     _check_finite(model, progress.step)
     tensors, values = _flatten(optimizer.state_dict())
     tensors |= {f"model.{name}": tensor for name, tensor in _trained(model).items()}
-    tensors |= {f"average.{name}": tensor for name, tensor in (average or {}).items()}
+    tensors |= _beside(average, objective)
     state: dict[str, Any] = {
         "format": FORMAT,
         "progress": asdict(progress),
@@ -179,6 +181,7 @@ def load(
     *,
     optimizer: Optimizer,
     average: Mapping[str, Tensor] | None = None,
+    objective: Mapping[str, Tensor] | None = None,
 ) -> Progress:
     """Put a checkpoint's weights and optimizer state in place, on any number of ranks.
 
@@ -187,6 +190,7 @@ def load(
         model: Built as when it was saved; replicated or sharded.
         optimizer: Built as when it was saved.
         average: Takes the moving average, if the run has one.
+        objective: Takes the state of the objective, if it has one.
 
     Returns:
         How far the run was.
@@ -206,7 +210,7 @@ def load(
         shapes = {name: meta.size for name, meta in kept.items() if name.startswith("model.")}
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
             raise CheckpointError(f"{checkpoint} was saved from another model than this one")
-        tensors |= {f"average.{name}": tensor for name, tensor in (average or {}).items()}
+        tensors |= _beside(average, objective)
         moments = _places(kept, optimizer)
         with _no_warning_of_one_process():
             state_dict_loader.load(
@@ -319,6 +323,18 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     kept = model.state_dict().keys()
     weights = {n: weight.data for n, weight in model.named_parameters() if weight.requires_grad}
     return weights | {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def _beside(
+    average: Mapping[str, Tensor] | None, objective: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """What a checkpoint holds beside the weights and the optimizer's state."""
+    parts = {"average": average or {}, "objective": objective or {}}
+    return {
+        f"{part}.{name}": tensor
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,6 +14,7 @@ from samestep.engine.terms import Objective
 from samestep.errors import ConfigError, OutOfMemoryError
 from samestep.models.compiled import compilable_layers, compile_layers, run_eagerly
 from samestep.models.dropout import key_dropout
+from samestep.models.lora import num_embeddings
 from samestep.train.micro_tokens import CutFirstStep, measured_costs
 from samestep.train.precision import products
 from samestep.train.recipes.base import Recipe
@@ -131,7 +132,7 @@ def _compared(
 
 def _probe(model: Any, *, padding: Padding) -> dict[str, Any]:
     """Two short sequences, as a micro-batch whose dropout is keyed."""
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = num_embeddings(model)
     sequences = [(torch.arange(length) * 7 + 3) % vocabulary for length in (5, 3)]
     examples = [Example(ids, ids) for ids in sequences]
     micro = to_device(collate_examples(examples, padding=padding), model.device)

@@ -31,11 +31,15 @@ class OptimizerSettings(Protocol):
     lr_by_name: dict[str, float]
     weight_decay: float
     weight_decay_by_name: dict[str, float]
+    loraplus_lr_ratio: float | None
     schedule: str
     warmup: float
     cooldown: float
     min_lr_ratio: float
 
+
+_LORA_B = re.compile(r"\blora_(embedding_)?B\b")
+"""In the names of adapters' second matrices, which LoRA+ (arXiv:2402.12354) lets learn faster."""
 
 OPTIONS = ("betas", "eps", "momentum")
 """Settings that are keyword arguments of optimizers; None: an optimizer's own default."""
@@ -196,6 +200,8 @@ def build_optimizer(model: "nn.Module", settings: OptimizerSettings) -> "Optimiz
             decay = 0.0 if vectors else settings.weight_decay
             decay = _by_name(settings.weight_decay_by_name, name, decay)
             scale = _by_name(settings.lr_by_name, name, settings.lr) / settings.lr
+            if settings.loraplus_lr_ratio is not None and _LORA_B.search(name):
+                scale *= settings.loraplus_lr_ratio
             kind = {"lr_scale": scale} if scale != 1 else {}
             if settings.optimizer == "muon":
                 kind["hidden"] = id(weight) in hidden

@@ -96,7 +96,12 @@ def load_progress(path: Path, setup: TrainingSetup) -> Progress:
         CheckpointError: It cannot be read.
     """
     average = None if setup.average is None else setup.average.tensors
-    return checkpoint.load(path, setup.model, optimizer=setup.optimizer, average=average)
+    return checkpoint.load(
+        *(path, setup.model),
+        optimizer=setup.optimizer,
+        average=average,
+        objective=setup.objective.state,
+    )
 
 
 def load_best(

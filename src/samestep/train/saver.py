@@ -100,9 +100,10 @@ class Saver:
         meanwhile = not ends and saves_in_background(self.setup.micro_batches.device)
         model, optimizer = self.setup.model, self.setup.optimizer
         average = self.setup.average.tensors if self.setup.average else None
+        objective = self.setup.objective.state
         if meanwhile:
             model, optimizer = snapshot(model, optimizer)
-            average = copied(average)
+            average, objective = copied(average), copied(dict(objective))
         kept = {} if self.bits is None else {"bitwise": self.bits.state()}
         write = partial(
             checkpoint.save,
@@ -113,6 +114,7 @@ class Saver:
             keep=self.settings.keep or _KEPT_ON_THE_WAY,
             origin=self.origin | kept,
             average=average,
+            objective=objective,
         )
         if meanwhile:
             self.background.begin(write)

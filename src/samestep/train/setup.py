@@ -20,7 +20,7 @@ from samestep.errors import ConfigError, is_no_fault_of_input
 from samestep.kernels.gemm import speed_up_linear
 from samestep.models.dropout import replace_dropout
 from samestep.models.load import resolve_source
-from samestep.models.lora import add_lora
+from samestep.models.lora import LoraVariant, add_lora
 from samestep.models.probes import cut_last_layer
 from samestep.train.compilation import choose_compilation
 from samestep.train.ema import WeightAverage
@@ -205,6 +205,13 @@ def _load_model(recipe: Recipe, data: list[Records], *, device: torch.device) ->
             targets=settings.lora_targets,
             seed=settings.seed,
             task=recipe.peft_task,
+            variant=LoraVariant(
+                rslora=settings.use_rslora,
+                dora=settings.use_dora,
+                modules_to_save=settings.modules_to_save,
+                tokens=settings.trainable_token_indices,
+                parameters=settings.target_parameters,
+            ),
         )
         raise_trained(model)
     if settings.freeze:

@@ -55,7 +55,23 @@ def choose_parallelism(
         raise ConfigError(f"{', '.join(options)}: only with parallel fsdp2")
     if mode == "fsdp2" and settings.merge:
         raise ConfigError("merge: not under fsdp2; save the adapter and merge it afterwards")
+    if mode == "fsdp2":
+        _refuse_whole_weights(settings)
     return mode
+
+
+def _refuse_whole_weights(settings: TrainSettings) -> None:
+    """Adapters that read whole weights in their forward, where a rank has a shard alone."""
+    given = [
+        name
+        for name in ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters")
+        if getattr(settings, name)
+    ]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: not under parallel fsdp2, where no test shows them to be exact; "
+            "use ddp"
+        )
 
 
 def _resident_bytes(model: nn.Module) -> int:

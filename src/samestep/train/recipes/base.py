@@ -17,6 +17,7 @@ from samestep.errors import ConfigError
 from samestep.models.activations import checkpoint_activations
 from samestep.models.compiled import run_eagerly
 from samestep.models.load import check_token_range, load_model, load_tokenizer, resolve_source
+from samestep.models.lora import num_embeddings
 from samestep.models.probes import choose_padding, logits_of
 from samestep.train.precision import weight_dtype
 from samestep.train.settings.base import TrainSettings
@@ -303,7 +304,7 @@ def load_frozen(
     second = load_model(
         resolve_source(source), dtype=dtype or model.dtype, trust_remote_code=trust_remote_code
     )
-    own, frozen = (m.get_input_embeddings().num_embeddings for m in (model, second))
+    own, frozen = (num_embeddings(each) for each in (model, second))
     if own != frozen:
         raise ConfigError(
             f"{field}: it has {frozen} embeddings, the model has {own}: they must share a "

@@ -20,6 +20,7 @@ from samestep.engine.terms import LossFn, Objective, constant
 from samestep.engine.two_pass import TwoPass
 from samestep.errors import ConfigError
 from samestep.models.load import load_processor
+from samestep.models.lora import num_embeddings
 from samestep.models.routers import router_biases, routers
 from samestep.objectives.distillation import Distillation, TopKDistillation
 from samestep.objectives.language import DFT, SEQ2SEQ_COUNTERS, CausalLMLoss, MaskedLM, Seq2Seq
@@ -314,7 +315,7 @@ class DistillationRecipe(Recipe):
 
     def _from_rows(self, model: Any, data: Sequence[Records]) -> Objective:
         settings = self.settings
-        own = model.get_input_embeddings().num_embeddings
+        own = num_embeddings(model)
         highest = max(int(records.token_fields["top_ids"].max()) for records in data)
         if highest >= own:
             raise ConfigError(

@@ -18,10 +18,11 @@ from samestep.engine.parallel import is_sharded
 from samestep.engine.terms import Objective, constant
 from samestep.engine.two_pass import TwoPass
 from samestep.errors import ConfigError
-from samestep.losses.preference import ClipRange
+from samestep.losses.policy import ClipRange, Temperatures
 from samestep.models.outputs import sequence_logits
 from samestep.objectives.kto import KTO, KTO_COUNTERS
 from samestep.objectives.log_probs import Reference
+from samestep.objectives.moving_reference import MovingReference
 from samestep.objectives.policy import PolicyGradient
 from samestep.objectives.preference import DPO, ReferenceFree, Reward
 from samestep.objectives.units import PAIR_COUNTERS
@@ -90,18 +91,33 @@ def _closes_texts(settings: TrainSettings, rows: Sequence[Row], column: str) -> 
 
 
 def load_reference(settings: ReferenceSettings, model: Any) -> Reference:
-    """The frozen reference: a model of its own, or the trained one with its adapters off.
+    """The reference: a model of its own, or the trained one with its adapters off.
 
     Args:
-        settings: ``reference_model``, ``lora_rank``, ``trust_remote_code``.
+        settings: ``reference_model``, ``lora_rank``, ``trust_remote_code``; ``sync_ref_model`` and
+            how it moves.
         model: The model that trains, before its first step.
 
     Returns:
         The reference.
 
     Raises:
-        ConfigError: It has another vocabulary, or there is no room for a copy.
+        ConfigError: It has another vocabulary, or there is no room for a copy, or it cannot move.
     """
+    if not settings.sync_ref_model:
+        return _still_reference(settings, model)
+    if is_sharded(model):
+        raise ConfigError("sync_ref_model: not under parallel fsdp2, which keeps no whole copy")
+    trust, source = settings.trust_remote_code, settings.reference_model
+    if source is None:
+        own = copy.deepcopy(model)
+    else:
+        own = load_frozen(source, model, field="reference_model", trust_remote_code=trust)
+    share, every = settings.ref_model_mixup_alpha, settings.ref_model_sync_steps
+    return MovingReference(own, model, share=share, every=every)
+
+
+def _still_reference(settings: ReferenceSettings, model: Any) -> Reference:
     if settings.reference_model is not None:
         trust, source = settings.trust_remote_code, settings.reference_model
         frozen = load_frozen(source, model, field="reference_model", trust_remote_code=trust)
@@ -115,6 +131,21 @@ def load_reference(settings: ReferenceSettings, model: Any) -> Reference:
             "with ref_chosen_logps and ref_rejected_logps"
         )
     return Reference(copy.deepcopy(model))
+
+
+def with_reference(objective: Objective, reference: Reference | None) -> Objective:
+    """The objective, after whose steps its reference moves, if it does.
+
+    Args:
+        objective: Whose loss compares with the reference.
+        reference: What `load_reference` gave, or None.
+
+    Returns:
+        The objective itself unless the reference moves.
+    """
+    if not isinstance(reference, MovingReference):
+        return objective
+    return replace(objective, after_step=reference.after_step, state=reference.state)
 
 
 class PairRecipe(Recipe):
@@ -136,6 +167,8 @@ class DPORecipe(PairRecipe):
         in_rows = ["ref_chosen_logps" in records.fields for records in data]
         if any(in_rows) and not all(in_rows):
             raise ConfigError("data and eval_data: only one of them has ref_chosen_logps")
+        if any(in_rows):
+            _check_rows_with_reference(settings)
         live = None if any(in_rows) else load_reference(settings, model)
         weights = settings.loss_weights or (1.0,) * len(settings.loss)
         dpo = DPO(
@@ -145,6 +178,10 @@ class DPORecipe(PairRecipe):
             label_smoothing=settings.label_smoothing,
             length_normalize=settings.length_normalize,
             tau=settings.discopop_tau,
+            divergence=settings.f_divergence_type,
+            divergence_coefficient=settings.f_alpha_divergence_coef,
+            tail_weight=1.0 if settings.ld_alpha is None else settings.ld_alpha,
+            on_policy_weights=settings.use_weighting,
         )
 
         def annotate(model: Any, micro: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -153,11 +190,23 @@ class DPORecipe(PairRecipe):
 
         precompute = settings.precompute_reference and live is not None
         loss = replace(dpo, reference=None) if precompute else dpo
-        return Objective(
+        objective = Objective(
             TwoPass(loss) if loss.coupled else loss,
             PAIR_COUNTERS,
             annotate if precompute else None,
         )
+        return with_reference(objective, live)
+
+
+def _check_rows_with_reference(settings: DPOSettings) -> None:
+    """Refuse settings that need another reference than the sums that the rows bring."""
+    problems = []
+    if settings.ld_alpha not in (None, 1.0):
+        problems.append("ld_alpha: those are sums over whole completions")
+    if settings.sync_ref_model:
+        problems.append("sync_ref_model: those cannot follow the model")
+    if problems:
+        raise ConfigError("\n".join(["the rows bring ref_chosen_logps:", *problems]))
 
 
 class SimPORecipe(PairRecipe):
@@ -244,14 +293,15 @@ class KTORecipe(Recipe):
     def build(self, model: Any, data: Sequence[Records]) -> Objective:
         """The coupled loss, with a reference that is live or run once."""
         settings = self.settings
+        reference = load_reference(settings, model)
         kto = KTO(
-            load_reference(settings, model),
+            reference,
             beta=settings.beta,
             desirable_weight=settings.desirable_weight,
             undesirable_weight=settings.undesirable_weight,
         )
         if not settings.precompute_reference:
-            return Objective(TwoPass(kto), KTO_COUNTERS)
+            return with_reference(Objective(TwoPass(kto), KTO_COUNTERS), reference)
         loss = TwoPass(replace(kto, reference=None))
         return Objective(loss, KTO_COUNTERS, annotate=kto.reference_log_p)
 
@@ -277,7 +327,7 @@ class RewardRecipe(PairRecipe):
 
 
 class PolicyRecipe(Recipe):
-    """A clipped policy gradient."""
+    """A policy gradient that holds ratios near 1."""
 
     settings: PolicySettings
 
@@ -298,15 +348,22 @@ class PolicyRecipe(Recipe):
         )
 
     def build(self, model: Any, data: Sequence[Records]) -> Objective:
-        """The clipped gradient, and the KL if it has a weight."""
+        """The surrogate's gradient, and the KL if it has a weight."""
         settings = self.settings
         normalize = settings.normalize
-        return Objective(
+        reference = load_reference(settings, model) if settings.kl_weight else None
+        objective = Objective(
             PolicyGradient(
                 normalize=constant(normalize) if isinstance(normalize, float) else normalize,
                 ratio=settings.ratio,
+                loss=settings.loss,
                 clip=ClipRange(settings.clip_low, settings.clip_high),
-                reference=load_reference(settings, model) if settings.kl_weight else None,
+                temperatures=Temperatures(
+                    settings.sapo_temperature_pos, settings.sapo_temperature_neg
+                ),
+                reference=reference,
                 kl_weight=settings.kl_weight,
+                entropy_weight=settings.entropy_weight,
             )
         )
+        return with_reference(objective, reference)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from samestep.errors import ConfigError
+from samestep.train.settings.adapters import AdapterFields, adapter_problems
 from samestep.train.settings.evaluation import (
     CHOSEN_BY,
     EVALUATION_MAY_CHANGE,
@@ -78,7 +79,7 @@ _LORA_LR_FACTOR = 10
 _SOURCES = BeforeValidator(one_or_several)
 
 
-class TrainSettings(EvaluationFields, OptimizationFields):
+class TrainSettings(EvaluationFields, OptimizationFields, AdapterFields):
     """The settings that all objectives share; each objective's own class adds its own."""
 
     model_config = ConfigDict(
@@ -148,17 +149,6 @@ class TrainSettings(EvaluationFields, OptimizationFields):
     """Steps to train, instead of --epochs."""
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the data (1, unless --steps is given)."""
-
-    lora_rank: int | None = Field(default=None, ge=1)
-    """Train LoRA adapters of this rank instead of all weights."""
-    lora_alpha: float | None = Field(default=None, gt=0)
-    """LoRA's scale; by default twice the rank."""
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout before the adapters; its masks belong to the examples, so the step stays exact."""
-    lora_targets: tuple[str, ...] = ("all-linear",)
-    """Names of the modules that get adapters."""
-    merge: bool = False
-    """Fold the adapters into the saved model."""
 
     precision: Literal["auto", "mixed", "float32", "bfloat16", "float64"] = "auto"
     """Types of weights and products. mixed: products in bfloat16, weights that train in float32;
@@ -256,6 +246,7 @@ def finalize(settings: Settings) -> Settings:
         *settings.problems(),
         *_contradictions(settings),
         *optimization_problems(settings),
+        *adapter_problems(settings),
         *evaluation_problems(settings, settings.objective),
     ]
     if problems:
@@ -349,11 +340,6 @@ def _contradictions(settings: TrainSettings) -> list[str]:
         )
     if settings.resume and settings.overwrite:
         problems.append("resume and overwrite contradict each other")
-    if settings.lora_rank is None:
-        lora = ("lora_alpha", "lora_dropout", "lora_targets", "merge")
-        defaults = TrainSettings.model_fields
-        set_anyway = [name for name in lora if getattr(settings, name) != defaults[name].default]
-        problems += [f"{name} is given without lora_rank" for name in set_anyway]
     return problems
 
 

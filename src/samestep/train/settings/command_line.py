@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Iterable
 
+from samestep.train.settings.adapters import ADAPTERS
 from samestep.train.settings.base import RENAMED_FIELDS, TrainSettings
 from samestep.train.settings.objectives import OBJECTIVES
 from samestep.train.settings.peers import PEER_FIELDS, peer_notes
@@ -24,7 +25,7 @@ GROUPS = {
         *("betas", "eps", "momentum", "cooldown", "min_lr_ratio", "lr_by_name"),
         *("weight_decay_by_name", "freeze", "ema"),
     ),
-    "adapters": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge"),
+    "adapters": ADAPTERS,
     "memory and speed; none of these changes the step": (
         *("micro_batch", "micro_tokens", "memory_limit", "padding", "gradient_checkpointing"),
         *("compile", "deterministic", "activation_offload", "device", "threads"),

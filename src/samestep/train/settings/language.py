@@ -1,15 +1,39 @@
 """Settings of language models and of preferences over what they write."""
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 from pydantic import Field
 
+from samestep.losses.names import (
+    LOSSES_OF_DIFFERENCES,
+    DPOLoss,
+    FDivergence,
+    SortedLoss,
+)
 from samestep.train.settings.base import ObjectiveRow, TrainSettings
 
 Normalize = Literal["token", "sequence"] | float
 
 LongText = Literal["cut", "split", "drop"]
 """What becomes of rows of more than ``max_length`` tokens."""
+
+
+def given_without(settings: TrainSettings, names: Iterable[str], *, reason: str) -> list[str]:
+    """A line for each setting that was given, and that nothing reads.
+
+    Args:
+        settings: The settings.
+        names: Which would be read by nothing.
+        reason: What is missing, or what there is instead.
+    """
+    defaults = type(settings).model_fields
+    given: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    return [
+        f"{name}: {value} has no effect: {reason}"
+        for name, value in given.items()
+        if value != defaults[name].default
+    ]
 
 
 def constant_problems(normalize: Normalize) -> list[str]:
@@ -108,23 +132,6 @@ LANGUAGE = {
 }
 """The objectives of this family."""
 
-DPOLoss = Literal[
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "robust",
-    "exo_pair",
-    "nca_pair",
-    "bco_pair",
-    "sppo_hard",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "aot",
-    "sft",
-]
-"""`samestep.losses.preference.PairLoss`, and those that are no loss of a pair by itself."""
-
 
 class ReferenceSettings(TrainSettings):
     """Settings of objectives that compare with a frozen reference."""
@@ -133,6 +140,37 @@ class ReferenceSettings(TrainSettings):
     """Hub name or folder of the reference; by default the model as it is before training."""
     precompute_reference: bool = False
     """Run the reference once over all data before the first step, instead of in every step."""
+    sync_ref_model: bool = False
+    """Let the reference follow the model, as TR-DPO does."""
+    ref_model_mixup_alpha: float = Field(default=0.6, gt=0, le=1)
+    """The model's share of the reference after each such move; 1 takes its weights as they are."""
+    ref_model_sync_steps: int = Field(default=512, ge=1)
+    """Steps from one move of the reference to the next."""
+
+    def problems(self) -> list[str]:
+        """A reference that is to move and cannot."""
+        if not self.sync_ref_model:
+            moves = ("ref_model_mixup_alpha", "ref_model_sync_steps")
+            return given_without(self, moves, reason="it needs sync_ref_model")
+        problems = []
+        if self.precompute_reference:
+            problems.append(
+                "sync_ref_model and precompute_reference contradict each other: a reference that "
+                "moves cannot be run once"
+            )
+        if self.lora_rank is not None:
+            problems.append(
+                "sync_ref_model: adapters have no whole reference that could follow them; leave "
+                "lora_rank out"
+            )
+        if self.precision == "bfloat16":
+            problems.append(
+                "sync_ref_model: small moves of the reference round away in precision bfloat16; "
+                "mixed keeps them"
+            )
+        if self.parallel == "fsdp2":
+            problems.append("sync_ref_model: not under parallel fsdp2, which keeps no whole copy")
+        return problems
 
 
 class DPOSettings(ReferenceSettings):
@@ -152,16 +190,43 @@ class DPOSettings(ReferenceSettings):
     """Compare means over tokens instead of sums (ipo always does)."""
     discopop_tau: float = Field(default=0.05, gt=0)
     """Temperature of discopop."""
+    f_divergence_type: FDivergence = "reverse_kl"
+    """What holds the policy near to the reference (f-DPO); reverse_kl: DPO's own."""
+    f_alpha_divergence_coef: float = Field(default=0.5, ge=0, le=1)
+    """Of alpha_divergence: 1 is reverse_kl, 0 is forward_kl."""
+    ld_alpha: float | None = Field(default=None, ge=0, le=1)
+    """LD-DPO: the weight of tokens beyond the number that both completions have; 1: DPO."""
+    use_weighting: bool = False
+    """WPO: a pair weighs as much as the policy would write it."""
 
     def problems(self) -> list[str]:
         """Losses that do not exist or do not fit."""
-        problems = []
+        problems = super().problems()
         if not self.loss or len(set(self.loss)) < len(self.loss):
             problems.append(f"loss: name each loss once, at least one; found {self.loss}")
         if self.loss_weights and len(self.loss_weights) != len(self.loss):
             problems.append(f"loss_weights: {len(self.loss_weights)} for {len(self.loss)} losses")
         if "exo_pair" in self.loss and self.label_smoothing == 0:
             problems.append("label_smoothing: exo_pair needs one above 0, such as 0.001")
+        others = [name for name in self.loss if name not in LOSSES_OF_DIFFERENCES]
+        if others and self.f_divergence_type != "reverse_kl":
+            problems.append(
+                f"f_divergence_type: {self.f_divergence_type} does not go with loss "
+                f"{', '.join(others)}, which see more than the difference of a pair (those that do "
+                f"not: {', '.join(sorted(LOSSES_OF_DIFFERENCES))})"
+            )
+        if self.f_divergence_type != "alpha_divergence":
+            problems += given_without(
+                self,
+                ["f_alpha_divergence_coef"],
+                reason="it needs f_divergence_type alpha_divergence",
+            )
+        sorted_losses = [name for name in self.loss if name in get_args(SortedLoss)]
+        if sorted_losses and self.use_weighting:
+            problems.append(
+                f"use_weighting: {', '.join(sorted_losses)} sort the pairs, so that none has a "
+                "weight of its own"
+            )
         return problems
 
 

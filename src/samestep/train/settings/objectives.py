@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from samestep.errors import ConfigError
+from samestep.losses.names import PolicyLoss
 from samestep.train.settings.base import ObjectiveRow, TrainSettings
 from samestep.train.settings.language import (
     LANGUAGE,
@@ -15,6 +16,7 @@ from samestep.train.settings.language import (
     Normalize,
     ReferenceSettings,
     constant_problems,
+    given_without,
 )
 from samestep.train.settings.peers import peer_objective
 from samestep.utils.plugins import is_reference, load_object, nearest
@@ -32,19 +34,35 @@ class PolicySettings(ReferenceSettings):
     (Dr. GRPO)."""
     ratio: Literal["token", "sequence"] = "token"
     """Compare with the old policy token by token, or by sequence (GSPO)."""
+    loss: PolicyLoss = "clipped"
+    """How a ratio far from 1 is held: clipped (PPO, GRPO), its weight capped (cispo), or behind a
+    gate that closes gradually (sapo)."""
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     """How far below 1 the ratio may go."""
     clip_high: float = Field(default=0.2, gt=0)
-    """How far above 1 (DAPO: 0.28)."""
+    """How far above 1 (DAPO: 0.28). For cispo the cap of the weight is 1 above it."""
+    sapo_temperature_pos: float = Field(default=1.0, gt=0)
+    """How fast sapo's gate closes, of targets whose advantage is above 0."""
+    sapo_temperature_neg: float = Field(default=1.05, gt=0)
+    """Of the others."""
     kl_weight: float = Field(default=0.0, ge=0)
     """Weight of the KL to the reference; 0: there is none."""
+    entropy_weight: float = Field(default=0.0, ge=0)
+    """Weight of a bonus: the mean entropy of a token, by tokens whatever normalize says."""
 
     def problems(self) -> list[str]:
-        """A constant that cannot divide, or a reference that cannot be kept."""
-        problems = constant_problems(self.normalize)
+        """A constant that cannot divide, a reference that cannot be, bounds of other losses."""
+        problems = [*constant_problems(self.normalize), *super().problems()]
         if self.precompute_reference:
             problems.append("precompute_reference: the KL of rollouts needs a live reference")
-        return problems
+        if self.sync_ref_model and not self.kl_weight:
+            problems.append("sync_ref_model: without kl_weight there is no reference to move")
+        unread = {
+            "clipped": ("sapo_temperature_pos", "sapo_temperature_neg"),
+            "cispo": ("clip_low", "sapo_temperature_pos", "sapo_temperature_neg"),
+            "sapo": ("clip_low", "clip_high"),
+        }[self.loss]
+        return problems + given_without(self, unread, reason=f"loss {self.loss} does not read it")
 
 
 class DistillationSettings(TrainSettings):

@@ -55,7 +55,18 @@ def _problem_of(pattern: str) -> str:
     return ""
 
 
-def _check_patterns(patterns: Any) -> Any:
+def check_patterns(patterns: Any) -> Any:
+    """Check that names or patterns can be read as regular expressions.
+
+    Args:
+        patterns: Texts, or a mapping by texts.
+
+    Returns:
+        The same.
+
+    Raises:
+        PydanticCustomError: Those that cannot.
+    """
     wrong = [problem for problem in map(_problem_of, patterns) if problem]
     if wrong:
         raise PydanticCustomError("no_pattern", "{wrong}", {"wrong": "; ".join(wrong)})
@@ -81,7 +92,7 @@ def pairs_of_flags(value: Any) -> Any:
 
 ByName = Annotated[
     dict[str, Annotated[float, Field(ge=0)]],
-    AfterValidator(_check_patterns),
+    AfterValidator(check_patterns),
     BeforeValidator(pairs_of_flags),
     leaf("PATTERN=NUMBER ..."),
 ]
@@ -120,7 +131,7 @@ class OptimizationFields(BaseModel):
     weight_decay_by_name: ByName = Field(default={})
     """Another weight decay for weights by name, as --lr-by-name; vectors too."""
     freeze: Annotated[
-        tuple[str, ...], AfterValidator(_check_patterns), leaf("PATTERN ...", many=True)
+        tuple[str, ...], AfterValidator(check_patterns), leaf("PATTERN ...", many=True)
     ] = ()
     """Weights that do not train: those in whose name a regular expression is found."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
