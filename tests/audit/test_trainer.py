@@ -87,6 +87,7 @@ def test_a_causal_language_model_is_exact_but_for_its_evaluation() -> None:
         "ranks": "duplicated-examples",  # of 7 rows, the sampler repeats one to fill the last batch
         "terms": "skipped",
         "evaluation-batch": "eval-mean-of-means",
+        "evaluation-ranks": "eval-mean-of-means",  # of the tokens that the ranks have together
     }
 
 

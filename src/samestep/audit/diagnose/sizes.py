@@ -124,6 +124,8 @@ def is_proportional(values: Sequence[float], others: Sequence[float]) -> bool:
 
 def whole_follows_a_count(evidence: SplitEvidence) -> bool:
     """Whether the whole weighs micro-batches by shares, or all alike, as sums over counts do."""
+    if evidence.residual_tolerance > SAME:
+        return True  # coarse arithmetic: its weights are not known to enough digits to deny it
     whole = least_squares(evidence.whole, evidence.alone)
     return abs(sum(whole.coefficients) - 1) <= SAME or _alike(list(whole.coefficients))
 
