@@ -65,7 +65,7 @@ def run_tests(pytester: pytest.Pytester, loop: str, marker: str) -> dict[str, in
     ("loop", "marker", "expected"),
     [
         (SOUND, 'my_loop, axes=["micro-batch", "order"]', (2, 0, 0)),
-        (SOUND, "my_loop", (3, 11, 0)),
+        (SOUND, "my_loop", (3, 12, 0)),
         (MEANS, 'my_loop, axes=["micro-batch", "order"]', (1, 0, 1)),
         (MEANS, 'my_loop, axes=["micro-batch"], known={"micro-batch": "mean-of-means"}', (0, 1, 0)),
         (SUM, 'my_loop, axes=["micro-batch"], known={"micro-batch": "mean-of-means"}', (0, 0, 1)),

@@ -21,6 +21,10 @@ from samestep.audit.subject import Gradient
 MAX_ELEMENTS = 2**19
 """Elements of a model's gradient that are kept, 4 MB in float64: dozens fit beside any model."""
 
+INDEPENDENT = 1e-5
+"""Singular value over the largest above which a direction counts: well above the noise of float64,
+well below what a lost token does."""
+
 
 @dataclass(frozen=True)
 class GradientDifference:
@@ -169,6 +173,35 @@ def least_squares(target: Gradient, parts: Sequence[Gradient]) -> LeastSquares:
     left = expected - columns @ coefficients
     residual = float(left.norm() / expected.norm()) if float(expected.norm()) else 0.0
     return LeastSquares(tuple(coefficients.tolist()), residual)
+
+
+def are_independent(gradients: Sequence[Gradient]) -> bool:
+    """Whether no gradient is a combination of the others: else many weights give one sum.
+
+    Args:
+        gradients: Those that are nothing are left out.
+    """
+    held = [gradient for gradient in gradients if global_norm(gradient)]
+    return rank(held) == len(held)
+
+
+def rank(gradients: Sequence[Gradient]) -> int:
+    """How many directions gradients have, each taken at unit length.
+
+    Args:
+        gradients: None of them nothing.
+    """
+    names = sorted({name for gradient in gradients for name in gradient})
+    rows = []
+    for gradient in gradients:
+        like = {name: each[name] for each in gradients for name in names if name in each}
+        flat = [gradient.get(name, torch.zeros_like(like[name])).flatten() for name in names]
+        row = torch.cat(flat)
+        rows.append(row / row.norm())
+    if not rows:
+        return 0
+    sizes = torch.linalg.svdvals(torch.stack(rows) @ torch.stack(rows).T).sqrt()
+    return int((sizes > INDEPENDENT * sizes[0]).sum())
 
 
 def sketch_fold(model: nn.Module) -> int:

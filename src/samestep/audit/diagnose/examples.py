@@ -7,12 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-import torch
-
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.state import order_dependence
 from samestep.audit.experiments import Experiments, merged
-from samestep.audit.gradients import LeastSquares, global_norm, least_squares, subtract
+from samestep.audit.gradients import (
+    LeastSquares,
+    are_independent,
+    global_norm,
+    least_squares,
+    rank,
+    subtract,
+)
 from samestep.audit.hypotheses import SplitEvidence
 from samestep.audit.subject import Gradient, Split
 
@@ -24,10 +29,6 @@ MOST_COPIES = 2
 
 NEIGHBOURS = 5
 """Of different lengths, that an example is put beside."""
-
-INDEPENDENT = 1e-5
-"""Singular value over the largest above which a direction counts: well above the noise of float64,
-well below what a lost token does."""
 
 TERMS = 2
 """Directions that a loss of two units makes of one example beside different neighbours."""
@@ -89,7 +90,9 @@ def _fit(
     members = merged(split)[0]
     own = [experiments.small_gradient(((index,),), **changes) for index in members]
     whole, parts = least_squares(evidence.whole, own), least_squares(evidence.split, own)
-    if max(whole.residual, parts.residual) > evidence.residual_tolerance or not _full_rank(own):
+    if max(whole.residual, parts.residual) > evidence.residual_tolerance or not are_independent(
+        own
+    ):
         return None
     return _Fit(members, _ratios(members, parts=parts, whole=whole), parts.residual)
 
@@ -125,27 +128,6 @@ def _is_multiple(times: float, *, of_whole: int) -> bool:
     """Whether a weight over that in the whole batch is one of copies over copies."""
     multiples = [times * copies for copies in range(1, of_whole + 1)]
     return times > -WHOLE_NUMBER and any(abs(m - round(m)) <= WHOLE_NUMBER for m in multiples)
-
-
-def _full_rank(gradients: Sequence[Gradient]) -> bool:
-    """Whether no gradient is a combination of the others; those of nothing are left out."""
-    held = [gradient for gradient in gradients if global_norm(gradient)]
-    return _rank(held) == len(held)
-
-
-def _rank(gradients: Sequence[Gradient]) -> int:
-    """How many directions gradients have, each taken at unit length."""
-    names = sorted({name for gradient in gradients for name in gradient})
-    rows = []
-    for gradient in gradients:
-        like = {name: each[name] for each in gradients for name in names if name in each}
-        flat = [gradient.get(name, torch.zeros_like(like[name])).flatten() for name in names]
-        row = torch.cat(flat)
-        rows.append(row / row.norm())
-    if not rows:
-        return 0
-    sizes = torch.linalg.svdvals(torch.stack(rows) @ torch.stack(rows).T).sqrt()
-    return int((sizes > INDEPENDENT * sizes[0]).sum())
 
 
 def _groups(
@@ -194,9 +176,9 @@ def cut_by_neighbours(experiments: Experiments, **changes: object) -> Diagnosis 
                 _own_part(experiments, example, neighbour, neighbour_first=first, **changes)
                 for neighbour in (None, *neighbours)
             )
-            rank = _rank([part for part in beside if part is not None and global_norm(part)])
-            if rank > best:
-                best, at = rank, example
+            directions = rank([part for part in beside if part is not None and global_norm(part)])
+            if directions > best:
+                best, at = directions, example
             if best > TERMS:
                 break
     if best <= TERMS:

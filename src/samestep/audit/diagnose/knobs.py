@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from samestep.audit.causes import Diagnosis
 from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import (
+    are_independent,
     compare_gradients,
     global_norm,
     is_finite,
@@ -151,6 +152,8 @@ def repeats_of(
     of_own, of_observed = least_squares(own, alone), least_squares(observed, alone)
     bound = experiments.residual_tolerance
     if max(of_own.residual, of_observed.residual) > bound or not all(map(global_norm, alone)):
+        return None
+    if not are_independent(alone):
         return None
     pairs = zip(of_observed.coefficients, of_own.coefficients, strict=True)
     times = [float(a / b) if b else 1.0 for a, b in pairs]

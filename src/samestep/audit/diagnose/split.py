@@ -29,6 +29,7 @@ from samestep.audit.diagnose.weights import by_weights, several_laws
 from samestep.audit.experiments import Experiments, merged
 from samestep.audit.gradients import (
     LeastSquares,
+    are_independent,
     compare_gradients,
     is_finite,
     least_squares,
@@ -298,6 +299,8 @@ def _lost_or_repeated(
     whole: LeastSquares, split: LeastSquares, *, evidence: SplitEvidence
 ) -> Diagnosis | None:
     """Micro-batches that do not reach the update, or that reach it more than once."""
+    if not are_independent(evidence.alone):
+        return None
     pairs = zip(split.coefficients, whole.coefficients, strict=True)
     times = [own / of_whole if abs(of_whole) > 1e-9 else 1.0 for own, of_whole in pairs]
     kept = sum(abs(each) > 1e-6 for each in times)
@@ -320,6 +323,8 @@ def _in_words(evidence: SplitEvidence) -> str:
     targets = evidence.targets
     if targets is None or not sum(targets) or parts.residual > evidence.residual_tolerance:
         return ""
+    if not are_independent(evidence.alone):
+        return ""
     weights = " ".join(f"{weight:.3g}" for weight in parts.coefficients)
     shares = " ".join(f"{count / sum(targets):.3g}" for count in targets)
     return f": they weigh {weights}, by targets it would be {shares}"
@@ -331,6 +336,8 @@ def _shown(evidence: SplitEvidence) -> str:
     split = least_squares(evidence.split, evidence.alone)
     targets = evidence.targets
     counts = "" if targets is None else f"; targets {' '.join(map(str, targets))}"
+    if not are_independent(evidence.alone):
+        counts += "; these gradients depend on each other, so other weights fit as well"
     return (
         f"on the micro-batches' own gradients: whole = [{whole}] "
         f"(residual {whole.residual:.0e}), split = [{split}] "
