@@ -24,20 +24,20 @@ FLOAT32_INSIDE = {
 """Bounds of models that compute a part in float32 whatever the weights are."""
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_split_changes_the_gradient(kind: str) -> None:
     assert over_splits(kind, torch.float64) < FLOAT32_INSIDE.get(kind, 1e-12)
     assert over_splits(kind, torch.float32) < 2e-6
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks(kind: str) -> None:
     assert over_ranks(kind) < 2e-6
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_trainer_is_as_the_page_says(kind: str) -> None:
     told = next(RESULTS["rows"][named.name]["trainer"] for named in NAMED if named.reduced == kind)

@@ -44,6 +44,7 @@ def test_two_steps_lower_the_evaluation_loss(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
 
 
+@pytest.mark.thorough
 def test_the_gradient_does_not_depend_on_the_split() -> None:
     packed_attention.register()
     folder = convert_gguf(packaged_model())

@@ -4,7 +4,7 @@ import pytest
 from reports2 import REPORTS, Report, judged
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 # A schedule that moves before its optimizer is what two of the loops are about.
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")
 @pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.subject)

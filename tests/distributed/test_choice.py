@@ -46,6 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_two_ranks_are_one_process(folder: Path, parallel: str) -> None:
     samples = {"samples": 2} if parallel == "ddp" else {}

@@ -104,6 +104,7 @@ def assert_resumes(folder: Path, run: LaunchedRun, *, ranks: int) -> None:
     assert [line["step"] for line in read_lines(run.out / "log.jsonl")] == list(range(1, 31))
 
 
+@pytest.mark.thorough
 def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_with_fewer(
     folder: Path, launched: list[LaunchedRun]
 ) -> None:

@@ -67,6 +67,7 @@ def test_the_run_is_that_of_one_process(folder: Path, number: int, parallel: str
     assert AutoModelForCausalLM.from_pretrained(out / "model").config.vocab_size > 0
 
 
+@pytest.mark.thorough
 def test_ranks_wait_for_one_with_a_slow_disk(folder: Path) -> None:
     out = folder / "slow"
     options = settings(folder, out=str(out), steps=2, save_every=1, eval_data=None)
@@ -133,7 +134,7 @@ def test_options_under_fsdp2(folder: Path, options: dict[str, Any]) -> None:
     assert worst(one, other) < 1e-9
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("lora", [None, 2])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_mixed_keeps_float32_weights(folder: Path, parallel: str, lora: int | None) -> None:

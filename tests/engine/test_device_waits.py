@@ -104,7 +104,7 @@ PACKED = [case for case in CASES if not case.endswith(("bert", "t5", *FAMILIES))
 experts how many tokens go to each."""
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", PACKED)
 def test_objectives(tmp_path: Path, case: str) -> None:
     # Adapters: with dropout, and the model without them as the reference.

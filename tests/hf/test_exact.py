@@ -40,7 +40,7 @@ def run(make: Any, cut: tuple[int, int], folder: Path, *, apply: bool) -> dict[s
     return gradient
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", CASES)
 def test_the_gradient_does_not_depend_on_the_cut(tmp_path: Path, name: str) -> None:
     make = CASES[name]

@@ -33,6 +33,7 @@ def truths() -> dict[str, Any]:
     return {name: reference(build(name), ragged(32)) for name in MODELS}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("sizes", "padding"), SPLITS)
 @pytest.mark.parametrize("name", MODELS)
 def test_float64(truths: dict[str, Any], name: str, sizes: list[int], padding: Any) -> None:
@@ -44,6 +45,7 @@ def test_float64(truths: dict[str, Any], name: str, sizes: list[int], padding: A
     assert worst(gradients(model), truths[name][1]) < 1e-12
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("sizes", "padding"), SPLITS)
 @pytest.mark.parametrize("name", MODELS)
 def test_float32(truths: dict[str, Any], name: str, sizes: list[int], padding: Any) -> None:
@@ -52,7 +54,7 @@ def test_float32(truths: dict[str, Any], name: str, sizes: list[int], padding: A
     assert worst(gradients(model), truths[name][1]) < 2e-6
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("normalize", ["token", "sequence", 50.0])
 @pytest.mark.parametrize("terms", [{}, {"smoothing": 0.1}, {"z_loss": 0.01}], ids=str)
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
@@ -141,7 +143,7 @@ def three_steps(name: str, sizes: list[int], padding: Any, *, dtype: torch.dtype
     return {key: weight.detach().clone() for key, weight in model.named_parameters()}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_after_three_steps(name: str, dtype: torch.dtype, bound: float) -> None:

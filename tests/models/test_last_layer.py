@@ -43,7 +43,7 @@ def made(name: str) -> Any:
     return build(name)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "padding"), LAYOUTS)
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_the_step_stays_the_same(name: str, padding: Any, mode: Checkpointing) -> None:

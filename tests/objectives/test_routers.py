@@ -114,6 +114,7 @@ def plain_truth(examples: Sequence[Example], kind: str) -> Callable[[Any], Tenso
     return truth
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["window", "sequence", "z"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_papers_formula_under_every_split(family: str, kind: str) -> None:

@@ -69,7 +69,7 @@ class Opened:
         self.page.wait_for_selector("body[data-drawn]")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_loads_quietly_and_fits(browser: Browser, file: Path, width: int, scheme: str) -> None:

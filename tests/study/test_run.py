@@ -176,6 +176,7 @@ def test_a_diverged_arm_is_kept_and_marked(tmp_path: Path) -> None:
     assert compare_arms(results)[0].outcome == "diverged"
 
 
+@pytest.mark.thorough
 def test_a_killed_study_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,6 +69,7 @@ def test_out_of_memory_changes_the_cut_and_nothing_else(
     assert len(read_lines(tmp_path / "out" / "log.jsonl")) == 3
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", ["auto", "none"])
 def test_below_one_sequence_it_stops_with_its_row_and_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: str
@@ -258,6 +259,7 @@ except CheckpointError as error:
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> None:
     """Files of the child may not grow past a limit: the system refuses the shard's bytes."""

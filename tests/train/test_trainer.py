@@ -52,7 +52,7 @@ def test_a_run_leaves_everything_that_the_docs_promise(tmp_path: Path) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "knobs",
     [
