@@ -159,8 +159,8 @@ def _losses(
             return [loss_of(trainer, part) for part in parts]
 
         losses = [float(loss) for loss in run()]
-        noise = max(rounding_noise(run))
-    return losses, noise
+        noise = [own for own, loss in zip(rounding_noise(run), losses, strict=True) if loss == loss]
+    return losses, max(noise, default=0.0)
 
 
 def loss_of(
@@ -195,10 +195,15 @@ def _explains(
     whole, first, second = (_count(unit, part) for part in parts)
     if whole is None or first is None or second is None:
         return False
-    if first == 0 or second == 0 or whole != first + second:
-        return whole == first + second and whole > 0 and unit.masks
-    mean = (first * losses[1] + second * losses[2]) / whole
-    return abs(losses[0] - mean) <= FACTOR * noise * max(map(abs, losses))
+    if whole == 0 or whole != first + second:
+        return False
+    if not (first and second) and not unit.masks:
+        return False
+    # A part without any unit weighs nothing, whatever its own loss is: 0, or a NaN.
+    parts_of = [(own, loss) for own, loss in zip((first, second), losses[1:], strict=True) if own]
+    mean = sum(own * loss for own, loss in parts_of) / whole
+    largest = max(abs(loss) for loss in (losses[0], *(loss for _, loss in parts_of)))
+    return abs(losses[0] - mean) <= FACTOR * noise * largest
 
 
 @contextmanager
