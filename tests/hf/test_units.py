@@ -1,4 +1,4 @@
-"""Heads whose rows are no plain texts: choices, pictures, sounds; each has its unit or is refused."""
+"""Heads whose rows are no plain texts: choices, pictures, sounds; each is exact or refused."""
 
 from pathlib import Path
 from typing import Any
