@@ -35,7 +35,7 @@ than these results it says "not run". `with exact`: the axes that were inexact, 
 
 """
 
-OTHER_AXES = ("short-window", "ranks", "next-step", "loader")
+OTHER_AXES = ("short-window", "ranks", "evaluation-ranks", "next-step", "loader")
 """Axes that have a column with the verdict and the cause."""
 
 SWEEP = """

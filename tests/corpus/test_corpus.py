@@ -11,7 +11,7 @@ from samestep.audit import experiments
 from samestep.audit.check import CheckReport
 
 SEED = 3
-PARTS = 4 if THOROUGH else 12
+PARTS = 4 if THOROUGH else 20
 """One subject in so many is audited; which, moves on from family to family, so that no place in a
 family is never audited."""
 

@@ -25,7 +25,7 @@ PLAIN: dict[str, Any] = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("case", [*CASES, "vision_language", "flow_matching"])
 def test_two_ranks_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     monkeypatch.setattr(GotOcr2Processor, "num_image_tokens", 16)  # of tiny images

@@ -47,6 +47,7 @@ def test_a_file_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (found["verdict"], len(found["probes"])) == ("inexact", 1)
 
 
+@pytest.mark.thorough
 def test_a_probe_that_dies_ends_alone(tmp_path: Path) -> None:
     dying = tmp_path / "dying"
     dying.mkdir()

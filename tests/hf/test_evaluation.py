@@ -44,7 +44,7 @@ def test_evaluation_does_not_depend_on_its_batch_size(tmp_path: Path, name: str)
         assert wrong != pytest.approx(whole["eval_loss"], rel=1e-5)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_logged_does_not_depend_on_the_cut(tmp_path: Path, name: str) -> None:
     def logged(cut: tuple[int, int]) -> dict[str, float]:

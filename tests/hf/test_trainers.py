@@ -114,6 +114,7 @@ def test_the_class_before_a_trainer(tmp_path: Path) -> None:
     assert worst(cut, again) == 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", ["BertForMaskedLM", "LlamaForCausalLM", "T5ForConditionalGeneration"]
 )

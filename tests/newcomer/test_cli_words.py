@@ -97,6 +97,7 @@ def test_missing_files_are_said_together(folder: Path) -> None:
     assert "eval_data: there is no file no/where/at.jsonl (" in done.err
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", PEER_FIELDS)
 def test_every_name_of_peers_is_answered_in_files_and_as_a_flag(name: str, tmp_path: Path) -> None:
     meaning = PEER_FIELDS[name]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from command_line import samestep
 from runs import llama_folder, read_lines, write_rows
 
 from samestep.train.command import read_settings
@@ -64,12 +65,11 @@ def test_killed_on_two_ranks_resumed_on_one_and_verified(
         time.sleep(0.02)
     kill_all(running)
     assert 4 <= steps(log) < 12
-    resumed = start(resume, tmp_path)
-    said, _ = resumed.communicate(timeout=240)
-    assert (resumed.returncode, "12 steps" in said) == (0, True)
-    verified = start(verify, tmp_path)
-    said, _ = verified.communicate(timeout=240)
-    assert verified.returncode == 0
+    resumed = samestep(*shlex.split(resume)[1:], folder=tmp_path)
+    assert (resumed.code, "12 steps" in resumed.out) == (0, True), resumed.err
+    verified = samestep(*shlex.split(verify)[1:], folder=tmp_path)
+    assert verified.code == 0, verified.err
+    said = verified.out
     assert "steps 1 to 12 of runs/bits are equal to the bit; replayed from the beginning" in said
     assert said.strip() in PAGE.read_text("utf-8").replace("`", "")
 

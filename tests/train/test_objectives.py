@@ -21,7 +21,7 @@ from samestep.train.settings.objectives import settings_class
 from samestep.train.trainer import train
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", CASES)
 def test_it_learns(tmp_path: Path, case: str) -> None:
     train(configured(tmp_path, case, steps=12))

@@ -41,6 +41,7 @@ def bytes_of_a_tensor(wanted: bool) -> tuple[int, int]:
     return int(mapped), int(kept)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(
     platform.libc_ver() < ("glibc", "2.33"), reason="another C library, or one without mallinfo2"
 )
