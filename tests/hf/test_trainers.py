@@ -1,6 +1,7 @@
 """Trainers of users: losses of their own, refusals, proof, and micro-batches without targets."""
 
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from samestep.errors import ConfigError, StepError
 from samestep.hf.exact_trainer import Exact, exact
+from samestep.hf.refusals import refuse_inexact
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL against transformers
 
@@ -196,6 +198,17 @@ def refusals(tmp_path: Path) -> dict[str, Any]:
         )(4, 2, tmp_path),
         "'aot' sorts": lambda: dpo(loss_type=["aot"])(4, 2, tmp_path),
     }
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_pairs_that_a_rank_would_repeat_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drops: bool
+) -> None:
+    trainer = dpo(dataloader_drop_last=drops)(3, 1, tmp_path)  # 8 pairs: 6, and 2 for two ranks
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    refused = pytest.raises(ConfigError, match=r"a rank repeats 1 of its pairs.*drop_last")
+    with nullcontext() if drops else refused:
+        refuse_inexact(trainer)
 
 
 @pytest.mark.parametrize("words", refusals(Path()))

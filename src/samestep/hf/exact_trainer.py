@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 
 from samestep.engine.collectives import gather_results
-from samestep.errors import ConfigError
+from samestep.errors import ConfigError, StepError
 from samestep.hf.dropout import KeyedDropout
 from samestep.hf.evaluation import ExactEvaluation, metric_counts
 from samestep.hf.proof import prove_unit, select_rows
@@ -235,6 +235,11 @@ def _without_repeats(trainer: Any, batch: Batch, unit: Unit) -> tuple[Batch, boo
         return batch, False
     if unit.masks:
         return ignore_rows(batch, keep), False
-    if keep and not library_classes(trainer):  # TRL gathers rows: each rank must have as many
-        return select_rows(batch, range(keep), paired=unit.paired), False
-    return batch, not keep
+    if not keep:
+        return batch, True
+    if library_classes(trainer):  # TRL gathers rows: each rank must have as many
+        raise StepError(
+            f"this rank repeats pairs to fill an epoch's last micro-batch ({keep} are its own), "
+            "and they would count twice: set dataloader_drop_last=True"
+        )
+    return select_rows(batch, range(keep), paired=unit.paired), False

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import textwrap
+from collections.abc import Sized
 from typing import Any
 
 from torch import nn
@@ -38,7 +39,7 @@ def refuse_inexact(trainer: Any, *, two_pass: bool = False, key_dropout: bool = 
         ConfigError: Every reason, each with what to do instead.
     """
     found = [*_of_setup(trainer), *_of_library(trainer), *_of_overrides(trainer)]
-    found += _of_routers(trainer, two_pass=two_pass)
+    found += [*_of_repeats(trainer), *_of_routers(trainer, two_pass=two_pass)]
     found += _of_dropout(trainer) if key_dropout else []
     if not is_complete(trainer):
         found += _of_model(trainer)
@@ -99,6 +100,27 @@ def _of_library(trainer: Any) -> list[str]:
             for kind in sorted({*kinds} & {*_SORTING})
         ]
     return found
+
+
+def _of_repeats(trainer: Any) -> list[str]:
+    """Pairs that a rank would count twice to be as long as the others.
+
+    TRL gathers what it logs of each pair, so no rank may leave some of its own out.
+    """
+    ranks, size = trainer.accelerator.num_processes, trainer.args.per_device_train_batch_size
+    paired = {"DPOTrainer", "RewardTrainer"} & {*library_classes(trainer)}
+    if ranks == 1 or not paired or trainer.args.dataloader_drop_last:
+        return []
+    if not isinstance(trainer.train_dataset, Sized):
+        return []  # known when the last micro-batch comes
+    left = len(trainer.train_dataset) % (ranks * size)
+    if left % size == 0:
+        return []
+    return [
+        f"{len(trainer.train_dataset)} pairs in micro-batches of {size} on {ranks} ranks: in an "
+        f"epoch's last one a rank repeats {size - left % size} of its pairs, which would count "
+        f"twice: set dataloader_drop_last=True, or take a number of pairs that {size} divides"
+    ]
 
 
 def _of_unserved(name: str) -> str:
