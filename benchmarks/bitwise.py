@@ -1,6 +1,6 @@
 """The same bits: 500 drawn runs, mutants, rounding, cost. Writes a result file and docs/bitwise.md.
 
-    python benchmarks/bitwise.py [--draws 470] [--kills 30] [--cost small|medium|packaged]
+    python benchmarks/bitwise.py [--draws 500] [--kills 30] [--cost small|medium|packaged]
     python benchmarks/bitwise.py --only cost     some five minutes; so for each part
     python benchmarks/bitwise.py --page          writes the page's tables anew from the result file
 
@@ -514,7 +514,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--draws", type=int, default=470)
+    parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--cost", choices=("small", "medium", "packaged"), default="packaged")
     parser.add_argument(
