@@ -191,16 +191,12 @@ def rank(gradients: Sequence[Gradient]) -> int:
     Args:
         gradients: None of them nothing.
     """
-    names = sorted({name for gradient in gradients for name in gradient})
-    rows = []
-    for gradient in gradients:
-        like = {name: each[name] for each in gradients for name in names if name in each}
-        flat = [gradient.get(name, torch.zeros_like(like[name])).flatten() for name in names]
-        row = torch.cat(flat)
-        rows.append(row / row.norm())
-    if not rows:
+    layout = {name: tensor for gradient in gradients for name, tensor in gradient.items()}
+    if not gradients:
         return 0
-    sizes = torch.linalg.svdvals(torch.stack(rows) @ torch.stack(rows).T).sqrt()
+    flat = torch.stack([_flatten(gradient, layout) for gradient in gradients])
+    rows = flat / flat.norm(dim=1, keepdim=True)
+    sizes = torch.linalg.svdvals(rows @ rows.T).sqrt()
     return int((sizes > INDEPENDENT * sizes[0]).sum())
 
 

@@ -2,10 +2,18 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from samestep.audit.causes import Cause
 from samestep.audit.experiments import Experiments, merged
-from samestep.audit.gradients import is_finite, linear_combination, scale
+from samestep.audit.gradients import (
+    LeastSquares,
+    are_independent,
+    is_finite,
+    least_squares,
+    linear_combination,
+    scale,
+)
 from samestep.audit.subject import Denominator, Gradient, Split
 from samestep.errors import CheckError
 
@@ -48,6 +56,21 @@ class SplitEvidence:
     targets: Sequence[int] | None
     denominators: Sequence[Mapping[str, Denominator]]
     residual_tolerance: float
+
+    @cached_property
+    def of_whole(self) -> LeastSquares:
+        """The whole as a sum of the micro-batches' own gradients."""
+        return least_squares(self.whole, self.alone)
+
+    @cached_property
+    def of_split(self) -> LeastSquares:
+        """The split as such a sum."""
+        return least_squares(self.split, self.alone)
+
+    @cached_property
+    def independent(self) -> bool:
+        """Whether the weights of such a sum are the only ones that give it."""
+        return are_independent(self.alone)
 
 
 def collect_evidence(experiments: Experiments, split: Split, **changes: object) -> SplitEvidence:

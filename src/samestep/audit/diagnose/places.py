@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from samestep.audit.causes import Diagnosis
 from samestep.audit.experiments import Experiments, merged
-from samestep.audit.gradients import LeastSquares, are_independent, least_squares
+from samestep.audit.gradients import LeastSquares, least_squares
 from samestep.audit.hypotheses import SplitEvidence
 from samestep.audit.subject import Split
 
@@ -36,7 +36,7 @@ def by_place(
     sizes = {len(micro_batch) for micro_batch in split}
     if experiments.subject.uniform and len(sizes) > 1:
         return None  # a smaller one cannot come first
-    if not are_independent(evidence.alone):
+    if not evidence.independent:
         return None
     turned = split[::-1]
     alone = evidence.alone[::-1]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from samestep.audit.causes import Diagnosis
-from samestep.audit.gradients import are_independent, global_norm, least_squares
+from samestep.audit.gradients import global_norm, least_squares
 from samestep.audit.hypotheses import SplitEvidence
 from samestep.audit.subject import Gradient
 
@@ -126,19 +126,19 @@ def whole_follows_a_count(evidence: SplitEvidence) -> bool:
     """Whether the whole weighs micro-batches by shares, or all alike, as sums over counts do."""
     if evidence.residual_tolerance > SAME:
         return True  # coarse arithmetic: its weights are not known to enough digits to deny it
-    if not are_independent(evidence.alone):
+    if not evidence.independent:
         return True  # many weights give the same whole
-    whole = least_squares(evidence.whole, evidence.alone)
+    whole = evidence.of_whole
     return abs(sum(whole.coefficients) - 1) <= SAME or _alike(list(whole.coefficients))
 
 
 def _ratios(evidence: SplitEvidence) -> list[float] | None:
     """How much of each micro-batch the split holds, over how much the whole does."""
-    whole = least_squares(evidence.whole, evidence.alone)
-    split = least_squares(evidence.split, evidence.alone)
+    whole = evidence.of_whole
+    split = evidence.of_split
     if max(whole.residual, split.residual) > evidence.residual_tolerance:
         return None
-    if not are_independent(evidence.alone):
+    if not evidence.independent:
         return None
     if any(abs(own) < 1e-9 for own in (*whole.coefficients, *split.coefficients)):
         return None

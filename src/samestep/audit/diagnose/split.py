@@ -29,7 +29,6 @@ from samestep.audit.diagnose.weights import by_weights, several_laws
 from samestep.audit.experiments import Experiments, merged
 from samestep.audit.gradients import (
     LeastSquares,
-    are_independent,
     compare_gradients,
     is_finite,
     least_squares,
@@ -194,7 +193,7 @@ def _checked(
     """A hypothesis that fits, unless the micro-batches' own gradients already hold the fault."""
     residual, hypothesis = fit
     text = f"micro-batches weighted {hypothesis.weighting}{_in_words(evidence)}; {_shown(evidence)}"
-    whole = least_squares(evidence.whole, evidence.alone)
+    whole = evidence.of_whole
     if not hypothesis.scales_whole and whole.residual > evidence.residual_tolerance:
         inside = _inside(experiments, split, evidence=evidence, **changes)
         if inside is not None:
@@ -230,8 +229,8 @@ def _nonlinear(
         text = f"the same cut from another seed differs by {moved:.1e}"
         draws = experiments.run(split, **changes, watch_moves=True).draws
         return Diagnosis("rng", moved, text, ("recomputed-differently",) if draws else ())
-    whole = least_squares(evidence.whole, evidence.alone)
-    parts = least_squares(evidence.split, evidence.alone)
+    whole = evidence.of_whole
+    parts = evidence.of_split
     residual = max(whole.residual, parts.residual)
     if residual <= evidence.residual_tolerance:
         known = by_size(evidence) or by_place(experiments, split, evidence=evidence, **changes)
@@ -299,7 +298,7 @@ def _lost_or_repeated(
     whole: LeastSquares, split: LeastSquares, *, evidence: SplitEvidence
 ) -> Diagnosis | None:
     """Micro-batches that do not reach the update, or that reach it more than once."""
-    if not are_independent(evidence.alone):
+    if not evidence.independent:
         return None
     pairs = zip(split.coefficients, whole.coefficients, strict=True)
     times = [own / of_whole if abs(of_whole) > 1e-9 else 1.0 for own, of_whole in pairs]
@@ -319,11 +318,11 @@ def _lost_or_repeated(
 
 def _in_words(evidence: SplitEvidence) -> str:
     """What each micro-batch weighs, and would by its targets; empty if it cannot be said."""
-    parts = least_squares(evidence.split, evidence.alone)
+    parts = evidence.of_split
     targets = evidence.targets
     if targets is None or not sum(targets) or parts.residual > evidence.residual_tolerance:
         return ""
-    if not are_independent(evidence.alone):
+    if not evidence.independent:
         return ""
     weights = " ".join(f"{weight:.3g}" for weight in parts.coefficients)
     shares = " ".join(f"{count / sum(targets):.3g}" for count in targets)
@@ -332,11 +331,11 @@ def _in_words(evidence: SplitEvidence) -> str:
 
 def _shown(evidence: SplitEvidence) -> str:
     """The coefficients of both gradients on the micro-batches' own, for the reader."""
-    whole = least_squares(evidence.whole, evidence.alone)
-    split = least_squares(evidence.split, evidence.alone)
+    whole = evidence.of_whole
+    split = evidence.of_split
     targets = evidence.targets
     counts = "" if targets is None else f"; targets {' '.join(map(str, targets))}"
-    if not are_independent(evidence.alone):
+    if not evidence.independent:
         counts += "; these gradients depend on each other, so other weights fit as well"
     return (
         f"on the micro-batches' own gradients: whole = [{whole}] "

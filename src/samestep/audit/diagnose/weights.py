@@ -53,7 +53,7 @@ def _law(
         (compare_gradients(each.gradient, own.split).relative_difference, each)
         for each in hypotheses(own, causes)
     ]
-    if least_squares(own.whole, own.alone).residual > own.residual_tolerance:
+    if own.of_whole.residual > own.residual_tolerance:
         return None  # the fault lies within micro-batches: no law of counts explains the whole
     difference = compare_gradients(own.split, own.whole).relative_difference
     best = min(residual for residual, _ in scored)

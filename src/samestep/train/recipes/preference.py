@@ -104,33 +104,26 @@ def load_reference(settings: ReferenceSettings, model: Any) -> Reference:
     Raises:
         ConfigError: It has another vocabulary, or there is no room for a copy, or it cannot move.
     """
-    if not settings.sync_ref_model:
-        return _still_reference(settings, model)
-    if is_sharded(model):
+    source, moves = settings.reference_model, settings.sync_ref_model
+    if moves and is_sharded(model):
         raise ConfigError("sync_ref_model: not under parallel fsdp2, which keeps no whole copy")
-    trust, source = settings.trust_remote_code, settings.reference_model
-    if source is None:
-        own = copy.deepcopy(model)
-    else:
-        own = load_frozen(source, model, field="reference_model", trust_remote_code=trust)
-    share, every = settings.ref_model_mixup_alpha, settings.ref_model_sync_steps
-    return MovingReference(own, model, share=share, every=every)
-
-
-def _still_reference(settings: ReferenceSettings, model: Any) -> Reference:
-    if settings.reference_model is not None:
-        trust, source = settings.trust_remote_code, settings.reference_model
-        frozen = load_frozen(source, model, field="reference_model", trust_remote_code=trust)
-        return Reference(frozen)
-    if settings.lora_rank is not None:
+    if source is None and not moves and settings.lora_rank is not None:
         return Reference(None)
-    if is_sharded(model):
+    if source is not None:
+        trust = settings.trust_remote_code
+        own = load_frozen(source, model, field="reference_model", trust_remote_code=trust)
+    elif is_sharded(model):
         raise ConfigError(
             "parallel: fsdp2 cannot keep a second copy of the model as the reference. Train "
             "adapters (lora_rank), whose reference is the model without them, or give rows "
             "with ref_chosen_logps and ref_rejected_logps"
         )
-    return Reference(copy.deepcopy(model))
+    else:
+        own = copy.deepcopy(model)
+    if not moves:
+        return Reference(own)
+    share, every = settings.ref_model_mixup_alpha, settings.ref_model_sync_steps
+    return MovingReference(own, model, share=share, every=every)
 
 
 def with_reference(objective: Objective, reference: Reference | None) -> Objective:
