@@ -64,15 +64,19 @@ def with_exact(
 
     Returns:
         ``verdict``: "exact", "refused" with why, or "inexact" with the axes that are left, and
-        then with what ``prove=True`` says of it, if it says something.
+        then with what ``prove=True`` says of it, if it says something; the axes that are now
+        ``refused``, such as ranks that would repeat pairs.
     """
     try:
         subject = TrainerSubject(lambda **sizes: exact(factory(**sizes), **options), name=name)
         experiments = Experiments.start(subject)
     except Exception as error:
         return {"verdict": "refused", "why": short(error)}
-    left = [axis for axis in axes if run_axis(_judged_only(axis), experiments).verdict == "inexact"]
+    verdicts = {axis: run_axis(_judged_only(axis), experiments).verdict for axis in axes}
+    left = [axis for axis, verdict in verdicts.items() if verdict == "inexact"]
     found = {"verdict": "inexact" if left else "exact", "left": left, "options": options}
+    refused = [axis for axis, verdict in verdicts.items() if verdict == "skipped"]
+    found |= {"refused": refused} if refused else {}
     return {**found, "prove": _proof(factory, **options)} if left else found
 
 

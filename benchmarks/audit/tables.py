@@ -184,7 +184,8 @@ def _cured(found: dict[str, Any]) -> str:
     given = cured.get("options", {}).items()
     options = "".join(f", with `{name}={value}`" for name, value in given)
     proof = ", refused with `prove=True`" if cured.get("prove") else ""
-    return f"{cured['verdict']}{left}{options}{proof}"
+    refused = f"; refused: {', '.join(cured['refused'])}" if cured.get("refused") else ""
+    return f"{cured['verdict']}{left}{options}{proof}{refused}"
 
 
 def _cell(text: str) -> str:

@@ -37,5 +37,7 @@ def test_each_way_to_be_cured_has_its_words() -> None:
     assert cured({"with exact": left}) == "inexact: ranks, reported"
     proved = {**left, "left": ["micro-batch"], "options": {}, "prove": "attends to padding"}
     assert cured({"with exact": proved}) == "inexact: micro-batch, refused with `prove=True`"
+    refused = {"verdict": "exact", "left": [], "refused": ["ranks"]}
+    assert cured({"with exact": refused}) == "exact; refused: ranks"
     two_pass = {"verdict": "exact", "left": [], "options": {"two_pass": True}}
     assert cured({"with exact": two_pass}) == "exact, with `two_pass=True`"
