@@ -1,11 +1,9 @@
-"""What is done to a model for a run, and read from it: seeds, no noise, float64; its gradients."""
+"""What is done to a model for a run, and read from it: no noise, float64; its gradients."""
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, autograd, nn
 from torch.distributed.tensor import DTensor
@@ -35,13 +33,6 @@ _NARROW = {**_SINGLE, torch.float16: Tensor.half, torch.bfloat16: Tensor.bfloat1
 
 MOVEMENT = 0.01
 """How far the audit's own update moves the weights, of their size."""
-
-
-def seed_all(seed: int) -> None:
-    """Seed every random number generator that a loop may draw from."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
 
 
 @contextlib.contextmanager
