@@ -66,6 +66,14 @@ class MicroBatches:
         self._by_number = micro_batch is not None
         self._budget = micro_tokens if micro_batch is None else micro_batch
 
+    def put(self, records: Records) -> None:
+        """Cut other records from here on, under the same budget.
+
+        Args:
+            records: Those that a step generated.
+        """
+        self._records = records
+
     def of_this_rank(self, indices: Sequence[int], step: int) -> Iterator[dict[str, Any] | Idle]:
         """This rank's part of the records: over all ranks each is there exactly once.
 

@@ -19,11 +19,16 @@ from samestep.train.settings.language import (
     given_without,
 )
 from samestep.train.settings.peers import peer_objective
+from samestep.train.settings.rollouts import (
+    RolloutFields,
+    problems_of_generation,
+    unread_without_generation,
+)
 from samestep.utils.plugins import is_reference, load_object, nearest
 
 
-class PolicySettings(ReferenceSettings):
-    """Learn from rollouts and their rewards by a clipped policy gradient."""
+class PolicySettings(ReferenceSettings, RolloutFields):
+    """Learn from rollouts, given or generated, and their rewards by a clipped policy gradient."""
 
     objective: Literal["policy"] = "policy"
     """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
@@ -57,12 +62,37 @@ class PolicySettings(ReferenceSettings):
             problems.append("precompute_reference: the KL of rollouts needs a live reference")
         if self.sync_ref_model and not self.kl_weight:
             problems.append("sync_ref_model: without kl_weight there is no reference to move")
+        problems += self._problems_of_rollouts()
         unread = {
             "clipped": ("sapo_temperature_pos", "sapo_temperature_neg"),
             "cispo": ("clip_low", "sapo_temperature_pos", "sapo_temperature_neg"),
             "sapo": ("clip_low", "clip_high"),
         }[self.loss]
         return problems + given_without(self, unread, reason=f"loss {self.loss} does not read it")
+
+    def _problems_of_rollouts(self) -> list[str]:
+        if not self.reward_funcs:
+            reason = "rollouts are generated with reward_funcs alone"
+            return given_without(self, unread_without_generation(), reason=reason)
+        problems = problems_of_generation(self)
+        if self.baseline == "given":
+            problems.append("baseline: given reads advantages of rows, and reward_funcs generates")
+        if self.batch_tokens is not None:
+            problems.append("batch_tokens: how long rollouts get is not known: give batch_size")
+        if self.max_length is not None:
+            problems.append(
+                "max_length: prompts are not cut, and max_completion_length bounds completions"
+            )
+        if self.eval_data is not None:
+            problems.append("eval_data: nothing is evaluated where rollouts are generated")
+        if self.parallel == "fsdp2":
+            problems.append("reward_funcs: nothing is generated under parallel fsdp2")
+        if self.bitwise and self.sampler is not None:
+            problems.append("bitwise: what a sampler of your own answers has no bits to keep")
+        if self.sampler is None:
+            reason = "there is no sampler that could be out of reach"
+            problems += given_without(self, ("sampler_timeout",), reason=reason)
+        return problems
 
 
 class DistillationSettings(TrainSettings):
