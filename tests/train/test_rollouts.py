@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from thread_ranks import thread_ranks
 
 from samestep.cli import main
-from samestep.errors import ConfigError, DataError, RolloutError
+from samestep.errors import ConfigError, DataError, NotFiniteError, RolloutError
 from samestep.train import rollouts, step_rollouts
 from samestep.train.rewards import load_rewards
 from samestep.train.rollouts import RolloutMaker
@@ -58,6 +58,14 @@ def wanting(completions, solution):
 
 def huge(completions):
     return [1e300 * at for at in range(len(completions))]
+
+def enormous(completions):
+    return [3e38] + [0.0] * (len(completions) - 1)
+
+def polite(prompts, completions, answer):
+    assert [each[-1]["role"] for each in prompts] == ["user"] * len(prompts)
+    assert all(each[0]["role"] == "assistant" for each in completions)
+    return [float(len(each[0]["content"])) for each in completions]
 
 constant = 3
 """
@@ -284,6 +292,26 @@ def test_a_bad_reward_names_the_row(folder: Path, setup: TrainingSetup, name: st
     )
     with pytest.raises(RolloutError, match=BAD_REWARDS[name]):
         maker.of_step(range(7), 0, beat=lambda name: None)
+
+
+def test_a_completion_that_makes_the_loss_infinite_is_named(folder: Path) -> None:
+    with pytest.raises(NotFiniteError, match=r"At fault: rows.jsonl:\d, completion 1: policy is"):
+        train(config(folder, "inf", "enormous", baseline="dr_grpo", precision="float32"))
+
+
+def test_conversations_train_adapters(folder: Path) -> None:
+    """In float32, from a distribution at another temperature, by one of two rewards."""
+    user = {"role": "user", "content": "How many forks?"}
+    rows = [{"prompt": [user] * (at % 2 + 1), "answer": at} for at in range(4)]
+    data = folder / "chats.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    changes = {"lora_rank": 2, "kl_weight": 0.1, "temperature": 0.5, "precision": "float32"}
+    train(config(folder, "chats", "polite", data=str(data), steps=2, **changes))
+    lines = read_lines(folder / "chats" / "rollouts.jsonl")
+    assert all(line["reward"] == len(line["completion"]) for line in lines)
+    log = read_lines(folder / "chats" / "log.jsonl")
+    assert log[0]["terms"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert log[1]["terms"]["kl"] > 0
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {

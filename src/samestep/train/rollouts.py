@@ -58,7 +58,7 @@ def with_rollouts(
     started = time.perf_counter()
     made = maker.of_step(plan.examples, plan.step, beat=beat)
     made = replace(made, seconds=time.perf_counter() - started)
-    micro_batches.put(made.records)
+    micro_batches.put(made.records, made.names())
     return replace(plan, examples=tuple(range(len(made.records)))), made
 
 

@@ -114,6 +114,13 @@ class StepRollouts:
             seconds=report.seconds + self.seconds,
         )
 
+    def names(self) -> list[str]:
+        """What messages call each rollout."""
+        return [
+            f"{self.rows[each.asked.at].origin}, completion {each.sample + 1}"
+            for each in self.rollouts
+        ]
+
     def lines(self, step: int) -> Iterator[dict[str, Any]]:
         """The rollouts as lines of ``rollouts.jsonl``.
 
@@ -159,7 +166,9 @@ def compared(
     found = sorted(found, key=lambda each: (each.asked.place, each.sample))
     groups = [str(each.asked.place) for each in found]
     try:
-        advantages = advantages_of([each.reward for each in found], groups, baseline=baseline)
+        rewards = [each.reward for each in found]
+        advantages = advantages_of(rewards, groups, baseline=baseline)
+        terms = _terms(found, [prompts[each.asked.at].sequences[0].weight for each in found])
     except OverflowError:
         largest = max(found, key=lambda each: abs(each.reward))
         raise RolloutError(
@@ -171,8 +180,8 @@ def compared(
         for each, advantage in zip(found, advantages, strict=True)
     ]
     records = _records(rollouts, prompts)
-    weights = records.sequences.weights.tolist()
-    return StepRollouts(rollouts, rows, records, _terms(rollouts, weights), math.fsum(weights))
+    weight = math.fsum(records.sequences.weights.tolist())
+    return StepRollouts(rollouts, rows, records, terms, weight)
 
 
 def _records(rollouts: Sequence[Rollout], prompts: Records) -> Records:

@@ -324,6 +324,7 @@ class Trainer:
                     objective.loss_fn, step_number=plan.step, number=len(plan.examples)
                 ),
                 counters=objective.counters,
+                name_of=micro_batches.name_of,
             )
         )
         rows = [line for lines in by_rank for line in lines]
