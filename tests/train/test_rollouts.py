@@ -111,6 +111,10 @@ def weights(out: Path) -> dict[str, Any]:
 
 def assert_same_run(out: Path, alone: Path) -> None:
     assert worst(weights(out), weights(alone)) < 1e-9
+    assert_same_rollouts(out, alone)
+
+
+def assert_same_rollouts(out: Path, alone: Path) -> None:
     found, wanted = read_lines(out / "rollouts.jsonl"), read_lines(alone / "rollouts.jsonl")
     advantages = [line.pop("advantage") for line in wanted]
     assert [line.pop("advantage") for line in found] == pytest.approx(advantages, abs=1e-9)
@@ -294,6 +298,28 @@ def test_a_bad_reward_names_the_row(folder: Path, setup: TrainingSetup, name: st
         maker.of_step(range(7), 0, beat=lambda name: None)
 
 
+def test_the_best_model_is_chosen_by_rewards_on_other_prompts(folder: Path) -> None:
+    write_rows(folder / "held-out.jsonl", 5, seed=9)
+    held_out = {"eval_data": str(folder / "held-out.jsonl"), "eval_every": 2, "best": "reward"}
+    train(config(folder, "evaluated", **held_out))
+    assert_same_rollouts(folder / "evaluated", folder / "alone")
+    lines = read_lines(folder / "evaluated" / "eval.jsonl")
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    assert all(line["counts"]["completion"] == 5 * GROUP for line in lines)
+    split = {"micro_batch": 1, "generation_batch": 2, "eval_every": 4, "best": None}
+    train(config(folder, "evaluated-split", **held_out | split))
+    again = read_lines(folder / "evaluated-split" / "eval.jsonl")
+    for one, other in zip(again, [lines[0], lines[-1]], strict=True):
+        assert one["terms"] == pytest.approx(other["terms"], abs=1e-9)
+    best = max(lines[1:], key=lambda line: line["terms"]["reward"])
+    summary = json.loads((folder / "evaluated" / "summary.json").read_text("utf-8"))
+    assert summary["best"] == {
+        "metric": "reward",
+        "step": best["step"],
+        "value": best["terms"]["reward"],
+    }
+
+
 def test_a_completion_that_makes_the_loss_infinite_is_named(folder: Path) -> None:
     with pytest.raises(NotFiniteError, match=r"At fault: rows.jsonl:\d, completion 1: policy is"):
         train(config(folder, "inf", "enormous", baseline="dr_grpo", precision="float32"))
@@ -327,13 +353,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         {"max_length": 9, "batch_size": None, "batch_tokens": 9},
     ),
     "num_generations: 4 has no effect: rollouts are generated with reward_funcs": ("", {}),
-    "eval_data: nothing is evaluated": ("letters", {"eval_data": "rows.jsonl"}),
+    "best: .*; did you mean 'reward'": (
+        "letters",
+        {"eval_data": "HELD OUT", "best": "rewar", "best_is": "highest", "eval_every": 1},
+    ),
 }
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_be_is_said_before_anything_is_written(folder: Path, message: str) -> None:
     rewards, changes = REFUSED[message]
+    if "eval_data" in changes:
+        changes = {**changes, "eval_data": str(folder / "rows.jsonl")}
     with pytest.raises((ConfigError, DataError), match=message):
         train(config(folder, "refused", rewards, **changes))
     assert not (folder / "refused").exists()

@@ -32,6 +32,9 @@ from samestep.train.step_rollouts import Asked, Rollout, StepRollouts, compared
 
 log = logging.getLogger("samestep")
 
+EVALUATION = 2**32 - 1
+"""The step to which the noise of evaluations is keyed: each draws the same one."""
+
 Beat = Callable[[str], None]
 """Told what begins, so that a run that generates is seen to move."""
 

@@ -175,7 +175,9 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
         log.info("the first step on this rank: %s", train.describe(own))
     describe(model, settings)
     evaluations = {
-        name: EvaluationSet(records, cut(records, micro_tokens))
+        name: EvaluationSet(
+            records, cut(records, micro_tokens), recipe.rollouts(model, tokenizer, records)
+        )
         for name, records in zip(evaluation_sets(settings), data[1:], strict=True)
     }
     check_choice(model, evaluated, sets=evaluations, settings=settings, tokenizer=tokenizer)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,10 +12,13 @@ from samestep.data.examples import Example, Examples
 from samestep.data.readers.prompts import PromptRows
 from samestep.data.readers.rollouts import Baseline, advantages_of
 from samestep.data.records import Records
+from samestep.engine.evaluate import EvalReport
 from samestep.engine.step import StepReport
 from samestep.engine.targets import IGNORE
 from samestep.errors import RolloutError
 from samestep.train.sampling import Completion
+
+Report = TypeVar("Report", StepReport, EvalReport)
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ class StepRollouts:
     weight: float
     seconds: float = 0.0
 
-    def added_to(self, report: StepReport) -> StepReport:
-        """A step's report that also says what was generated for it."""
+    def added_to(self, report: Report) -> Report:
+        """The report of a step or an evaluation that also says what was generated for it."""
         return replace(
             report,
             terms={**report.terms, **self.terms},

@@ -83,8 +83,6 @@ class PolicySettings(ReferenceSettings, RolloutFields):
             problems.append(
                 "max_length: prompts are not cut, and max_completion_length bounds completions"
             )
-        if self.eval_data is not None:
-            problems.append("eval_data: nothing is evaluated where rollouts are generated")
         if self.parallel == "fsdp2":
             problems.append("reward_funcs: nothing is generated under parallel fsdp2")
         if self.bitwise and self.sampler is not None:
