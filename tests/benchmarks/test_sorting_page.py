@@ -28,9 +28,9 @@ def test_the_page_and_the_curve_are_those_of_the_results(benchmark: Any) -> None
 
 def test_the_benchmark_learns_from_its_own_rollouts(benchmark: Any, tmp_path: Path) -> None:
     benchmark.prepare(tmp_path)
-    lines = benchmark.learn(tmp_path, "run", model=str(tmp_path / "random"), steps=1)
-    group = benchmark.POLICY["num_generations"]
-    assert len(lines) == benchmark.POLICY["batch_size"] * group
+    changes = {"model": str(tmp_path / "random"), "steps": 1, "batch_size": 4}
+    lines = benchmark.learn(tmp_path, "run", **changes)
+    assert len(lines) == 4 * benchmark.POLICY["num_generations"]
     answers = {
         row["prompt"]: row["answer"] for row in benchmark.read_lines(tmp_path / "prompts.jsonl")
     }

@@ -306,11 +306,10 @@ def test_the_best_model_is_chosen_by_rewards_on_other_prompts(folder: Path) -> N
     lines = read_lines(folder / "evaluated" / "eval.jsonl")
     assert [line["step"] for line in lines] == [0, 2, 4]
     assert all(line["counts"]["completion"] == 5 * GROUP for line in lines)
-    split = {"micro_batch": 1, "generation_batch": 2, "eval_every": 4, "best": None}
+    split = {"micro_batch": 1, "generation_batch": 2, "best": None, "steps": 1}
     train(config(folder, "evaluated-split", **held_out | split))
-    again = read_lines(folder / "evaluated-split" / "eval.jsonl")
-    for one, other in zip(again, [lines[0], lines[-1]], strict=True):
-        assert one["terms"] == pytest.approx(other["terms"], abs=1e-9)
+    again = read_lines(folder / "evaluated-split" / "eval.jsonl")[0]
+    assert again["terms"] == pytest.approx(lines[0]["terms"], abs=1e-9)
     best = max(lines[1:], key=lambda line: line["terms"]["reward"])
     summary = json.loads((folder / "evaluated" / "summary.json").read_text("utf-8"))
     assert summary["best"] == {

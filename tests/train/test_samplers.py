@@ -106,6 +106,17 @@ def test_the_configuration_of_the_page_runs(folder: Path, monkeypatch: pytest.Mo
     assert line["terms"]["reward"] == pytest.approx(parts[0] + 0.1 * parts[1])
 
 
+def test_the_distillation_of_the_page_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    given = yaml.safe_load(FILES["gkd.yaml"])
+    tiny = {"model": "tiny", "teacher": "tiny", "steps": 1, "max_completion_length": 4}
+    Path("gkd.yaml").write_text(yaml.safe_dump({**given, **tiny}), "utf-8")
+    train(read_settings(["gkd.yaml"]))
+    (line,) = read_lines(folder / "runs/gkd/log.jsonl")
+    assert line["loss"] == pytest.approx(0, abs=1e-5)  # the student is its teacher still
+    assert 0 < line["terms"]["completion_length"] <= 4
+
+
 def test_a_server_is_asked_again_and_its_log_p_are_used(
     folder: Path, server: type[StandIn], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -186,5 +197,5 @@ def test_what_is_no_sampler_is_refused(folder: Path) -> None:
             train(config(folder, "refused", name))
     with pytest.raises(ConfigError, match="bitwise: what a sampler of your own"):
         config(folder, "refused", "vllm_sampler.py:Sampler", bitwise=True, precision="float32")
-    with pytest.raises(ConfigError, match=r"sampler_timeout: 5\.0 has no effect"):
+    with pytest.raises(ConfigError, match="sampler_timeout: it has no effect"):
         config(folder, "refused", None, sampler_timeout=5)

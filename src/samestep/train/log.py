@@ -18,7 +18,7 @@ from samestep.train.progress import Progress
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.evaluation import evaluation_sets
-from samestep.train.settings.rollouts import RolloutFields
+from samestep.train.settings.rollouts import GenerationFields
 from samestep.utils.extras import install_command
 from samestep.utils.files import open_regular, write_atomically
 
@@ -106,7 +106,7 @@ class RunLog:
         self._evaluations = JsonLines(folder.evaluations)
         self._samples = JsonLines(folder.samples) if settings.samples else None
         self._rollouts: JsonLines | None = None
-        if isinstance(settings, RolloutFields) and settings.reward_funcs:
+        if isinstance(settings, GenerationFields) and settings.generates:
             self._rollouts = JsonLines(folder.rollouts) if settings.log_completions else None
 
     def step(self, report: StepReport, *, step: int, epoch: float, lr: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from samestep.data.batching import StepPlan
 from samestep.data.readers.prompts import ROWS, PromptRows
@@ -27,13 +27,17 @@ from samestep.train.precision import one_step, products
 from samestep.train.rewards import RewardFunction, Scored, score
 from samestep.train.samplers import OutsideSampler, SampleRequest
 from samestep.train.sampling import Completion, end_tokens, sample_completions, sampling_keys
-from samestep.train.settings.objectives import PolicySettings
+from samestep.train.settings.objectives import DistillationSettings, PolicySettings
+from samestep.train.settings.rollouts import GenerationFields
 from samestep.train.step_rollouts import Asked, Rollout, StepRollouts, compared
 
 log = logging.getLogger("samestep")
 
 EVALUATION = 2**32 - 1
 """The step to which the noise of evaluations is keyed: each draws the same one."""
+
+Generating: TypeAlias = PolicySettings | DistillationSettings
+"""Settings of a run that generates."""
 
 Beat = Callable[[str], None]
 """Told what begins, so that a run that generates is seen to move."""
@@ -73,8 +77,7 @@ class RolloutMaker:
         model: The policy, with replicated weights.
         tokenizer: Its tokenizer.
         prompts: Of `samestep.data.readers.prompts.prompt_records`.
-        rewards: Of `samestep.train.rewards.load_rewards`.
-        sampler: What generates in the place of the policy itself.
+        rewards: Of `samestep.train.rewards.load_rewards`; none where nothing is rewarded.
 
     Attributes:
         rows: Of the prompts.
@@ -86,25 +89,22 @@ class RolloutMaker:
 
     def __init__(
         self,
-        settings: PolicySettings,
+        settings: Generating,
         model: Any,
         *,
         tokenizer: Any,
         prompts: Records,
-        rewards: Sequence[RewardFunction],
-        sampler: OutsideSampler | None = None,
+        rewards: Sequence[RewardFunction] = (),
     ) -> None:
         if is_sharded(model):
-            raise ConfigError(
-                "reward_funcs: nothing is generated under parallel fsdp2, whose ranks go together"
-            )
+            raise ConfigError("nothing is generated under parallel fsdp2, whose ranks go together")
         self.rows: PromptRows = prompts.meta[ROWS]
         self._settings = settings
         self._model = model
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._rewards = rewards
-        self._sampler = sampler
+        self._sampler = sampler_of(settings)
         self._said_idle = False
         self._check_room()
 
@@ -141,7 +141,8 @@ class RolloutMaker:
         shares = gather_results(own_share)
         _raise_together([line for share in shares for line in share["problems"]])
         found = [Rollout.from_json(*fields) for share in shares for fields in share["found"]]
-        baseline = self._settings.baseline
+        settings = self._settings
+        baseline = settings.baseline if isinstance(settings, PolicySettings) else None
         return compared(found, self._prompts, rows=self.rows, baseline=baseline)
 
     def _add_batch(
@@ -151,14 +152,7 @@ class RolloutMaker:
         generated = self._generate(batch, step, partial(beat, of))
         for each, completions in zip(batch, generated, strict=True):
             texts = [self._text(completion) for completion in completions]
-            scored = score(
-                self._rewards,
-                self.rows[each.at],
-                completions=texts,
-                ids=[completion.ids for completion in completions],
-                timeout=self._settings.reward_timeout,
-                beat=partial(beat, f"rewards of {self.rows[each.at].origin}"),
-            )
+            scored = self._scored(each, completions, texts=texts, beat=beat)
             share["problems"] += scored.problems
             if scored.timed_out:
                 return False
@@ -166,10 +160,25 @@ class RolloutMaker:
                 share["found"] += self._as_json(each, completions, texts=texts, scored=scored)
         return True
 
+    def _scored(
+        self, asked: Asked, completions: Sequence[Completion], *, texts: Sequence[str], beat: Beat
+    ) -> Scored:
+        if not isinstance(self._settings, PolicySettings):
+            return Scored({})
+        row = self.rows[asked.at]
+        return score(
+            self._rewards,
+            row,
+            completions=texts,
+            ids=[completion.ids for completion in completions],
+            timeout=self._settings.reward_timeout,
+            beat=partial(beat, f"rewards of {row.origin}"),
+        )
+
     def _generate(
         self, batch: Sequence[Asked], step: int, beat: Callable[[], None]
     ) -> list[list[Completion]]:
-        settings, number = self._settings, self._settings.num_generations
+        settings, number = self._settings, self._settings.completions
         rows = self._prompts.first_rows()
         keys = sampling_keys(
             settings.seed,
@@ -262,21 +271,42 @@ class RolloutMaker:
         )
 
 
-def describe_generation(settings: PolicySettings) -> str:
+def sampler_of(settings: GenerationFields) -> OutsideSampler | None:
+    """The sampler that the settings name.
+
+    Args:
+        settings: ``sampler``, ``sampler_timeout``.
+
+    Returns:
+        None where the model itself generates.
+
+    Raises:
+        ConfigError: There is no such sampler.
+    """
+    if settings.sampler is None:
+        return None
+    return OutsideSampler(settings.sampler, timeout=settings.sampler_timeout)
+
+
+def describe_generation(settings: GenerationFields) -> str:
     """What a step generates, in words.
 
     Args:
-        settings: With ``reward_funcs``.
+        settings: Of a run that generates.
 
     Returns:
         A line.
     """
-    names = ", ".join(settings.reward_funcs)
     by = "the model" if settings.sampler is None else settings.sampler
-    return (
-        f"rollouts are generated by {by}: {settings.num_generations} completions of each prompt, "
-        f"of {settings.max_completion_length} tokens at most, rewarded by {names}"
+    number = settings.completions
+    many = f"{number} completion{'s' if number > 1 else ''}"
+    text = (
+        f"rollouts are generated by {by}: {many} of each prompt, "
+        f"of {settings.max_completion_length} tokens at most"
     )
+    if isinstance(settings, PolicySettings):
+        text += f", rewarded by {', '.join(settings.reward_funcs)}"
+    return text
 
 
 def _raise_together(problems: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from samestep.train.recipes.base import Recipe, recipe_for
 from samestep.train.rollouts import describe_generation
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.evaluation import evaluation_sets
-from samestep.train.settings.objectives import PolicySettings
+from samestep.train.settings.rollouts import GenerationFields
 from samestep.utils.sources import describe_source, parts_of
 from samestep.utils.waiting import waiting
 
@@ -146,7 +146,7 @@ def described(settings: TrainSettings, data: Sequence[Records]) -> list[str]:
         for source, records in zip(sources, data, strict=True)
         if records.report is not None
     ]
-    if isinstance(settings, PolicySettings) and settings.reward_funcs:
+    if isinstance(settings, GenerationFields) and settings.generates:
         lines.append(describe_generation(settings))
     mix = training_mix(data[0], settings)
     return lines if mix is None else [*lines, mix.describe(parts_of(settings.data))]
@@ -173,8 +173,8 @@ def read_only(settings: TrainSettings) -> list[str]:
         else (f"{settings.batch_tokens} tokens")
     )
     steps = total_steps(data[0], settings)
-    if isinstance(settings, PolicySettings) and settings.reward_funcs:
-        completions = f" ({(settings.batch_size or 0) * settings.num_generations} completions)"
+    if isinstance(settings, GenerationFields) and settings.generates:
+        completions = f" ({(settings.batch_size or 0) * settings.completions} completions)"
         size = f"{settings.batch_size} prompts{completions}"
     return [*described(settings, data), f"{steps} steps of {size}; nothing was trained or written"]
 

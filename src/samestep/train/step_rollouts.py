@@ -134,23 +134,27 @@ class StepRollouts:
             An object each.
         """
         for each in self.rollouts:
-            row = self.rows[each.asked.at]
+            row, rewarded = self.rows[each.asked.at], {}
+            if each.rewards:
+                rewarded = {
+                    "rewards": dict(each.rewards),
+                    "reward": each.reward,
+                    "advantage": each.advantage,
+                }
             yield {
                 "step": step,
                 "row": row.origin,
                 "sample": each.sample + 1,
                 "prompt": row.prompt,
                 "completion": each.text,
-                "rewards": dict(each.rewards),
-                "reward": each.reward,
-                "advantage": each.advantage,
+                **rewarded,
                 "tokens": len(each.completion.ids),
                 "truncated": not each.completion.ended,
             }
 
 
 def compared(
-    found: Sequence[Rollout], prompts: Records, *, rows: PromptRows, baseline: Baseline
+    found: Sequence[Rollout], prompts: Records, *, rows: PromptRows, baseline: Baseline | None
 ) -> StepRollouts:
     """Rollouts with their advantages, each over the whole of its group.
 
@@ -158,7 +162,7 @@ def compared(
         found: All of a step, in any order.
         prompts: The training records.
         rows: Theirs.
-        baseline: As for `samestep.data.readers.rollouts.advantages_of`.
+        baseline: As for `samestep.data.readers.rollouts.advantages_of`; None: there are no rewards.
 
     Returns:
         Them, in the order of the step.
@@ -170,7 +174,11 @@ def compared(
     groups = [str(each.asked.place) for each in found]
     try:
         rewards = [each.reward for each in found]
-        advantages = advantages_of(rewards, groups, baseline=baseline)
+        advantages = (
+            [0.0] * len(found)
+            if baseline is None
+            else advantages_of(rewards, groups, baseline=baseline)
+        )
         terms = _terms(found, [prompts[each.asked.at].sequences[0].weight for each in found])
     except OverflowError:
         largest = max(found, key=lambda each: abs(each.reward))
@@ -231,12 +239,18 @@ def _terms(rollouts: Sequence[Rollout], weights: Sequence[float]) -> dict[str, f
     def mean(values: Sequence[float]) -> float:
         return math.fsum(w * value for w, value in zip(weights, values, strict=True)) / total
 
+    written = {
+        "completion_length": mean([float(len(each.completion.ids)) for each in rollouts]),
+        "truncated": mean([float(not each.completion.ended) for each in rollouts]),
+    }
+    names = list(rollouts[0].rewards)
+    if not names:
+        return written
     groups: dict[int, list[float]] = {}
     for each in rollouts:
         groups.setdefault(each.asked.place, []).append(each.reward)
     spread = {place: _deviation(rewards) for place, rewards in groups.items()}
     deviations = [spread[each.asked.place] for each in rollouts]
-    names = list(rollouts[0].rewards)
     parts = {
         f"rewards/{name}": mean([each.rewards[name] for each in rollouts])
         for name in (names if len(names) > 1 else ())
@@ -246,8 +260,7 @@ def _terms(rollouts: Sequence[Rollout], weights: Sequence[float]) -> dict[str, f
         **parts,
         "reward_std": mean(deviations),
         "frac_reward_zero_std": mean([float(deviation == 0) for deviation in deviations]),
-        "completion_length": mean([float(len(each.completion.ids)) for each in rollouts]),
-        "truncated": mean([float(not each.completion.ended) for each in rollouts]),
+        **written,
     }
 
 

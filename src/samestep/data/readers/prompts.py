@@ -61,13 +61,14 @@ ROWS = "prompt rows"
 """Where ``Records.meta`` of prompts holds their `PromptRows`, one a record."""
 
 
-def prompt_records(rows: Sequence[Row], tokenizer: Any) -> Records:
+def prompt_records(rows: Sequence[Row], tokenizer: Any, *, columns: bool = True) -> Records:
     """Tokenise prompts up to where the completion begins.
 
     Args:
         rows: At least one, with ``prompt``: text, or messages (with ``tools``, or none), which get
             the header of the assistant's turn. Each may add ``weight``.
         tokenizer: A tokenizer of transformers; with a chat template for messages.
+        columns: Whether anybody reads the other columns.
 
     Returns:
         A record for each row, without targets; ``meta`` holds its columns.
@@ -92,15 +93,13 @@ def prompt_records(rows: Sequence[Row], tokenizer: Any) -> Records:
         Example.without_targets(torch.from_numpy(each), weight=weight, row=at)
         for at, each, weight in zip(kept, ids, weights, strict=True)
     ]
-    columns = PromptRows(
-        PromptRow(
-            rows[at].values["prompt"],
-            {name: value for name, value in rows[at].values.items() if name != "prompt"},
-            rows[at].origin,
-        )
-        for at in kept
-    )
-    return Records(Examples.from_examples(examples, dropped), meta={ROWS: columns})
+    found = PromptRows(_prompt_row(rows[at], columns=columns) for at in kept)
+    return Records(Examples.from_examples(examples, dropped), meta={ROWS: found})
+
+
+def _prompt_row(row: Row, *, columns: bool) -> PromptRow:
+    others = {name: value for name, value in row.values.items() if columns and name != "prompt"}
+    return PromptRow(row.values["prompt"], others, row.origin)
 
 
 def _prompt_ids(row: Row, tokenizer: Any) -> np.ndarray[Any, np.dtype[np.int64]]:

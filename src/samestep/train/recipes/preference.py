@@ -29,8 +29,7 @@ from samestep.objectives.preference import DPO, ReferenceFree, Reward
 from samestep.objectives.units import PAIR_COUNTERS
 from samestep.train.recipes.base import Recipe, load_frozen
 from samestep.train.rewards import check_columns, load_rewards
-from samestep.train.rollouts import RolloutMaker
-from samestep.train.samplers import OutsideSampler
+from samestep.train.rollouts import RolloutMaker, sampler_of
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.language import (
     CPOSettings,
@@ -332,11 +331,7 @@ class PolicyRecipe(Recipe):
         super().__init__(settings)
         # What is not there is said before rows are read.
         self._rewards = load_rewards(settings)
-        self._sampler = (
-            None
-            if settings.sampler is None
-            else OutsideSampler(settings.sampler, timeout=settings.sampler_timeout)
-        )
+        sampler_of(settings)
 
     def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
         """Rows of prompt, completion and reward; or of prompts alone."""
@@ -372,7 +367,6 @@ class PolicyRecipe(Recipe):
             tokenizer=tokenizer,
             prompts=data,
             rewards=self._rewards,
-            sampler=self._sampler,
         )
 
     def build(self, model: Any, data: Sequence[Records]) -> Objective:

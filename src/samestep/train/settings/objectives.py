@@ -20,9 +20,12 @@ from samestep.train.settings.language import (
 )
 from samestep.train.settings.peers import peer_objective
 from samestep.train.settings.rollouts import (
+    OF_GENERATION,
+    OF_REWARDS,
+    GenerationFields,
     RolloutFields,
     problems_of_generation,
-    unread_without_generation,
+    problems_of_rewards,
 )
 from samestep.utils.plugins import is_reference, load_object, nearest
 
@@ -73,27 +76,14 @@ class PolicySettings(ReferenceSettings, RolloutFields):
     def _problems_of_rollouts(self) -> list[str]:
         if not self.reward_funcs:
             reason = "rollouts are generated with reward_funcs alone"
-            return given_without(self, unread_without_generation(), reason=reason)
-        problems = problems_of_generation(self)
+            return given_without(self, (*OF_GENERATION, *OF_REWARDS), reason=reason)
+        problems = problems_of_generation(self, by="reward_funcs") + problems_of_rewards(self)
         if self.baseline == "given":
             problems.append("baseline: given reads advantages of rows, and reward_funcs generates")
-        if self.batch_tokens is not None:
-            problems.append("batch_tokens: how long rollouts get is not known: give batch_size")
-        if self.max_length is not None:
-            problems.append(
-                "max_length: prompts are not cut, and max_completion_length bounds completions"
-            )
-        if self.parallel == "fsdp2":
-            problems.append("reward_funcs: nothing is generated under parallel fsdp2")
-        if self.bitwise and self.sampler is not None:
-            problems.append("bitwise: what a sampler of your own answers has no bits to keep")
-        if self.sampler is None:
-            reason = "there is no sampler that could be out of reach"
-            problems += given_without(self, ("sampler_timeout",), reason=reason)
         return problems
 
 
-class DistillationSettings(TrainSettings):
+class DistillationSettings(TrainSettings, GenerationFields):
     """Learn the distributions of a teacher (arXiv:1503.02531)."""
 
     objective: Literal["distillation"] = "distillation"
@@ -110,12 +100,31 @@ class DistillationSettings(TrainSettings):
     """Targets: completions and assistant turns, or every token."""
     normalize: Literal["token", "sequence"] = "token"
     """Every token weighs the same, or every sequence does."""
+    on_policy: bool = False
+    """The model writes the completions that it learns from, to the rows' prompts, in every step
+    (GKD, arXiv:2306.13649)."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether the run generates what it learns from."""
+        return self.on_policy
 
     def problems(self) -> list[str]:
-        """A temperature that a teacher's likeliest tokens alone cannot have."""
+        """A temperature that a teacher's likeliest tokens cannot have, completions of its own."""
+        problems = []
         if self.teacher is None and self.temperature != 1:
-            return ["temperature: it needs whole logits: name a teacher, or leave it at 1"]
-        return []
+            problems.append("temperature: it needs whole logits: name a teacher, or leave it at 1")
+        if not self.on_policy:
+            reason = "completions are generated with on_policy alone"
+            return problems + given_without(self, OF_GENERATION, reason=reason)
+        problems += problems_of_generation(self, by="on_policy")
+        if self.teacher is None:
+            problems.append("on_policy: no row holds what a teacher says of them: name a teacher")
+        if self.nll_weight:
+            problems.append("nll_weight: on_policy would learn what the model wrote itself")
+        if self.train_on == "all":
+            problems.append("train_on: on_policy learns completions alone")
+        return problems
 
 
 class EmbeddingSettings(TrainSettings):
