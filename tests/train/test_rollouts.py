@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from thread_ranks import thread_ranks
 
 from samestep.cli import main
-from samestep.errors import ConfigError, DataError, NotFiniteError, RolloutError
+from samestep.errors import ConfigError, DataError, Interrupted, NotFiniteError, RolloutError
 from samestep.train import rollouts, step_rollouts
 from samestep.train.rewards import load_rewards
 from samestep.train.rollouts import RolloutMaker
@@ -167,6 +167,19 @@ def test_a_failed_reward_names_the_row_saves_the_run_and_goes_on(folder: Path) -
     failing.write_text(text, "utf-8")
     train(config(folder, "cut", reward_funcs=names, resume=True))
     assert_same_run(folder / "cut", folder / "alone")
+
+
+def test_a_signal_while_it_generates_saves_the_run(folder: Path) -> None:
+    stopping, text = folder / "stopping.py", (folder / "rewards.py").read_text("utf-8")
+    kill = "    if len(calls) > 6:\n        os.kill(os.getpid(), signal.SIGTERM)\n    return"
+    stopping.write_text("import os, signal\n" + text.replace("    return", kill, 1), "utf-8")
+    names = tuple(f"{stopping}:{name}" for name in ("letters", "answered"))
+    with pytest.raises(Interrupted) as caught:
+        train(config(folder, "stopped", reward_funcs=names))
+    assert caught.value.step == 2
+    stopping.write_text(text, "utf-8")
+    train(config(folder, "stopped", reward_funcs=names, resume=True))
+    assert_same_run(folder / "stopped", folder / "alone")
 
 
 @pytest.fixture(scope="module")
