@@ -96,6 +96,28 @@ class Progress:
         )
 
 
+def skipped_step(reason: str, *, seconds: float) -> StepReport:
+    """The report of a step that was not taken.
+
+    Args:
+        reason: Why.
+        seconds: That were spent on it.
+
+    Returns:
+        Without numbers.
+    """
+    return StepReport(
+        loss=float("nan"),
+        terms={},
+        counts={},
+        grad_norm=float("nan"),
+        seconds=seconds,
+        tokens=0,
+        micro_batches=0,
+        skipped=reason,
+    )
+
+
 def _digest(records: Records, *, start: int, stop: int) -> str:
     offsets, width = records.sequences.offsets, records.width
     first, last = int(start) * width, min(int(stop) * width, len(records.sequences))

@@ -12,8 +12,10 @@ from samestep.errors import ConfigError, DataError, is_no_fault_of_input
 from samestep.models.load import resolve_source
 from samestep.train.optim import load_optimizer, load_schedule
 from samestep.train.recipes.base import Recipe, recipe_for
+from samestep.train.rollouts import describe_generation
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.evaluation import evaluation_sets
+from samestep.train.settings.rollouts import GenerationFields
 from samestep.utils.sources import describe_source, parts_of
 from samestep.utils.waiting import waiting
 
@@ -144,6 +146,8 @@ def described(settings: TrainSettings, data: Sequence[Records]) -> list[str]:
         for source, records in zip(sources, data, strict=True)
         if records.report is not None
     ]
+    if isinstance(settings, GenerationFields) and settings.generates:
+        lines.append(describe_generation(settings))
     mix = training_mix(data[0], settings)
     return lines if mix is None else [*lines, mix.describe(parts_of(settings.data))]
 
@@ -169,6 +173,9 @@ def read_only(settings: TrainSettings) -> list[str]:
         else (f"{settings.batch_tokens} tokens")
     )
     steps = total_steps(data[0], settings)
+    if isinstance(settings, GenerationFields) and settings.generates:
+        completions = f" ({(settings.batch_size or 0) * settings.completions} completions)"
+        size = f"{settings.batch_size} prompts{completions}"
     return [*described(settings, data), f"{steps} steps of {size}; nothing was trained or written"]
 
 

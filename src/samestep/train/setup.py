@@ -40,6 +40,7 @@ from samestep.train.precision import (
     with_products,
 )
 from samestep.train.recipes.base import Recipe
+from samestep.train.rollouts import RolloutMaker
 from samestep.train.run_data import (
     check_references,
     described,
@@ -73,6 +74,7 @@ class TrainingSetup:
         collate: Makes a micro-batch of records of either.
         micro_batches: Cuts training records.
         steps: Steps of the whole run.
+        rollouts: What generates the examples of each step, or None.
     """
 
     recipe: Recipe
@@ -87,6 +89,7 @@ class TrainingSetup:
     collate: Collator
     micro_batches: MicroBatches
     steps: int
+    rollouts: RolloutMaker | None
 
 
 def set_up(settings: TrainSettings) -> TrainingSetup:
@@ -134,6 +137,7 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
             whole_packs=settings.bitwise,
         )
 
+    rollouts = run_or_fail_together(lambda: recipe.rollouts(model, tokenizer, data[0]))
     built = recipe.build(model, data)
     objective = with_products(built, model, settings)
     evaluated = with_products(with_metrics(built, settings.metrics), model, settings)
@@ -152,24 +156,28 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
         return list(cut(data[0], budget).batches(first, 0))
 
     steps = total_steps(data[0], settings)
-    choose_compilation(
-        model,
-        objective,
-        recipe=recipe,
-        padding=padding,
-        cut=cut_first,
-        tokens=steps * sum(data[0].lengths[at] for at in first) / world_size(),
-    )
-    if _measures(recipe, model):
+    if _compiles(settings, rollouts, device):
+        choose_compilation(
+            model,
+            objective,
+            recipe=recipe,
+            padding=padding,
+            cut=cut_first,
+            tokens=steps * sum(data[0].lengths[at] for at in first) / world_size(),
+        )
+    if rollouts is None and _measures(recipe, model):
         micro_tokens = choose_micro_tokens(
             model, objective, recipe=recipe, cut=cut_first, longest=max(data[0].lengths)
         )
     train = cut(data[0], micro_tokens)
     own = train.rank_indices(first) or first[:1]
-    log.info("the first step on this rank: %s", train.describe(own))
+    if rollouts is None:
+        log.info("the first step on this rank: %s", train.describe(own))
     describe(model, settings)
     evaluations = {
-        name: EvaluationSet(records, cut(records, micro_tokens))
+        name: EvaluationSet(
+            records, cut(records, micro_tokens), recipe.rollouts(model, tokenizer, records)
+        )
         for name, records in zip(evaluation_sets(settings), data[1:], strict=True)
     }
     check_choice(model, evaluated, sets=evaluations, settings=settings, tokenizer=tokenizer)
@@ -186,6 +194,7 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
         collate=collate,
         micro_batches=train,
         steps=steps,
+        rollouts=rollouts,
     )
 
 
@@ -294,6 +303,15 @@ def _micro_tokens(model: Any, settings: TrainSettings) -> int:
     # Under FSDP2 what does not fit cannot be cut finer in the middle of a step.
     device = next(model.parameters()).device
     return DEFAULT_MICRO_TOKENS if is_sharded(model) else budget_range(device).unmeasured
+
+
+def _compiles(settings: TrainSettings, rollouts: RolloutMaker | None, device: torch.device) -> bool:
+    """Whether compiling is asked for, or can be measured: on data that is there before a run."""
+    if rollouts is None or settings.compile != "auto":
+        return True
+    if device.type != "cpu":
+        log.info("compile: none, since rollouts to measure are not there yet; layers compiles")
+    return False
 
 
 def _measures(recipe: Recipe, model: Any) -> bool:

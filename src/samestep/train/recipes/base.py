@@ -20,6 +20,7 @@ from samestep.models.load import check_token_range, load_model, load_tokenizer, 
 from samestep.models.lora import num_embeddings
 from samestep.models.probes import choose_padding, logits_of
 from samestep.train.precision import weight_dtype
+from samestep.train.rollouts import RolloutMaker
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.objectives import OBJECTIVES
 from samestep.utils.plugins import load_object
@@ -241,6 +242,22 @@ class Recipe:
             What the model and the objective read.
         """
         return collate_records([data[at] for at in indices], padding=padding, pad_id=pad_id)
+
+    def rollouts(self, model: Any, tokenizer: Any, data: Records) -> RolloutMaker | None:
+        """What generates the examples of each step; None: the records are the examples.
+
+        Args:
+            model: On its device, with its adapters.
+            tokenizer: What `load_tokenizer` gave.
+            data: The training records.
+
+        Returns:
+            None, unless a recipe generates.
+
+        Raises:
+            ConfigError: The model cannot generate.
+        """
+        return None
 
     def build(self, model: Any, data: Sequence[Records]) -> Objective:
         """What to optimise.

@@ -8,6 +8,7 @@ from torch import Tensor
 from samestep.data.collate import Padding
 from samestep.data.describe import with_report
 from samestep.data.load import load_rows
+from samestep.data.readers.prompts import ROWS, prompt_records
 from samestep.data.readers.rollouts import teacher_topk_records
 from samestep.data.readers.texts import collate_masked, collate_seq2seq, mask_settings, text_records
 from samestep.data.readers.vision import collate_image_records, image_records
@@ -28,6 +29,7 @@ from samestep.objectives.routers import RouterBias, RouterLosses
 from samestep.objectives.units import LABELLED_TOKEN_COUNTERS
 from samestep.train.precision import weight_dtype
 from samestep.train.recipes.base import Recipe, load_frozen
+from samestep.train.rollouts import RolloutMaker
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.language import (
     CausalLMSettings,
@@ -293,9 +295,13 @@ class DistillationRecipe(Recipe):
     settings: DistillationSettings
 
     def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
-        """Rows as of causal_lm; without a teacher with its top-k log-probabilities."""
+        """Rows as of causal_lm; without a teacher with its top-k log-probabilities; or prompts."""
         settings = self.settings
         rows, in_rows = self.load_rows(source), settings.teacher is None
+        if settings.on_policy and training is None:
+            records = prompt_records(rows, tokenizer, columns=False)
+            read = ("prompt", "tools")
+            return with_report(records, rows, tokenizer, format="prompts", used=read)
         used = _TARGET_COLUMNS if in_rows else ()
         records = _language_records(
             settings, rows, tokenizer, train_on=settings.train_on, used=used
@@ -306,6 +312,12 @@ class DistillationRecipe(Recipe):
         records = teacher_topk_records(rows, records.sequences, max_length=settings.max_length)
         records.report = report
         return records
+
+    def rollouts(self, model: Any, tokenizer: Any, data: Records) -> RolloutMaker | None:
+        """What writes the completions; what is evaluated has its own."""
+        if ROWS not in data.meta:
+            return None
+        return RolloutMaker(self.settings, model, tokenizer=tokenizer, prompts=data)
 
     def build(self, model: Any, data: Sequence[Records]) -> Objective:
         """The divergence from the teacher."""

@@ -22,6 +22,7 @@ from samestep.train.settings.optimization import (
     pairs_of_flags,
 )
 from samestep.train.settings.peers import peer_notes
+from samestep.train.settings.rollouts import ROLLOUTS_MAY_CHANGE
 from samestep.utils.flags import leaf
 from samestep.utils.messages import describe_validation_errors
 from samestep.utils.sources import DataSource, Source, parts_of
@@ -58,13 +59,18 @@ RESUME_MAY_CHANGE = frozenset(
         *("activation_offload", "device", "threads", "compile", "deterministic"),
         *("ranks", "parallel", "cpu_offload", "rank_timeout", "not_finite"),
         *EVALUATION_MAY_CHANGE,
+        *ROLLOUTS_MAY_CHANGE,
+        "generation_batch",
         *("save_every", "save_minutes", "keep", "track", "merge", "out"),
     }
 )
 """Settings that a resumed run may change, because they cannot change a step."""
 
 DEFINES_BITS = frozenset(
-    {"micro_batch", "micro_tokens", "padding", "gradient_checkpointing", "threads"}
+    {
+        *("micro_batch", "micro_tokens", "padding", "gradient_checkpointing", "threads"),
+        "generation_batch",
+    }
 )
 """Those of them that a run under ``bitwise`` keeps: they cannot change the step, but its bits."""
 
