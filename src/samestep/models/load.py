@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,27 @@ _NEW_HEAD_CLASSES = (
     "AutoModelForTokenClassification",
 )
 """Classes whose head may be missing from the weights: it then starts from random values."""
+
+
+_weightless: ContextVar[bool] = ContextVar("weightless", default=False)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """A block in which models are loaded without their weights, on PyTorch's meta device.
+
+    They have every size and type, and take no memory.
+    """
+    token = _weightless.set(True)
+    try:
+        yield
+    finally:
+        _weightless.reset(token)
+
+
+def _on_meta() -> Any:
+    """Where `without_weights` makes a model; elsewhere a context that does nothing."""
+    return torch.device("meta") if _weightless.get() else nullcontext()
 
 
 def resolve_source(model: str, *, kind: Literal["model", "tokenizer"] = "model") -> str:
@@ -228,8 +250,9 @@ def load_model(
                     setattr(nested, name, 0.0)
         stored = config.dtype
         torch.manual_seed(seed)
-        if init == "random":
-            model = auto.from_config(config, dtype=dtype, **options)
+        if init == "random" or _weightless.get():
+            with _on_meta():
+                model = auto.from_config(config, dtype=dtype, **options)
         else:
             check_safetensors(source, "model.safetensors.index.json")
             model, loading = auto.from_pretrained(
@@ -301,8 +324,9 @@ def load_diffusion(
         config = diffusers.AutoModel.load_config(source)
         model_class = getattr(diffusers, config["_class_name"])
         torch.manual_seed(seed)
-        if init == "random":
-            model = model_class.from_config(config).to(dtype)
+        if init == "random" or _weightless.get():
+            with _on_meta():
+                model = model_class.from_config(config).to(dtype)
         else:
             check_safetensors(source, "diffusion_pytorch_model.safetensors.index.json")
             model = model_class.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)

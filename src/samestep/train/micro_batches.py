@@ -66,6 +66,24 @@ class MicroBatches:
         self._by_number = micro_batch is not None
         self._budget = micro_tokens if micro_batch is None else micro_batch
 
+    def with_budget(self, micro_tokens: int) -> "MicroBatches":
+        """The same records, cut under another budget.
+
+        Args:
+            micro_tokens: Tokens a micro-batch.
+
+        Returns:
+            What cuts them so.
+        """
+        return MicroBatches(
+            self._records,
+            self._collate,
+            micro_tokens=micro_tokens,
+            padded=self._padded,
+            device=self.device,
+            whole_packs=self._whole_packs,
+        )
+
     def of_this_rank(self, indices: Sequence[int], step: int) -> Iterator[dict[str, Any] | Idle]:
         """This rank's part of the records: over all ranks each is there exactly once.
 

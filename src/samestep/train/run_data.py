@@ -161,8 +161,20 @@ def read_only(settings: TrainSettings) -> list[str]:
         ConfigError: As for `load_data`.
         DataError: As for `load_data`.
     """
-    recipe = check_references(settings)
-    _, data = load_data(recipe)
+    _, data = load_data(check_references(settings))
+    return what_is_learned(settings, data)
+
+
+def what_is_learned(settings: TrainSettings, data: Sequence[Records]) -> list[str]:
+    """Say what was read, and in how many steps it would be learned.
+
+    Args:
+        settings: Finalized settings.
+        data: What `load_data` gave.
+
+    Returns:
+        Some lines for each source, and one for the steps.
+    """
     size = (
         f"{settings.batch_size} examples"
         if settings.batch_size

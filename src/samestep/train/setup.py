@@ -89,11 +89,14 @@ class TrainingSetup:
     steps: int
 
 
-def set_up(settings: TrainSettings) -> TrainingSetup:
+def set_up(
+    settings: TrainSettings, *, loaded: tuple[Any, list[Records]] | None = None
+) -> TrainingSetup:
     """Load and check everything that a run needs.
 
     Args:
         settings: Finalized settings.
+        loaded: What `samestep.train.run_data.load_data` gave, if it was read before.
 
     Returns:
         The setup, ready for its first step.
@@ -112,9 +115,11 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
     if device.type == "cpu":
         keep_large_blocks()
     # First once a machine: the other ranks find converted weights and tokens in the cache.
-    loaded = run_or_fail_together(lambda: load_data(recipe) if is_first_on_machine() else None)
-    tokenizer, data = run_or_fail_together(lambda: loaded or load_data(recipe))
-    for line in described(settings, data):
+    read = loaded or run_or_fail_together(
+        lambda: load_data(recipe) if is_first_on_machine() else None
+    )
+    tokenizer, data = run_or_fail_together(lambda: read or load_data(recipe))
+    for line in [] if loaded else described(settings, data):
         log.info("%s", line)
     model, padding = _place_model(recipe, data, device=device)
     pad_id = recipe.pad_id(tokenizer)
@@ -189,8 +194,20 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
     )
 
 
-def _load_model(recipe: Recipe, data: list[Records], *, device: torch.device) -> Any:
-    """The model, with adapters if the settings have them, and its dropout tied to the examples."""
+def load_trainable(recipe: Recipe, data: list[Records], *, device: torch.device) -> Any:
+    """The model, with adapters if the settings have them, and its dropout tied to the examples.
+
+    Args:
+        recipe: What loads it.
+        data: The training records, then those to evaluate on.
+        device: Where it will be; it is still on the CPU.
+
+    Returns:
+        The model, in train mode.
+
+    Raises:
+        ConfigError: It cannot be loaded, or a setting does not fit it.
+    """
     settings = recipe.settings
     with waiting("loading the model"):
         model = recipe.load_model(resolve_source(settings.model), data)
@@ -223,8 +240,15 @@ def _load_model(recipe: Recipe, data: list[Records], *, device: torch.device) ->
 
 
 @contextmanager
-def _fitting(settings: TrainSettings) -> Iterator[None]:
-    """Say of the model what libraries trip over in it: a config may hold values of any type."""
+def fitting(settings: TrainSettings) -> Iterator[None]:
+    """Say of the model what libraries trip over in it: a config may hold values of any type.
+
+    Args:
+        settings: ``model``, for the message.
+
+    Raises:
+        ConfigError: In the place of whatever was raised, unless it is no fault of the model.
+    """
     try:
         yield
     except Exception as error:
@@ -249,14 +273,14 @@ def _place_model(
     settings = recipe.settings
 
     def load() -> Any:
-        with _fitting(settings):
-            return _load_model(recipe, data, device=device)
+        with fitting(settings):
+            return load_trainable(recipe, data, device=device)
 
     model = run_or_fail_together(load)
     parallelism = run_or_fail_together(lambda: choose_parallelism(model, settings, device=device))
     sharded = parallelism == "fsdp2"
     model = shard(model, settings, device=device) if sharded else model.to(device)
-    with products(model, settings, keep_copies=False), _fitting(settings):
+    with products(model, settings, keep_copies=False), fitting(settings):
         padding = recipe.choose_padding(model)
         if recipe.peft_task == "CAUSAL_LM":
             cut_last_layer(model, padding)

@@ -203,7 +203,11 @@ class TrainSettings(EvaluationFields, OptimizationFields, AdapterFields):
     overwrite: bool = False
     """Replace the run in --out."""
     dry_run: bool = False
-    """Read the data, say what would be learned, show a row with its targets, and stop there."""
+    """Read the data, say what would be learned, show a row with its targets, what a step takes in
+    memory and time, and stop there."""
+    measure: bool = True
+    """In a dry run: load the model and take a step of it, as far as it goes in 10 seconds. Without,
+    memory is counted from the model's config, and no weight is loaded."""
 
     def problems(self) -> list[str]:
         """Contradictions between the settings of the objective itself, a line each."""
@@ -211,7 +215,7 @@ class TrainSettings(EvaluationFields, OptimizationFields, AdapterFields):
 
     def saved(self) -> dict[str, Any]:
         """The settings that ``config.yaml`` keeps: all but how this call treats ``out``."""
-        return self.model_dump(mode="json", exclude={"resume", "overwrite", "dry_run"})
+        return self.model_dump(mode="json", exclude={"resume", "overwrite", "dry_run", "measure"})
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ GROUPS = {
     "several processes": ("ranks", "parallel", "cpu_offload", "rank_timeout"),
     "saving, going on": (
         *("save_every", "save_minutes", "keep", "track", "resume", "overwrite", "dry_run"),
+        "measure",
     ),
 }
 """Fields by what they are for, as help shows them; those of an objective alone stand first."""
