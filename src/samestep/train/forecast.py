@@ -183,12 +183,12 @@ def _memory_lines(
         yield f"  memory: {_size(held)}, and activations{room}"
     else:
         yield f"  memory: {_size(held if peak is None else peak)} at the peak{room}"
-    rows = dict[str, float](parts)
+    rows: dict[str, float] = {name: size for name, size in parts.items() if size}
     if measured is not None and measured.activations is not None:
         rows[f"activations of a micro-batch of {measured.largest:,} tokens"] = measured.activations
-    if peak is not None:
+    if peak is not None and peak > sum(rows.values()):
         rows["the process itself, its libraries and the data"] = peak - sum(rows.values())
-    yield from (f"  {_size(size):>10}  {name}" for name, size in rows.items() if size > 0)
+    yield from (f"  {_size(size):>10}  {name}" for name, size in rows.items())
     most = held if peak is None else peak
     if limit is not None and most > limit:
         yield "    that is more than there is: fewer weights that train (lora_rank), an"
