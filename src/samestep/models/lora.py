@@ -2,7 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,9 +78,7 @@ def add_lora(
     _check_variant(model, variant)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     try:
-        with warnings.catch_warnings():
-            # PEFT asks for it by its former name.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+        with quiet_peft():
             return get_peft_model(
                 model,
                 LoraConfig(
@@ -100,6 +99,14 @@ def add_lora(
             )
     except ValueError as error:
         raise ConfigError(f"lora_targets: {error}") from error
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without a warning of PEFT's: it asks for gradient checkpointing by a former name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+        yield
 
 
 def _target_modules(targets: Sequence[str]) -> str | list[str]:

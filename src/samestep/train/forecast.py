@@ -12,7 +12,7 @@ from samestep.data.records import Records
 from samestep.engine.counts import input_tokens
 from samestep.engine.step import backward, step
 from samestep.errors import ConfigError
-from samestep.models.load import without_weights
+from samestep.models.weightless import without_weights
 from samestep.train.forward import with_keyed_dropout
 from samestep.train.memory_parts import memory_parts
 from samestep.train.micro_tokens import estimate_peak, measured_costs

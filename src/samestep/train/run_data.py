@@ -11,9 +11,10 @@ from samestep.data.records import Records
 from samestep.errors import ConfigError, DataError, is_no_fault_of_input
 from samestep.models.load import resolve_source
 from samestep.train.optim import load_optimizer, load_schedule
-from samestep.train.recipes.base import Recipe, recipe_for
+from samestep.train.recipes.base import Recipe, model_source, recipe_for
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.evaluation import evaluation_sets
+from samestep.utils.adapter_folder import is_adapter
 from samestep.utils.sources import describe_source, parts_of
 from samestep.utils.waiting import waiting
 
@@ -98,11 +99,11 @@ def load_data(recipe: Recipe) -> tuple[Any, list[Records]]:
         DataError: The rows cannot be used.
     """
     settings = recipe.settings
-    source = resolve_source(settings.model)
+    source = model_source(settings)
     if settings.trust_remote_code:
         log.warning("trust_remote_code: Python code that comes with the model will run")
-    place = resolve_source(settings.tokenizer or source, kind="tokenizer")
-    tokenizer = recipe.load_tokenizer(place)
+    own = settings.model if is_adapter(settings.model) else source
+    tokenizer = recipe.load_tokenizer(resolve_source(settings.tokenizer or own, kind="tokenizer"))
     with waiting(f"reading {describe_source(settings.data)}"):
         data = [_read(recipe, settings.data, tokenizer, None)]
     for held_out in evaluation_sets(settings).values():

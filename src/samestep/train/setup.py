@@ -19,9 +19,9 @@ from samestep.engine.two_pass import TwoPass
 from samestep.errors import ConfigError, is_no_fault_of_input
 from samestep.kernels.gemm import speed_up_linear
 from samestep.models.dropout import replace_dropout
-from samestep.models.load import resolve_source
 from samestep.models.lora import LoraVariant, add_lora
 from samestep.models.probes import cut_last_layer
+from samestep.models.saved_adapter import continue_lora
 from samestep.train.compilation import choose_compilation
 from samestep.train.ema import WeightAverage
 from samestep.train.evaluator import EvaluationSet, check_choice
@@ -39,7 +39,7 @@ from samestep.train.precision import (
     raise_trained,
     with_products,
 )
-from samestep.train.recipes.base import Recipe
+from samestep.train.recipes.base import Recipe, model_source
 from samestep.train.run_data import (
     check_references,
     described,
@@ -47,9 +47,12 @@ from samestep.train.run_data import (
     step_plans,
     total_steps,
 )
+from samestep.train.settings.adapters import continued_adapter
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.evaluation import evaluation_sets
 from samestep.train.sharding import choose_parallelism, shard
+from samestep.utils.adapter_folder import is_adapter, read_adapter
+from samestep.utils.files import user_path
 from samestep.utils.memory import keep_large_blocks
 from samestep.utils.waiting import waiting
 
@@ -110,6 +113,9 @@ def set_up(
     device = run_or_fail_together(lambda: find_device(settings.device))
     if settings.activation_offload and device.type == "cpu":
         raise ConfigError("activation_offload: on a CPU the activations are where they would go")
+    if settings.model_adapter == "merge" and is_adapter(settings.model):
+        what = "all weights train" if settings.lora_rank is None else "a new adapter trains"
+        log.info("model: the adapter in %s is folded into its base; %s", settings.model, what)
     if settings.lora_rank is not None and "lr" not in settings.model_fields_set:
         log.info("lr: %g, ten times that of whole weights, for adapters; --lr sets it", settings.lr)
     if device.type == "cpu":
@@ -210,26 +216,10 @@ def load_trainable(recipe: Recipe, data: list[Records], *, device: torch.device)
     """
     settings = recipe.settings
     with waiting("loading the model"):
-        model = recipe.load_model(resolve_source(settings.model), data)
+        model = recipe.load_model(model_source(settings), data)
     recipe.check_fit(model, data)
     if settings.lora_rank is not None:
-        assert settings.lora_alpha is not None
-        model = add_lora(
-            model,
-            settings.lora_rank,
-            alpha=settings.lora_alpha,
-            dropout=settings.lora_dropout,
-            targets=settings.lora_targets,
-            seed=settings.seed,
-            task=recipe.peft_task,
-            variant=LoraVariant(
-                rslora=settings.use_rslora,
-                dora=settings.use_dora,
-                modules_to_save=settings.modules_to_save,
-                tokens=settings.trainable_token_indices,
-                parameters=settings.target_parameters,
-            ),
-        )
+        model = _with_adapters(model, recipe)
         raise_trained(model)
     if settings.freeze:
         freeze(model, settings.freeze)
@@ -237,6 +227,34 @@ def load_trainable(recipe: Recipe, data: list[Records], *, device: torch.device)
     if device.type == "cpu" and settings.compile != "layers":  # changed layers break their graphs
         speed_up_linear(model)
     return model
+
+
+def _with_adapters(model: Any, recipe: Recipe) -> Any:
+    """The model with adapters: those that train on, or new ones."""
+    settings = recipe.settings
+    adapter = continued_adapter(settings, settings.model)
+    if adapter is not None:
+        base = read_adapter(adapter)["base_model_name_or_path"]
+        log.info("model: the adapter in %s trains on, on its base %s", adapter, base)
+        return continue_lora(model, user_path(adapter), dropout=settings.lora_dropout)
+    assert settings.lora_rank is not None
+    assert settings.lora_alpha is not None
+    return add_lora(
+        model,
+        settings.lora_rank,
+        alpha=settings.lora_alpha,
+        dropout=settings.lora_dropout,
+        targets=settings.lora_targets,
+        seed=settings.seed,
+        task=recipe.peft_task,
+        variant=LoraVariant(
+            rslora=settings.use_rslora,
+            dora=settings.use_dora,
+            modules_to_save=settings.modules_to_save,
+            tokens=settings.trainable_token_indices,
+            parameters=settings.target_parameters,
+        ),
+    )
 
 
 @contextmanager

@@ -16,10 +16,17 @@ from samestep.engine.terms import Objective
 from samestep.errors import ConfigError
 from samestep.models.activations import checkpoint_activations
 from samestep.models.compiled import run_eagerly
-from samestep.models.load import check_token_range, load_model, load_tokenizer, resolve_source
+from samestep.models.load import (
+    base_of,
+    check_token_range,
+    load_model,
+    load_tokenizer,
+    resolve_source,
+)
 from samestep.models.lora import num_embeddings
 from samestep.models.probes import choose_padding, logits_of
 from samestep.train.precision import weight_dtype
+from samestep.train.settings.adapters import continued_adapter
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.objectives import OBJECTIVES
 from samestep.utils.plugins import load_object
@@ -276,6 +283,22 @@ def recipe_for(settings: TrainSettings) -> Recipe:
         return recipe(settings)
     custom: type[Recipe] = import_module("samestep.train.recipes.custom").CustomRecipe
     return custom(settings)
+
+
+def model_source(settings: TrainSettings) -> str:
+    """What transformers loads to begin with: the model, or the base of adapters that train on.
+
+    Args:
+        settings: ``model``, ``model_adapter``.
+
+    Returns:
+        A folder or a Hub name.
+
+    Raises:
+        ConfigError: There is no such model, or it cannot be used.
+    """
+    adapter = continued_adapter(settings, settings.model)
+    return resolve_source(settings.model) if adapter is None else base_of(adapter)
 
 
 def load_frozen(

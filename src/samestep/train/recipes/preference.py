@@ -27,6 +27,7 @@ from samestep.objectives.policy import PolicyGradient
 from samestep.objectives.preference import DPO, ReferenceFree, Reward
 from samestep.objectives.units import PAIR_COUNTERS
 from samestep.train.recipes.base import Recipe, load_frozen
+from samestep.train.settings.adapters import continued_adapter
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.language import (
     CPOSettings,
@@ -105,6 +106,8 @@ def load_reference(settings: ReferenceSettings, model: Any) -> Reference:
         ConfigError: It has another vocabulary, or there is no room for a copy, or it cannot move.
     """
     source, moves = settings.reference_model, settings.sync_ref_model
+    # Adapters that train on are part of the model as it was: it is not the model without them.
+    source = source or continued_adapter(settings, settings.model)
     if moves and is_sharded(model):
         raise ConfigError("sync_ref_model: not under parallel fsdp2, which keeps no whole copy")
     if source is None and not moves and settings.lora_rank is not None:

@@ -7,7 +7,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from samestep.errors import ConfigError
-from samestep.train.settings.adapters import AdapterFields, adapter_problems
+from samestep.train.settings.adapters import (
+    AdapterFields,
+    adapter_problems,
+    with_saved_adapter,
+)
 from samestep.train.settings.evaluation import (
     CHOSEN_BY,
     EVALUATION_MAY_CHANGE,
@@ -246,7 +250,9 @@ def finalize(settings: Settings) -> Settings:
     Raises:
         ConfigError: All contradictions, in one message.
     """
+    settings, adapter = with_saved_adapter(settings, settings.model, settings.init)
     problems = [
+        *adapter,
         *settings.problems(),
         *_contradictions(settings),
         *optimization_problems(settings),

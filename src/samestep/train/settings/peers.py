@@ -113,6 +113,8 @@ PEER_FIELDS: Mapping[str, Meaning] = {
     **_same("loraplus_lr_ratio", "lora_plus_lr_ratio lora_plus loraplus"),
     **_same("modules_to_save", "lora_modules_to_save additional_target"),
     **_same("trainable_token_indices", "peft_trainable_token_indices trainable_tokens"),
+    **_same("model", "adapter_name_or_path lora_model_dir"),
+    **_same("model_adapter", "create_new_adapter"),
     **_same("merge", "merge_lora merge_adapter"),
     **_same(
         "train_on",
