@@ -101,7 +101,7 @@ def test_what_is_counted_without_weights_is_what_a_run_holds(tmp_path: Path, cas
     settings = choose_precision(run)
     loaded = load_data(check_references(settings))
     device = torch.device("cpu")
-    counted = forecasts._parts_without_weights(settings, loaded[1], device=device)
+    counted = forecasts._parts_without_weights(settings, loaded, device=device)
     setup = set_up(settings, loaded=loaded)
     held = memory_parts(setup.model, setup.objective, settings)
     assert counted == held

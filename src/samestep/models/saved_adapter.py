@@ -3,13 +3,42 @@
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from samestep.errors import ConfigError
 from samestep.models.lora import quiet_peft
+from samestep.models.vocabulary import grow_embeddings
 from samestep.models.weightless import is_weightless
 from samestep.utils.adapter_folder import ADAPTER_WEIGHTS
+
+
+def saved_rows(folder: Path, model: Any) -> int:
+    """How many rows of embeddings adapters bring along: PEFT saves them where tokens were added.
+
+    Args:
+        folder: Of the adapters.
+        model: Their base.
+
+    Returns:
+        Their number; 0 where they bring none.
+
+    Raises:
+        ConfigError: Their file cannot be read.
+    """
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            keys = [
+                key
+                for key in file.keys()  # noqa: SIM118  (a file is no mapping)
+                if f".{name}." in key and key.endswith("weight") and "lora" not in key
+            ]
+            shapes = [file.get_slice(key).get_shape() for key in keys]
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"model: the adapter in {folder} cannot be loaded: {error}") from error
+    return max((rows for rows, width in shapes if width == embedding.embedding_dim), default=0)
 
 
 def continue_lora(model: Any, folder: Path, *, dropout: float | None = None) -> Any:
@@ -34,6 +63,7 @@ def continue_lora(model: Any, folder: Path, *, dropout: float | None = None) -> 
     )
 
     try:
+        grow_embeddings(model, saved_rows(folder, model))
         config = LoraConfig.from_pretrained(str(folder))
         config.inference_mode = False
         if dropout is not None:
@@ -45,7 +75,8 @@ def continue_lora(model: Any, folder: Path, *, dropout: float | None = None) -> 
         weights = load_file(folder / ADAPTER_WEIGHTS)
     except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
         raise ConfigError(f"model: the adapter in {folder} cannot be loaded: {error}") from error
-    own = get_peft_model_state_dict(model)
+    with quiet_peft():
+        own = get_peft_model_state_dict(model)
     problems = [f"{name} is missing" for name in own.keys() - weights.keys()]
     problems += [
         f"{name} is {list(weights[name].shape)}, where the base needs {list(own[name].shape)}"

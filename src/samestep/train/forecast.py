@@ -73,7 +73,7 @@ def forecast(settings: TrainSettings, loaded: tuple[Any, list[Records]]) -> Iter
     settings = choose_precision(_in_one_process(settings))
     device = find_device(settings.device)
     limit = memory_limit(device, settings.memory_limit)
-    parts = _parts_without_weights(settings, loaded[1], device=device)
+    parts = _parts_without_weights(settings, loaded, device=device)
     too_large = parts is not None and limit is not None and sum(parts.values()) > limit
     measured = None
     if settings.measure and not too_large:
@@ -98,13 +98,13 @@ def _in_one_process(settings: TrainSettings) -> TrainSettings:
 
 
 def _parts_without_weights(
-    settings: TrainSettings, data: list[Records], *, device: torch.device
+    settings: TrainSettings, loaded: tuple[Any, list[Records]], *, device: torch.device
 ) -> dict[str, int] | None:
     """What the run holds, from the model's config; None if it takes the weights to know."""
-    recipe = recipe_for(settings)
+    recipe, (tokenizer, data) = recipe_for(settings), loaded
     try:
         with without_weights(), fitting(settings):
-            model = load_trainable(recipe, data, device=device)
+            model = load_trainable(recipe, data, device=device, tokenizer=tokenizer)
             return memory_parts(model, recipe.build(model, data), settings)
     except ConfigError:
         if settings.measure:  # code of the user's own may look at weights

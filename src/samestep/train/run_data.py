@@ -10,6 +10,7 @@ from samestep.data.mixing import Mix, mix_of
 from samestep.data.records import Records
 from samestep.errors import ConfigError, DataError, is_no_fault_of_input
 from samestep.models.load import resolve_source
+from samestep.models.vocabulary import extend_tokenizer
 from samestep.train.optim import load_optimizer, load_schedule
 from samestep.train.recipes.base import Recipe, model_source, recipe_for
 from samestep.train.settings.base import TrainSettings
@@ -104,6 +105,7 @@ def load_data(recipe: Recipe) -> tuple[Any, list[Records]]:
         log.warning("trust_remote_code: Python code that comes with the model will run")
     own = settings.model if is_adapter(settings.model) else source
     tokenizer = recipe.load_tokenizer(resolve_source(settings.tokenizer or own, kind="tokenizer"))
+    extend_tokenizer(tokenizer, settings.add_tokens, settings.add_special_tokens)
     with waiting(f"reading {describe_source(settings.data)}"):
         data = [_read(recipe, settings.data, tokenizer, None)]
     for held_out in evaluation_sets(settings).values():

@@ -21,7 +21,8 @@ from samestep.kernels.gemm import speed_up_linear
 from samestep.models.dropout import replace_dropout
 from samestep.models.lora import LoraVariant, add_lora
 from samestep.models.probes import cut_last_layer
-from samestep.models.saved_adapter import continue_lora
+from samestep.models.saved_adapter import continue_lora, saved_rows
+from samestep.models.vocabulary import grow_embeddings, rows_that_train, size_of
 from samestep.train.compilation import choose_compilation
 from samestep.train.ema import WeightAverage
 from samestep.train.evaluator import EvaluationSet, check_choice
@@ -127,7 +128,7 @@ def set_up(
     tokenizer, data = run_or_fail_together(lambda: read or load_data(recipe))
     for line in [] if loaded else described(settings, data):
         log.info("%s", line)
-    model, padding = _place_model(recipe, data, device=device)
+    model, padding = _place_model(recipe, data, device=device, tokenizer=tokenizer)
     pad_id = recipe.pad_id(tokenizer)
 
     def collate(records: Records, indices: Sequence[int], step: int) -> dict[str, Any]:
@@ -200,13 +201,16 @@ def set_up(
     )
 
 
-def load_trainable(recipe: Recipe, data: list[Records], *, device: torch.device) -> Any:
+def load_trainable(
+    recipe: Recipe, data: list[Records], *, device: torch.device, tokenizer: Any = None
+) -> Any:
     """The model, with adapters if the settings have them, and its dropout tied to the examples.
 
     Args:
         recipe: What loads it.
         data: The training records, then those to evaluate on.
         device: Where it will be; it is still on the CPU.
+        tokenizer: Of the run, with tokens that are added.
 
     Returns:
         The model, in train mode.
@@ -217,9 +221,14 @@ def load_trainable(recipe: Recipe, data: list[Records], *, device: torch.device)
     settings = recipe.settings
     with waiting("loading the model"):
         model = recipe.load_model(model_source(settings), data)
+    added = (*settings.add_tokens, *settings.add_special_tokens)
+    adapter = continued_adapter(settings, settings.model)
+    brought = 0 if adapter is None else saved_rows(user_path(adapter), model)
+    grow_embeddings(model, max(brought, size_of(tokenizer) if added else 0), seed=settings.seed)
     recipe.check_fit(model, data)
     if settings.lora_rank is not None:
-        model = _with_adapters(model, recipe)
+        text = getattr(tokenizer, "tokenizer", tokenizer)
+        model = _with_adapters(model, recipe, [text.convert_tokens_to_ids(each) for each in added])
         raise_trained(model)
     if settings.freeze:
         freeze(model, settings.freeze)
@@ -229,8 +238,8 @@ def load_trainable(recipe: Recipe, data: list[Records], *, device: torch.device)
     return model
 
 
-def _with_adapters(model: Any, recipe: Recipe) -> Any:
-    """The model with adapters: those that train on, or new ones."""
+def _with_adapters(model: Any, recipe: Recipe, new_tokens: list[int]) -> Any:
+    """The model with adapters: those that train on, or new ones, beside which new tokens train."""
     settings = recipe.settings
     adapter = continued_adapter(settings, settings.model)
     if adapter is not None:
@@ -239,6 +248,7 @@ def _with_adapters(model: Any, recipe: Recipe) -> Any:
         return continue_lora(model, user_path(adapter), dropout=settings.lora_dropout)
     assert settings.lora_rank is not None
     assert settings.lora_alpha is not None
+    tokens = settings.trainable_token_indices
     return add_lora(
         model,
         settings.lora_rank,
@@ -251,7 +261,9 @@ def _with_adapters(model: Any, recipe: Recipe) -> Any:
             rslora=settings.use_rslora,
             dora=settings.use_dora,
             modules_to_save=settings.modules_to_save,
-            tokens=settings.trainable_token_indices,
+            tokens=rows_that_train(model, tokens, new_tokens, saved=settings.modules_to_save)
+            if new_tokens
+            else tokens,
             parameters=settings.target_parameters,
         ),
     )
@@ -285,14 +297,14 @@ def fitting(settings: TrainSettings) -> Iterator[None]:
 
 
 def _place_model(
-    recipe: Recipe, data: list[Records], *, device: torch.device
+    recipe: Recipe, data: list[Records], *, device: torch.device, tokenizer: Any
 ) -> tuple[Any, Padding]:
     """The model on its device, ready for a step, and the layout of its micro-batches."""
     settings = recipe.settings
 
     def load() -> Any:
         with fitting(settings):
-            return load_trainable(recipe, data, device=device)
+            return load_trainable(recipe, data, device=device, tokenizer=tokenizer)
 
     model = run_or_fail_together(load)
     parallelism = run_or_fail_together(lambda: choose_parallelism(model, settings, device=device))

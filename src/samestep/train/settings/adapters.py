@@ -123,6 +123,8 @@ def _setting(name: str, value: Any) -> Any:
     """A value of PEFT's as the setting has it; lists whose order says nothing are sorted."""
     default = AdapterFields.model_fields[name].default
     if isinstance(default, tuple):
+        if isinstance(value, dict):  # tokens by the module whose rows they are
+            value = {token for tokens in value.values() for token in tokens}
         given = (value,) if isinstance(value, str) else value or ()
         return tuple(sorted(given))
     if name == "lora_alpha":

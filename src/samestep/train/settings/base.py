@@ -26,6 +26,7 @@ from samestep.train.settings.optimization import (
     pairs_of_flags,
 )
 from samestep.train.settings.peers import peer_notes
+from samestep.train.settings.vocabulary import VocabularyFields, vocabulary_problems
 from samestep.utils.flags import leaf
 from samestep.utils.messages import describe_validation_errors
 from samestep.utils.sources import DataSource, Source, parts_of
@@ -83,7 +84,7 @@ _LORA_LR_FACTOR = 10
 _SOURCES = BeforeValidator(one_or_several)
 
 
-class TrainSettings(EvaluationFields, OptimizationFields, AdapterFields):
+class TrainSettings(EvaluationFields, OptimizationFields, AdapterFields, VocabularyFields):
     """The settings that all objectives share; each objective's own class adds its own."""
 
     model_config = ConfigDict(
@@ -257,6 +258,7 @@ def finalize(settings: Settings) -> Settings:
         *_contradictions(settings),
         *optimization_problems(settings),
         *adapter_problems(settings),
+        *vocabulary_problems(settings),
         *evaluation_problems(settings, settings.objective),
     ]
     if problems:

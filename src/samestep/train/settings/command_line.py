@@ -12,6 +12,7 @@ from samestep.utils.plugins import nearest
 
 GROUPS = {
     "what to train": ("objective", "model", "data", "out", "tokenizer", "init"),
+    "tokens": ("add_tokens", "add_special_tokens"),
     "evaluating, and choosing by it": (
         *("eval_data", "eval_every", "metrics", "answer_pattern", "samples", "sample_tokens"),
         *("best", "best_is", "patience", "min_improvement"),
