@@ -53,7 +53,7 @@ def grow_embeddings(model: Any, after: int, *, seed: int = 0) -> None:
         after: How many rows it should have at least.
         seed: Of the new rows.
     """
-    before = num_embeddings(model)
+    before = num_embeddings(model) if after else 0
     if after <= before:
         return
     torch.manual_seed(seed)
