@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from samestep.data.records import Records
+from samestep.data.stream_records import StreamRecords
 from samestep.engine.counts import input_tokens
 from samestep.engine.step import backward, step
 from samestep.errors import ConfigError
@@ -197,7 +198,8 @@ def _memory_lines(
 
 def _time_lines(measured: Measured, records: Records, settings: TrainSettings) -> Iterator[str]:
     steps = total_steps(records, settings)
-    plans = islice(step_plans(records, settings), min(steps, _PLANS))
+    most = 1 if isinstance(records, StreamRecords) else _PLANS  # a stream is read for its steps
+    plans = islice(step_plans(records, settings), min(steps, most))
     tokens = [sum(records.lengths[at] for at in plan.examples) for plan in plans]
     first, average = tokens[0], sum(tokens) / len(tokens)
     part = f"{measured.run} of {measured.micro_batches} micro-batches were run"

@@ -6,8 +6,12 @@ from typing import Any
 
 from samestep.data.batching import StepPlan, num_steps, plan_steps
 from samestep.data.describe import with_report
+from samestep.data.load import rename_columns
 from samestep.data.mixing import Mix, mix_of
 from samestep.data.records import Records
+from samestep.data.rows import Row
+from samestep.data.stream_records import StreamRecords
+from samestep.data.streams import MixedStream
 from samestep.errors import ConfigError, DataError, is_no_fault_of_input
 from samestep.models.load import resolve_source
 from samestep.models.vocabulary import extend_tokenizer
@@ -15,8 +19,9 @@ from samestep.train.optim import load_optimizer, load_schedule
 from samestep.train.recipes.base import Recipe, model_source, recipe_for
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.evaluation import evaluation_sets
+from samestep.train.settings.streams import is_stream
 from samestep.utils.adapter_folder import is_adapter
-from samestep.utils.sources import describe_source, parts_of
+from samestep.utils.sources import Source, describe_source, parts_of
 from samestep.utils.waiting import waiting
 
 log = logging.getLogger("samestep")
@@ -33,6 +38,10 @@ def step_plans(records: Records, settings: TrainSettings, *, start: int = 0) -> 
     Yields:
         The plan of each step.
     """
+    if isinstance(records, StreamRecords):
+        return records.plans(
+            batch_size=settings.batch_size, batch_tokens=settings.batch_tokens, start=start
+        )
     return plan_steps(
         records.lengths,
         seed=settings.seed,
@@ -58,6 +67,8 @@ def training_mix(records: Records, settings: TrainSettings) -> Mix | None:
         DataError: No row of a source is left.
     """
     parts = parts_of(settings.data)
+    if isinstance(records, StreamRecords):
+        return None
     if not any(part.weight or part.rows for part in parts):
         return None
     sizes = None if records.report is None else records.report.by_source
@@ -107,7 +118,9 @@ def load_data(recipe: Recipe) -> tuple[Any, list[Records]]:
     tokenizer = recipe.load_tokenizer(resolve_source(settings.tokenizer or own, kind="tokenizer"))
     extend_tokenizer(tokenizer, settings.add_tokens, settings.add_special_tokens)
     with waiting(f"reading {describe_source(settings.data)}"):
-        data = [_read(recipe, settings.data, tokenizer, None)]
+        streams = is_stream(settings, parts_of(settings.data))
+        read = _open_stream if streams else _read
+        data = [read(recipe, settings.data, tokenizer, None)]
     for held_out in evaluation_sets(settings).values():
         with waiting(f"reading {describe_source(held_out)}"):
             data.append(_read(recipe, held_out, tokenizer, data[0]))
@@ -117,7 +130,26 @@ def load_data(recipe: Recipe) -> tuple[Any, list[Records]]:
     return tokenizer, data
 
 
-def _read(recipe: Recipe, source: Any, tokenizer: Any, like: Records | None) -> Records:
+def _open_stream(
+    recipe: Recipe, source: Source, tokenizer: Any, like: Records | None
+) -> StreamRecords:
+    """Records of streams, made of some of their rows at a time."""
+    settings, parts = recipe.settings, parts_of(source)
+
+    def make(rows: list[Row]) -> Records:
+        columns = [settings.columns if part.columns is None else part.columns for part in parts]
+        named = [row for each in rows for row in rename_columns([each], columns[each.source])]
+        with waiting(f"reading {describe_source(source)}"):
+            return _read(recipe, named, tokenizer, like, name=describe_source(source))
+
+    return StreamRecords(
+        MixedStream(parts), make, seed=settings.seed, buffer=settings.shuffle_buffer
+    )
+
+
+def _read(
+    recipe: Recipe, source: Any, tokenizer: Any, like: Records | None, *, name: str = ""
+) -> Records:
     """Records of a source; whatever reading its rows raises is an error of the data."""
     try:
         return recipe.read(source, tokenizer, like)
@@ -126,8 +158,8 @@ def _read(recipe: Recipe, source: Any, tokenizer: Any, like: Records | None) -> 
             raise
         reason = (str(error).splitlines() or [""])[0]
         raise DataError(
-            f"{describe_source(source)}: the rows could not be read ({type(error).__name__}: "
-            f"{reason}); --debug shows where"
+            f"{name or describe_source(source)}: the rows could not be read "
+            f"({type(error).__name__}: {reason}); --debug shows where"
         ) from error
 
 
@@ -147,6 +179,8 @@ def described(settings: TrainSettings, data: Sequence[Records]) -> list[str]:
         for source, records in zip(sources, data, strict=True)
         if records.report is not None
     ]
+    if isinstance(data[0], StreamRecords):
+        lines.insert(1, data[0].describe())
     mix = training_mix(data[0], settings)
     return lines if mix is None else [*lines, mix.describe(parts_of(settings.data))]
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from samestep.data.collate import Padding
 from samestep.data.records import Records
+from samestep.data.stream_records import StreamRecords
 from samestep.engine.collectives import run_or_fail_together, world_size
 from samestep.engine.oom import is_out_of_memory
 from samestep.engine.parallel import is_sharded, prepare_for_step
@@ -146,6 +147,8 @@ def set_up(
             whole_packs=settings.bitwise,
         )
 
+    if isinstance(data[0], StreamRecords):
+        data[0].check = lambda records: recipe.check_fit(model, [records])
     built = recipe.build(model, data)
     objective = with_products(built, model, settings)
     evaluated = with_products(with_metrics(built, settings.metrics), model, settings)

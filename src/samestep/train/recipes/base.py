@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +30,8 @@ from samestep.train.precision import weight_dtype
 from samestep.train.settings.adapters import continued_adapter
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.objectives import OBJECTIVES
+from samestep.train.settings.streams import is_stream
+from samestep.utils.files import cache_folder
 from samestep.utils.plugins import load_object
 from samestep.utils.sources import Source, describe_source, parts_of
 
@@ -283,6 +286,15 @@ def recipe_for(settings: TrainSettings) -> Recipe:
         return recipe(settings)
     custom: type[Recipe] = import_module("samestep.train.recipes.custom").CustomRecipe
     return custom(settings)
+
+
+def token_cache(settings: TrainSettings) -> Path | None:
+    """Where tokens of rows are kept; nowhere for a stream, which would fill the disk.
+
+    Args:
+        settings: ``data``, ``stream``.
+    """
+    return None if is_stream(settings, parts_of(settings.data)) else cache_folder() / "tokens"
 
 
 def model_source(settings: TrainSettings) -> str:

@@ -26,7 +26,7 @@ from samestep.objectives.moving_reference import MovingReference
 from samestep.objectives.policy import PolicyGradient
 from samestep.objectives.preference import DPO, ReferenceFree, Reward
 from samestep.objectives.units import PAIR_COUNTERS
-from samestep.train.recipes.base import Recipe, load_frozen
+from samestep.train.recipes.base import Recipe, load_frozen, token_cache
 from samestep.train.settings.adapters import continued_adapter
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.language import (
@@ -39,7 +39,6 @@ from samestep.train.settings.language import (
     SimPOSettings,
 )
 from samestep.train.settings.objectives import PolicySettings
-from samestep.utils.files import cache_folder
 from samestep.utils.sources import Source
 
 _PAIR_COLUMNS = (
@@ -68,7 +67,7 @@ def read_pairs(settings: TrainSettings, source: Source, tokenizer: Any) -> Recor
         tokenizer,
         max_length=settings.max_length,
         append_eos=settings.append_eos,
-        cache=cache_folder() / "tokens",
+        cache=token_cache(settings),
     )
     return with_report(
         records,
@@ -261,7 +260,7 @@ class KTORecipe(Recipe):
             tokenizer,
             max_length=self.settings.max_length,
             append_eos=self.settings.append_eos,
-            cache=cache_folder() / "tokens",
+            cache=token_cache(self.settings),
         )
         used = ("prompt", "completion", "label", "tools")
         closes = _closes_texts(self.settings, rows, "completion")
@@ -336,7 +335,7 @@ class PolicyRecipe(Recipe):
             baseline=self.settings.baseline,
             max_length=self.settings.max_length,
             append_eos=self.settings.append_eos,
-            cache=cache_folder() / "tokens",
+            cache=token_cache(self.settings),
         )
         closes = _closes_texts(self.settings, rows, "completion")
         return with_report(

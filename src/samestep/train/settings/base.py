@@ -26,6 +26,7 @@ from samestep.train.settings.optimization import (
     pairs_of_flags,
 )
 from samestep.train.settings.peers import peer_notes
+from samestep.train.settings.streams import StreamFields, is_stream, stream_problems
 from samestep.train.settings.vocabulary import VocabularyFields, vocabulary_problems
 from samestep.utils.flags import leaf
 from samestep.utils.messages import describe_validation_errors
@@ -84,7 +85,9 @@ _LORA_LR_FACTOR = 10
 _SOURCES = BeforeValidator(one_or_several)
 
 
-class TrainSettings(EvaluationFields, OptimizationFields, AdapterFields, VocabularyFields):
+class TrainSettings(
+    EvaluationFields, OptimizationFields, AdapterFields, VocabularyFields, StreamFields
+):
     """The settings that all objectives share; each objective's own class adds its own."""
 
     model_config = ConfigDict(
@@ -336,7 +339,19 @@ def _contradictions(settings: TrainSettings) -> list[str]:
     for name, source in [("data", settings.data), *evaluation_sets(settings).items()]:
         if not all(part.path for part in parts_of(source)):
             problems.append(f"{name or 'eval_data'}: a source has an empty name")
-    problems += _mix_problems(parts_of(settings.data))
+    parts = parts_of(settings.data)
+    problems += [] if is_stream(settings, parts) else _mix_problems(parts)
+    sets = evaluation_sets(settings).values()
+    problems += stream_problems(
+        settings,
+        parts,
+        objective=settings.objective,
+        evaluated=[part for source in sets for part in parts_of(source)],
+        lengths={
+            name: bool(getattr(settings, name, None))
+            for name in ("steps", "epochs", "bitwise", "precompute_reference")
+        },
+    )
     if isinstance(settings.micro_tokens, int) and settings.micro_tokens < 1:
         problems.append(f"micro_tokens: at least 1, or 'auto', not {settings.micro_tokens}")
     if settings.micro_batch is not None and settings.micro_tokens != "auto":

@@ -17,7 +17,10 @@ GROUPS = {
         *("eval_data", "eval_every", "metrics", "answer_pattern", "samples", "sample_tokens"),
         *("best", "best_is", "patience", "min_improvement"),
     ),
-    "rows": ("columns", "row_format", "max_length", "append_eos", "trust_remote_code"),
+    "rows": (
+        *("stream", "shuffle_buffer", "columns", "row_format", "max_length", "append_eos"),
+        "trust_remote_code",
+    ),
     "the step, and how long": (
         *("batch_size", "batch_tokens", "steps", "epochs", "optimizer", "lr", "schedule"),
         *("warmup", "weight_decay", "max_grad_norm", "seed", "not_finite", "bitwise"),
