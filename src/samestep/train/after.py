@@ -14,6 +14,8 @@ from transformers import AutoConfig
 from samestep.engine.evaluate import EvalReport
 from samestep.errors import ConfigError
 from samestep.models.load import load_model, load_tokenizer, resolve_source
+from samestep.models.saved_adapter import saved_rows
+from samestep.models.vocabulary import grow_embeddings
 from samestep.train.answers import generate, ready_to_generate
 from samestep.train.evaluator import Evaluator
 from samestep.train.finished import (
@@ -66,6 +68,7 @@ def load_finished(run: str, *, dtype: torch.dtype | None = None) -> tuple[Any, A
     adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     source = resolve_source(adapter["base_model_name_or_path"])
     base = load_model(source, dtype=dtype or _stored(source))
+    grow_embeddings(base, saved_rows(folder, base))
     return PeftModel.from_pretrained(base, str(folder)), load_tokenizer(str(folder))
 
 

@@ -80,6 +80,24 @@ class MicroBatches:
         """What messages call a record; empty where the rows of its sequences say it."""
         return self._names[index] if self._names else ""
 
+    def with_budget(self, micro_tokens: int) -> "MicroBatches":
+        """The same records, cut under another budget.
+
+        Args:
+            micro_tokens: Tokens a micro-batch.
+
+        Returns:
+            What cuts them so.
+        """
+        return MicroBatches(
+            self._records,
+            self._collate,
+            micro_tokens=micro_tokens,
+            padded=self._padded,
+            device=self.device,
+            whole_packs=self._whole_packs,
+        )
+
     def of_this_rank(self, indices: Sequence[int], step: int) -> Iterator[dict[str, Any] | Idle]:
         """This rank's part of the records: over all ranks each is there exactly once.
 

@@ -29,12 +29,11 @@ from samestep.kernels.gemm import processor_name
 from samestep.models.compiled import compiled_layers
 from samestep.train.forward import with_keyed_dropout
 from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS
-from samestep.train.optim import state_per_weight
-from samestep.train.precision import one_step
+from samestep.train.precision import one_step, reserved_bytes
 from samestep.train.recipes.base import Recipe
 from samestep.train.settings.base import TrainSettings
 from samestep.utils.files import cache_folder, open_regular, write_atomically
-from samestep.utils.memory import available_memory, describe_device, peak_memory
+from samestep.utils.memory import describe_device, memory_limit, peak_memory
 from samestep.utils.version import package_version
 from samestep.utils.waiting import waiting
 
@@ -85,9 +84,6 @@ def budget_range(device: torch.device) -> BudgetRange:
     """What can be chosen on a device."""
     return ON_CPU if device.type == "cpu" else ON_ACCELERATOR
 
-
-_MEMORY_SHARE = 0.8
-"""Share of what the process could have that is taken if no limit is given."""
 
 CutFirstStep: TypeAlias = Callable[[int], Sequence[dict[str, Any]]]
 """Maps a budget to the micro-batches of the first step under it."""
@@ -282,11 +278,9 @@ def choose_micro_tokens(
         return least  # the run itself cuts finer still, or says which sequence is too large
     if costs is None:
         return choice.unmeasured  # such a step is one or two micro-batches anyway
-    limits = gather_results(lambda: _memory_limit(model.device, settings.memory_limit))
+    limits = gather_results(lambda: memory_limit(model.device, settings.memory_limit))
     limit = min((one for one in limits if one is not None), default=None)
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    weight_bytes = sum(weight.numel() * weight.element_size() for weight in trained)
-    reserved = (state_per_weight(settings) + (settings.ema is not None)) * weight_bytes
+    reserved = reserved_bytes(model, settings)
     needed = estimate_peak(costs, longest, reserved=reserved)
     too_much = needed is not None and limit is not None and needed > limit
     if too_much and recipe.recompute_activations(model):
@@ -340,14 +334,6 @@ def measured_costs(
 
 def _worst(values: Sequence[float | None]) -> Any:
     return None if None in values else max(value for value in values if value is not None)
-
-
-def _memory_limit(device: torch.device, gigabytes: float | None) -> float | None:
-    """Bytes that the process may take; None if that is unknown."""
-    if gigabytes is not None:
-        return gigabytes * 1e9
-    available = available_memory(device)
-    return None if available is None else _MEMORY_SHARE * available
 
 
 def _measure(model: Any, objective: Objective, *, seed: int, cut: CutFirstStep) -> Costs | None:

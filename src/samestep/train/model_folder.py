@@ -15,6 +15,7 @@ from samestep.engine.collectives import on_rank_0
 from samestep.engine.oom import is_out_of_memory
 from samestep.engine.parallel import is_sharded
 from samestep.errors import CheckpointError
+from samestep.models.lora import quiet_peft
 from samestep.train.run_folder import unfinished_model
 from samestep.utils.files import finish_replacing, remove, replace_folder, sync_tree
 
@@ -53,7 +54,8 @@ def _write_model(model: Any, tokenizer: Any, *, folder: Path, weights: Any) -> N
         finish_replacing(folder)
         remove(aside)
         remove(old)
-        model.save_pretrained(aside, state_dict=weights)
+        with quiet_peft():
+            model.save_pretrained(aside, state_dict=weights)
         if stored is not None:
             _note_dtype(aside / "config.json", stored)
         if tokenizer is not None:

@@ -232,6 +232,18 @@ def bytes_per_weight(model: nn.Module, settings: TrainSettings) -> dict[str, int
     return found
 
 
+def reserved_bytes(model: nn.Module, settings: TrainSettings) -> int:
+    """Bytes that the first update takes beside what a micro-batch does: moments, an average.
+
+    Args:
+        model: The model.
+        settings: ``optimizer``, ``ema``.
+    """
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    weight_bytes = sum(weight.numel() * weight.element_size() for weight in trained)
+    return (state_per_weight(settings) + (settings.ema is not None)) * weight_bytes
+
+
 def describe(model: nn.Module, settings: TrainSettings) -> None:
     """Say the precision, what it takes and what it loses, before the first step.
 

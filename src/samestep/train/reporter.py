@@ -54,8 +54,15 @@ def fit_line(parts: Sequence[str], width: int) -> str:
 _LONGEST = timedelta(days=999)
 
 
-def _duration(seconds: float) -> str:
-    """A duration in words; one that nobody waits for is not told to the second."""
+def duration(seconds: float) -> str:
+    """A duration in words; one that nobody waits for is not told to the second.
+
+    Args:
+        seconds: It.
+
+    Returns:
+        Such as "1:02:03".
+    """
     if not seconds < _LONGEST.total_seconds():
         return f"over {_LONGEST.days} days"
     return str(timedelta(seconds=round(seconds)))
@@ -126,7 +133,7 @@ class RunConsole:
             *([f"skipped ({report.skipped})"] if report.skipped else []),
             *([f"reward {report.terms['reward']:.4f}"] if "reward" in report.terms else []),
             f"loss {report.loss:.4f}",
-            f"eta {_duration(left)}",
+            f"eta {duration(left)}",
             f"{self._tokens / self._seconds:,.0f} tokens/s",
             f"norm {report.grad_norm:.3g}",
             f"lr {lr:.3g}",

@@ -277,7 +277,7 @@ class Trainer:
             after(self.setup.model, report.skipped is None)
         if self.setup.average is not None and report.skipped is None:
             self.setup.average.update()
-        self.progress = self.progress.after(report)
+        self.progress = self.progress.after(report, self.setup.train, plan.examples)
         done = self.progress.step
         self.watchdog.begin("log", f"step {done}, writing the log")
         lines = made.lines(done) if made is not None else ()

@@ -28,7 +28,7 @@ from samestep.objectives.language import DFT, SEQ2SEQ_COUNTERS, CausalLMLoss, Ma
 from samestep.objectives.routers import RouterBias, RouterLosses
 from samestep.objectives.units import LABELLED_TOKEN_COUNTERS
 from samestep.train.precision import weight_dtype
-from samestep.train.recipes.base import Recipe, load_frozen
+from samestep.train.recipes.base import Recipe, load_frozen, token_cache
 from samestep.train.rollouts import RolloutMaker
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.language import (
@@ -39,7 +39,7 @@ from samestep.train.settings.language import (
     VisionLanguageSettings,
 )
 from samestep.train.settings.objectives import DistillationSettings
-from samestep.utils.files import cache_folder, user_path
+from samestep.utils.files import user_path
 from samestep.utils.sources import Source
 
 _TARGET_COLUMNS = ("top_ids", "top_logps")
@@ -77,7 +77,7 @@ def read_language(
             tokenizer,
             max_length=settings.max_length,
             append_eos=settings.append_eos,
-            cache=cache_folder() / "tokens",
+            cache=token_cache(settings),
         )
     return _language_records(
         settings, rows, tokenizer, train_on=train_on, drop_long=long_text == "drop"
@@ -100,7 +100,7 @@ def _language_records(
             max_length=settings.max_length,
             append_eos=settings.append_eos,
             train_on=train_on,
-            cache=cache_folder() / "tokens",
+            cache=token_cache(settings),
             weigh_tokens=True,
             drop_long=drop_long,
         )

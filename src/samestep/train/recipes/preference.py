@@ -27,9 +27,10 @@ from samestep.objectives.moving_reference import MovingReference
 from samestep.objectives.policy import PolicyGradient
 from samestep.objectives.preference import DPO, ReferenceFree, Reward
 from samestep.objectives.units import PAIR_COUNTERS
-from samestep.train.recipes.base import Recipe, load_frozen
+from samestep.train.recipes.base import Recipe, load_frozen, token_cache
 from samestep.train.rewards import check_columns, load_rewards
 from samestep.train.rollouts import RolloutMaker, sampler_of
+from samestep.train.settings.adapters import continued_adapter
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.language import (
     CPOSettings,
@@ -41,7 +42,6 @@ from samestep.train.settings.language import (
     SimPOSettings,
 )
 from samestep.train.settings.objectives import PolicySettings
-from samestep.utils.files import cache_folder
 from samestep.utils.sources import Source
 
 _PAIR_COLUMNS = (
@@ -70,7 +70,7 @@ def read_pairs(settings: TrainSettings, source: Source, tokenizer: Any) -> Recor
         tokenizer,
         max_length=settings.max_length,
         append_eos=settings.append_eos,
-        cache=cache_folder() / "tokens",
+        cache=token_cache(settings),
     )
     return with_report(
         records,
@@ -108,6 +108,8 @@ def load_reference(settings: ReferenceSettings, model: Any) -> Reference:
         ConfigError: It has another vocabulary, or there is no room for a copy, or it cannot move.
     """
     source, moves = settings.reference_model, settings.sync_ref_model
+    # Adapters that train on are part of the model as it was: it is not the model without them.
+    source = source or continued_adapter(settings, settings.model)
     if moves and is_sharded(model):
         raise ConfigError("sync_ref_model: not under parallel fsdp2, which keeps no whole copy")
     if source is None and not moves and settings.lora_rank is not None:
@@ -261,7 +263,7 @@ class KTORecipe(Recipe):
             tokenizer,
             max_length=self.settings.max_length,
             append_eos=self.settings.append_eos,
-            cache=cache_folder() / "tokens",
+            cache=token_cache(self.settings),
         )
         used = ("prompt", "completion", "label", "tools")
         closes = _closes_texts(self.settings, rows, "completion")
@@ -344,7 +346,7 @@ class PolicyRecipe(Recipe):
             baseline=self.settings.baseline,
             max_length=self.settings.max_length,
             append_eos=self.settings.append_eos,
-            cache=cache_folder() / "tokens",
+            cache=token_cache(self.settings),
         )
         closes = _closes_texts(self.settings, rows, "completion")
         return with_report(

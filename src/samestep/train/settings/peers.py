@@ -113,6 +113,12 @@ PEER_FIELDS: Mapping[str, Meaning] = {
     **_same("loraplus_lr_ratio", "lora_plus_lr_ratio lora_plus loraplus"),
     **_same("modules_to_save", "lora_modules_to_save additional_target"),
     **_same("trainable_token_indices", "peft_trainable_token_indices trainable_tokens"),
+    **_same("stream", "streaming"),
+    **_same("shuffle_buffer", "buffer_size shuffle_buffer_size shuffle_merged_datasets"),
+    **_same("model", "adapter_name_or_path lora_model_dir"),
+    **_same("model_adapter", "create_new_adapter"),
+    **_same("add_tokens", "new_tokens added_tokens resize_vocab"),
+    **_same("add_special_tokens", "new_special_tokens additional_special_tokens"),
     **_same("merge", "merge_lora merge_adapter"),
     **_same(
         "train_on",
