@@ -19,8 +19,16 @@ from transformers import (
 )
 
 from samestep.errors import ConfigError
-from samestep.models.files import check_complete, check_finite, check_parts, check_safetensors
+from samestep.models.files import (
+    check_complete,
+    check_finite,
+    check_finite_files,
+    check_parts,
+    check_safetensors,
+)
+from samestep.models.load_quantized import adopt_quantized, quantization_options
 from samestep.models.lora import num_embeddings
+from samestep.models.quantized import Quantization
 from samestep.utils.cached_folders import cached_folder
 from samestep.utils.extras import MissingExtraError, missing_text
 from samestep.utils.files import cache_folder, sha256_of, user_path
@@ -193,6 +201,7 @@ def load_model(
     seed: int = 0,
     trust_remote_code: bool = False,
     settings: Mapping[str, Any] | None = None,
+    quantization: Quantization | None = None,
 ) -> Any:
     """A model of transformers, its attention dropout off.
 
@@ -209,6 +218,7 @@ def load_model(
         seed: Of random weights.
         trust_remote_code: Run Python code that comes with the model.
         settings: Changes of its config.
+        quantization: How its linear layers but the head are stored; they do not train.
 
     Returns:
         A transformers model on the CPU, in train mode; ``stored_dtype`` is the type that its
@@ -232,17 +242,22 @@ def load_model(
             model = auto.from_config(config, dtype=dtype, **options)
         else:
             check_safetensors(source, "model.safetensors.index.json")
+            few_bits = quantization_options(config, quantization, source=source)
+            if few_bits:
+                check_finite_files(source)
             model, loading = auto.from_pretrained(
                 source,
                 config=config,
-                dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
-                **options,
+                **{"dtype": dtype, **few_bits, **options},
             )
             new_head = auto_class in _NEW_HEAD_CLASSES
             check_complete(source, model, missing=loading["missing_keys"], new_head=new_head)
-            check_finite(source, model)
+            if few_bits:
+                adopt_quantized(model, dtype)
+            else:
+                check_finite(source, model)
         if dtype == torch.float64:
             # The grouped products that transformers prefers for experts have no float64.
             model.set_experts_implementation("eager")

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import yaml
-from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from samestep.engine.evaluate import EvalReport
 from samestep.errors import ConfigError
 from samestep.models.load import load_model, load_tokenizer, resolve_source
+from samestep.models.lora import load_peft
 from samestep.train.answers import generate, ready_to_generate
 from samestep.train.evaluator import Evaluator
 from samestep.train.finished import (
@@ -65,8 +65,16 @@ def load_finished(run: str, *, dtype: torch.dtype | None = None) -> tuple[Any, A
         raise ConfigError(f"{folder} has adapters, but no {_ADAPTER}")
     adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     source = resolve_source(adapter["base_model_name_or_path"])
-    base = load_model(source, dtype=dtype or _stored(source))
-    return PeftModel.from_pretrained(base, str(folder)), load_tokenizer(str(folder))
+    base = load_model(
+        source, dtype=dtype or _stored(source), quantization=_quantization(Path(run).expanduser())
+    )
+    return load_peft().PeftModel.from_pretrained(base, str(folder)), load_tokenizer(str(folder))
+
+
+def _quantization(root: Path) -> Any:
+    """How the run stored the weights under its adapters."""
+    config = root / "config.yaml"
+    return read_yaml(config).get("quantization") if config.is_file() else None
 
 
 def _stored(source: str) -> torch.dtype:
@@ -172,7 +180,7 @@ def evaluate_run(options: EvalArguments) -> EvalReport:
         if settings.lora_rank is not None:
             folder = model_of(options.run)
             assert folder is not None
-            set_peft_model_state_dict(setup.model, load_file(folder / _ADAPTER))
+            load_peft().set_peft_model_state_dict(setup.model, load_file(folder / _ADAPTER))
         evaluator = Evaluator(
             model=setup.model,
             objective=setup.evaluated,
@@ -205,7 +213,7 @@ def export_model(options: ExportArguments, out: Path) -> None:
     """
     dtype = None if options.dtype == "stored" else getattr(torch, options.dtype)
     model, tokenizer = load_finished(options.run, dtype=dtype)
-    has_adapters = isinstance(model, PeftModel)
+    has_adapters = isinstance(model, load_peft().PeftModel)
     if options.merge and not has_adapters:
         raise ConfigError(f"merge: the model of {options.run} has no adapters")
     inner = model.get_base_model() if has_adapters else model

@@ -14,7 +14,7 @@ from samestep.train.settings.base import TrainSettings, finalize, with_current_n
 from samestep.train.settings.command_line import arities, train_help, unknown_names
 from samestep.train.settings.objectives import settings_class
 from samestep.train.settings.paths import hub_names, missing_paths
-from samestep.utils.extras import require_extra
+from samestep.utils.extras import require_available, require_extra
 from samestep.utils.flags import CommandLine, split_command_line
 from samestep.utils.messages import read_yaml
 from samestep.utils.text import printable
@@ -187,6 +187,11 @@ def check_paths(settings: TrainSettings) -> None:
     if settings.track:
         try:
             require_extra("track", settings.track, what="track")
+        except ConfigError as error:
+            problems.append(str(error))
+    if settings.quantization is not None:
+        try:
+            require_available("quant", ("bitsandbytes", "accelerate"), what="quantization")
         except ConfigError as error:
             problems.append(str(error))
     if problems:

@@ -1,6 +1,6 @@
 """Settings of adapters, all of them PEFT's: LoRA, and what may be done otherwise in it."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -45,6 +45,8 @@ class AdapterFields(BaseModel):
     """Modules that train entirely beside the adapters, such as lm_head: ends of their names."""
     trainable_token_indices: tuple[int, ...] = ()
     """Tokens whose embeddings train beside the adapters, by their ids."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Hold the weights under the adapters in 4 bits (NF4) or 8, by bitsandbytes (QLoRA)."""
     merge: bool = False
     """Fold the adapters into the saved model."""
 

@@ -98,9 +98,16 @@ PEER_FIELDS: Mapping[str, Meaning] = {
     **_none("do_train do_eval do_predict", "there is nothing to set: eval_data asks to evaluate"),
     **_same("precision", "torch_dtype bf16", "mixed, float32, bfloat16 or float64"),
     **_none("fp16", "float16 is not offered: precision takes mixed, float32, bfloat16 or float64"),
+    **_same(
+        "quantization",
+        "load_in_4bit load_in_8bit quantization_bit quantize",
+        "4bit or 8bit, with lora_rank",
+    ),
     **_none(
-        "load_in_4bit load_in_8bit quantization",
-        "quantised weights are not offered: lora_rank trains adapters over whole ones",
+        "bnb_4bit_quant_type bnb_4bit_use_double_quant use_bnb_nested_quant double_quantization "
+        "bnb_4bit_compute_dtype quantization_type bnb_config_kwargs",
+        "there is nothing to set: quantization 4bit is NF4 with quantised scales, and products "
+        "have the type of precision",
     ),
     **_same("deterministic", "full_determinism use_deterministic_algorithms"),
     **_same("compile", "torch_compile compile_model", "layers compiles each decoder layer"),
@@ -159,7 +166,8 @@ _ROLLOUTS = "on rollouts that you bring: samestep does not generate them"
 PEER_OBJECTIVES: Mapping[str, Meaning] = {
     **_same("causal_lm", "sft clm lm finetune fine_tuning", "completions are learned, not prompts"),
     **_same("causal_lm", "pt pretrain pretraining cpt", "with train_on all"),
-    **_same("causal_lm", "lora qlora peft", "with lora_rank: adapters go with any objective"),
+    **_same("causal_lm", "lora peft", "with lora_rank: adapters go with any objective"),
+    **_same("causal_lm", "qlora", "with lora_rank and quantization 4bit, as with any objective"),
     **_same("masked_lm", "mlm"),
     **_same("reward", "rm reward_model reward_modeling"),
     **_same("policy", "grpo gspo dr_grpo rloo dapo", _ROLLOUTS),
