@@ -61,8 +61,8 @@ OUTSIDE: dict[str, set[str]] = {
     },
     "doctor": {"accelerate", "datasets", "lightning", "tokenizers", "transformers"},
     "train": {
-        *("filelock", "huggingface_hub", "peft", "pydantic", "pydantic_core", "safetensors"),
-        *("trackio", "transformers", "wandb", "yaml"),
+        *("bitsandbytes", "filelock", "huggingface_hub", "pydantic", "pydantic_core"),
+        *("safetensors", "trackio", "transformers", "wandb", "yaml"),
     },
     "study": {
         *("altair", "huggingface_hub", "jinja2", "markupsafe", "pydantic", "safetensors"),
