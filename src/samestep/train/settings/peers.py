@@ -156,7 +156,10 @@ PEER_FIELDS: Mapping[str, Meaning] = {
         "dataloader_num_workers preprocessing_num_workers dataset_num_proc num_workers",
         "there is nothing to set: rows are tokenised once and cached",
     ),
-    **_none("push_to_hub hub_model_id", "nothing is uploaded: OUT/model is an ordinary folder"),
+    **_none(
+        "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo push_to_hub_model_id",
+        "a run uploads nothing: `samestep export OUT --out FOLDER --push owner/name` does",
+    ),
     **_none("neftune_noise_alpha", "noise on embeddings is not offered"),
 }
 """Names of fields elsewhere (transformers, TRL, axolotl, LLaMA-Factory, Lightning, nanoGPT)."""
