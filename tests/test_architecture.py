@@ -61,7 +61,7 @@ OUTSIDE: dict[str, set[str]] = {
     },
     "doctor": {"accelerate", "datasets", "lightning", "tokenizers", "transformers"},
     "train": {
-        *("bitsandbytes", "filelock", "huggingface_hub", "pydantic", "pydantic_core"),
+        *("IPython", "bitsandbytes", "filelock", "huggingface_hub", "pydantic", "pydantic_core"),
         *("safetensors", "trackio", "transformers", "wandb", "yaml"),
     },
     "study": {
