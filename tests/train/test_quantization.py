@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import V, build, cut, gradients, plain_objective, ragged, worst
 from peft import PeftModel
-from runs import gpt2_folder, llama_folder, run_config, write_rows
+from runs import bert_folder, gpt2_folder, llama_folder, run_config, write_rows
 from safetensors.torch import load_file, save_file
 from thread_ranks import thread_ranks
 from torch import Tensor, nn
@@ -142,7 +142,14 @@ def finished(folder: Path, request: pytest.FixtureRequest) -> tuple[str, dict[st
     return bits, run(folder, bits, quantization=bits, steps=1, save_every=None, eval_data=other)
 
 
-def test_a_run_is_the_same_for_every_split_and_resumed(folder: Path) -> None:
+def _one_off(layer: Any, name: str, tensor: Tensor, persistent: bool) -> None:
+    stored = tensor ^ 1 if name == "packed" else tensor
+    nn.Module.register_buffer(layer, name, stored, persistent)
+
+
+def test_a_run_is_the_same_for_every_split_and_resumed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = run(folder, "long", quantization="4bit")
     assert all(weight.dtype == torch.float64 for weight in whole.values())
     split = run(folder, "split", quantization="4bit", micro_batch=1, padding="left")
@@ -153,6 +160,10 @@ def test_a_run_is_the_same_for_every_split_and_resumed(folder: Path) -> None:
     shutil.rmtree(checkpoints / "step-00000002")
     with pytest.raises(ConfigError, match="quantization"):
         run(folder, "long", quantization="8bit", resume=True)
+    with monkeypatch.context() as patch:  # another release that rounds otherwise
+        patch.setattr(QuantizedLinear, "register_buffer", _one_off)
+        with pytest.raises(ConfigError, match="model: quantised weights: other content"):
+            run(folder, "long", quantization="4bit", resume=True)
     resumed = run(folder, "long", quantization="4bit", resume=True)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
@@ -219,6 +230,12 @@ def test_a_model_that_is_stored_in_few_bits(folder: Path) -> None:
     own = load_model(str(path), dtype=torch.float32, quantization="4bit")
     theirs = AutoModelForCausalLM.from_pretrained(path)
     torch.testing.assert_close(own(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+    # A head that the files lack is new, and so it is whole.
+    head = "AutoModelForSequenceClassification"
+    new = load_model(str(path), auto_class=head, quantization="4bit")
+    plain = load_model(str(folder / "cases"), auto_class=head)
+    assert len(quantized_layers(new)) == 14
+    assert torch.equal(new.score.weight, plain.score.weight)
     for wrong in (None, "8bit"):
         with pytest.raises(ConfigError, match=r"stored in 4 bits by bitsandbytes: .*4bit"):
             load_model(str(path), quantization=wrong)
@@ -242,6 +259,18 @@ def test_what_cannot_be_is_said_together(folder: Path, monkeypatch: pytest.Monke
     with pytest.raises(ConfigError, match=r"bitsandbytes, accelerate: pip install .*\[quant\]"):
         check_paths(read_settings(lora))
     assert sys.modules.get("kernels", 0) is not None
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_layers_that_the_files_lack_stay_whole(folder: Path, bits: Any) -> None:
+    """BERT's pooler, beside the head: both train, or would be random numbers in few bits."""
+    bert_folder(folder / "bert")
+    head = "AutoModelForSequenceClassification"
+    model = load_model(str(folder / "bert"), auto_class=head, quantization=bits)
+    plain = load_model(str(folder / "bert"), auto_class=head)
+    assert len(quantized_layers(model)) == 12
+    for name in ("bert.pooler.dense", "classifier"):
+        assert torch.equal(model.get_submodule(name).weight, plain.get_submodule(name).weight)
 
 
 def test_numbers_that_are_not_finite_are_found_before_they_are_rounded(folder: Path) -> None:

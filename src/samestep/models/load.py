@@ -26,7 +26,7 @@ from samestep.models.files import (
     check_parts,
     check_safetensors,
 )
-from samestep.models.load_quantized import adopt_quantized, quantization_options
+from samestep.models.load_quantized import adopt_quantized, quantization_options, read_quantized
 from samestep.models.lora import num_embeddings
 from samestep.models.quantized import Quantization
 from samestep.utils.cached_folders import cached_folder
@@ -245,13 +245,19 @@ def load_model(
             few_bits = quantization_options(config, quantization, source=source)
             if few_bits:
                 check_finite_files(source)
-            model, loading = auto.from_pretrained(
-                source,
-                config=config,
-                use_safetensors=True,
-                output_loading_info=True,
-                **{"dtype": dtype, **few_bits, **options},
-            )
+
+            def read(config: Any, **more: Any) -> tuple[Any, dict[str, Any]]:
+                torch.manual_seed(seed)
+                found: tuple[Any, dict[str, Any]] = auto.from_pretrained(
+                    source,
+                    config=config,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **{"dtype": dtype, **more, **options},
+                )
+                return found
+
+            model, loading = read_quantized(read, config, few_bits) if few_bits else read(config)
             new_head = auto_class in _NEW_HEAD_CLASSES
             check_complete(source, model, missing=loading["missing_keys"], new_head=new_head)
             if few_bits:

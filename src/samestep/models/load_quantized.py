@@ -1,6 +1,7 @@
 """Loading a model with its linear layers in few bits, and giving it whole ones back."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -79,6 +80,40 @@ _MARKS = (
 """By what transformers knows quantised models, whose types it lets nobody change."""
 
 
+def read_quantized(
+    read: Callable[..., tuple[Any, dict[str, Any]]], config: Any, options: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Read a model in few bits; layers that its files lack, as of a new head, stay whole.
+
+    Args:
+        read: ``from_pretrained``, of a config and options.
+        config: Of the model.
+        options: What `quantization_options` gave.
+
+    Returns:
+        What ``read`` gave.
+    """
+    model, loading = read(copy.deepcopy(config), **options)
+    absent = {name.rpartition(".")[0] for name in loading["missing_keys"]}
+    new = absent & _layers_of_few_bits(model).keys()
+    if not new:
+        return model, loading
+    whole = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    chosen = copy.deepcopy(options.get("quantization_config", model.config.quantization_config))
+    chosen.llm_int8_skip_modules = [*whole, *sorted(new)]
+    config = copy.deepcopy(config)
+    if "quantization_config" not in options:  # the files are quantised already
+        config.quantization_config = chosen.to_dict()
+        return read(config, **options)
+    return read(config, **{**options, "quantization_config": chosen})
+
+
+def _layers_of_few_bits(model: nn.Module) -> dict[str, Any]:
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    return {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit | Linear8bitLt)}
+
+
 def adopt_quantized(model: Any, dtype: torch.dtype) -> int:
     """Put `QuantizedLinear` in the place of bitsandbytes' layers; all other weights get a type.
 
@@ -92,9 +127,7 @@ def adopt_quantized(model: Any, dtype: torch.dtype) -> int:
     Raises:
         ConfigError: None is.
     """
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit | Linear8bitLt)}
+    layers = _layers_of_few_bits(model)
     if not layers:
         raise ConfigError(
             f"quantization: {type(model).__name__} has no linear layers that could be quantised"
