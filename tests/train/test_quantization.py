@@ -247,9 +247,10 @@ def test_what_cannot_be_is_said_together(folder: Path, monkeypatch: pytest.Monke
         read_settings([*files, "--quantization", "4bit"])
     lora = [*files, "--lora-rank", "2", "--quantization", "4bit"]
     with pytest.raises(ConfigError) as found:
-        read_settings([*lora, "--init", "random", "--parallel", "fsdp2"])
+        read_settings([*lora, "--init", "random", "--parallel", "fsdp2", "--compile", "layers"])
     assert "not under parallel fsdp2" in str(found.value)
     assert "init random has none" in str(found.value)
+    assert "quantised weights run uncompiled" in str(found.value)
     for name in ("--load-in-4bit", "--quantization-bit", "--load-in-8bit"):
         with pytest.raises(ConfigError, match=r"--quantization \(4bit or 8bit, with lora_rank\)"):
             read_settings([*files, name, "4"])

@@ -42,10 +42,10 @@ def quiet_bitsandbytes() -> Iterator[None]:
 class QuantizedLinear(nn.Linear):
     """A linear layer whose weight is stored in 4 or 8 bits, and does not train.
 
-    It multiplies by the weight that is stored, dequantised, in the type of its states. So every row
-    is multiplied by itself: bitsandbytes' own product of 8 bits rounds the states as well, and
-    chooses columns for 16 bits by looking at all rows of a micro-batch, which would make a row
-    depend on its neighbours.
+    It multiplies by the weight that is stored, dequantised, in the type of its states, every row by
+    itself. bitsandbytes' own product of 8 bits (arXiv:2208.07339) rounds the states as well, and
+    chooses columns for 16 bits by looking at all rows of a micro-batch: a row would depend on its
+    neighbours.
 
     Args:
         quantized: ``bitsandbytes.nn.Linear4bit`` or ``Linear8bitLt`` with quantised weights.

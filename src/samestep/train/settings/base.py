@@ -318,6 +318,8 @@ def _contradictions(settings: TrainSettings) -> list[str]:
             "quantization: not under parallel fsdp2, which has no shards of quantised weights; use "
             "ddp"
         )
+    if settings.quantization is not None and settings.compile == "layers":
+        problems.append("compile: layers over quantised weights run uncompiled; use auto or none")
     if settings.quantization is not None and settings.init == "random":
         problems.append("quantization: it stores pretrained weights; init random has none")
     if settings.bitwise and settings.precision == "float64":
