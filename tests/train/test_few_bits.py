@@ -103,7 +103,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, out: str, **changes: Any) -> dict[str, Tensor]:
-    common = {"steps": 3, "lr": 1e-3, "save_every": 2, "micro_batch": 8, "optimizer": "adamw_8bit"}
+    common = {"steps": 2, "lr": 1e-3, "save_every": 1, "micro_batch": 8, "optimizer": "adamw_8bit"}
     train(run_config(folder, out=str(folder / out), **{**common, **changes}))
     return load_file(folder / out / "model" / "model.safetensors")
 
@@ -116,10 +116,10 @@ def test_a_run_splits_and_resumes(folder: Path) -> None:
     whole = run(folder, "whole")
     kept = {}
     checkpoints = folder / "whole" / "checkpoints"
-    for file in (checkpoints / "step-00000002").glob("*.safetensors"):
+    for file in (checkpoints / "step-00000001").glob("*.safetensors"):
         kept |= load_file(file)
     assert torch.uint8 in {tensor.dtype for tensor in kept.values()}
-    shutil.rmtree(checkpoints / "step-00000003")
+    shutil.rmtree(checkpoints / "step-00000002")
     resumed = run(folder, "whole", resume=True)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     split = run(folder, "split", micro_batch=1, padding="right")
@@ -128,11 +128,11 @@ def test_a_run_splits_and_resumes(folder: Path) -> None:
     assert distance(split, whole) < 0.1 * distance(exact, whole)
 
 
-@pytest.mark.parametrize("name", ["lion", "bitsandbytes.optim:Lion8bit"])
-def test_states_go_through_a_checkpoint(folder: Path, name: str) -> None:
-    """Those of any optimizer of bitsandbytes, which hands them out wrapped."""
-    whole = run(folder, "other", optimizer=name, overwrite=True)
-    shutil.rmtree(folder / "other" / "checkpoints" / "step-00000003")
+def test_states_of_any_go_through_a_checkpoint(folder: Path) -> None:
+    """Every optimizer of bitsandbytes hands them out wrapped."""
+    name = "bitsandbytes.optim:Lion8bit"
+    whole = run(folder, "other", optimizer=name)
+    shutil.rmtree(folder / "other" / "checkpoints" / "step-00000002")
     resumed = run(folder, "other", optimizer=name, resume=True)
     assert all(torch.equal(resumed[part], whole[part]) for part in whole)
 
