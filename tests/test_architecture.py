@@ -39,7 +39,10 @@ SETTINGS = "samestep.train.settings"
 """The settings of a run: a module, or a package, or several modules of that beginning."""
 
 HEAVY = frozenset(
-    {"accelerate", "datasets", "diffusers", "peft", "safetensors", "torch", "transformers"}
+    {
+        *("accelerate", "bitsandbytes", "datasets", "diffusers", "peft", "safetensors", "torch"),
+        "transformers",
+    }
 )
 """Packages that are or that load PyTorch: `--help` and a wrong flag must not wait for them."""
 
@@ -51,15 +54,15 @@ OUTSIDE: dict[str, set[str]] = {
     "kernels": {"transformers"},
     "hf": {"transformers"},
     "data": {"PIL", "datasets", "fsspec", "pyarrow", "safetensors", "transformers"},
-    "models": {"diffusers", "peft", "safetensors", "transformers"},
+    "models": {"bitsandbytes", "diffusers", "peft", "safetensors", "transformers"},
     "audit": {
         *("accelerate", "altair", "datasets", "jinja2", "markupsafe", "pytest", "transformers"),
         "vl_convert",
     },
     "doctor": {"accelerate", "datasets", "lightning", "tokenizers", "transformers"},
     "train": {
-        *("filelock", "huggingface_hub", "peft", "pydantic", "pydantic_core", "safetensors"),
-        *("trackio", "transformers", "wandb", "yaml"),
+        *("IPython", "bitsandbytes", "filelock", "huggingface_hub", "pydantic", "pydantic_core"),
+        *("safetensors", "trackio", "transformers", "wandb", "yaml"),
     },
     "study": {
         *("altair", "huggingface_hub", "jinja2", "markupsafe", "pydantic", "safetensors"),

@@ -1,7 +1,9 @@
 """Answers that a model generates at evaluations: exact match, patterns, a table of samples."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from samestep.errors import ConfigError, DataError
 from samestep.train import answers
 from samestep.train.answers import Answer, is_right, with_exact_match
+from samestep.train.log import _cell
 from samestep.train.settings.evaluation import EvaluationFields
 from samestep.train.trainer import train
 
@@ -149,3 +152,63 @@ def test_what_nobody_can_answer_is_said_before_anything_is_written(
     with pytest.raises(error, match=message):
         run(folder, "refused", **changes)
     assert not (folder / "refused").exists()
+
+
+class Table:
+    """As wandb's and trackio's: columns, and rows of values."""
+
+    def __init__(self, columns: list[str], data: list[list[Any]]) -> None:
+        assert all(len(row) == len(columns) for row in data)
+        self.columns, self.data = columns, data
+
+
+def test_samples_go_to_trackers_as_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: dict[str, list[Any]] = {"wandb": [], "trackio": []}
+
+    def stand_in(name: str) -> Any:
+        def write(values: dict[str, Any], step: int) -> None:
+            logged[name].append((step, values))
+
+        made = SimpleNamespace(Table=Table, log=write, finish=lambda: None)
+        made.init = lambda **given: made
+        return made
+
+    for name in logged:
+        monkeypatch.setitem(sys.modules, name, stand_in(name))
+    sets = {"sums": str(folder / "eval.jsonl"), "more": str(folder / "rows.jsonl")}
+    trackers = ("tensorboard", "wandb", "trackio")
+    run(folder, "t", steps=1, eval_every=1, eval_data=sets, track=trackers, metrics=())
+    lines = read_lines(folder / "t" / "samples.jsonl")
+    assert len(lines) == 8
+    for name, found in logged.items():
+        tables = [
+            (step, key, value)
+            for step, values in found
+            for key, value in values.items()
+            if isinstance(value, Table)
+        ]
+        assert [(step, key) for step, key, _ in tables] == [
+            (step, f"samples/{of}") for step in (0, 1) for of in ("sums", "more")
+        ], name
+        shown = [
+            {
+                "step": step,
+                "set": key.partition("/")[2],
+                **dict(zip(table.columns, row, strict=True)),
+            }
+            for step, key, table in tables
+            for row in table.data
+        ]
+        assert shown == lines
+        assert [step for step, _ in found] == sorted(step for step, _ in found)  # as wandb asks
+    (events,) = (folder / "t" / "tracking" / "tensorboard").iterdir()
+    content = events.read_bytes()
+    for line in lines:
+        assert (
+            f"| {line['row']} | {_cell(line['prompt'])} | {_cell(line['answer'])} |".encode()
+            in content
+        )
+
+
+def test_cells_show_what_is_written() -> None:
+    assert _cell("<|im_end|>\na & b") == "&lt;&#124;im_end&#124;&gt;<br>a &amp; b"

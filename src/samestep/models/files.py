@@ -3,11 +3,13 @@
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers.utils import cached_file
 
 from samestep.errors import ConfigError
@@ -100,18 +102,49 @@ def check_finite(source: str, model: Any) -> None:
     Raises:
         ConfigError: Some do; names the first.
     """
-    # A sum in one pass; only one that is not finite is looked at element by element.
-    suspects = {
-        name: weight
-        for name, weight in model.named_parameters()
-        if weight.is_floating_point() and not weight.sum(dtype=torch.float32).isfinite()
-    }
-    wrong = {name: int((~weight.isfinite()).sum()) for name, weight in suspects.items()}
-    wrong = {name: number for name, number in wrong.items() if number}
+    _refuse_not_finite(source, model.named_parameters())
+
+
+@torch.no_grad()
+def check_finite_files(source: str) -> None:
+    """As `check_finite`, of the files: weights that are quantised as they are read hide NaN.
+
+    Args:
+        source: The folder or Hub name of a model.
+
+    Raises:
+        ConfigError: Some weights hold NaN or infinity; names the first.
+    """
+    names = {"model.safetensors"}
+    index = cached_file(
+        source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False
+    )
+    if index is not None:
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    _refuse_not_finite(source, _tensors_of_files(source, sorted(names)))
+
+
+def _tensors_of_files(source: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    for file_name in names:
+        path = cached_file(source, file_name)
+        assert path is not None
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+
+
+def _refuse_not_finite(source: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse weights of which some hold NaN or infinity."""
+    wrong = {}
+    for name, weight in weights:
+        # A sum in one pass; only one that is not finite is looked at element by element.
+        if weight.is_floating_point() and not weight.sum(dtype=torch.float32).isfinite():
+            number = int((~weight.isfinite()).sum())
+            if number:
+                wrong[name] = f"{number} of {weight.numel():,}"
     if wrong:
         first = next(iter(wrong))
         raise ConfigError(
             f"model: {len(wrong)} weights of {source} hold numbers that are not finite: {first} "
-            f"has {wrong[first]} of {model.get_parameter(first).numel():,}. The model is damaged: "
-            "get it anew"
+            f"has {wrong[first]}. The model is damaged: get it anew"
         )

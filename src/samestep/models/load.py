@@ -20,8 +20,16 @@ from transformers import (
 )
 
 from samestep.errors import ConfigError
-from samestep.models.files import check_complete, check_finite, check_parts, check_safetensors
+from samestep.models.files import (
+    check_complete,
+    check_finite,
+    check_finite_files,
+    check_parts,
+    check_safetensors,
+)
+from samestep.models.load_quantized import adopt_quantized, quantization_options, read_quantized
 from samestep.models.lora import num_embeddings
+from samestep.models.quantized import Quantization
 from samestep.models.saved_adapter import continue_lora
 from samestep.models.weightless import is_weightless, on_meta
 from samestep.utils.adapter_folder import ADAPTER_WEIGHTS, is_adapter, read_adapter
@@ -268,6 +276,7 @@ def load_model(
     seed: int = 0,
     trust_remote_code: bool = False,
     settings: Mapping[str, Any] | None = None,
+    quantization: Quantization | None = None,
 ) -> Any:
     """A model of transformers, its attention dropout off.
 
@@ -284,6 +293,7 @@ def load_model(
         seed: Of random weights.
         trust_remote_code: Run Python code that comes with the model.
         settings: Changes of its config.
+        quantization: How its linear layers but the head are stored; they do not train.
 
     Returns:
         A transformers model on the CPU, in train mode; ``stored_dtype`` is the type that its
@@ -308,17 +318,28 @@ def load_model(
                 model = auto.from_config(config, dtype=dtype, **options)
         else:
             check_safetensors(source, "model.safetensors.index.json")
-            model, loading = auto.from_pretrained(
-                source,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
+            few_bits = quantization_options(config, quantization, source=source)
+            if few_bits:
+                check_finite_files(source)
+
+            def read(config: Any, **more: Any) -> tuple[Any, dict[str, Any]]:
+                torch.manual_seed(seed)
+                found: tuple[Any, dict[str, Any]] = auto.from_pretrained(
+                    source,
+                    config=config,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **{"dtype": dtype, **more, **options},
+                )
+                return found
+
+            model, loading = read_quantized(read, config, few_bits) if few_bits else read(config)
             new_head = auto_class in _NEW_HEAD_CLASSES
             check_complete(source, model, missing=loading["missing_keys"], new_head=new_head)
-            check_finite(source, model)
+            if few_bits:
+                adopt_quantized(model, dtype)
+            else:
+                check_finite(source, model)
         if dtype == torch.float64:
             # The grouped products that transformers prefers for experts have no float64.
             model.set_experts_implementation("eager")

@@ -5,12 +5,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
 from samestep.errors import ConfigError
+from samestep.models.quantized import quantized_layers, quiet_bitsandbytes
 
 _TASK_HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 """Heads by PEFT's task type. PEFT trains them entirely; given adapters as well, it would fail."""
@@ -40,6 +42,12 @@ class LoraVariant:
     modules_to_save: tuple[str, ...] = ()
     tokens: tuple[int, ...] | Mapping[str, Sequence[int]] = ()
     parameters: tuple[str, ...] = ()
+
+
+def load_peft() -> Any:
+    """The package peft: heavy, and needed for adapters alone; with it comes bitsandbytes."""
+    with quiet_bitsandbytes():
+        return import_module("peft")
 
 
 def add_lora(
@@ -72,17 +80,16 @@ def add_lora(
     Raises:
         ConfigError: No module has such a name, or no token such an id.
     """
-    from peft import LoraConfig, get_peft_model  # heavy, and needed for adapters alone
-
+    peft = load_peft()
     torch.manual_seed(seed)
     variant = variant or LoraVariant()
     _check_variant(model, variant)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     try:
         with quiet_peft():
-            return get_peft_model(
+            return peft.get_peft_model(
                 model,
-                LoraConfig(
+                peft.LoraConfig(
                     r=rank,
                     lora_alpha=alpha,
                     lora_dropout=dropout,
@@ -158,6 +165,12 @@ def _check_variant(model: Any, variant: LoraVariant) -> None:
             f"trainable_token_indices: {', '.join(map(str, beyond))}: the model has {size} "
             f"embeddings, 0 to {size - 1}"
         )
+    few_bits = list(quantized_layers(model)) if variant.modules_to_save else []
+    problems += [
+        f"modules_to_save: {name!r} holds quantised weights ({layer}), which cannot train"
+        for name in variant.modules_to_save
+        for layer in [n for n in few_bits if f".{name}." in f".{n}."][:1]
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from samestep.errors import ConfigError
-from samestep.models.lora import quiet_peft
+from samestep.models.lora import load_peft, quiet_peft
 from samestep.models.vocabulary import grow_embeddings
 from samestep.models.weightless import is_weightless
 from samestep.utils.adapter_folder import ADAPTER_WEIGHTS
@@ -55,28 +55,22 @@ def continue_lora(model: Any, folder: Path, *, dropout: float | None = None) -> 
     Raises:
         ConfigError: They do not fit the model; the message says all that does not.
     """
-    from peft import (
-        LoraConfig,
-        get_peft_model,
-        get_peft_model_state_dict,
-        set_peft_model_state_dict,
-    )
-
+    peft = load_peft()
     try:
         grow_embeddings(model, saved_rows(folder, model))
-        config = LoraConfig.from_pretrained(str(folder))
+        config = peft.LoraConfig.from_pretrained(str(folder))
         config.inference_mode = False
         if dropout is not None:
             config.lora_dropout = dropout
         with quiet_peft():
-            model = get_peft_model(model, config)
+            model = peft.get_peft_model(model, config)
         if is_weightless():
             return model
         weights = load_file(folder / ADAPTER_WEIGHTS)
     except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
         raise ConfigError(f"model: the adapter in {folder} cannot be loaded: {error}") from error
     with quiet_peft():
-        own = get_peft_model_state_dict(model)
+        own = peft.get_peft_model_state_dict(model)
     problems = [f"{name} is missing" for name in own.keys() - weights.keys()]
     problems += [
         f"{name} is {list(weights[name].shape)}, where the base needs {list(own[name].shape)}"
@@ -87,7 +81,7 @@ def continue_lora(model: Any, folder: Path, *, dropout: float | None = None) -> 
         f"{name} is not finite" for name, each in weights.items() if not each.isfinite().all()
     ]
     if not problems:
-        loaded = set_peft_model_state_dict(model, weights)
+        loaded = peft.set_peft_model_state_dict(model, weights)
         problems = [f"{name} has no place in the base" for name in loaded.unexpected_keys]
     if problems:
         raise ConfigError(

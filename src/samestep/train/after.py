@@ -1,19 +1,19 @@
 """The model of a finished run: loaded with its adapters, asked, evaluated, written elsewhere."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from samestep.engine.evaluate import EvalReport
 from samestep.errors import ConfigError
 from samestep.models.load import load_model, load_tokenizer, resolve_source
+from samestep.models.lora import load_peft
 from samestep.models.saved_adapter import saved_rows
 from samestep.models.vocabulary import grow_embeddings
 from samestep.train.answers import generate, ready_to_generate
@@ -26,6 +26,7 @@ from samestep.train.finished import (
 )
 from samestep.train.launch import process_group
 from samestep.train.micro_batches import MicroBatches
+from samestep.train.model_card import model_card
 from samestep.train.model_folder import save_model
 from samestep.train.precision import find_device
 from samestep.train.settings.adapters import ADAPTERS
@@ -34,7 +35,8 @@ from samestep.train.settings.objectives import settings_class
 from samestep.train.setup import set_up
 from samestep.utils.files import write_atomically
 from samestep.utils.messages import read_yaml
-from samestep.utils.version import package_version
+
+log = logging.getLogger("samestep")
 
 _ADAPTER = "adapter_model.safetensors"
 
@@ -67,9 +69,17 @@ def load_finished(run: str, *, dtype: torch.dtype | None = None) -> tuple[Any, A
         raise ConfigError(f"{folder} has adapters, but no {_ADAPTER}")
     adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     source = resolve_source(adapter["base_model_name_or_path"])
-    base = load_model(source, dtype=dtype or _stored(source))
+    base = load_model(
+        source, dtype=dtype or _stored(source), quantization=_quantization(Path(run).expanduser())
+    )
     grow_embeddings(base, saved_rows(folder, base))
-    return PeftModel.from_pretrained(base, str(folder)), load_tokenizer(str(folder))
+    return load_peft().PeftModel.from_pretrained(base, str(folder)), load_tokenizer(str(folder))
+
+
+def _quantization(root: Path) -> Any:
+    """How the run stored the weights under its adapters."""
+    config = root / "config.yaml"
+    return read_yaml(config).get("quantization") if config.is_file() else None
 
 
 def _stored(source: str) -> torch.dtype:
@@ -175,7 +185,7 @@ def evaluate_run(options: EvalArguments) -> EvalReport:
         if settings.lora_rank is not None:
             folder = model_of(options.run)
             assert folder is not None
-            set_peft_model_state_dict(setup.model, load_file(folder / _ADAPTER))
+            load_peft().set_peft_model_state_dict(setup.model, load_file(folder / _ADAPTER))
         evaluator = Evaluator(
             model=setup.model,
             objective=setup.evaluated,
@@ -208,7 +218,7 @@ def export_model(options: ExportArguments, out: Path) -> None:
     """
     dtype = None if options.dtype == "stored" else getattr(torch, options.dtype)
     model, tokenizer = load_finished(options.run, dtype=dtype)
-    has_adapters = isinstance(model, PeftModel)
+    has_adapters = isinstance(model, load_peft().PeftModel)
     if options.merge and not has_adapters:
         raise ConfigError(f"merge: the model of {options.run} has no adapters")
     inner = model.get_base_model() if has_adapters else model
@@ -216,42 +226,17 @@ def export_model(options: ExportArguments, out: Path) -> None:
     if out.is_dir():
         out.rmdir()
     save_model(model, tokenizer, folder=out, merge=options.merge)
-    write_atomically(out / "README.md", model_card(options.run))
+    adapters = has_adapters and not options.merge
+    if adapters and options.push is not None:
+        _warn_of_a_base_of_this_machine(model)
+    write_atomically(out / "README.md", model_card(options.run, adapters=adapters))
 
 
-def model_card(run: str) -> str:
-    """How a model was made, as the README.md of its folder.
-
-    Args:
-        run: The run's folder.
-
-    Returns:
-        Markdown; short where the folder is a model alone.
-    """
-    root = Path(run).expanduser()
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [samestep]",
-        "---",
-        "",
-        f"# {root.name}",
-        "",
-    ]
-    config, summary = root / "config.yaml", root / "summary.json"
-    if config.is_file():
-        settings = read_yaml(config)
-        places = {"out", "model", "data", "eval_data", "device"}
-        kept = {name: value for name, value in settings.items() if name not in places}
-        lines += [
-            f"Trained from `{Path(str(settings['model'])).name}` by `samestep train`, objective "
-            f"`{settings['objective']}`. Every step is a function of its effective batch alone: "
-            "micro-batches, padding and ranks could not change it.",
-            *("", "```yaml", yaml.safe_dump(kept, sort_keys=False).rstrip(), "```", ""),
-        ]
-    if summary.is_file():
-        found = json.loads(summary.read_text(encoding="utf-8"))
-        names = ("steps", "examples", "tokens", "evaluation_before", "evaluation_after", "best")
-        lines += [f"- {name}: {found[name]}" for name in names if found.get(name) is not None]
-        lines += [f"- samestep {found['samestep']}, torch {found['torch']}"]
-    return "\n".join([*lines, "", f"Exported by samestep {package_version()}.", ""])
+def _warn_of_a_base_of_this_machine(model: Any) -> None:
+    base = str(model.peft_config["default"].base_model_name_or_path)
+    if Path(base).exists():
+        log.warning(
+            "push: others do not have the model under these adapters, the folder %s: --merge "
+            "uploads whole weights",
+            base,
+        )

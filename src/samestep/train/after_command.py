@@ -88,15 +88,24 @@ def export(arguments: Sequence[str]) -> int:
         0.
 
     Raises:
-        ConfigError: There is no run, or the folder cannot be written.
+        ConfigError: There is no run, the folder cannot be written, or the Hub cannot be asked.
+        SamestepError: The folder is written, but could not be uploaded.
     """
     options = _parse(ExportArguments, arguments, name="export")
     out = Path(options.out).expanduser()
     model_of(options.run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out: {options.out} is there already: name a folder that is not")
+    if options.private and options.push is None:
+        raise ConfigError("private is given without push")
+    if options.push is not None:
+        from samestep.train.push import check_push, push  # waits for the Hub's client
+
+        check_push(options.push)
     from samestep.train.after import export_model  # loads PyTorch
 
     export_model(options, out)
     print(printable(f"model in {out}"))
+    if options.push is not None:
+        print(printable(f"uploaded: {push(out, options.push, private=options.private)}"))
     return 0

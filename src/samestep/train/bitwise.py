@@ -8,10 +8,10 @@ with what the run started from, a line a step, and a line with the whole state a
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import peft
 import torch
 import transformers
 
@@ -88,7 +88,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "samestep": package_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "peft": peft.__version__,
+        "peft": version("peft"),
     }
     if device.type == "cuda":
         # Who starts and feeds a GPU does not change what it computes.

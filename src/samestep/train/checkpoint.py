@@ -341,12 +341,22 @@ def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state as tensors "optimizer.index.name", and the rest as JSON."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
+    storages: set[int] = set()
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            storage = 0 if isinstance(value, DTensor) else value.untyped_storage().data_ptr()
+            # Files refuse what shares its memory, such as the codes of all weights.
+            tensors[name] = value.clone() if storage in storages else value
+            storages.update({storage} - {0})
+        elif isinstance(value, dict):  # bitsandbytes wraps what FSDP must not see
+            for part, inner in value.items():
+                add(f"{name}.{part}", inner)
+        else:
+            plain[name] = value
+
     for index, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value
-            else:
-                plain[f"optimizer.{index}.{name}"] = value
+        add(f"optimizer.{index}", values)
     return tensors, {"param_groups": state["param_groups"], "values": plain}
 
 
@@ -367,6 +377,9 @@ def _places(kept: dict[str, TensorStorageMetadata], optimizer: Optimizer) -> dic
 def _unflatten(tensors: dict[str, Tensor], kept: dict[str, Any]) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {}
     for key, value in (tensors | kept["values"]).items():
-        _, index, name = key.split(".", 2)
-        state.setdefault(int(index), {})[name] = value
+        _, index, *groups, name = key.split(".")
+        place = state.setdefault(int(index), {})
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
     return {"state": state, "param_groups": kept["param_groups"]}

@@ -11,12 +11,13 @@ import tyro
 
 from samestep.errors import ConfigError
 from samestep.train.launch import launch, process_group, ranks_to_launch, under_torchrun
+from samestep.train.optim import OPTIMIZERS
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings, finalize, with_current_names
 from samestep.train.settings.command_line import arities, train_help, unknown_names
 from samestep.train.settings.objectives import settings_class
 from samestep.train.settings.paths import hub_names, missing_paths
-from samestep.utils.extras import require_extra
+from samestep.utils.extras import require_available, require_extra
 from samestep.utils.flags import CommandLine, split_command_line
 from samestep.utils.messages import read_yaml
 from samestep.utils.text import printable
@@ -194,6 +195,14 @@ def check_paths(settings: TrainSettings) -> None:
             require_extra("track", settings.track, what="track")
         except ConfigError as error:
             problems.append(str(error))
+    few_bits = [] if settings.quantization is None else ["bitsandbytes", "accelerate"]
+    row = OPTIMIZERS.get(settings.optimizer)
+    needs = list(dict.fromkeys([*few_bits, *(row.needs if row else ())]))
+    try:
+        what = "quantization" if few_bits else f"optimizer {settings.optimizer}"
+        require_available("quant", needs, what=what)
+    except ConfigError as error:
+        problems.append(str(error))
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -99,6 +99,8 @@ def _why_not(model: Any, recipe: Recipe) -> str:
     """Why the layers cannot be compiled in this run; empty if they can."""
     if is_sharded(model):
         return "layers in shards (fsdp2) are not compiled"
+    if recipe.settings.quantization is not None:
+        return "quantised layers run uncompiled"
     if recipe.settings.activation_offload:
         return "activations that are offloaded are taken from uncompiled layers"
     if getattr(model, "is_activation_checkpointing", False):

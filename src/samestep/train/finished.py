@@ -60,6 +60,10 @@ class ExportArguments:
     """Fold adapters into the model, so that it loads without PEFT."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
     """Type of the weights; stored: as they are in the run."""
+    push: str | None = None
+    """Then upload the folder to the Hub as this model, owner/name."""
+    private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """With push: a model that others do not see."""
 
 
 def model_of(run: str) -> Path | None:

@@ -17,7 +17,7 @@ from samestep.models.weightless import without_weights
 from samestep.train.forward import with_keyed_dropout
 from samestep.train.memory_parts import memory_parts
 from samestep.train.micro_tokens import estimate_peak, measured_costs
-from samestep.train.precision import choose_precision, find_device, one_step, reserved_bytes
+from samestep.train.precision import bytes_beside_weights, choose_precision, find_device, one_step
 from samestep.train.recipes.base import recipe_for
 from samestep.train.reporter import duration
 from samestep.train.run_data import step_plans, total_steps
@@ -151,7 +151,7 @@ def _measure(setup: TrainingSetup, settings: TrainSettings) -> Measured:
     if costs is None:  # such a step is one or two micro-batches, of which one was just run
         peak, grown = update.bytes, _difference(forward_backward.bytes, before.bytes)
     else:
-        peak = estimate_peak(costs, largest, reserved=reserved_bytes(model, settings))
+        peak = estimate_peak(costs, largest, reserved=bytes_beside_weights(model, settings))
         grown = None if costs.bytes is None else costs.bytes_per_token * largest
     return Measured(
         peak=peak,

@@ -1,5 +1,6 @@
 """Where the numbers of a run go: always JSONL, and the trackers that the settings name."""
 
+import html
 import json
 import logging
 import math
@@ -26,10 +27,13 @@ log = logging.getLogger("samestep")
 
 
 class Tracker(Protocol):
-    """An optional writer of numbers by step."""
+    """An optional writer of numbers and of answers by step."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Take the numbers of a step."""
+
+    def table(self, step: int, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Take the answers to a set; all lines have the same columns."""
 
     def close(self) -> None:
         """Flush and end."""
@@ -128,10 +132,16 @@ class RunLog:
         return record
 
     def samples(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write answers down."""
+        """Write the answers to a set down: a line each, a table to the trackers."""
         assert self._samples is not None
         for line in lines:
             self._samples.write(dict(line))
+        step, of = lines[0]["step"], lines[0].get("set", "")
+        shown = [
+            {name: line[name] for name in line if name not in ("step", "set")} for line in lines
+        ]
+        for tracker in self._trackers:
+            tracker.table(step, f"samples/{of}" if of else "samples", shown)
 
     def rollouts(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Write rollouts down, if they are to be kept."""
@@ -231,6 +241,16 @@ def open_trackers(
         ) from error
 
 
+def _columns_and_rows(lines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    return list(lines[0]), [list(line.values()) for line in lines]
+
+
+def _cell(value: Any) -> str:
+    """A value as a cell of a table in Markdown, which shows it as it is."""
+    text = html.escape(str(value), quote=False).replace("|", "&#124;")
+    return "<br>".join(text.splitlines())
+
+
 class _TensorBoard:
     def __init__(self, folder: Path, *, run: str, config: dict[str, Any]) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
@@ -242,6 +262,11 @@ class _TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    def table(self, step: int, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        rows = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
+        text = "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
+        self._writer.add_text(name, text, step)
+
     def close(self) -> None:
         self._writer.close()
 
@@ -251,10 +276,14 @@ class _Wandb:
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
+        self._table = wandb.Table
         self._run = wandb.init(project="samestep", name=run, config=config, dir=str(folder))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
+
+    def table(self, step: int, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        self._run.log({name: self._table(*_columns_and_rows(lines))}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -269,6 +298,10 @@ class _Trackio:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._trackio.log(values, step=step)
+
+    def table(self, step: int, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        table = self._trackio.Table(*_columns_and_rows(lines))
+        self._trackio.log({name: table}, step=step)
 
     def close(self) -> None:
         self._trackio.finish()

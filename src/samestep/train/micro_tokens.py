@@ -29,7 +29,7 @@ from samestep.kernels.gemm import processor_name
 from samestep.models.compiled import compiled_layers
 from samestep.train.forward import with_keyed_dropout
 from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS
-from samestep.train.precision import one_step, reserved_bytes
+from samestep.train.precision import bytes_beside_weights, one_step
 from samestep.train.recipes.base import Recipe
 from samestep.train.settings.base import TrainSettings
 from samestep.utils.files import cache_folder, open_regular, write_atomically
@@ -280,7 +280,7 @@ def choose_micro_tokens(
         return choice.unmeasured  # such a step is one or two micro-batches anyway
     limits = gather_results(lambda: memory_limit(model.device, settings.memory_limit))
     limit = min((one for one in limits if one is not None), default=None)
-    reserved = reserved_bytes(model, settings)
+    reserved = bytes_beside_weights(model, settings)
     needed = estimate_peak(costs, longest, reserved=reserved)
     too_much = needed is not None and limit is not None and needed > limit
     if too_much and recipe.recompute_activations(model):

@@ -15,7 +15,9 @@ from samestep.engine.collectives import on_rank_0
 from samestep.engine.oom import is_out_of_memory
 from samestep.engine.parallel import is_sharded
 from samestep.errors import CheckpointError
+from samestep.models.load_quantized import restore_conv1d
 from samestep.models.lora import quiet_peft
+from samestep.models.quantized import dequantize
 from samestep.train.run_folder import unfinished_model
 from samestep.utils.files import finish_replacing, remove, replace_folder, sync_tree
 
@@ -27,8 +29,8 @@ def save_model(model: Any, tokenizer: Any, *, folder: Path, merge: bool) -> None
         model: A transformers model (saved with its weights), or a PEFT model (its adapter alone).
         tokenizer: Saved beside it; None: there is none.
         folder: Replaced if it is there.
-        merge: Fold the adapters of a PEFT model into its weights and save those. The model then
-            has no adapters any more.
+        merge: Fold the adapters of a PEFT model into its weights and save those; quantised weights
+            become those that they stand for. The model then has no adapters any more.
 
     Raises:
         CheckpointError: It cannot be written.
@@ -38,8 +40,19 @@ def save_model(model: Any, tokenizer: Any, *, folder: Path, merge: bool) -> None
         unsharded = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(model, options=unsharded)
     elif merge:
-        model = model.merge_and_unload()
+        model = _merged(model)
     on_rank_0(lambda: _write_model(model, tokenizer, folder=folder, weights=weights))
+
+
+def _merged(model: Any) -> Any:
+    """The model with its adapters folded in."""
+    dtype = dequantize(model)
+    stored = getattr(model.get_base_model(), "stored_dtype", None)
+    model = model.merge_and_unload()
+    if dtype is None:
+        return model
+    restore_conv1d(model)
+    return model.to(stored or dtype)
 
 
 def _write_model(model: Any, tokenizer: Any, *, folder: Path, weights: Any) -> None:

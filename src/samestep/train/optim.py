@@ -57,6 +57,8 @@ class OptimizerRow:
         options: Further keyword arguments of the class.
         takes: Which settings of `OPTIONS` it takes.
         state_per_weight: Elements of state for each element of a weight, to foresee memory.
+        state_bytes: Bytes of such an element; None: as many as of the weight's.
+        needs: Packages of the extra ``quant``.
     """
 
     factory: str
@@ -64,7 +66,11 @@ class OptimizerRow:
     options: Mapping[str, Any] = field(default_factory=dict)
     takes: tuple[str, ...] = ()
     state_per_weight: int = 2
+    state_bytes: int | None = None
+    needs: tuple[str, ...] = ()
 
+
+_FEW_BITS = "samestep.train.few_bits:few_bits"
 
 OPTIMIZERS = {
     "adamw": OptimizerRow(
@@ -84,6 +90,29 @@ OPTIMIZERS = {
     ),
     "adafactor": OptimizerRow(
         "torch.optim:Adafactor", "Adafactor, with little state", state_per_weight=0
+    ),
+    "adamw_8bit": OptimizerRow(
+        _FEW_BITS,
+        "AdamW with moments of 8 bits (arXiv:2110.02861), bitsandbytes' own",
+        takes=("betas", "eps"),
+        state_bytes=1,
+        needs=("bitsandbytes",),
+    ),
+    "lion": OptimizerRow(
+        _FEW_BITS,
+        "Lion (arXiv:2302.06675), bitsandbytes' own",
+        takes=("betas",),
+        state_per_weight=1,
+        state_bytes=4,
+        needs=("bitsandbytes",),
+    ),
+    "lion_8bit": OptimizerRow(
+        _FEW_BITS,
+        "Lion with a moment of 8 bits, bitsandbytes' own",
+        takes=("betas",),
+        state_per_weight=1,
+        state_bytes=1,
+        needs=("bitsandbytes",),
     ),
 }
 """What ``optimizer`` may name."""

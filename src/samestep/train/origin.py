@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from samestep.models.load import base_of, resolve_source
+from samestep.models.quantized import quantized_layers
 from samestep.train.settings.base import TrainSettings
 from samestep.utils.adapter_folder import ADAPTER_WEIGHTS, is_adapter
 from samestep.utils.files import open_regular, sha256_of, user_path
@@ -65,6 +66,13 @@ def origin_of(settings: TrainSettings, model: Any) -> dict[str, str]:
             if setting != "model" or adapter or _needs_base_weights(values, model):
                 weights = sorted(path.name for path in folder.glob("*.safetensors"))
                 found |= _digests(setting, folder, weights)
+    few_bits = quantized_layers(model)
+    if few_bits:  # another release of what quantises them may round otherwise
+        digest = hashlib.sha256()
+        for layer in few_bits.values():
+            for stored in layer.buffers():
+                digest.update(stored.cpu().numpy().tobytes())
+        found["model: quantised weights"] = digest.hexdigest()
     folder = _folder(settings.tokenizer or settings.model)
     return found if folder is None else found | _digests("tokenizer", folder, _TOKENIZER_FILES)
 

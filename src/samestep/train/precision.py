@@ -24,7 +24,7 @@ from samestep.engine.parallel import is_sharded
 from samestep.engine.terms import Objective
 from samestep.errors import ConfigError
 from samestep.train.forward import with_context
-from samestep.train.optim import state_per_weight
+from samestep.train.optim import OPTIMIZERS, state_per_weight
 from samestep.train.settings.base import TrainSettings
 from samestep.utils.agreement import LOW_PRECISION
 
@@ -223,8 +223,8 @@ def bytes_per_weight(model: nn.Module, settings: TrainSettings) -> dict[str, int
     found = {"weight": size, "sum of gradients": max(size, 4)}
     if size < 4:
         found["gradient"] = size  # as the optimizer takes it
-    if state_per_weight(settings):
-        found["optimizer"] = size * state_per_weight(settings)
+    if state_bytes(settings, size):
+        found["optimizer"] = state_bytes(settings, size)
     if settings.ema is not None:
         found["average"] = max(size, 4)
     if uses_autocast(model, settings):
@@ -232,16 +232,35 @@ def bytes_per_weight(model: nn.Module, settings: TrainSettings) -> dict[str, int
     return found
 
 
-def reserved_bytes(model: nn.Module, settings: TrainSettings) -> int:
-    """Bytes that the first update takes beside what a micro-batch does: moments, an average.
+def state_bytes(settings: TrainSettings, itemsize: int) -> int:
+    """Bytes of optimizer state for each element of a weight.
+
+    Args:
+        settings: ``optimizer``, ``momentum``.
+        itemsize: Bytes of an element of the weight.
+
+    Returns:
+        Their number; what is the same for a whole block of weights is not counted.
+    """
+    row = OPTIMIZERS.get(settings.optimizer)
+    size = itemsize if row is None or row.state_bytes is None else row.state_bytes
+    return size * state_per_weight(settings)
+
+
+def bytes_beside_weights(model: nn.Module, settings: TrainSettings) -> int:
+    """Bytes of the optimizer's state and of the average of the weights that train.
 
     Args:
         model: The model.
         settings: ``optimizer``, ``ema``.
+
+    Returns:
+        Their number.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    weight_bytes = sum(weight.numel() * weight.element_size() for weight in trained)
-    return (state_per_weight(settings) + (settings.ema is not None)) * weight_bytes
+    sizes = [(weight.numel(), weight.element_size()) for weight in trained]
+    averaged = int(settings.ema is not None)
+    return sum(number * (state_bytes(settings, size) + averaged * size) for number, size in sizes)
 
 
 def describe(model: nn.Module, settings: TrainSettings) -> None:

@@ -1,6 +1,6 @@
 """What a run shows and writes down while it goes: rank 0 alone does it.
 
-A bar on a terminal, plain lines elsewhere; and the run's logs.
+A bar on a terminal and in a notebook, plain lines elsewhere; and the run's logs.
 """
 
 import time
@@ -22,6 +22,7 @@ from samestep.engine.step import StepReport
 from samestep.errors import CheckpointError
 from samestep.train.callbacks import Callback
 from samestep.train.log import RunLog
+from samestep.train.notebook import NOTEBOOK_WIDTH, NotebookBar, in_notebook
 from samestep.train.progress import Progress
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
@@ -101,10 +102,22 @@ class RunConsole:
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task("train", total=total, completed=done, state="starting")
+        self._notebook: NotebookBar | None = None
+        if console is None and not silent and in_notebook():
+            self._notebook = NotebookBar(total=total, done=done, clock=clock)
+            # What is said is text: a display for each line would be as many messages.
+            self._console = Console(
+                force_jupyter=False,
+                width=NOTEBOOK_WIDTH,
+                no_color=True,
+                highlight=False,
+                markup=False,
+            )
+        self._draws = self._notebook is not None or not self._bar.disable
 
     def __enter__(self) -> "RunConsole":
         """Start the bar."""
-        self._bar.start()
+        (self._notebook or self._bar).start()
         return self
 
     def __exit__(
@@ -114,7 +127,9 @@ class RunConsole:
         trace: TracebackType | None,
     ) -> None:
         """Stop the bar."""
-        self._bar.stop()
+        if self._parts:
+            self._update(self._parts)  # not the micro-batch that was shown last
+        (self._notebook or self._bar).stop()
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -140,7 +155,7 @@ class RunConsole:
             f"{report.micro_batches} micro-batches",
         ]
         self._update(self._parts)
-        if self._bar.disable:
+        if not self._draws:
             first = f"step {self._done}/{self._total}  {self._parts[0]}"
             self.say(fit_line([first, *self._parts[1:]], self._console.width))
 
@@ -153,14 +168,18 @@ class RunConsole:
             of: How many there are.
         """
         moving = f"micro-batch {number} of {of}"
-        if not self._bar.disable:
+        if self._draws:
             self._update([moving, *self._parts])
         elif self._clock() - self._last_line >= _PATIENCE:
             self.say(f"{where}: {moving}")
 
     def _update(self, parts: Sequence[str]) -> None:
         room = self._console.width - len(f"step {self._total}/{self._total}") - _BAR_WIDTH - 2
-        self._bar.update(self._task, completed=self._done, state=fit_line(parts, room))
+        state = fit_line(parts, room)
+        if self._notebook is not None:
+            self._notebook.update(completed=self._done, state=state)
+        else:
+            self._bar.update(self._task, completed=self._done, state=state)
 
     def evaluation(self, report: EvalReport, *, step: int, of: str = "") -> None:
         """Show an evaluation, with the name of its set."""

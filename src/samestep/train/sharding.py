@@ -42,7 +42,7 @@ def choose_parallelism(
     mode = settings.parallel
     if mode == "auto":
         mode = "ddp"
-        if device.type == "cuda" and world_size() > 1:
+        if device.type == "cuda" and world_size() > 1 and settings.quantization is None:
             needed, room = _resident_bytes(model), torch.cuda.mem_get_info(device)[1]
             mode = "fsdp2" if needed > _MEMORY_SHARE * room else "ddp"
             log.info("parallel: %s (%.1f GB to hold of %.1f)", mode, needed / 1e9, room / 1e9)

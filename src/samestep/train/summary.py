@@ -2,6 +2,7 @@
 
 import json
 import logging
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from samestep.engine.collectives import gather_results
 from samestep.errors import CheckpointError
 from samestep.train.evaluator import Evaluator
+from samestep.train.optim import OPTIMIZERS
 from samestep.train.progress import Progress
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
@@ -64,9 +66,21 @@ def summarise(
         "ranks": len(peaks),
         "peak_resident_bytes": max(peaks),
         "peak_device_bytes": max(known, default=None),
-        "samestep": package_version(),
-        "torch": torch.__version__,
+        "data": setup.train.fingerprint(),
+        **_versions(settings),
     }
+
+
+def _versions(settings: TrainSettings) -> dict[str, str]:
+    """Of what computed the run."""
+    row = OPTIMIZERS.get(settings.optimizer)
+    used = {
+        "transformers": True,
+        "peft": settings.lora_rank is not None,
+        "bitsandbytes": settings.quantization is not None or bool(row and row.needs),
+    }
+    others = {name: version(name) for name, is_used in used.items() if is_used}
+    return {"samestep": package_version(), "torch": torch.__version__, **others}
 
 
 def write_summary(summary: dict[str, Any], folder: RunFolder) -> None:

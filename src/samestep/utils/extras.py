@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -36,6 +37,22 @@ def require_extra(extra: str, packages: Iterable[str], *, what: str) -> None:
     missing = [name for name in map(_missing, packages) if name]
     if missing:
         raise MissingExtraError(missing_text(extra, dict.fromkeys(missing), what=what))
+
+
+def require_available(extra: str, packages: Iterable[str], *, what: str) -> None:
+    """As `require_extra`, without importing the packages: they may take seconds.
+
+    Args:
+        extra: The extra of samestep that installs them.
+        packages: Names to import.
+        what: What needs them: a flag or a command.
+
+    Raises:
+        MissingExtraError: Names all that are missing, and the command that installs them.
+    """
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(missing_text(extra, missing, what=what))
 
 
 def require_installed(*extras: str, what: str) -> None:

@@ -164,6 +164,7 @@ class Recipe:
             seed=self.settings.seed,
             trust_remote_code=self.settings.trust_remote_code,
             settings=changes,
+            quantization=self.settings.quantization,
         )
 
     def check_fit(self, model: Any, data: Sequence[Records]) -> None:

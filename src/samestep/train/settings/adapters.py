@@ -50,6 +50,8 @@ class AdapterFields(BaseModel):
     """Modules that train entirely beside the adapters, such as lm_head: ends of their names."""
     trainable_token_indices: tuple[int, ...] = ()
     """Tokens whose embeddings train beside the adapters, by their ids."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Hold the weights under the adapters in 4 bits (NF4) or 8, by bitsandbytes (QLoRA)."""
     merge: bool = False
     """Fold the adapters into the saved model."""
 

@@ -334,6 +334,15 @@ def _contradictions(settings: TrainSettings) -> list[str]:
         problems.append(
             "bitwise: not under parallel fsdp2, which sums in an order that depends on the ranks"
         )
+    if settings.quantization is not None and settings.parallel == "fsdp2":
+        problems.append(
+            "quantization: not under parallel fsdp2, which has no shards of quantised weights; use "
+            "ddp"
+        )
+    if settings.quantization is not None and settings.compile == "layers":
+        problems.append("compile: layers over quantised weights run uncompiled; use auto or none")
+    if settings.quantization is not None and settings.init == "random":
+        problems.append("quantization: it stores pretrained weights; init random has none")
     if settings.bitwise and settings.precision == "float64":
         problems.append(
             "bitwise: sums keep fewer bits than float64 has: precision float32 or mixed"

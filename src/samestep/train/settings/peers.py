@@ -98,9 +98,16 @@ PEER_FIELDS: Mapping[str, Meaning] = {
     **_none("do_train do_eval do_predict", "there is nothing to set: eval_data asks to evaluate"),
     **_same("precision", "torch_dtype bf16", "mixed, float32, bfloat16 or float64"),
     **_none("fp16", "float16 is not offered: precision takes mixed, float32, bfloat16 or float64"),
+    **_same(
+        "quantization",
+        "load_in_4bit load_in_8bit quantization_bit quantize",
+        "4bit or 8bit, with lora_rank",
+    ),
     **_none(
-        "load_in_4bit load_in_8bit quantization",
-        "quantised weights are not offered: lora_rank trains adapters over whole ones",
+        "bnb_4bit_quant_type bnb_4bit_use_double_quant use_bnb_nested_quant double_quantization "
+        "bnb_4bit_compute_dtype quantization_type bnb_config_kwargs",
+        "there is nothing to set: quantization 4bit is NF4 with quantised scales, and products "
+        "have the type of precision",
     ),
     **_same("deterministic", "full_determinism use_deterministic_algorithms"),
     **_same("compile", "torch_compile compile_model", "layers compiles each decoder layer"),
@@ -163,7 +170,10 @@ PEER_FIELDS: Mapping[str, Meaning] = {
         "dataloader_num_workers preprocessing_num_workers dataset_num_proc num_workers",
         "there is nothing to set: rows are tokenised once and cached",
     ),
-    **_none("push_to_hub hub_model_id", "nothing is uploaded: OUT/model is an ordinary folder"),
+    **_none(
+        "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo push_to_hub_model_id",
+        "a run uploads nothing: `samestep export OUT --out FOLDER --push owner/name` does",
+    ),
     **_none("neftune_noise_alpha", "noise on embeddings is not offered"),
 }
 """Names of fields elsewhere (transformers, TRL, axolotl, LLaMA-Factory, Lightning, nanoGPT)."""
@@ -173,7 +183,8 @@ _ROLLOUTS = "on rollouts that rows bring, or that reward_funcs asks to generate"
 PEER_OBJECTIVES: Mapping[str, Meaning] = {
     **_same("causal_lm", "sft clm lm finetune fine_tuning", "completions are learned, not prompts"),
     **_same("causal_lm", "pt pretrain pretraining cpt", "with train_on all"),
-    **_same("causal_lm", "lora qlora peft", "with lora_rank: adapters go with any objective"),
+    **_same("causal_lm", "lora peft", "with lora_rank: adapters go with any objective"),
+    **_same("causal_lm", "qlora", "with lora_rank and quantization 4bit, as with any objective"),
     **_same("masked_lm", "mlm"),
     **_same("reward", "rm reward_model reward_modeling"),
     **_same("policy", "grpo gspo dr_grpo rloo dapo", _ROLLOUTS),
