@@ -394,3 +394,4 @@ def test_a_dry_run_says_what_would_be_generated(
     assert "4 completions of each prompt, of 6 tokens at most" in said
     assert "4 steps of 3 prompts (12 completions)" in said
     assert not (folder / "dry").exists()
+    assert "to generate and reward its rollouts" in said

@@ -20,6 +20,7 @@ from samestep.train.micro_tokens import estimate_peak, measured_costs
 from samestep.train.precision import bytes_beside_weights, choose_precision, find_device, one_step
 from samestep.train.recipes.base import recipe_for
 from samestep.train.reporter import duration
+from samestep.train.rollouts import with_rollouts
 from samestep.train.run_data import step_plans, total_steps
 from samestep.train.settings.base import TrainSettings
 from samestep.train.setup import TrainingSetup, fitting, load_trainable, set_up
@@ -45,6 +46,7 @@ class Measured:
         micro_batches: Of the step.
         run: How many of them were run.
         layout: How well they are filled.
+        generating: Seconds that its rollouts took to generate; None where none are.
     """
 
     peak: float | None
@@ -55,6 +57,7 @@ class Measured:
     micro_batches: int
     run: int
     layout: str
+    generating: float | None
 
 
 def forecast(settings: TrainSettings, loaded: tuple[Any, list[Records]]) -> Iterator[str]:
@@ -116,7 +119,13 @@ def _parts_without_weights(
 def _measure(setup: TrainingSetup, settings: TrainSettings) -> Measured:
     """Take the first step, or a part of it; the setup is spent then, as its weights change."""
     cut, model, counters = setup.micro_batches, setup.model, setup.objective.counters
-    first, device = next(step_plans(setup.train, settings)).examples, cut.device
+    plan, made = with_rollouts(
+        next(step_plans(setup.train, settings)),
+        setup.rollouts,
+        micro_batches=cut,
+        beat=lambda _: None,
+    )
+    first, device = plan.examples, cut.device
     micros = list(cut.batches(first, 0))
     sizes = [input_tokens(micro) for micro in micros]
     loss_fn = with_keyed_dropout(setup.objective.loss_fn, seed=settings.seed, step=0)
@@ -162,6 +171,7 @@ def _measure(setup: TrainingSetup, settings: TrainSettings) -> Measured:
         micro_batches=len(micros),
         run=number,
         layout=cut.describe(first),
+        generating=None if made is None else made.seconds,
     )
 
 
@@ -202,10 +212,14 @@ def _time_lines(measured: Measured, records: Records, settings: TrainSettings) -
     plans = islice(step_plans(records, settings), min(steps, most))
     tokens = [sum(records.lengths[at] for at in plan.examples) for plan in plans]
     first, average = tokens[0], sum(tokens) / len(tokens)
+    if measured.generating is not None:
+        first = average = measured.tokens  # the others are not known before they are generated
     part = f"{measured.run} of {measured.micro_batches} micro-batches were run"
     yield f"  a step: {measured.layout}"
     yield f"  time: {measured.seconds:.3g} s for the first step ({first:,} tokens; {part})"
-    whole = measured.seconds * steps * average / first
+    if measured.generating is not None:
+        yield f"        {measured.generating:.3g} s to generate and reward its rollouts"
+    whole = steps * ((measured.generating or 0.0) + measured.seconds * average / first)
     yield f"        {duration(whole)} for {steps:,} steps of {average:,.0f} tokens on average,"
     yield "        without evaluations and checkpoints"
     if (settings.ranks or 1) > 1:
