@@ -1,5 +1,6 @@
 """Sampling by keyed noise: it draws from the softmax, and nothing else has a say in it."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from runs import llama_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from samestep.errors import OutOfMemoryError
 from samestep.train.answers import ready_to_generate
 from samestep.train.sampling import gumbel_noise, sample_completions, sampling_keys
 
@@ -80,3 +82,31 @@ def test_a_completion_ends_with_the_token_that_ends_it(parts: tuple[Any, Any]) -
     assert 0 < len(ended) < len(found)
     assert all(each.ids[-1] == 3 and 3 not in each.ids[:-1] for each in ended)
     assert all(3 not in each.ids and len(each.ids) == 8 for each in found if not each.ended)
+
+
+def test_compiled_layers_are_not_compiled_anew_for_each_length(parts: tuple[Any, Any]) -> None:
+    model = copy.deepcopy(parts[0])
+    compiled: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    for layer in model.model.layers:
+        layer.compile(backend=count)
+    assert sampled((model, parts[1]), 4) == sampled(parts, 4)
+    assert not compiled
+    with torch.no_grad():
+        model(torch.tensor([[20, 21, 22]]))
+    assert compiled, "the layers were never compiled: there is nothing to test"
+
+
+def test_what_does_not_fit_says_what_would(
+    parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(parts[0], "generate", full)
+    with pytest.raises(OutOfMemoryError, match=r"4 completions of 1 prompts .*--generation-batch"):
+        sampled(parts, 4)
