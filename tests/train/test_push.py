@@ -135,6 +135,7 @@ def test_what_cannot_be_is_said_before_any_work(
         ("create_repo", refusal(403), "the token may not write there"),
         ("create_repo", refusal(404), "the Hub refused it (404)"),
         ("upload_folder", TimeoutError("timed out"), "cannot be asked (timed out)"),
+        ("upload_folder", ValueError("a bug"), "it failed (ValueError: a bug)"),
     ],
 )
 def test_nothing_is_lost_where_an_upload_fails(

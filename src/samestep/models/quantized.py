@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -20,8 +19,8 @@ Quantization = Literal["4bit", "8bit"]
 def quiet_bitsandbytes() -> Iterator[None]:
     """Imports of bitsandbytes, by PEFT too wherever it is installed, as they should be.
 
-    It would fetch a kernel of its own from the Hub, which no product here uses; and the code that
-    it imports warns of what its users cannot change.
+    It would fetch a kernel of its own from the Hub, which no product here uses, and log that it
+    could not.
     """
     hidden = "bitsandbytes" not in sys.modules and "kernels" not in sys.modules
     quiet = logging.getLogger("bitsandbytes.backends.cpu.ops")
@@ -30,9 +29,7 @@ def quiet_bitsandbytes() -> Iterator[None]:
     if hidden:
         sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         quiet.setLevel(level)
         if hidden:

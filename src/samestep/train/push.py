@@ -87,4 +87,6 @@ def _reason(error: Exception) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     if status is not None:
         return f"the Hub refused it ({status}): {text}"
+    if isinstance(error, ValueError | TypeError | LookupError | AttributeError):
+        return f"it failed ({type(error).__name__}: {text})"  # no client of HTTP raises these
     return f"{constants.ENDPOINT} cannot be asked ({text})"
