@@ -222,10 +222,19 @@ def cut_by_neighbours(experiments: Experiments, **changes: object) -> Diagnosis 
     that the loss divides by; lost tokens give more.
     """
     counts = experiments.subject.example_counts()
-    if counts is None:
+    if counts is None or changes.get("packed"):
         return None
     by_length = sorted(range(len(counts)), key=lambda index: counts[index].length)
-    best, at = _directions(experiments, by_length, **changes)
+    neighbours = by_length[:: max(1, len(by_length) // NEIGHBOURS)]
+    best, at = 0, 0
+    for example in {by_length[-1], by_length[-2], by_length[len(by_length) // 2]}:
+        for first in (False, True):
+            directions = _directions(
+                experiments, example, neighbours, neighbour_first=first, **changes
+            )
+            best, at = max((best, at), (directions, example))
+            if best > TERMS:
+                break
     if best <= TERMS:
         return None
     text = (
@@ -243,29 +252,27 @@ def has_two_units(experiments: Experiments, split: Split, **changes: object) -> 
     What tokens of an example change points along two directions then, beside ever other examples;
     with one unit it points along one, whatever it is multiplied by.
     """
-    return _directions(experiments, merged(split)[0], **changes)[0] == TERMS
+    if changes.get("packed"):
+        return False
+    *others, example = merged(split)[0]
+    found = _directions(experiments, example, others[: TERMS + 1], neighbour_first=False, **changes)
+    return found == TERMS
 
 
 def _directions(
-    experiments: Experiments, members: Sequence[int], **changes: object
-) -> tuple[int, int]:
-    """The most directions that the part of an example has beside neighbours, and the example."""
-    if changes.get("packed"):
-        return 0, 0
-    neighbours = members[:: max(1, len(members) // NEIGHBOURS)]
-    best, at = 0, 0
-    for example in {members[-1], members[-2], members[len(members) // 2]}:
-        for first in (False, True):
-            beside = (
-                _own_part(experiments, example, neighbour, neighbour_first=first, **changes)
-                for neighbour in (None, *neighbours)
-            )
-            directions = rank([part for part in beside if part is not None and global_norm(part)])
-            if directions > best:
-                best, at = directions, example
-            if best > TERMS:
-                return best, at
-    return best, at
+    experiments: Experiments,
+    example: int,
+    neighbours: Sequence[int],
+    *,
+    neighbour_first: bool,
+    **changes: object,
+) -> int:
+    """How many directions the part of an example has, alone and beside each neighbour."""
+    beside = (
+        _own_part(experiments, example, neighbour, neighbour_first=neighbour_first, **changes)
+        for neighbour in (None, *neighbours)
+    )
+    return rank([part for part in beside if part is not None and global_norm(part)])
 
 
 def _own_part(
