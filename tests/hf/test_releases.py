@@ -14,6 +14,7 @@ import samestep
 from samestep.audit.adapters.trainer import TrainerSubject
 from samestep.audit.adapters.trainer_setup import padding_side, padding_token
 from samestep.errors import ConfigError, StepError
+from samestep.hf.evaluation import average_metrics
 from samestep.hf.exact_trainer import exact
 from samestep.hf.proof import select_rows
 from samestep.hf.units import PAIRS, known_unit
@@ -181,3 +182,13 @@ def test_the_tokenizer_is_found_by_either_name(name: str) -> None:
     trainer = SimpleNamespace(model=SimpleNamespace(), **{name: held})
     assert padding_side(trainer) == "left"
     assert padding_token(trainer) == 7
+
+
+def test_metrics_whose_unit_earlier_batches_do_not_tell_stay_as_they_are() -> None:
+    """TRL's pairs of before 1.0 have no mask of completions: means over pairs are mended alone."""
+    kind = type("DPOTrainer", (), {"__module__": "trl.trainer.dpo_trainer"})
+    trainer = kind()
+    held = {"rewards/chosen": [1.0, 4.0], "logits/chosen": [1.0, 2.0]}
+    trainer._metrics = {"train": held}
+    average_metrics(trainer, "train", [{"pairs": 1.0}, {"pairs": 3.0}])
+    assert held == {"rewards/chosen": [3.25], "logits/chosen": [1.0, 2.0]}

@@ -20,9 +20,11 @@ from transformers import AutoModelForCausalLM
 import samestep
 from samestep.errors import ConfigError
 from samestep.models.lora import LoraVariant, add_lora
+from samestep.train import sharding
 from samestep.train.optim import build_optimizer
 from samestep.train.settings.base import finalize
 from samestep.train.settings.language import CausalLMSettings
+from samestep.train.sharding import choose_parallelism
 from samestep.train.trainer import train
 
 RANK, ALPHA = 2, 4.0
@@ -225,3 +227,24 @@ def test_a_split_that_matters_is_caught() -> None:
         counters={"micro-batch": lambda _: 1.0},
     )
     assert worst(gradients(model), expected) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ("norm",)},
+        {"trainable_token_indices": (1,)},
+        {"target_parameters": ("mlp.experts.gate_up_proj",)},
+    ],
+    ids=str,
+)
+def test_shards_refuse_adapters_that_read_whole_weights(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding.dist, "is_initialized", lambda: True)
+    settings = CausalLMSettings(
+        model="m", data="d", out="o", parallel="fsdp2", lora_rank=2, **given
+    )
+    with pytest.raises(ConfigError, match=f"{next(iter(given))}: not under parallel fsdp2"):
+        choose_parallelism(torch.nn.Linear(2, 2), settings, device=torch.device("cpu"))

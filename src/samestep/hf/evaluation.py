@@ -73,10 +73,14 @@ def average_metrics(trainer: Any, mode: str, counts: list[dict[str, float]]) -> 
     for name, values in list(held.items()):
         if len(values) != len(counts):
             continue  # not one value for each micro-batch: a total, such as num_tokens
-        weights = [each[units.get(name, default)] for each in counts]
+        unit = units.get(name, default)
         if name in _EXTREMES:
             held[name] = [_EXTREMES[name](values)]
-        elif sum(weights):
+            continue
+        if unit not in counts[0]:
+            continue  # the batches of earlier TRL do not say which tokens are of a completion
+        weights = [each[unit] for each in counts]
+        if sum(weights):
             pairs = zip(values, weights, strict=True)
             held[name] = [sum(value * weight for value, weight in pairs if weight) / sum(weights)]
 
