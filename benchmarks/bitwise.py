@@ -337,7 +337,7 @@ def packaged_model() -> Any:
     from transformers import AutoModelForCausalLM
 
     from samestep.kernels.gemm import speed_up_linear
-    from samestep.models.load import convert_gguf
+    from samestep.models.gguf import convert_gguf
     from samestep.models.probes import choose_padding, cut_last_layer
 
     folder = convert_gguf(packaged_file())

@@ -71,7 +71,7 @@ def smollm2() -> Path:
     """The packaged SmolLM2-135M-Instruct in float32."""
     from runs import packaged_model
 
-    from samestep.models.load import convert_gguf
+    from samestep.models.gguf import convert_gguf
 
     return convert_gguf(packaged_model())
 

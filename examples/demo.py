@@ -25,7 +25,7 @@ from samestep.data.load import load_rows
 from samestep.data.tokenize import tokenize_rows
 from samestep.engine.counts import count_units
 from samestep.kernels import packed_attention
-from samestep.models.load import convert_gguf
+from samestep.models.gguf import convert_gguf
 from samestep.train.settings.base import finalize
 from samestep.train.settings.language import CausalLMSettings
 from samestep.train.trainer import train

@@ -8,6 +8,7 @@
     │   └── OutOfMemoryError           ... a micro-batch does not fit into memory
     │       └── SequenceTooLargeError  ... nor does a sequence by itself
     ├── StopRequestedError             a run was asked to stop within a step
+    ├── RolloutError                   rollouts cannot be generated or rewarded
     ├── RankError                      another rank died or does not answer
     ├── CheckError                     a loop cannot be audited
     │   └── DeadlockError              ... its ranks wait for each other for ever
@@ -125,6 +126,10 @@ class SequenceTooLargeError(OutOfMemoryError):
 
 class StopRequestedError(SamestepError):
     """The run was asked to stop while a step was under way; nothing was updated."""
+
+
+class RolloutError(SamestepError):
+    """Rollouts cannot be generated or rewarded: names the row; nothing was updated."""
 
 
 class RankError(SamestepError):

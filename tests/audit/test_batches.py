@@ -152,6 +152,12 @@ def test_an_example_is_altered_alike_whatever_its_neighbours_pad_it_to() -> None
     assert altered(alone, None) == altered(beside, None)[:2]
 
 
+def test_the_mask_of_a_preference_is_found_by_its_name() -> None:
+    ids = torch.tensor([[5, 9, 7, 0, 0], [3, 4, 5, 6, 7]])
+    batch = {"chosen_input_ids": ids, "chosen_attention_mask": (ids > 0).long()}
+    assert real_tokens(batch, 0, padding=None) == (0, slice(0, 3))
+
+
 def test_lengths_are_of_tokens() -> None:
     assert token_length(rows([LONG])) == 4
     assert token_length((torch.ones(1, 6), torch.ones(1))) is None

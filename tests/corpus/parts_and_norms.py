@@ -85,6 +85,21 @@ def classes_apart(right: bool) -> Any:
     return on_vectors(step)
 
 
+def tokens_and_rows(right: bool) -> Any:
+    """The mean over tokens, and a margin with a mean over rows, added up; a mean a micro-batch."""
+
+    def step(model: nn.Module, micros: list[Any]) -> None:
+        rows = sum(len(micro["labels"]) for micro in micros)
+        for micro in micros:
+            ends = model.states(micro["input_ids"]) * (micro["input_ids"] > 0)[..., None]
+            margins = functional.softplus(1 - ends.abs().sum(-1).amax(1))
+            own = (nll(model, micro) / targets([micro]), margins.mean())
+            whole = (nll(model, micro) / targets(micros), margins.sum() / rows)
+            (sum(whole) if right else sum(own) / len(micros)).backward()
+
+    return tokens(step, model=Recurrent)
+
+
 def bias_of_the_last(right: bool) -> Any:
     """A hook clears the biases' gradients at every backward."""
 
@@ -276,6 +291,7 @@ CASES: list[Case] = [
     *pair("sources, a mean each", sources_apart, "mean-of-means"),
     *pair("languages, a mean each", languages_apart, "mean-of-means"),
     *pair("groups of points, a macro average", classes_apart, "mean-of-means"),
+    *pair("means of two units, averaged", tokens_and_rows, "mean-of-means"),
     *pair("biases of the last", bias_of_the_last, "last-micro-batch-only"),
     *pair("an embedding of the first", thaws_late, "last-micro-batch-only"),
     *pair("a head that is left out", head_left_out, "weights-left-out"),

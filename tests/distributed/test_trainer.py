@@ -181,3 +181,30 @@ def test_what_one_rank_meets_ends_all_with_its_rows(
     assert [name for name, _ in found] == [kind, kind]
     assert all(re.search(text, message) for _, message in found), found
     assert found[0][1].startswith("rank 1: ") or fault == "number"
+
+
+def test_generated_rollouts_are_those_of_one_process(folder: Path) -> None:
+    (folder / "rewards.py").write_text(
+        "def letters(completions):\n    return [float(text.count('e')) for text in completions]\n",
+        encoding="utf-8",
+    )
+    common: dict[str, Any] = {
+        "objective": "policy",
+        "reward_funcs": (f"{folder / 'rewards.py'}:letters",),
+        "num_generations": 3,
+        "max_completion_length": 8,
+        "generation_batch": 3,
+        "precision": "float64",
+        "steps": 3,  # of 8 prompts, and the third of one
+        "save_minutes": None,
+    }
+    train(run_config(folder, out=str(folder / "generated"), **common))
+    options = {**common, "micro_batch": 2, "out": str(folder / "generated-2")}
+    on_ranks(2, rank_work.training, str(folder), **options)
+    one, two = folder / "generated", folder / "generated-2"
+    assert worst(weights(two), weights(one)) < 1e-9
+    found, wanted = (read_lines(out / "rollouts.jsonl") for out in (two, one))
+    advantages = [line.pop("advantage") for line in wanted]
+    assert [line.pop("advantage") for line in found] == pytest.approx(advantages, abs=1e-9)
+    assert found == wanted
+    assert any(advantages)

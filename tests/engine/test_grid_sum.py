@@ -1,5 +1,6 @@
 """Sums of gradients on a grid of integers, and their digests."""
 
+import gc
 import math
 from fractions import Fraction
 from typing import Any
@@ -137,3 +138,15 @@ def test_magnitudes_are_exact_and_say_what_is_not_finite() -> None:
     found: Any = added([torch.tensor([1.0]), torch.tensor([-4.0]), torch.tensor([2.0])], 3)
     assert float(found.largest()) == 4.0
     assert float(grid_sum.zero_sum(torch.Size([2]), None, torch.device("cpu")).largest()) == 0.0
+
+
+def test_nothing_is_kept_of_a_gradient_that_was_added() -> None:
+    """Tensors that stay between the large ones make a step take more memory with every pack."""
+
+    def tensors_after(adds: int) -> int:
+        for _ in range(adds):
+            total.add(torch.randn(300_000))
+        return sum(type(each) is torch.Tensor for each in gc.get_objects())
+
+    total = GridSum(shift=40)
+    assert tensors_after(9) == tensors_after(3)

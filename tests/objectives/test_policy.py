@@ -1,5 +1,6 @@
 """Policy gradients: the papers' formulas over the whole batch, under every split."""
 
+import copy
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +19,12 @@ from objectives import (
     ragged_records,
     side_by_side,
 )
+from samestep.data.collate import collate_records
 from samestep.data.examples import Example
 from samestep.data.records import Records
-from samestep.engine.terms import Objective
+from samestep.engine.terms import Objective, named_terms
 from samestep.losses.policy import ClipRange, Temperatures
+from samestep.models.lm_head import HiddenStates, LogitRule
 from samestep.objectives.language import DFT
 from samestep.objectives.log_probs import Reference
 from samestep.objectives.policy import PolicyGradient
@@ -104,6 +107,41 @@ def test_the_kl_to_a_reference() -> None:
         model, records, Objective(loss), plain(records, "token", "token", other)
     )
     assert terms["kl"] > 0
+
+
+def test_the_temperature_of_sampling_is_that_of_the_loss() -> None:
+    model = build("llama")
+    records = rollouts(model, old=False, weighted=True)
+    cooled = copy.deepcopy(model)
+    with torch.no_grad():
+        cooled.lm_head.weight.div_(0.7)
+    kept = {"reference": Reference(build("llama")), "kl_weight": KL, "entropy_weight": 0.1}
+    other = build("llama")
+    with torch.no_grad():
+        other.lm_head.weight.div_(0.7)
+    micro = collate_records(list(records), padding="none", pad_id=0)
+    found = named_terms(PolicyGradient(temperature=0.7, **kept)(model, micro))
+    kept["reference"] = Reference(other)
+    wanted = named_terms(PolicyGradient(**kept)(cooled, micro))
+    assert {*found} == {*wanted}
+    for name, term in found.items():
+        torch.testing.assert_close(term.total, wanted[name].total, rtol=1e-12, atol=1e-12)
+    sum(term.total * term.weight for term in found.values() if term.weight).backward()
+    sum(term.total * term.weight for term in wanted.values() if term.weight).backward()
+    for (name, weight), other in zip(model.named_parameters(), cooled.parameters(), strict=True):
+        scale = 0.7 if "lm_head" in name else 1.0  # of a weight that is larger by 1 / 0.7
+        torch.testing.assert_close(weight.grad * scale, other.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [LogitRule(), LogitRule(0.5), LogitRule(2.0, 3.0), None], ids=str)
+def test_a_temperature_divides_whatever_a_model_makes_of_its_head(rule: LogitRule | None) -> None:
+    head = torch.nn.Linear(6, 9, bias=False, dtype=torch.float64)
+    hidden = torch.randn(4, 6, dtype=torch.float64) * 3
+    states = HiddenStates(head, head(hidden) if rule is None else hidden, rule, None)
+    tempered = states.tempered(0.7)
+    torch.testing.assert_close(
+        tempered.logits(tempered.states), states.logits(states.states) / 0.7, rtol=1e-12, atol=1e-12
+    )
 
 
 def of_trl(records: Records, loss_type: str, level: str, bonus: float) -> Any:

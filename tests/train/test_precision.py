@@ -21,7 +21,7 @@ from samestep.train.command import read_settings
 from samestep.train.forward import with_keyed_dropout
 from samestep.train.recipes.base import recipe_for
 from samestep.train.settings.base import TrainSettings, finalize
-from samestep.train.setup import _load_model, set_up
+from samestep.train.setup import load_trainable, set_up
 from samestep.train.trainer import train
 
 
@@ -296,6 +296,6 @@ def test_layers_are_changed_for_cpus_alone(tmp_path: Path, kind: str) -> None:
     data = [
         recipe.read(str(tmp_path / "rows.jsonl"), recipe.load_tokenizer(str(tmp_path / "tiny")))
     ]
-    model = _load_model(recipe, data, device=torch.device(kind))
+    model = load_trainable(recipe, data, device=torch.device(kind))
     changed = ["forward" in vars(m) for m in model.modules() if type(m) is nn.Linear]
     assert set(changed) == {kind == "cpu"}

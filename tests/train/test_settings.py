@@ -17,7 +17,7 @@ from samestep.train.recipes.base import recipe_for
 from samestep.train.recipes.language import CausalLMRecipe
 from samestep.train.settings.base import RESUME_MAY_CHANGE, TrainSettings, finalize
 from samestep.train.settings.language import CausalLMSettings
-from samestep.train.settings.objectives import OBJECTIVES, settings_class
+from samestep.train.settings.objectives import OBJECTIVES, PolicySettings, settings_class
 
 NEEDED = ["--model", "m", "--data", "d", "--out", "o"]
 
@@ -106,7 +106,8 @@ def test_lora_alpha_is_twice_the_rank() -> None:
 
 
 def test_what_may_change_on_resume_are_fields() -> None:
-    assert set(CausalLMSettings.model_fields) >= RESUME_MAY_CHANGE
+    fields = {*CausalLMSettings.model_fields, *PolicySettings.model_fields}
+    assert fields >= RESUME_MAY_CHANGE
 
 
 @given(

@@ -19,6 +19,9 @@ _BOM = b"\xef\xbb\xbf"
 _HEAD = 2**20
 """Bytes in which the first object of a file of pretty-printed JSON should end."""
 
+_BATCH = 1_000
+"""Rows of a Parquet file that are read at a time where it is not read whole."""
+
 _LONGEST_FIELD = 2**31 - 1  # of a CSV; the largest that fits a C long everywhere
 
 
@@ -65,18 +68,40 @@ def _read_jsonl(path: Path) -> Iterator[Row | str]:
     Yields:
         A row, or a problem, for each line that is not blank.
     """
+    for result, _, _ in jsonl_from(path):
+        yield result
+
+
+def jsonl_from(path: Path, *, line: int = 0, byte: int = 0) -> Iterator[tuple[Row | str, int, int]]:
+    """The rows of a file of JSON lines, from a place on.
+
+    Args:
+        path: As for any file of JSON lines.
+        line: Lines before the place.
+        byte: Bytes before it. A compressed file is read from its beginning, and its lines skipped.
+
+    Yields:
+        A row, or a problem, for each line that is not blank; with the lines and the bytes up to its
+        end.
+    """
     # In binary: text mode would also cut lines where a string holds a lone carriage return.
-    begun = False
+    begun = line > 0
     with _open(path) as file:
-        for number, raw in enumerate(file, 1):
-            line = raw.removeprefix(_BOM) if number == 1 else raw
-            if not line.strip():
+        if path.suffix.lower() in (".gz", ".zst"):
+            for _ in range(line):
+                file.readline()
+        else:
+            file.seek(byte)
+        for number, raw in enumerate(file, line + 1):
+            byte += len(raw)
+            text = raw.removeprefix(_BOM) if number == 1 else raw
+            if not text.strip():
                 continue
-            if not begun and (problem := _no_lines(line, path)):
-                yield f"{path.name}: {problem}"
+            if not begun and (problem := _no_lines(text, path)):
+                yield f"{path.name}: {problem}", number, byte
                 return
             begun = True
-            yield _parse_line(line, f"{path.name}:{number}")
+            yield _parse_line(text, f"{path.name}:{number}"), number, byte
 
 
 def _no_lines(first: bytes, path: Path) -> str:
@@ -250,6 +275,42 @@ def _read_parquet(path: Path) -> Iterator[Row | str]:
         return
     for number, row in enumerate(rows, 1):
         yield row_or_problem(row, f"{path.name} row {number}")
+
+
+def parquet_from(
+    path: Path, *, line: int = 0, byte: int = 0
+) -> Iterator[tuple[Row | str, int, int]]:
+    """The rows of a Parquet file, from a place on; row groups before it are not read.
+
+    Args:
+        path: The file.
+        line: Rows before the place.
+        byte: 0, as row groups know where they are.
+
+    Yields:
+        A row, or one problem; with the rows up to it, and 0.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        first = 0
+        groups: list[int] = []
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            if groups or first + size > line:
+                groups.append(group)
+            else:
+                first += size
+        number = first
+        for batch in file.iter_batches(_BATCH, row_groups=groups):
+            for row in batch.to_pylist():
+                number += 1
+                if number > line:
+                    yield row_or_problem(row, f"{path.name} row {number}"), number, byte
+    except pa.ArrowException as error:
+        yield f"{path.name}: not a Parquet file: {error}", line + 1, byte
 
 
 def _line_of(error: UnicodeDecodeError, path: Path) -> str:

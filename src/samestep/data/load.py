@@ -72,10 +72,12 @@ def _load(
     if isinstance(source, (str, Path, DataSource)):
         return _from_sources([source], split, columns)
     if isinstance(source, Sequence):
+        if source and all(isinstance(each, Row) for each in source):
+            return list(source)  # rows of a stream, read and renamed
         names = [each for each in source if isinstance(each, (str, Path, DataSource))]
         if names and len(names) == len(source):
             return _from_sources(names, split, columns)
-        return _renamed(_in_memory(source, ""), columns)
+        return rename_columns(_in_memory(source, ""), columns)
     if isinstance(source, Mapping):
         raise DataError(
             f"the data set has the splits {', '.join(map(str, source))}: pass one of them"
@@ -85,7 +87,7 @@ def _load(
         import datasets
 
         if isinstance(source, datasets.Dataset):
-            return _renamed(_in_memory(source.with_format(None), ""), columns)
+            return rename_columns(_in_memory(source.with_format(None), ""), columns)
     raise DataError(
         f"data of type {type(source).__name__}: give a path, the name of a Hub data set, "
         "a datasets.Dataset (not a streamed one) or a list of mappings"
@@ -113,13 +115,24 @@ def _from_source(
     source: str | Path | DataSource, split: str, columns: Mapping[str, str] | None
 ) -> list[Row]:
     if not isinstance(source, DataSource):
-        return _renamed(_from_name(source, split), columns)
+        return rename_columns(_from_name(source, split), columns)
     rows = _from_name(source.path, source.split or split, source)
-    return _renamed(rows, columns if source.columns is None else source.columns)
+    return rename_columns(rows, columns if source.columns is None else source.columns)
 
 
-def _renamed(rows: list[Row], columns: Mapping[str, str] | None) -> list[Row]:
-    """The rows with columns under the names that are known."""
+def rename_columns(rows: list[Row], columns: Mapping[str, str] | None) -> list[Row]:
+    """The rows with columns under the names that are known.
+
+    Args:
+        rows: Of a source.
+        columns: Known name to that of the source; None: they have the known ones.
+
+    Returns:
+        The rows.
+
+    Raises:
+        DataError: Rows have no such columns.
+    """
     if not columns:
         return rows
     theirs = set(columns.values())
@@ -146,21 +159,85 @@ def _from_name(source: str | Path, split: str, named: DataSource | None = None) 
         _refuse_parts(named, path)
     if isinstance(source, str) and is_url(source):
         return _from_files(fetch_files(source))
+    if path.is_dir() and _is_saved(path):
+        return _from_saved(path, split)
+    files = _local_files(source, path)
+    if files is not None:
+        return _from_files(files)
+    return _from_hub(str(source), split, config=None if named is None else named.config)
+
+
+def _local_files(source: str | Path, path: Path) -> list[Path] | None:
+    """The files that a path names: itself, those of a folder, or of a pattern; None: it is none."""
     if path.is_dir():
-        names = {entry.name for entry in path.iterdir()}
-        if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names:
-            return _from_saved(path, split)
-        return _from_files(_data_files(path))
+        return _data_files(path)
     if path.exists():
-        return _from_files([path])
+        return [path]
     if glob.has_magic(str(path)):
         files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
         if not files:
             raise DataError(f"{source}: no file matches this pattern")
-        return _from_files([file for file in files if not file.is_dir()] or _none_is_a_file(source))
+        return [file for file in files if not file.is_dir()] or _none_is_a_file(source)
     if isinstance(source, Path) or _looks_like_path(source):
         raise DataError(f"{source}: no such file{_nearest(path)}")
-    return _from_hub(source, split, config=None if named is None else named.config)
+    return None
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` wrote a folder."""
+    names = {entry.name for entry in folder.iterdir()}
+    return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names
+
+
+def files_of(source: DataSource) -> list[Path] | None:
+    """The files of a source that is read row by row.
+
+    Args:
+        source: As settings name it.
+
+    Returns:
+        At least one; None where the library ``datasets`` is what reads it.
+
+    Raises:
+        DataError: There are none.
+    """
+    if is_url(source.path):
+        return fetch_files(source.path)
+    path = user_path(source.path)
+    if path.is_dir() and _is_saved(path):
+        return None
+    files = _local_files(source.path, path)
+    if files is not None:
+        _refuse_parts(source, path)
+    return files
+
+
+def hub_stream(source: DataSource) -> Any:
+    """A data set that the library ``datasets`` reads row by row.
+
+    Args:
+        source: A folder of `Dataset.save_to_disk`, or a name of the Hub.
+
+    Returns:
+        A `datasets.IterableDataset`, at its beginning.
+
+    Raises:
+        DataError: It cannot be loaded.
+    """
+    import datasets
+
+    split, path = source.split or "train", user_path(source.path)
+    if path.is_dir():
+        return _saved(path, split).to_iterable_dataset()
+    named = {} if source.config is None else {"name": source.config}
+    try:
+        return datasets.load_dataset(source.path, **named, split=split, streaming=True)
+    except Exception as error:  # the Hub client raises many kinds, all meaning "not loaded"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{source.path}: the split {split!r} of a data set of this name cannot be streamed "
+            f"from the Hub ({reason})"
+        ) from error
 
 
 def _refuse_parts(source: DataSource, path: Path) -> None:
@@ -181,6 +258,10 @@ def _none_is_a_file(source: str | Path) -> list[Path]:
 
 def _from_saved(folder: Path, split: str) -> list[Row]:
     """The rows of a folder that `Dataset.save_to_disk` wrote."""
+    return _in_memory(_saved(folder, split), f"{folder.name} ")
+
+
+def _saved(folder: Path, split: str) -> "datasets.Dataset":
     import datasets
 
     try:
@@ -194,7 +275,7 @@ def _from_saved(folder: Path, split: str) -> list[Row]:
                 f"the folder of one of them, such as {folder / str(next(iter(data), ''))}"
             )
         data = data[split]
-    return _in_memory(data.with_format(None), f"{folder.name} ")
+    return data.with_format(None)
 
 
 def _looks_like_path(source: str) -> bool:

@@ -57,7 +57,8 @@ class GridSum:
         self._first: Tensor | None = None
         self._total: Tensor | None = None
         self._surplus: int | None = None  # how many times `_ROUNDER_BITS` the total is too large
-        self._looks: list[Tensor] = []
+        self._least: Tensor | None = None
+        self._most: Tensor | None = None
 
     @torch.no_grad()
     def add(self, gradient: Tensor) -> None:
@@ -101,20 +102,26 @@ class GridSum:
         self._surplus = surplus
 
     def _look(self, gradient: Tensor) -> None:
-        if gradient.numel():
-            self._looks += torch.aminmax(gradient.detach())
+        """Nothing is kept of a piece: small tensors between large ones would break up the heap."""
+        if not gradient.numel():
+            return
+        least, most = torch.aminmax(gradient.detach())
+        if self._least is None or self._most is None:
+            self._least, self._most = least, most
+        else:
+            torch.minimum(self._least, least, out=self._least)
+            torch.maximum(self._most, most, out=self._most)
 
     def largest(self) -> Tensor:
         """The largest absolute value of any gradient so far, 0-d float64.
 
         Exact; infinite if one is not finite.
         """
-        if self._first is not None and not self._looks:
+        if self._first is not None and self._most is None:
             self._look(self._first)
-        if not self._looks:
+        if self._least is None or self._most is None:
             return torch.zeros((), dtype=torch.float64)
-        found = torch.stack(self._looks).abs().amax().double()
-        self._looks = [found]
+        found = torch.maximum(self._least.abs(), self._most.abs()).double()
         return torch.where(found.isfinite(), found, torch.inf)
 
     def integers(self) -> Tensor:

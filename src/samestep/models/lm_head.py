@@ -11,7 +11,7 @@ the layer again, so every run of the layer receives them.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -66,6 +66,24 @@ class HiddenStates:
     states: Tensor
     rule: LogitRule | None
     outputs: Any
+
+    def tempered(self, temperature: float) -> "HiddenStates":
+        """The same, of which all logits are divided by a temperature.
+
+        Args:
+            temperature: Above 0.
+
+        Returns:
+            Itself for 1.
+        """
+        if temperature == 1:
+            return self
+        if self.rule is None:
+            return replace(self, states=self.states / temperature)
+        # c tanh(x / c) / t is (c / t) tanh((x / t) / (c / t)).
+        cap = self.rule.softcap
+        softcap = None if cap is None else cap / temperature
+        return replace(self, rule=LogitRule(self.rule.scale / temperature, softcap))
 
     @property
     def vocabulary(self) -> int:
@@ -180,7 +198,12 @@ class UpToHead:
         return HiddenStates(head, outputs.logits, None, outputs)
 
     def target_likelihoods(
-        self, model: nn.Module, micro_batch: Mapping[str, Any], *, extras: Extras = NOTHING_ELSE
+        self,
+        model: nn.Module,
+        micro_batch: Mapping[str, Any],
+        *,
+        extras: Extras = NOTHING_ELSE,
+        temperature: float = 1.0,
     ) -> Likelihoods:
         """Run a model and take the likelihood of each target by itself.
 
@@ -188,6 +211,7 @@ class UpToHead:
             model: As for a call.
             micro_batch: As for a call, with ``labels`` [rows, length].
             extras: What else is wanted.
+            temperature: What logits are divided by.
 
         Returns:
             Vectors [targets], in reading order.
@@ -196,7 +220,7 @@ class UpToHead:
             ConfigError: As for a call.
         """
         positions = target_positions(micro_batch)
-        states = self(model, micro_batch, positions=positions)
+        states = self(model, micro_batch, positions=positions).tempered(temperature)
         return states.likelihoods(shifted_targets(micro_batch), positions, extras=extras)
 
 

@@ -1,8 +1,8 @@
-"""Loading models and tokenizers from a Hub name, a folder, or a GGUF file (converted once)."""
+"""Loading models and tokenizers from a Hub name, a folder, adapters, or a GGUF file."""
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +11,9 @@ import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
     ProcessorMixin,
-    modeling_gguf_pytorch_utils,
 )
 
 from samestep.errors import ConfigError
@@ -26,11 +24,14 @@ from samestep.models.files import (
     check_parts,
     check_safetensors,
 )
+from samestep.models.gguf import convert_gguf
 from samestep.models.load_quantized import adopt_quantized, quantization_options, read_quantized
 from samestep.models.lora import num_embeddings
 from samestep.models.quantized import Quantization
+from samestep.models.saved_adapter import continue_lora
+from samestep.models.weightless import is_weightless, on_meta
+from samestep.utils.adapter_folder import ADAPTER_WEIGHTS, is_adapter, read_adapter
 from samestep.utils.cached_folders import cached_folder
-from samestep.utils.extras import MissingExtraError, missing_text
 from samestep.utils.files import cache_folder, sha256_of, user_path
 from samestep.utils.hub import find_on_hub
 from samestep.utils.waiting import waiting
@@ -53,10 +54,13 @@ _NEW_HEAD_CLASSES = (
 
 
 def resolve_source(model: str, *, kind: Literal["model", "tokenizer"] = "model") -> str:
-    """The folder or Hub name that transformers loads; a .gguf file is converted first.
+    """The folder or Hub name that transformers loads.
+
+    A .gguf file is converted first, and adapters are folded into their base; both are done once,
+    and kept in the cache.
 
     Args:
-        model: A Hub name, a folder with config.json, or a .gguf file.
+        model: A Hub name, a folder with config.json, one of adapters, or a .gguf file.
         kind: What is wanted of it: a tokenizer may stand in a folder of its own.
 
     Returns:
@@ -73,6 +77,8 @@ def resolve_source(model: str, *, kind: Literal["model", "tokenizer"] = "model")
         raise ConfigError(f"model: there is no folder {model}")
     folder = user_path(model)
     alone = kind == "tokenizer" and (folder / "tokenizer_config.json").exists()
+    if not alone and is_adapter(model):
+        return base_of(model) if kind == "tokenizer" else str(merge_adapter(model))
     if folder.is_dir() and not alone and not (folder / "config.json").exists():
         content = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise ConfigError(f"model: {model} has no config.json (it holds: {content})")
@@ -86,63 +92,71 @@ def resolve_source(model: str, *, kind: Literal["model", "tokenizer"] = "model")
         ) from None
 
 
-def convert_gguf(file: Path) -> Path:
-    """The folder of safetensors, config and tokenizer that a .gguf file was converted to.
-
-    The first call dequantises to float32, which takes a while; later ones find the result in the
-    cache, by the content of the file.
+def base_of(adapter: str) -> str:
+    """The folder or Hub name of the model that adapters were trained on.
 
     Args:
-        file: A .gguf file of an architecture that transformers reads.
+        adapter: Their folder.
 
     Returns:
-        The folder.
+        What `resolve_source` gives for it.
 
     Raises:
-        ConfigError: The file is missing or cannot be read as a model.
+        ConfigError: The folder cannot be used, or the base cannot be found.
     """
-    if not file.is_file():
-        raise ConfigError(f"model: there is no file {file}")
-
-    def write(folder: Path) -> None:
-        _log.info("converting %s to safetensors (once)", file.name)
-        with waiting(f"converting {file.name}"):
-            _write_safetensors(file, folder)
-
-    folder = cache_folder() / "gguf" / sha256_of(file)[:32]
+    base = read_adapter(adapter)["base_model_name_or_path"]
     try:
-        return cached_folder(folder, write)
-    except (OSError, SafetensorError) as error:
+        return resolve_source(base)
+    except ConfigError as error:
         raise ConfigError(
-            f"model: {file} could not be converted in {folder.parent}: {error}. Make room "
-            "there, or set SAMESTEP_CACHE to another folder"
+            f"model: the adapter in {adapter} was trained on {base}, which cannot be loaded: "
+            f"{str(error).removeprefix('model: ')}. If the base lies elsewhere now, set "
+            "base_model_name_or_path in its adapter_config.json"
         ) from error
 
 
-@contextmanager
-def _without_bar() -> Iterator[None]:
-    """Without the bar of transformers, which none of its settings turns off: ours stands there."""
-    bar = modeling_gguf_pytorch_utils.tqdm
-    modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: tensors
-    try:
-        yield
-    finally:
-        modeling_gguf_pytorch_utils.tqdm = bar
+def merge_adapter(adapter: str) -> Path:
+    """The folder of a language model whose adapters were folded into its weights, in float32.
 
+    Args:
+        adapter: The folder of the adapters.
 
-def _write_safetensors(file: Path, folder: Path) -> None:
+    Returns:
+        The folder, in the cache, by the content of adapters and base.
+
+    Raises:
+        ConfigError: As for `base_of`; or the adapters do not fit the base, or are not those of a
+            causal language model.
+    """
+    base, task = base_of(adapter), read_adapter(adapter).get("task_type")
+    if task != "CAUSAL_LM":
+        raise ConfigError(
+            f"model: the adapter in {adapter} is of task_type {task}: those of CAUSAL_LM alone can "
+            "be folded into their base"
+        )
+    folder = user_path(adapter)
+
+    def write(target: Path) -> None:
+        _log.info("folding the adapter in %s into its base (once)", adapter)
+        with waiting("folding an adapter into its base"):
+            model = continue_lora(load_model(base), folder)
+            model.merge_and_unload(safe_merge=True).save_pretrained(target)
+            load_tokenizer(resolve_source(adapter, kind="tokenizer")).save_pretrained(target)
+
+    files = [folder / "adapter_config.json", folder / ADAPTER_WEIGHTS]
+    if Path(base).is_dir():
+        files += sorted([*Path(base).glob("*.json"), *Path(base).glob("*.safetensors")])
+    else:  # of the Hub's cache: the path has the commit
+        files += [Path(str(transformers.utils.cached_file(base, "config.json")))]
+    facts = "\n".join([base, *(f"{sha256_of(file)} {file}" for file in files)])
+    target = cache_folder() / "merged" / hashlib.sha256(facts.encode()).hexdigest()[:32]
     try:
-        source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        with _without_bar():
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise ConfigError(f"model: {file} cannot be read as a GGUF model: {error}") from error
-    # What is saved is plain float32; with these two set it would still claim to be quantised.
-    model.hf_quantizer = None
-    del model.config.quantization_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        return cached_folder(target, write)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"model: {adapter} could not be folded into its base in {target.parent}: {error}. Make "
+            "room there, or set SAMESTEP_CACHE to another folder"
+        ) from error
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
@@ -162,7 +176,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ConfigError(
-            f"tokenizer: none could be loaded from {source}: {_first_line(error)}. "
+            f"tokenizer: none could be loaded from {source}: {first_line(error)}. "
             "Name one by tokenizer (a folder or a Hub name)"
         ) from error
 
@@ -185,7 +199,7 @@ def load_processor(source: str, *, trust_remote_code: bool = False) -> Any:
     except Exception as error:
         raise ConfigError(
             f"tokenizer: no processor of texts and images could be loaded from {source}: "
-            f"{_first_line(error)}. Name one by tokenizer (a folder or a Hub name)"
+            f"{first_line(error)}. Name one by tokenizer (a folder or a Hub name)"
         ) from error
     if not isinstance(processor, ProcessorMixin):
         raise ConfigError(f"tokenizer: {source} holds {type(processor).__name__}, no processor")
@@ -238,8 +252,9 @@ def load_model(
                     setattr(nested, name, 0.0)
         stored = config.dtype
         torch.manual_seed(seed)
-        if init == "random":
-            model = auto.from_config(config, dtype=dtype, **options)
+        if init == "random" or is_weightless():
+            with on_meta():
+                model = auto.from_config(config, dtype=dtype, **options)
         else:
             check_safetensors(source, "model.safetensors.index.json")
             few_bits = quantization_options(config, quantization, source=source)
@@ -272,7 +287,7 @@ def load_model(
             raise
         # Libraries raise whatever values of a wrong type make them trip over.
         raise ConfigError(
-            f"model: {source} could not be loaded: {_first_line(error)}. It takes a folder with "
+            f"model: {source} could not be loaded: {first_line(error)}. It takes a folder with "
             "config.json and *.safetensors, a Hub name, or a .gguf file"
             + (" (config.json is enough with init random)" if init == "pretrained" else "")
         ) from error
@@ -290,59 +305,9 @@ def _nested_configs(config: Any) -> Iterator[Any]:
             yield from _nested_configs(nested)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-
-
-def load_diffusion(
-    source: str, *, init: Literal["pretrained", "random"], dtype: torch.dtype, seed: int
-) -> Any:
-    """A model of diffusers, which predicts from noisy latents.
-
-    Args:
-        source: A folder with config.json (and the weights), or a Hub name.
-        init: "pretrained" weights or "random" ones.
-        dtype: Of the weights.
-        seed: Of random weights.
-
-    Returns:
-        The model that ``_class_name`` of its config names, in train mode on the CPU.
-
-    Raises:
-        ConfigError: diffusers is not installed, the model cannot be loaded, or it has dropout,
-            whose masks are not tied to the examples here.
-    """
-    try:
-        import diffusers
-    except ImportError:
-        raise MissingExtraError(
-            missing_text("diffusion", ["diffusers"], what="this objective")
-        ) from None
-    try:
-        config = diffusers.AutoModel.load_config(source)
-        model_class = getattr(diffusers, config["_class_name"])
-        torch.manual_seed(seed)
-        if init == "random":
-            model = model_class.from_config(config).to(dtype)
-        else:
-            check_safetensors(source, "diffusion_pytorch_model.safetensors.index.json")
-            model = model_class.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
-            check_finite(source, model)
-    except Exception as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"model: {source} could not be loaded as a model of diffusers: "
-            f"{_first_line(error)}. It takes the folder of the transformer itself, "
-            "with config.json and *.safetensors"
-        ) from error
-    dropouts = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
-    if dropouts:
-        raise ConfigError(
-            f"model: {Path(source).name} has dropout ({dropouts[0]}, ...), whose masks would "
-            "depend on the split: set it to 0 in config.json"
-        )
-    return model.train()
 
 
 def check_token_range(model: Any, data: Mapping[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -30,7 +31,8 @@ class LoraVariant:
         dora: Learn the length of each weight's columns apart from their direction (DoRA,
             arXiv:2402.09353).
         modules_to_save: Names of modules that train entirely, and are saved beside the adapters.
-        tokens: Ids of tokens whose embeddings train.
+        tokens: Ids of tokens whose embeddings train, or by the name of a module those whose rows
+            in it do.
         parameters: Names of parameters that get an adapter, such as the stacked weights of experts,
             which are no modules.
     """
@@ -38,7 +40,7 @@ class LoraVariant:
     rslora: bool = False
     dora: bool = False
     modules_to_save: tuple[str, ...] = ()
-    tokens: tuple[int, ...] = ()
+    tokens: tuple[int, ...] | Mapping[str, Sequence[int]] = ()
     parameters: tuple[str, ...] = ()
 
 
@@ -84,9 +86,7 @@ def add_lora(
     _check_variant(model, variant)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     try:
-        with warnings.catch_warnings():
-            # PEFT asks for it by its former name.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+        with quiet_peft():
             return peft.get_peft_model(
                 model,
                 peft.LoraConfig(
@@ -99,7 +99,7 @@ def add_lora(
                     use_rslora=variant.rslora,
                     use_dora=variant.dora,
                     modules_to_save=list(variant.modules_to_save) or None,
-                    trainable_token_indices=sorted(set(variant.tokens)) or None,
+                    trainable_token_indices=_token_rows(variant),
                     target_parameters=list(variant.parameters) or None,
                     # An embedding that trains entirely stays one with the head.
                     ensure_weight_tying=tied and bool(variant.modules_to_save),
@@ -107,6 +107,25 @@ def add_lora(
             )
     except ValueError as error:
         raise ConfigError(f"lora_targets: {error}") from error
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without warnings of PEFT's of no use to users.
+
+    It asks for gradient checkpointing by a former name, and says that it saves new rows.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+        yield
+
+
+def _token_rows(variant: LoraVariant) -> list[int] | dict[str, list[int]] | None:
+    """PEFT's ``trainable_token_indices``."""
+    if isinstance(variant.tokens, Mapping):
+        return {name: sorted(set(rows)) for name, rows in variant.tokens.items()} or None
+    return sorted(set(variant.tokens)) or None
 
 
 def _target_modules(targets: Sequence[str]) -> str | list[str]:
@@ -138,7 +157,9 @@ def _check_variant(model: Any, variant: LoraVariant) -> None:
         if not any(f".{each}".endswith(f".{name}") for each in known)
     ]
     size = num_embeddings(model) if variant.tokens else 0
-    beyond = sorted(token for token in variant.tokens if not 0 <= token < size)
+    rows = _token_rows(variant) or []
+    tokens = {row for each in rows.values() for row in each} if isinstance(rows, dict) else rows
+    beyond = sorted(token for token in tokens if not 0 <= token < size)
     if beyond:
         problems.append(
             f"trainable_token_indices: {', '.join(map(str, beyond))}: the model has {size} "

@@ -141,7 +141,12 @@ class Reference:
             ).weighted_log_p
 
     def targets_log_p(
-        self, policy: nn.Module, micro_batch: Mapping[str, Any], *, up_to_head: UpToHead
+        self,
+        policy: nn.Module,
+        micro_batch: Mapping[str, Any],
+        *,
+        up_to_head: UpToHead,
+        temperature: float = 1.0,
     ) -> Tensor:
         """The log-probability of each target under the reference.
 
@@ -149,12 +154,13 @@ class Reference:
             policy: The model that trains.
             micro_batch: As for `sequence_log_probs`.
             up_to_head: Runs either.
+            temperature: What logits are divided by.
 
         Returns:
             [targets], without a graph, in reading order.
         """
         with self._in_place_of(policy) as model:
-            return -up_to_head.target_likelihoods(model, micro_batch).nll
+            return -up_to_head.target_likelihoods(model, micro_batch, temperature=temperature).nll
 
     @contextmanager
     def _in_place_of(self, policy: nn.Module) -> Iterator[nn.Module]:

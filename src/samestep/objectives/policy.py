@@ -1,4 +1,4 @@
-"""Policy gradients on given rollouts: GRPO, Dr. GRPO, RLOO, GSPO, CISPO, SAPO."""
+"""Policy gradients on rollouts: GRPO, Dr. GRPO, RLOO, GSPO, CISPO, SAPO."""
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
@@ -47,6 +47,8 @@ class PolicyGradient:
         kl_weight: Weight of the KL.
         entropy_weight: Weight of the bonus: the mean entropy of a target's distribution, of which
             more is better.
+        temperature: What the logits of the policy, and of the reference, are divided by: that of
+            sampling.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -71,13 +73,16 @@ class PolicyGradient:
     reference: Reference | None = None
     kl_weight: float = 0.0
     entropy_weight: float = 0.0
+    temperature: float = 1.0
     up_to_head: UpToHead = field(default_factory=UpToHead, repr=False, compare=False)
     counters: ClassVar[Mapping[str, Counter]] = {}
 
     def __call__(self, model: nn.Module, micro_batch: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the targets of one micro-batch."""
         extras = Extras(entropy_graph=self.entropy_weight != 0)
-        likelihoods = self.up_to_head.target_likelihoods(model, micro_batch, extras=extras)
+        likelihoods = self.up_to_head.target_likelihoods(
+            model, micro_batch, extras=extras, temperature=self.temperature
+        )
         log_p = -likelihoods.nll
         ids = sequence_ids(micro_batch).flatten()[target_positions(micro_batch)]
         advantages = micro_batch["fields"]["advantage"].to(log_p)
@@ -92,7 +97,9 @@ class PolicyGradient:
         losses, metrics = self._losses(log_ratio, advantages[ids], log_p)
         terms = {"policy": term(losses, 1.0)}
         if self.reference is not None:
-            reference = self.reference.targets_log_p(model, micro_batch, up_to_head=self.up_to_head)
+            reference = self.reference.targets_log_p(
+                *(model, micro_batch), up_to_head=self.up_to_head, temperature=self.temperature
+            )
             terms["kl"] = term(kl_estimates(log_p, reference), self.kl_weight)
         metrics |= {"ratio": log_ratio.detach().exp(), "score": advantages[ids] * log_p.detach()}
         terms |= {name: term(values) for name, values in metrics.items()}

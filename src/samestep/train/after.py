@@ -14,6 +14,8 @@ from samestep.engine.evaluate import EvalReport
 from samestep.errors import ConfigError
 from samestep.models.load import load_model, load_tokenizer, resolve_source
 from samestep.models.lora import load_peft
+from samestep.models.saved_adapter import saved_rows
+from samestep.models.vocabulary import grow_embeddings
 from samestep.train.answers import generate, ready_to_generate
 from samestep.train.evaluator import Evaluator
 from samestep.train.finished import (
@@ -70,6 +72,7 @@ def load_finished(run: str, *, dtype: torch.dtype | None = None) -> tuple[Any, A
     base = load_model(
         source, dtype=dtype or _stored(source), quantization=_quantization(Path(run).expanduser())
     )
+    grow_embeddings(base, saved_rows(folder, base))
     return load_peft().PeftModel.from_pretrained(base, str(folder)), load_tokenizer(str(folder))
 
 

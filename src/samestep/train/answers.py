@@ -140,7 +140,8 @@ def ready_to_generate(model: Any) -> Iterator[None]:
     if packed:
         model.set_attn_implementation("sdpa")
     try:
-        with eval_mode(model), torch.no_grad():
+        # Compiled layers run as they are: with each token a cache has another shape.
+        with eval_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         if packed:

@@ -1,7 +1,9 @@
 """`samestep train` as a command: settings from YAML and flags, a run, a line with its result."""
 
+import os
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +83,19 @@ def _evaluation_lines(summary: dict[str, Any]) -> list[str]:
 
 
 def _dry_run(settings: TrainSettings) -> int:
-    """Say what a run would read, and end there."""
+    """Say what a run would read, and what it would take, and end there."""
     from transformers.utils import logging as transformers_logging
 
-    from samestep.train.run_data import read_only
+    from samestep.train.forecast import forecast
+    from samestep.train.run_data import check_references, load_data, what_is_learned
 
+    if os.environ.get("RANK", "0") != "0":  # under torchrun one says it for all
+        return 0
     transformers_logging.set_verbosity_error()
     encoding = sys.stdout.encoding or "utf-8"
-    for text in read_only(settings):
-        shown = printable(text).encode(encoding, "backslashreplace").decode(encoding)
-        print(shown)
+    loaded = load_data(check_references(settings))
+    for text in chain(what_is_learned(settings, loaded[1]), forecast(settings, loaded)):
+        print(printable(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
     return 0
 
 

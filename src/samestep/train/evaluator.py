@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -28,8 +29,10 @@ from samestep.train.metrics import finished
 from samestep.train.micro_batches import MicroBatches
 from samestep.train.precision import one_step, products
 from samestep.train.reporter import RunReporter
+from samestep.train.rollouts import EVALUATION, RolloutMaker
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.evaluation import split_best
+from samestep.train.step_rollouts import StepRollouts
 from samestep.train.watchdog import Watchdog
 
 
@@ -40,10 +43,29 @@ class EvaluationSet:
     Attributes:
         records: All of them.
         micro_batches: Cuts them.
+        rollouts: What generates what is evaluated, if the records are prompts.
     """
 
     records: Records
     micro_batches: MicroBatches
+    rollouts: RolloutMaker | None = None
+
+    def generated(self, beat: Callable[[str], None], *, first: bool = False) -> StepRollouts | None:
+        """Generate to all prompts, or to the first, where the records are prompts.
+
+        Args:
+            beat: Told of each batch.
+            first: To one alone.
+
+        Returns:
+            What `micro_batches` cuts from here on; None: the records themselves.
+        """
+        if self.rollouts is None:
+            return None
+        prompts = range(1 if first else len(self.records))
+        made = self.rollouts.of_step(prompts, EVALUATION, beat=beat)
+        self.micro_batches.put(made.records, made.names())
+        return made
 
 
 class _Watch(Protocol):
@@ -90,7 +112,7 @@ class Evaluator:
     retry: _Retry
     reporter: RunReporter | None = None
     tokenizer: Any = None
-    beat: Callable[[str], None] = lambda name: None
+    beat: Callable[..., None] = lambda name, phase="evaluation": None
     average: WeightAverage | None = None
     bitwise: bool = False
     watchdog: Watchdog | None = None
@@ -158,7 +180,9 @@ class Evaluator:
             )
 
     def _evaluate(self, each: EvaluationSet) -> EvalReport:
-        everything, micro_batches = range(len(each.records)), each.micro_batches
+        made = each.generated(partial(self.beat, phase="generation"))
+        everything = range(len(each.records if made is None else made.records))
+        micro_batches = each.micro_batches
 
         def attempt() -> EvalReport:
             if self.watchdog is not None:
@@ -175,8 +199,10 @@ class Evaluator:
                     bitwise=self.bitwise,
                 )
 
-        report = self.retry(attempt, micro_batches, indices=everything)
-        return finished(report, self.settings.metrics)
+        report = finished(
+            self.retry(attempt, micro_batches, indices=everything), self.settings.metrics
+        )
+        return report if made is None else made.added_to(report)
 
     def losses(self, at: int) -> float | dict[str, float] | None:
         """The loss of one of the evaluations of this call, by set if they have names."""
@@ -215,8 +241,10 @@ def check_choice(
     if settings.best is None:
         return
     each = sets[split_best(settings.best)[0]]
+    made = each.generated(lambda name: None, first=True)
     micro = next(each.micro_batches.batches([0], 0))
     with eval_mode(model), one_step(each.micro_batches.device):
         terms = named_terms(objective.loss_fn(model, micro))
     prepare_for_step(model)
-    check_best(settings, dict.fromkeys(("loss", *terms, *settings.metrics)))
+    generated = () if made is None else made.terms
+    check_best(settings, dict.fromkeys(("loss", *terms, *generated, *settings.metrics)))

@@ -127,13 +127,13 @@ def fit(
         "data": _rows_place(data, inputs / "data", "data"),
         "eval_data": _eval_places(eval_data, inputs),
     }
-    chosen: TrainSettings = finalize(
-        kind(**{**settings, "objective": objective, "out": str(out), **places})
-    )
+    given = kind(**{**settings, "objective": objective, "out": str(out), **places})
+    chosen: TrainSettings = finalize(given)
     objects = {"model": model, "tokenizer": tokenizer, "data": data, **_eval_objects(eval_data)}
     with process_group():
         if not chosen.resume:
             on_rank_0(lambda: _write_inputs(inputs, objects))
+            chosen = finalize(given)  # a model that has adapters says so by its folder
         check_paths(chosen)
         summary = train(chosen, callbacks=callbacks)
     root = Path(chosen.out)

@@ -100,6 +100,7 @@ def find_nonfinite_rows(
     indices: Sequence[int],
     loss_fn: LossFn,
     counters: Mapping[str, Counter],
+    name_of: Callable[[int], str] = lambda index: "",
 ) -> list[str]:
     """The rows whose loss or gradient is not finite, each run by itself.
 
@@ -109,6 +110,7 @@ def find_nonfinite_rows(
         indices: The records of this rank.
         loss_fn: The loss.
         counters: As for the step.
+        name_of: What a record is called, where that is not the rows of its sequences.
 
     Returns:
         A line a record: its rows, and what is not finite. Empty if none is bad by itself, as when
@@ -121,7 +123,7 @@ def find_nonfinite_rows(
             continue
         problem = _nonfinite_part(model, micro, loss_fn=loss_fn)
         if problem:
-            lines.append(f"{describe_rows(micro).strip(' ()')}: {problem}")
+            lines.append(f"{name_of(index) or describe_rows(micro).strip(' ()')}: {problem}")
     return lines[:_ROWS_NAMED]
 
 

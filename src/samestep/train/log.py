@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +19,7 @@ from samestep.train.progress import Progress
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.evaluation import evaluation_sets
+from samestep.train.settings.rollouts import GenerationFields
 from samestep.utils.extras import install_command
 from samestep.utils.files import open_regular, write_atomically
 
@@ -98,7 +99,7 @@ class RunLog:
             settings.track, folder=folder.tracking, run=folder.root.name, config=settings.saved()
         )
         done, choice = progress.step, progress.choice
-        for path in (folder.log, folder.evaluations, folder.samples):
+        for path in (folder.log, folder.evaluations, folder.samples, folder.rollouts):
             keep_steps(path, done)
         uncounted = settings.best is not None and done > 0 and choice.judged != done
         if uncounted or not _sets_at(folder.evaluations, done) >= {*evaluation_sets(settings)}:
@@ -108,6 +109,9 @@ class RunLog:
         self._log = JsonLines(folder.log)
         self._evaluations = JsonLines(folder.evaluations)
         self._samples = JsonLines(folder.samples) if settings.samples else None
+        self._rollouts: JsonLines | None = None
+        if isinstance(settings, GenerationFields) and settings.generates:
+            self._rollouts = JsonLines(folder.rollouts) if settings.log_completions else None
 
     def step(self, report: StepReport, *, step: int, epoch: float, lr: float) -> dict[str, Any]:
         """Write a step down: a line with all of the report, scalars to the trackers."""
@@ -139,8 +143,16 @@ class RunLog:
         for tracker in self._trackers:
             tracker.table(step, f"samples/{of}" if of else "samples", shown)
 
+    def rollouts(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write rollouts down, if they are to be kept."""
+        if self._rollouts is not None:
+            for line in lines:
+                self._rollouts.write(dict(line))
+
     def close(self) -> None:
         """Close every file and tracker."""
+        if self._rollouts is not None:
+            self._rollouts.close()
         if self._samples is not None:
             self._samples.close()
         self._log.close()

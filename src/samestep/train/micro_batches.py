@@ -58,6 +58,7 @@ class MicroBatches:
         whole_packs: bool = False,
     ) -> None:
         self._records = records
+        self._names: Sequence[str] = ()
         self._whole_packs = whole_packs
         self._collate = collate
         self._padded = padded
@@ -65,6 +66,37 @@ class MicroBatches:
         self._ahead = Ahead()
         self._by_number = micro_batch is not None
         self._budget = micro_tokens if micro_batch is None else micro_batch
+
+    def put(self, records: Records, names: Sequence[str]) -> None:
+        """Cut other records from here on, under the same budget.
+
+        Args:
+            records: Those that a step generated.
+            names: What messages call each.
+        """
+        self._records, self._names = records, names
+
+    def name_of(self, index: int) -> str:
+        """What messages call a record; empty where the rows of its sequences say it."""
+        return self._names[index] if self._names else ""
+
+    def with_budget(self, micro_tokens: int) -> "MicroBatches":
+        """The same records, cut under another budget.
+
+        Args:
+            micro_tokens: Tokens a micro-batch.
+
+        Returns:
+            What cuts them so.
+        """
+        return MicroBatches(
+            self._records,
+            self._collate,
+            micro_tokens=micro_tokens,
+            padded=self._padded,
+            device=self.device,
+            whole_packs=self._whole_packs,
+        )
 
     def of_this_rank(self, indices: Sequence[int], step: int) -> Iterator[dict[str, Any] | Idle]:
         """This rank's part of the records: over all ranks each is there exactly once.

@@ -33,7 +33,7 @@ from samestep.train.precision import bytes_beside_weights, one_step
 from samestep.train.recipes.base import Recipe
 from samestep.train.settings.base import TrainSettings
 from samestep.utils.files import cache_folder, open_regular, write_atomically
-from samestep.utils.memory import available_memory, describe_device, peak_memory
+from samestep.utils.memory import describe_device, memory_limit, peak_memory
 from samestep.utils.version import package_version
 from samestep.utils.waiting import waiting
 
@@ -84,9 +84,6 @@ def budget_range(device: torch.device) -> BudgetRange:
     """What can be chosen on a device."""
     return ON_CPU if device.type == "cpu" else ON_ACCELERATOR
 
-
-_MEMORY_SHARE = 0.8
-"""Share of what the process could have that is taken if no limit is given."""
 
 CutFirstStep: TypeAlias = Callable[[int], Sequence[dict[str, Any]]]
 """Maps a budget to the micro-batches of the first step under it."""
@@ -281,7 +278,7 @@ def choose_micro_tokens(
         return least  # the run itself cuts finer still, or says which sequence is too large
     if costs is None:
         return choice.unmeasured  # such a step is one or two micro-batches anyway
-    limits = gather_results(lambda: _memory_limit(model.device, settings.memory_limit))
+    limits = gather_results(lambda: memory_limit(model.device, settings.memory_limit))
     limit = min((one for one in limits if one is not None), default=None)
     reserved = bytes_beside_weights(model, settings)
     needed = estimate_peak(costs, longest, reserved=reserved)
@@ -337,14 +334,6 @@ def measured_costs(
 
 def _worst(values: Sequence[float | None]) -> Any:
     return None if None in values else max(value for value in values if value is not None)
-
-
-def _memory_limit(device: torch.device, gigabytes: float | None) -> float | None:
-    """Bytes that the process may take; None if that is unknown."""
-    if gigabytes is not None:
-        return gigabytes * 1e9
-    available = available_memory(device)
-    return None if available is None else _MEMORY_SHARE * available
 
 
 def _measure(model: Any, objective: Objective, *, seed: int, cut: CutFirstStep) -> Costs | None:

@@ -16,6 +16,7 @@ from samestep.engine.oom import is_out_of_memory
 from samestep.engine.parallel import is_sharded
 from samestep.errors import CheckpointError
 from samestep.models.load_quantized import restore_conv1d
+from samestep.models.lora import quiet_peft
 from samestep.models.quantized import dequantize
 from samestep.train.run_folder import unfinished_model
 from samestep.utils.files import finish_replacing, remove, replace_folder, sync_tree
@@ -66,7 +67,8 @@ def _write_model(model: Any, tokenizer: Any, *, folder: Path, weights: Any) -> N
         finish_replacing(folder)
         remove(aside)
         remove(old)
-        model.save_pretrained(aside, state_dict=weights)
+        with quiet_peft():
+            model.save_pretrained(aside, state_dict=weights)
         if stored is not None:
             _note_dtype(aside / "config.json", stored)
         if tokenizer is not None:

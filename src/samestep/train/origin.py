@@ -14,9 +14,10 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from samestep.models.load import resolve_source
+from samestep.models.load import base_of, resolve_source
 from samestep.models.quantized import quantized_layers
 from samestep.train.settings.base import TrainSettings
+from samestep.utils.adapter_folder import ADAPTER_WEIGHTS, is_adapter
 from samestep.utils.files import open_regular, sha256_of, user_path
 
 _MODELS = ("model", "reference_model", "teacher")
@@ -56,10 +57,13 @@ def origin_of(settings: TrainSettings, model: Any) -> dict[str, str]:
         if file.suffix == ".gguf":
             found[f"{setting}: {file.name}"] = sha256_of(file)
             continue
-        folder = _folder(values[setting])
+        adapter = is_adapter(values[setting])
+        if adapter:
+            found |= _digests(setting, file, ("adapter_config.json", ADAPTER_WEIGHTS))
+        folder = _folder(base_of(values[setting]) if adapter else values[setting])
         if folder is not None:
             found |= {f"{setting}: {name}": value for name, value in _config(folder).items()}
-            if setting != "model" or _needs_base_weights(values, model):
+            if setting != "model" or adapter or _needs_base_weights(values, model):
                 weights = sorted(path.name for path in folder.glob("*.safetensors"))
                 found |= _digests(setting, folder, weights)
     few_bits = quantized_layers(model)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from samestep.data.records import Records
+from samestep.data.stream_records import StreamRecords
 from samestep.engine.step import StepReport
 from samestep.train.choice import Choice
 
@@ -31,7 +32,9 @@ class DataFingerprint:
 
     @classmethod
     def of(cls, records: Records) -> "DataFingerprint":
-        """The fingerprint of records."""
+        """The fingerprint of records; a stream's rows have theirs in its state."""
+        if isinstance(records, StreamRecords):
+            return cls("a stream", records=0, tokens=0, blocks=())
         size = -(-len(records) // _BLOCKS)
         starts = range(0, len(records), size)
         return cls(
@@ -70,6 +73,7 @@ class Progress:
         skipped: Steps without an update.
         data: Identifies the training data.
         choice: Which evaluation was the best.
+        stream: Where the next record of a stream is (`StreamRecords.state`); None: there is none.
     """
 
     step: int
@@ -78,6 +82,7 @@ class Progress:
     skipped: int
     data: DataFingerprint
     choice: Choice = field(default_factory=Choice)
+    stream: dict[str, Any] | None = None
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any]) -> "Progress":
@@ -85,15 +90,48 @@ class Progress:
         data, choice = DataFingerprint(**saved["data"]), Choice(**saved.get("choice", {}))
         return cls(**{**saved, "data": data, "choice": choice})
 
-    def after(self, report: StepReport) -> "Progress":
-        """The progress after one more step."""
+    def after(self, report: StepReport, records: Records, examples: Sequence[int]) -> "Progress":
+        """The progress after one more step.
+
+        Args:
+            report: Of the step.
+            records: Training records.
+            examples: Of the step.
+
+        Returns:
+            The progress.
+        """
+        stream = records.state(examples[-1] + 1) if isinstance(records, StreamRecords) else None
         return replace(
             self,
+            stream=stream,
             step=self.step + 1,
             tokens=self.tokens + report.tokens,
             seconds=self.seconds + report.seconds,
             skipped=self.skipped + (report.skipped is not None),
         )
+
+
+def skipped_step(reason: str, *, seconds: float) -> StepReport:
+    """The report of a step that was not taken.
+
+    Args:
+        reason: Why.
+        seconds: That were spent on it.
+
+    Returns:
+        Without numbers.
+    """
+    return StepReport(
+        loss=float("nan"),
+        terms={},
+        counts={},
+        grad_norm=float("nan"),
+        seconds=seconds,
+        tokens=0,
+        micro_batches=0,
+        skipped=reason,
+    )
 
 
 def _digest(records: Records, *, start: int, stop: int) -> str:

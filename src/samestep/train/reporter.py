@@ -4,7 +4,7 @@ A bar on a terminal and in a notebook, plain lines elsewhere; and the run's logs
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from datetime import timedelta
@@ -55,8 +55,15 @@ def fit_line(parts: Sequence[str], width: int) -> str:
 _LONGEST = timedelta(days=999)
 
 
-def _duration(seconds: float) -> str:
-    """A duration in words; one that nobody waits for is not told to the second."""
+def duration(seconds: float) -> str:
+    """A duration in words; one that nobody waits for is not told to the second.
+
+    Args:
+        seconds: It.
+
+    Returns:
+        Such as "1:02:03".
+    """
     if not seconds < _LONGEST.total_seconds():
         return f"over {_LONGEST.days} days"
     return str(timedelta(seconds=round(seconds)))
@@ -139,8 +146,9 @@ class RunConsole:
         left = (self._total - self._done) * self._seconds / self._steps
         self._parts = [
             *([f"skipped ({report.skipped})"] if report.skipped else []),
+            *([f"reward {report.terms['reward']:.4f}"] if "reward" in report.terms else []),
             f"loss {report.loss:.4f}",
-            f"eta {_duration(left)}",
+            f"eta {duration(left)}",
             f"{self._tokens / self._seconds:,.0f} tokens/s",
             f"norm {report.grad_norm:.3g}",
             f"lr {lr:.3g}",
@@ -253,8 +261,16 @@ class RunReporter:
         """Show that a step or an evaluation moves, where it takes long."""
         self._console.micro_batch(where, number, of)
 
-    def step(self, report: StepReport, *, step: int, epoch: float, lr: float) -> None:
-        """Write a step down, and show it.
+    def step(
+        self,
+        report: StepReport,
+        rollouts: Iterable[Mapping[str, Any]] = (),
+        *,
+        step: int,
+        epoch: float,
+        lr: float,
+    ) -> None:
+        """Write a step down with the rollouts that it learned from, and show it.
 
         Raises:
             CheckpointError: The log cannot be written.
@@ -262,6 +278,7 @@ class RunReporter:
         if self._log is None:
             return
         try:
+            self._log.rollouts(rollouts)
             record = self._log.step(report, step=step, epoch=epoch, lr=lr)
         except OSError as error:
             raise self._unwritable(error) from error

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from samestep.data.stream_records import StreamRecords
 from samestep.engine.collectives import gather_results, rank
 from samestep.errors import ConfigError
 from samestep.train import checkpoint
@@ -78,6 +79,8 @@ def first_progress(
             f"{describe_source(settings.data)} or the tokenizer "
             f"has changed since ({difference}). Restore it, or start anew with --overwrite"
         )
+    if isinstance(setup.train, StreamRecords) and progress.stream is not None:
+        setup.train.restore(progress.stream)
     log.info("resuming after step %d, from %s", progress.step, path)
     return progress
 

@@ -6,15 +6,24 @@ from typing import Any
 
 from samestep.data.batching import StepPlan, num_steps, plan_steps
 from samestep.data.describe import with_report
+from samestep.data.load import rename_columns
 from samestep.data.mixing import Mix, mix_of
 from samestep.data.records import Records
+from samestep.data.rows import Row
+from samestep.data.stream_records import StreamRecords
+from samestep.data.streams import MixedStream
 from samestep.errors import ConfigError, DataError, is_no_fault_of_input
 from samestep.models.load import resolve_source
+from samestep.models.vocabulary import extend_tokenizer
 from samestep.train.optim import load_optimizer, load_schedule
-from samestep.train.recipes.base import Recipe, recipe_for
+from samestep.train.recipes.base import Recipe, model_source, recipe_for
+from samestep.train.rollouts import describe_generation
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.evaluation import evaluation_sets
-from samestep.utils.sources import describe_source, parts_of
+from samestep.train.settings.rollouts import GenerationFields
+from samestep.train.settings.streams import is_stream
+from samestep.utils.adapter_folder import is_adapter
+from samestep.utils.sources import Source, describe_source, parts_of
 from samestep.utils.waiting import waiting
 
 log = logging.getLogger("samestep")
@@ -31,6 +40,10 @@ def step_plans(records: Records, settings: TrainSettings, *, start: int = 0) -> 
     Yields:
         The plan of each step.
     """
+    if isinstance(records, StreamRecords):
+        return records.plans(
+            batch_size=settings.batch_size, batch_tokens=settings.batch_tokens, start=start
+        )
     return plan_steps(
         records.lengths,
         seed=settings.seed,
@@ -56,6 +69,8 @@ def training_mix(records: Records, settings: TrainSettings) -> Mix | None:
         DataError: No row of a source is left.
     """
     parts = parts_of(settings.data)
+    if isinstance(records, StreamRecords):
+        return None
     if not any(part.weight or part.rows for part in parts):
         return None
     sizes = None if records.report is None else records.report.by_source
@@ -98,13 +113,16 @@ def load_data(recipe: Recipe) -> tuple[Any, list[Records]]:
         DataError: The rows cannot be used.
     """
     settings = recipe.settings
-    source = resolve_source(settings.model)
+    source = model_source(settings)
     if settings.trust_remote_code:
         log.warning("trust_remote_code: Python code that comes with the model will run")
-    place = resolve_source(settings.tokenizer or source, kind="tokenizer")
-    tokenizer = recipe.load_tokenizer(place)
+    own = settings.model if is_adapter(settings.model) else source
+    tokenizer = recipe.load_tokenizer(resolve_source(settings.tokenizer or own, kind="tokenizer"))
+    extend_tokenizer(tokenizer, settings.add_tokens, settings.add_special_tokens)
     with waiting(f"reading {describe_source(settings.data)}"):
-        data = [_read(recipe, settings.data, tokenizer, None)]
+        streams = is_stream(settings, parts_of(settings.data))
+        read = _open_stream if streams else _read
+        data = [read(recipe, settings.data, tokenizer, None)]
     for held_out in evaluation_sets(settings).values():
         with waiting(f"reading {describe_source(held_out)}"):
             data.append(_read(recipe, held_out, tokenizer, data[0]))
@@ -114,7 +132,26 @@ def load_data(recipe: Recipe) -> tuple[Any, list[Records]]:
     return tokenizer, data
 
 
-def _read(recipe: Recipe, source: Any, tokenizer: Any, like: Records | None) -> Records:
+def _open_stream(
+    recipe: Recipe, source: Source, tokenizer: Any, like: Records | None
+) -> StreamRecords:
+    """Records of streams, made of some of their rows at a time."""
+    settings, parts = recipe.settings, parts_of(source)
+
+    def make(rows: list[Row]) -> Records:
+        columns = [settings.columns if part.columns is None else part.columns for part in parts]
+        named = [row for each in rows for row in rename_columns([each], columns[each.source])]
+        with waiting(f"reading {describe_source(source)}"):
+            return _read(recipe, named, tokenizer, like, name=describe_source(source))
+
+    return StreamRecords(
+        MixedStream(parts), make, seed=settings.seed, buffer=settings.shuffle_buffer
+    )
+
+
+def _read(
+    recipe: Recipe, source: Any, tokenizer: Any, like: Records | None, *, name: str = ""
+) -> Records:
     """Records of a source; whatever reading its rows raises is an error of the data."""
     try:
         return recipe.read(source, tokenizer, like)
@@ -123,8 +160,8 @@ def _read(recipe: Recipe, source: Any, tokenizer: Any, like: Records | None) -> 
             raise
         reason = (str(error).splitlines() or [""])[0]
         raise DataError(
-            f"{describe_source(source)}: the rows could not be read ({type(error).__name__}: "
-            f"{reason}); --debug shows where"
+            f"{name or describe_source(source)}: the rows could not be read "
+            f"({type(error).__name__}: {reason}); --debug shows where"
         ) from error
 
 
@@ -144,6 +181,10 @@ def described(settings: TrainSettings, data: Sequence[Records]) -> list[str]:
         for source, records in zip(sources, data, strict=True)
         if records.report is not None
     ]
+    if isinstance(settings, GenerationFields) and settings.generates:
+        lines.append(describe_generation(settings))
+    if isinstance(data[0], StreamRecords):
+        lines.insert(1, data[0].describe())
     mix = training_mix(data[0], settings)
     return lines if mix is None else [*lines, mix.describe(parts_of(settings.data))]
 
@@ -161,14 +202,29 @@ def read_only(settings: TrainSettings) -> list[str]:
         ConfigError: As for `load_data`.
         DataError: As for `load_data`.
     """
-    recipe = check_references(settings)
-    _, data = load_data(recipe)
+    _, data = load_data(check_references(settings))
+    return what_is_learned(settings, data)
+
+
+def what_is_learned(settings: TrainSettings, data: Sequence[Records]) -> list[str]:
+    """Say what was read, and in how many steps it would be learned.
+
+    Args:
+        settings: Finalized settings.
+        data: What `load_data` gave.
+
+    Returns:
+        Some lines for each source, and one for the steps.
+    """
     size = (
         f"{settings.batch_size} examples"
         if settings.batch_size
         else (f"{settings.batch_tokens} tokens")
     )
     steps = total_steps(data[0], settings)
+    if isinstance(settings, GenerationFields) and settings.generates:
+        completions = f" ({(settings.batch_size or 0) * settings.completions} completions)"
+        size = f"{settings.batch_size} prompts{completions}"
     return [*described(settings, data), f"{steps} steps of {size}; nothing was trained or written"]
 
 

@@ -35,6 +35,7 @@ class RunFolder:
         evaluations: ``eval.jsonl``, a line an evaluation.
         digests: ``digests.jsonl``, under ``bitwise`` a line a step.
         samples: ``samples.jsonl``, a line an answer that is shown.
+        rollouts: ``rollouts.jsonl``, a line a completion that was generated to learn from.
         summary: ``summary.json``, written at the end.
         checkpoints: ``checkpoints/``.
         model: ``model/``, the trained model or adapter.
@@ -48,6 +49,7 @@ class RunFolder:
         self.evaluations = root / "eval.jsonl"
         self.digests = root / "digests.jsonl"
         self.samples = root / "samples.jsonl"
+        self.rollouts = root / "rollouts.jsonl"
         self.summary = root / "summary.json"
         self.checkpoints = root / "checkpoints"
         self.model = root / "model"
@@ -280,6 +282,7 @@ class RunFolder:
             self.evaluations,
             self.digests,
             self.samples,
+            self.rollouts,
             self.summary,
             self.checkpoints,
             self.model,

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from samestep.data.collate import Padding
 from samestep.data.records import Records
+from samestep.data.stream_records import StreamRecords
 from samestep.engine.collectives import run_or_fail_together, world_size
 from samestep.engine.oom import is_out_of_memory
 from samestep.engine.parallel import is_sharded, prepare_for_step
@@ -19,9 +20,10 @@ from samestep.engine.two_pass import TwoPass
 from samestep.errors import ConfigError, is_no_fault_of_input
 from samestep.kernels.gemm import speed_up_linear
 from samestep.models.dropout import replace_dropout
-from samestep.models.load import resolve_source
 from samestep.models.lora import LoraVariant, add_lora
 from samestep.models.probes import cut_last_layer
+from samestep.models.saved_adapter import continue_lora, saved_rows
+from samestep.models.vocabulary import grow_embeddings, rows_that_train, size_of
 from samestep.train.compilation import choose_compilation
 from samestep.train.ema import WeightAverage
 from samestep.train.evaluator import EvaluationSet, check_choice
@@ -39,7 +41,8 @@ from samestep.train.precision import (
     raise_trained,
     with_products,
 )
-from samestep.train.recipes.base import Recipe
+from samestep.train.recipes.base import Recipe, model_source
+from samestep.train.rollouts import RolloutMaker
 from samestep.train.run_data import (
     check_references,
     described,
@@ -47,9 +50,12 @@ from samestep.train.run_data import (
     step_plans,
     total_steps,
 )
+from samestep.train.settings.adapters import continued_adapter
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.evaluation import evaluation_sets
 from samestep.train.sharding import choose_parallelism, shard
+from samestep.utils.adapter_folder import is_adapter, read_adapter
+from samestep.utils.files import user_path
 from samestep.utils.memory import keep_large_blocks
 from samestep.utils.waiting import waiting
 
@@ -73,6 +79,7 @@ class TrainingSetup:
         collate: Makes a micro-batch of records of either.
         micro_batches: Cuts training records.
         steps: Steps of the whole run.
+        rollouts: What generates the examples of each step, or None.
     """
 
     recipe: Recipe
@@ -87,13 +94,17 @@ class TrainingSetup:
     collate: Collator
     micro_batches: MicroBatches
     steps: int
+    rollouts: RolloutMaker | None
 
 
-def set_up(settings: TrainSettings) -> TrainingSetup:
+def set_up(
+    settings: TrainSettings, *, loaded: tuple[Any, list[Records]] | None = None
+) -> TrainingSetup:
     """Load and check everything that a run needs.
 
     Args:
         settings: Finalized settings.
+        loaded: What `samestep.train.run_data.load_data` gave, if it was read before.
 
     Returns:
         The setup, ready for its first step.
@@ -107,16 +118,21 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
     device = run_or_fail_together(lambda: find_device(settings.device))
     if settings.activation_offload and device.type == "cpu":
         raise ConfigError("activation_offload: on a CPU the activations are where they would go")
+    if settings.model_adapter == "merge" and is_adapter(settings.model):
+        what = "all weights train" if settings.lora_rank is None else "a new adapter trains"
+        log.info("model: the adapter in %s is folded into its base; %s", settings.model, what)
     if settings.lora_rank is not None and "lr" not in settings.model_fields_set:
         log.info("lr: %g, ten times that of whole weights, for adapters; --lr sets it", settings.lr)
     if device.type == "cpu":
         keep_large_blocks()
     # First once a machine: the other ranks find converted weights and tokens in the cache.
-    loaded = run_or_fail_together(lambda: load_data(recipe) if is_first_on_machine() else None)
-    tokenizer, data = run_or_fail_together(lambda: loaded or load_data(recipe))
-    for line in described(settings, data):
+    read = loaded or run_or_fail_together(
+        lambda: load_data(recipe) if is_first_on_machine() else None
+    )
+    tokenizer, data = run_or_fail_together(lambda: read or load_data(recipe))
+    for line in [] if loaded else described(settings, data):
         log.info("%s", line)
-    model, padding = _place_model(recipe, data, device=device)
+    model, padding = _place_model(recipe, data, device=device, tokenizer=tokenizer)
     pad_id = recipe.pad_id(tokenizer)
 
     def collate(records: Records, indices: Sequence[int], step: int) -> dict[str, Any]:
@@ -134,6 +150,9 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
             whole_packs=settings.bitwise,
         )
 
+    rollouts = run_or_fail_together(lambda: recipe.rollouts(model, tokenizer, data[0]))
+    if isinstance(data[0], StreamRecords):
+        data[0].check = lambda records: recipe.check_fit(model, [records])
     built = recipe.build(model, data)
     objective = with_products(built, model, settings)
     evaluated = with_products(with_metrics(built, settings.metrics), model, settings)
@@ -152,24 +171,28 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
         return list(cut(data[0], budget).batches(first, 0))
 
     steps = total_steps(data[0], settings)
-    choose_compilation(
-        model,
-        objective,
-        recipe=recipe,
-        padding=padding,
-        cut=cut_first,
-        tokens=steps * sum(data[0].lengths[at] for at in first) / world_size(),
-    )
-    if _measures(recipe, model):
+    if _compiles(settings, rollouts, device):
+        choose_compilation(
+            model,
+            objective,
+            recipe=recipe,
+            padding=padding,
+            cut=cut_first,
+            tokens=steps * sum(data[0].lengths[at] for at in first) / world_size(),
+        )
+    if rollouts is None and _measures(recipe, model):
         micro_tokens = choose_micro_tokens(
             model, objective, recipe=recipe, cut=cut_first, longest=max(data[0].lengths)
         )
     train = cut(data[0], micro_tokens)
     own = train.rank_indices(first) or first[:1]
-    log.info("the first step on this rank: %s", train.describe(own))
+    if rollouts is None:
+        log.info("the first step on this rank: %s", train.describe(own))
     describe(model, settings)
     evaluations = {
-        name: EvaluationSet(records, cut(records, micro_tokens))
+        name: EvaluationSet(
+            records, cut(records, micro_tokens), recipe.rollouts(model, tokenizer, records)
+        )
         for name, records in zip(evaluation_sets(settings), data[1:], strict=True)
     }
     check_choice(model, evaluated, sets=evaluations, settings=settings, tokenizer=tokenizer)
@@ -186,33 +209,38 @@ def set_up(settings: TrainSettings) -> TrainingSetup:
         collate=collate,
         micro_batches=train,
         steps=steps,
+        rollouts=rollouts,
     )
 
 
-def _load_model(recipe: Recipe, data: list[Records], *, device: torch.device) -> Any:
-    """The model, with adapters if the settings have them, and its dropout tied to the examples."""
+def load_trainable(
+    recipe: Recipe, data: list[Records], *, device: torch.device, tokenizer: Any = None
+) -> Any:
+    """The model, with adapters if the settings have them, and its dropout tied to the examples.
+
+    Args:
+        recipe: What loads it.
+        data: The training records, then those to evaluate on.
+        device: Where it will be; it is still on the CPU.
+        tokenizer: Of the run, with tokens that are added.
+
+    Returns:
+        The model, in train mode.
+
+    Raises:
+        ConfigError: It cannot be loaded, or a setting does not fit it.
+    """
     settings = recipe.settings
     with waiting("loading the model"):
-        model = recipe.load_model(resolve_source(settings.model), data)
+        model = recipe.load_model(model_source(settings), data)
+    added = (*settings.add_tokens, *settings.add_special_tokens)
+    adapter = continued_adapter(settings, settings.model)
+    brought = 0 if adapter is None else saved_rows(user_path(adapter), model)
+    grow_embeddings(model, max(brought, size_of(tokenizer) if added else 0), seed=settings.seed)
     recipe.check_fit(model, data)
     if settings.lora_rank is not None:
-        assert settings.lora_alpha is not None
-        model = add_lora(
-            model,
-            settings.lora_rank,
-            alpha=settings.lora_alpha,
-            dropout=settings.lora_dropout,
-            targets=settings.lora_targets,
-            seed=settings.seed,
-            task=recipe.peft_task,
-            variant=LoraVariant(
-                rslora=settings.use_rslora,
-                dora=settings.use_dora,
-                modules_to_save=settings.modules_to_save,
-                tokens=settings.trainable_token_indices,
-                parameters=settings.target_parameters,
-            ),
-        )
+        text = getattr(tokenizer, "tokenizer", tokenizer)
+        model = _with_adapters(model, recipe, [text.convert_tokens_to_ids(each) for each in added])
         raise_trained(model)
     if settings.freeze:
         freeze(model, settings.freeze)
@@ -222,9 +250,47 @@ def _load_model(recipe: Recipe, data: list[Records], *, device: torch.device) ->
     return model
 
 
+def _with_adapters(model: Any, recipe: Recipe, new_tokens: list[int]) -> Any:
+    """The model with adapters: those that train on, or new ones, beside which new tokens train."""
+    settings = recipe.settings
+    adapter = continued_adapter(settings, settings.model)
+    if adapter is not None:
+        base = read_adapter(adapter)["base_model_name_or_path"]
+        log.info("model: the adapter in %s trains on, on its base %s", adapter, base)
+        return continue_lora(model, user_path(adapter), dropout=settings.lora_dropout)
+    assert settings.lora_rank is not None
+    assert settings.lora_alpha is not None
+    tokens = settings.trainable_token_indices
+    return add_lora(
+        model,
+        settings.lora_rank,
+        alpha=settings.lora_alpha,
+        dropout=settings.lora_dropout,
+        targets=settings.lora_targets,
+        seed=settings.seed,
+        task=recipe.peft_task,
+        variant=LoraVariant(
+            rslora=settings.use_rslora,
+            dora=settings.use_dora,
+            modules_to_save=settings.modules_to_save,
+            tokens=rows_that_train(model, tokens, new_tokens, saved=settings.modules_to_save)
+            if new_tokens
+            else tokens,
+            parameters=settings.target_parameters,
+        ),
+    )
+
+
 @contextmanager
-def _fitting(settings: TrainSettings) -> Iterator[None]:
-    """Say of the model what libraries trip over in it: a config may hold values of any type."""
+def fitting(settings: TrainSettings) -> Iterator[None]:
+    """Say of the model what libraries trip over in it: a config may hold values of any type.
+
+    Args:
+        settings: ``model``, for the message.
+
+    Raises:
+        ConfigError: In the place of whatever was raised, unless it is no fault of the model.
+    """
     try:
         yield
     except Exception as error:
@@ -243,20 +309,20 @@ def _fitting(settings: TrainSettings) -> Iterator[None]:
 
 
 def _place_model(
-    recipe: Recipe, data: list[Records], *, device: torch.device
+    recipe: Recipe, data: list[Records], *, device: torch.device, tokenizer: Any
 ) -> tuple[Any, Padding]:
     """The model on its device, ready for a step, and the layout of its micro-batches."""
     settings = recipe.settings
 
     def load() -> Any:
-        with _fitting(settings):
-            return _load_model(recipe, data, device=device)
+        with fitting(settings):
+            return load_trainable(recipe, data, device=device, tokenizer=tokenizer)
 
     model = run_or_fail_together(load)
     parallelism = run_or_fail_together(lambda: choose_parallelism(model, settings, device=device))
     sharded = parallelism == "fsdp2"
     model = shard(model, settings, device=device) if sharded else model.to(device)
-    with products(model, settings, keep_copies=False), _fitting(settings):
+    with products(model, settings, keep_copies=False), fitting(settings):
         padding = recipe.choose_padding(model)
         if recipe.peft_task == "CAUSAL_LM":
             cut_last_layer(model, padding)
@@ -294,6 +360,15 @@ def _micro_tokens(model: Any, settings: TrainSettings) -> int:
     # Under FSDP2 what does not fit cannot be cut finer in the middle of a step.
     device = next(model.parameters()).device
     return DEFAULT_MICRO_TOKENS if is_sharded(model) else budget_range(device).unmeasured
+
+
+def _compiles(settings: TrainSettings, rollouts: RolloutMaker | None, device: torch.device) -> bool:
+    """Whether compiling is asked for, or can be measured: on data that is there before a run."""
+    if rollouts is None or settings.compile != "auto":
+        return True
+    if device.type != "cpu":
+        log.info("compile: none, since rollouts to measure are not there yet; layers compiles")
+    return False
 
 
 def _measures(recipe: Recipe, model: Any) -> bool:

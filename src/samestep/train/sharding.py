@@ -67,6 +67,8 @@ def _refuse_whole_weights(settings: TrainSettings) -> None:
         for name in ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters")
         if getattr(settings, name)
     ]
+    tokens = ("add_tokens", "add_special_tokens") if settings.lora_rank is not None else ()
+    given += [name for name in tokens if getattr(settings, name)]
     if given:
         raise ConfigError(
             f"{', '.join(given)}: not under parallel fsdp2, where no test shows them to be exact; "

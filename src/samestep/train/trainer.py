@@ -24,7 +24,7 @@ from samestep.engine.collectives import (
 from samestep.engine.parallel import is_sharded
 from samestep.engine.step import StepReport, step
 from samestep.engine.terms import LossFn
-from samestep.errors import Interrupted, NotFiniteError, StopRequestedError
+from samestep.errors import Interrupted, NotFiniteError, RolloutError, StopRequestedError
 from samestep.models.activations import ActivationOffload
 from samestep.models.dropout import key_dropout
 from samestep.train.bitwise import BitRun, choose_threads, fail_with_budget, repeatable
@@ -39,9 +39,10 @@ from samestep.train.micro_batches import MicroBatches, Report, retry_on_oom
 from samestep.train.model_folder import save_model
 from samestep.train.optim import learning_rate, set_learning_rate
 from samestep.train.precision import choose_precision, one_step
-from samestep.train.progress import Progress
+from samestep.train.progress import Progress, skipped_step
 from samestep.train.reporter import RunReporter
 from samestep.train.resume import current_origin, first_progress, load_best
+from samestep.train.rollouts import with_rollouts
 from samestep.train.rounded_updates import UpdateWatch
 from samestep.train.run_data import step_plans
 from samestep.train.run_folder import RunFolder
@@ -198,10 +199,10 @@ class Trainer:
             bitwise=self.bits is not None,
         )
 
-    def _beat(self, name: str) -> None:
+    def _beat(self, name: str, phase: str = "evaluation") -> None:
         if self.stop_signal():
             raise StopRequestedError("asked to stop")
-        self.watchdog.begin("evaluation", name)
+        self.watchdog.begin(phase, name)
 
     def run(self) -> None:
         """Train to the last step.
@@ -223,6 +224,10 @@ class Trainer:
                     self._save()
                 if stopped:
                     raise StopRequestedError
+        except RolloutError as error:
+            self._save()
+            saved = f"The run is saved after step {self.progress.step}: go on with --resume"
+            raise RolloutError(f"{error}\n{saved}") from error
         except StopRequestedError:
             number = max(all_gather_object(self.stop_signal()))
             self._save()
@@ -243,7 +248,7 @@ class Trainer:
         plans = itertools.takewhile(lambda plan: plan.step < last, all_plans)
         for plan, following in itertools.pairwise(itertools.chain(plans, [None])):
             assert plan is not None
-            if following is not None:
+            if following is not None and self.setup.rollouts is None:
                 self.setup.micro_batches.prepare(following.examples, following.step)
             yield plan
 
@@ -251,6 +256,10 @@ class Trainer:
         lr = learning_rate(plan.step, total=self.setup.steps, settings=self.settings)
         set_learning_rate(self.setup.optimizer, lr)
         started = time.perf_counter()
+        beat = partial(self._beat, phase="generation")
+        plan, made = with_rollouts(
+            plan, self.setup.rollouts, micro_batches=self.setup.micro_batches, beat=beat
+        )
         self._updates.before_step()
         try:
             report = self._optimizer_step(plan)
@@ -258,7 +267,9 @@ class Trainer:
             problem = f"{error}{self._nonfinite_rows(plan)}"
             if self.settings.not_finite == "stop":
                 raise NotFiniteError(problem) from None
-            report = _skipped(problem, seconds=time.perf_counter() - started)
+            log.warning("step skipped: %s", problem)
+            report = skipped_step(problem, seconds=time.perf_counter() - started)
+        report = report if made is None else made.added_to(report)
         last = self.progress.step + 1 == self.setup.steps
         self._updates.after_step(report, lr=lr, last=last)
         after = self.setup.objective.after_step
@@ -266,10 +277,11 @@ class Trainer:
             after(self.setup.model, report.skipped is None)
         if self.setup.average is not None and report.skipped is None:
             self.setup.average.update()
-        self.progress = self.progress.after(report)
+        self.progress = self.progress.after(report, self.setup.train, plan.examples)
         done = self.progress.step
         self.watchdog.begin("log", f"step {done}, writing the log")
-        on_rank_0(lambda: self.reporter.step(report, step=done, epoch=plan.progress, lr=lr))
+        lines = made.lines(done) if made is not None else ()
+        on_rank_0(lambda: self.reporter.step(report, lines, step=done, epoch=plan.progress, lr=lr))
         if self.bits is not None:
             self.bits.after_step(done)
 
@@ -312,6 +324,7 @@ class Trainer:
                     objective.loss_fn, step_number=plan.step, number=len(plan.examples)
                 ),
                 counters=objective.counters,
+                name_of=micro_batches.name_of,
             )
         )
         rows = [line for lines in by_rank for line in lines]
@@ -382,17 +395,3 @@ class Trainer:
             indices=indices,
             recompute_activations=partial(self.setup.recipe.recompute_activations, model),
         )
-
-
-def _skipped(reason: str, *, seconds: float) -> StepReport:
-    log.warning("step skipped: %s", reason)
-    return StepReport(
-        loss=float("nan"),
-        terms={},
-        counts={},
-        grad_norm=float("nan"),
-        seconds=seconds,
-        tokens=0,
-        micro_batches=0,
-        skipped=reason,
-    )

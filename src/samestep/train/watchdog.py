@@ -31,6 +31,7 @@ from samestep.utils.waiting import work_under_way
 LIMITS = {
     "loading": 6.0,
     "micro-batch": 1.0,
+    "generation": 1.0,
     "log": 1.0,
     "evaluation": 1.0,
     "saving": 3.0,

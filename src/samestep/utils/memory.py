@@ -19,6 +19,9 @@ from pathlib import Path
 
 import torch
 
+_SHARE = 0.8
+"""Share of what the process could have that is taken if no limit is given."""
+
 _INTERVAL = 0.002
 """Seconds between two looks at the resident memory."""
 
@@ -175,6 +178,22 @@ def available_memory(device: torch.device) -> float | None:
     free_bytes = [int(fields["MemAvailable"].split()[0]) * 1024]
     free_bytes += [most - taken for most, taken in _cgroup_limits()]
     return _resident() + max(0, min(free_bytes))
+
+
+def memory_limit(device: torch.device, gigabytes: float | None) -> float | None:
+    """Bytes that the process may take: a limit that was given, or most of what there is.
+
+    Args:
+        device: As for `peak_memory`.
+        gigabytes: The limit; None: none was given.
+
+    Returns:
+        Bytes; None if that is unknown.
+    """
+    if gigabytes is not None:
+        return gigabytes * 1e9
+    available = available_memory(device)
+    return None if available is None else _SHARE * available
 
 
 def _cgroup_limits() -> list[tuple[int, int]]:

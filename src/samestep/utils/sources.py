@@ -20,6 +20,8 @@ class DataSource(BaseModel):
     """Its share of every epoch, beside the weights of the other sources."""
     rows: int | None = Field(default=None, ge=1)
     """How many of its rows an epoch takes."""
+    stream: bool = False
+    """Read it row by row, without an end."""
     columns: dict[str, str] | None = None
     """Columns that are called otherwise there: known name to that of the source."""
 

@@ -151,12 +151,16 @@ def real_tokens(batch: Any, row: int, *, padding: CollatorPadding | None) -> Loc
     """The stretch of a row that is no padding, whatever its neighbours made of the row's length.
 
     Args:
-        batch: Of rows; what its ``attention_mask`` leaves out is padding.
+        batch: Of rows; what its ``attention_mask`` (``chosen_attention_mask`` of
+            ``chosen_input_ids``) leaves out is padding.
         row: Which.
         padding: How the collator pads, if that could be seen: tokens at the ends like it are left.
     """
     name, inputs = _inputs_of(batch)
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    of_inputs = (
+        name.replace("input_ids", "attention_mask") if "input_ids" in name else "attention_mask"
+    )
+    mask = batch.get(of_inputs) if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == inputs.shape[:2]:
         held = mask[row] != 0
     elif padding is not None and name in padding.fills and inputs.dim() == 2:

@@ -1,11 +1,9 @@
-"""What is done to a model for a run, and read from it: seeds, no noise, float64; its gradients."""
+"""What is done to a model for a run, and read from it: no noise, float64; its gradients."""
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, autograd, nn
 from torch.distributed.tensor import DTensor
@@ -16,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from samestep.audit.gradients import sketch, sketch_fold, unsketch
 from samestep.audit.subject import Gradient
 
-_DROPOUTS = (
+_DROPOUTS = {
     functional.dropout,
     functional.dropout1d,
     functional.dropout2d,
@@ -24,7 +22,7 @@ _DROPOUTS = (
     functional.alpha_dropout,
     functional.feature_alpha_dropout,
     torch.dropout,
-)
+}
 
 _NOISE = ("drop", "jitter", "mask_time_prob", "mask_feature_prob")
 """Parts of the names of numbers on modules and configs that make a forward random."""
@@ -35,13 +33,6 @@ _NARROW = {**_SINGLE, torch.float16: Tensor.half, torch.bfloat16: Tensor.bfloat1
 
 MOVEMENT = 0.01
 """How far the audit's own update moves the weights, of their size."""
-
-
-def seed_all(seed: int) -> None:
-    """Seed every random number generator that a loop may draw from."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
 
 
 @contextlib.contextmanager
@@ -78,14 +69,14 @@ class WithoutDropout(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        options = dict(kwargs or {})
+        kwargs = kwargs or {}
         if function in _DROPOUTS:
-            return args[0] if args else options["input"]
+            return args[0] if args else kwargs["input"]
         if function is functional.scaled_dot_product_attention:
             # Its fifth argument, by position or by name.
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-            options |= {} if len(args) > 4 else {"dropout_p": 0.0}
-        return function(*args, **options)
+            kwargs = kwargs if len(args) > 4 else {**kwargs, "dropout_p": 0.0}
+        return function(*args, **kwargs)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -137,7 +128,7 @@ class _Float64Mode(TorchFunctionMode):
     def __init__(self, narrow: Mapping[torch.dtype, Any]) -> None:
         super().__init__()
         self.narrow = narrow
-        self.casts = tuple(narrow.values())
+        self.casts = frozenset(narrow.values())
 
     def __torch_function__(
         self,
@@ -148,11 +139,17 @@ class _Float64Mode(TorchFunctionMode):
     ) -> Any:
         if func in self.casts:
             return Tensor.double(*args)
-        wide = {key: self._widen(value) for key, value in (kwargs or {}).items()}
-        return func(*map(self._widen, args), **wide)
+        # Every attribute of a tensor comes here too, a thousand times a step: most have no type.
+        for value in args:
+            if type(value) is torch.dtype:
+                args = tuple(map(self._widen, args))
+                break
+        if not kwargs:
+            return func(*args)
+        return func(*args, **{key: self._widen(value) for key, value in kwargs.items()})
 
     def _widen(self, value: Any) -> Any:
-        replaced = isinstance(value, torch.dtype) and value in self.narrow
+        replaced = type(value) is torch.dtype and value in self.narrow
         return torch.float64 if replaced else value
 
 

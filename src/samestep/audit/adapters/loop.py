@@ -31,7 +31,6 @@ from samestep.audit.adapters.instrument import (
     read_weights,
     scalars_of,
     scale_gradients,
-    seed_all,
     without_dropout,
 )
 from samestep.audit.adapters.loaders import named, one_pass, recognise
@@ -51,6 +50,7 @@ from samestep.audit.subject import (
     Split,
 )
 from samestep.errors import CheckError
+from samestep.utils.random_numbers import seed_all
 
 T = TypeVar("T")
 

@@ -23,7 +23,6 @@ from samestep.audit.adapters.instrument import (
     read_weights,
     scalars_of,
     scale_gradients,
-    seed_all,
     without_noise,
 )
 from samestep.audit.adapters.knobs import NO_KNOBS, Knobs
@@ -68,6 +67,7 @@ from samestep.audit.subject import (
     Split,
 )
 from samestep.errors import CheckError
+from samestep.utils.random_numbers import seed_all
 
 EXAMPLES = 8
 """Examples of the effective batch, if the trainer has as many."""

@@ -73,16 +73,16 @@ def _diagnose(
     own = [experiments.evaluate(BATCH, rank.examples).get(key, math.nan) for rank in ranks]
     wider = experiments.evaluate(BATCH * WORLD, examples).get(key, math.nan)
     text = f"{text}; of their own examples {' and '.join(f'{each:.6g}' for each in own)}"
-    return _by_own(ranks[0].numbers, own, wider, key=key, text=text)
+    return _by_own([rank.numbers for rank in ranks], own, wider, key=key, text=text)
 
 
 def _by_own(
-    numbers: Numbers, own: Sequence[float], wider: float, *, key: str, text: str
+    numbers: Sequence[Numbers], own: Sequence[float], wider: float, *, key: str, text: str
 ) -> Diagnosis:
     """How the first rank's number follows from what each rank's examples give.
 
     Args:
-        numbers: The first rank's.
+        numbers: Of each rank.
         own: What one process says of the examples of each rank.
         wider: What one process says of batches as large as those of all ranks together.
         key: Of the number.
@@ -95,12 +95,14 @@ def _by_own(
         (mean, wider, "it is that of one process at a batch as large as both"),
         ("world-scaled", sum(own), "it is their sum"),
     ]
-    number = numbers.get(key, math.nan)
+    number, *others = (each.get(key, math.nan) for each in numbers)
     fits = {
         cause: words
         for cause, guess, words in guesses
         if relative_change(number, guess) <= MAX_PREDICTION_ERROR
     }
+    if len(fits) > 1 and all(relative_change(number, other) == 0 for other in others):
+        fits.pop("dropped-examples", None)  # where each says its own, they say different numbers
     if len(fits) != 1:
         return Diagnosis(UNEXPLAINED, 0.0, "; ".join([text, *fits.values()]))
     cause, words = next(iter(fits.items()))

@@ -3,9 +3,9 @@
 The gradients of a split and of the whole batch are fitted to those of the examples alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median_high, median_low
 
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.state import order_dependence
@@ -18,7 +18,7 @@ from samestep.audit.gradients import (
     rank,
     subtract,
 )
-from samestep.audit.hypotheses import SplitEvidence
+from samestep.audit.hypotheses import SplitEvidence, collect_evidence
 from samestep.audit.subject import Gradient, Split
 
 WHOLE_NUMBER = 1e-4
@@ -61,26 +61,73 @@ def by_example(
     fit = _fit(experiments, split, evidence=evidence, **changes)
     if fit is None:
         return None
-    relative = dict(_within_micro_batches(fit, split))
-    odd = {index: times for index, times in relative.items() if abs(times - 1) > WHOLE_NUMBER}
-    if not odd:
+    readings = _readings(fit, split)
+    relative = readings[-1]
+    if not _odd(relative):
         return None
-    text = ", ".join(f"example {index} x {times:.4g}" for index, times in odd.items())
-    text = f"within their micro-batch: {text}"
-    most = _most_copies(experiments, split)
-    if all(_is_multiple(times, of_whole=most) for times in odd.values()):
-        dropped = all(abs(times) < WHOLE_NUMBER for times in odd.values())
+    group = next(
+        (
+            name
+            for name, groups in _groups(experiments, fit.members, **changes)
+            if _is_by_group(relative, split, groups)
+        ),
+        None,
+    )
+    copies = _as_copies(readings, most=_most_copies(experiments, split))
+    if copies is not None and group is not None:
+        # A weight by group may happen to be a whole number, but not in every cut.
+        elsewhere = _readings_elsewhere(experiments, split, **changes)
+        copies = copies if all(elsewhere) else None
+    if copies is not None:
+        dropped = all(abs(times) < WHOLE_NUMBER for times in copies.values())
         cause = "dropped-examples" if dropped else "duplicated-examples"
-        return Diagnosis(cause, fit.residual, text)
+        return Diagnosis(cause, fit.residual, _said(copies))
+    text = _said(_odd(relative))
     ordered = order_dependence(experiments, split, **changes) or 0.0
     if ordered > evidence.residual_tolerance:
         text = f"{text}; the order of the micro-batches changes it by {ordered:.1e}"
         return Diagnosis("misaligned-values", fit.residual, text)
-    for name, groups in _groups(experiments, fit.members, **changes):
-        if _is_by_group(relative, split, groups):
-            text = f"examples of one {name} in a micro-batch weigh alike, others do not; {text}"
-            return Diagnosis("mean-of-means", fit.residual, text)
+    if group is not None:
+        text = f"examples of one {group} in a micro-batch weigh alike, others do not; {text}"
+        return Diagnosis("mean-of-means", fit.residual, text)
     return None
+
+
+def _readings(fit: _Fit, split: Split) -> list[dict[int, float]]:
+    """What examples weigh within their micro-batch, whose usual weight may be either middle."""
+    return [dict(_within_micro_batches(fit, split, usual)) for usual in (median_low, median_high)]
+
+
+def _as_copies(readings: Iterable[Mapping[int, float]], *, most: int) -> dict[int, float] | None:
+    """The examples that are there more or less often than others; None where a part of one is."""
+    for odd in map(_odd, readings):
+        if all(_is_multiple(times, of_whole=most) for times in odd.values()):
+            return odd
+    return None
+
+
+def _readings_elsewhere(
+    experiments: Experiments, split: Split, **changes: object
+) -> Iterator[bool]:
+    """Whether examples are there a whole number of times in other cuts that can be fitted."""
+    for other in other_cuts(split):
+        try:
+            evidence = collect_evidence(experiments, other, **changes)
+            fit = _fit(experiments, other, evidence=evidence, **changes)
+        except Exception:  # the subject is the user's code: it may refuse another cut
+            continue
+        if fit is not None:
+            most = _most_copies(experiments, other)
+            yield _as_copies(_readings(fit, other), most=most) is not None
+
+
+def other_cuts(split: Split) -> Iterator[Split]:
+    """The same examples from the back: in micro-batches of the same sizes, and of others."""
+    members = merged(split)[0][::-1]
+    rest = iter(members)
+    yield tuple(tuple(next(rest) for _ in micro_batch) for micro_batch in split)
+    for size in (4, 3):
+        yield tuple(members[at : at + size] for at in range(0, len(members), size))
 
 
 def _fit(
@@ -106,12 +153,23 @@ def _ratios(
     }
 
 
-def _within_micro_batches(fit: _Fit, split: Split) -> Iterator[tuple[int, float]]:
-    """The weight of each example over the usual one of its micro-batch."""
+def _within_micro_batches(
+    fit: _Fit, split: Split, usual: Callable[[Iterable[float]], float]
+) -> Iterator[tuple[int, float]]:
+    """The weight of each example over the usual one of its micro-batch, which is one of them."""
     for micro_batch in split:
-        middle = median(fit.ratios[index] for index in micro_batch)
+        middle = usual(fit.ratios[index] for index in micro_batch)
         if middle:
             yield from ((index, fit.ratios[index] / middle) for index in micro_batch)
+
+
+def _odd(relative: Mapping[int, float]) -> dict[int, float]:
+    return {index: times for index, times in relative.items() if abs(times - 1) > WHOLE_NUMBER}
+
+
+def _said(odd: Mapping[int, float]) -> str:
+    text = ", ".join(f"example {index} x {times:.4g}" for index, times in odd.items())
+    return f"within their micro-batch: {text}"
 
 
 def _most_copies(experiments: Experiments, split: Split) -> int:
@@ -164,23 +222,10 @@ def cut_by_neighbours(experiments: Experiments, **changes: object) -> Diagnosis 
     that the loss divides by; lost tokens give more.
     """
     counts = experiments.subject.example_counts()
-    if counts is None or changes.get("packed"):
+    if counts is None:
         return None
     by_length = sorted(range(len(counts)), key=lambda index: counts[index].length)
-    step = max(1, len(by_length) // NEIGHBOURS)
-    neighbours = by_length[::step]
-    best, at = 0, 0
-    for example in {by_length[-1], by_length[-2], by_length[len(by_length) // 2]}:
-        for first in (False, True):
-            beside = (
-                _own_part(experiments, example, neighbour, neighbour_first=first, **changes)
-                for neighbour in (None, *neighbours)
-            )
-            directions = rank([part for part in beside if part is not None and global_norm(part)])
-            if directions > best:
-                best, at = directions, example
-            if best > TERMS:
-                break
+    best, at = _directions(experiments, by_length, **changes)
     if best <= TERMS:
         return None
     text = (
@@ -190,6 +235,37 @@ def cut_by_neighbours(experiments: Experiments, **changes: object) -> Diagnosis 
     # Beside padding on the left, another place of the row looks the same.
     left = "left" in experiments.subject.padding_sides()
     return Diagnosis(UNEXPLAINED if left else "dropped-examples", 0.0, text)
+
+
+def has_two_units(experiments: Experiments, split: Split, **changes: object) -> bool:
+    """Whether the loss divides an example's terms by two sums over those that share its batch.
+
+    What tokens of an example change points along two directions then, beside ever other examples;
+    with one unit it points along one, whatever it is multiplied by.
+    """
+    return _directions(experiments, merged(split)[0], **changes)[0] == TERMS
+
+
+def _directions(
+    experiments: Experiments, members: Sequence[int], **changes: object
+) -> tuple[int, int]:
+    """The most directions that the part of an example has beside neighbours, and the example."""
+    if changes.get("packed"):
+        return 0, 0
+    neighbours = members[:: max(1, len(members) // NEIGHBOURS)]
+    best, at = 0, 0
+    for example in {members[-1], members[-2], members[len(members) // 2]}:
+        for first in (False, True):
+            beside = (
+                _own_part(experiments, example, neighbour, neighbour_first=first, **changes)
+                for neighbour in (None, *neighbours)
+            )
+            directions = rank([part for part in beside if part is not None and global_norm(part)])
+            if directions > best:
+                best, at = directions, example
+            if best > TERMS:
+                return best, at
+    return best, at
 
 
 def _own_part(

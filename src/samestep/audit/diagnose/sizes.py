@@ -132,6 +132,13 @@ def whole_follows_a_count(evidence: SplitEvidence) -> bool:
     return abs(sum(whole.coefficients) - 1) <= SAME or _alike(list(whole.coefficients))
 
 
+def whole_follows_a_unit(evidence: SplitEvidence) -> bool:
+    """Whether the whole weighs micro-batches all alike, or by something that can be counted."""
+    weights = evidence.of_whole.coefficients
+    counts = [unit.counts for unit in units_of(evidence)]
+    return any(is_proportional(weights, each) for each in ([1.0] * len(weights), *counts))
+
+
 def _ratios(evidence: SplitEvidence) -> list[float] | None:
     """How much of each micro-batch the split holds, over how much the whole does."""
     whole = evidence.of_whole

@@ -9,7 +9,13 @@ from collections.abc import Sequence
 
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.coupling import coupling, diagnose_seen_padding, leak_in_row
-from samestep.audit.diagnose.examples import by_example, cut_by_neighbours, fits_by_example
+from samestep.audit.diagnose.examples import (
+    by_example,
+    cut_by_neighbours,
+    fits_by_example,
+    has_two_units,
+    other_cuts,
+)
 from samestep.audit.diagnose.overlaps import scaled_too, weighted_too
 from samestep.audit.diagnose.places import by_place
 from samestep.audit.diagnose.sizes import (
@@ -18,6 +24,7 @@ from samestep.audit.diagnose.sizes import (
     of_one_length,
     shortened_after_adding,
     whole_follows_a_count,
+    whole_follows_a_unit,
 )
 from samestep.audit.diagnose.state import (
     moved_between,
@@ -75,6 +82,7 @@ def diagnose_split(experiments: Experiments, split: Split, **changes: object) ->
     diagnosis = diagnosis or _by_hypothesis(
         experiments, split, evidence=evidence, difference=difference, **changes
     )
+    diagnosis = _confirmed(experiments, split, diagnosis, evidence=evidence, **changes)
     if diagnosis.cause in (UNEXPLAINED, "second-term-per-micro-batch"):
         diagnosis = several_laws(evidence, experiments.causes.values(), part=part) or diagnosis
     if _bends_large_gradients(experiments, split, **changes):
@@ -82,6 +90,33 @@ def diagnose_split(experiments: Experiments, split: Split, **changes: object) ->
         beside = () if diagnosis.cause == UNEXPLAINED else (diagnosis.cause, *diagnosis.also)
         return Diagnosis("clip-per-micro-batch", 0.0, text + diagnosis.evidence, beside)
     return diagnosis
+
+
+def _confirmed(
+    experiments: Experiments,
+    split: Split,
+    diagnosis: Diagnosis,
+    *,
+    evidence: SplitEvidence,
+    **changes: object,
+) -> Diagnosis:
+    """The diagnosis, or that of another cut if this one fits by an accident of its own.
+
+    A whole that is no sum of the micro-batches' own may be one where these happen to hold groups in
+    equal shares.
+    """
+    if diagnosis.cause != "example-weighted" or whole_follows_a_unit(evidence):
+        return diagnosis
+    other = next(other_cuts(split))
+    try:
+        there = collect_evidence(experiments, other, **changes)
+        difference = relative_difference(there.split, there.whole)
+        if difference <= experiments.small_tolerance:
+            return diagnosis
+        found = _by_hypothesis(experiments, other, evidence=there, difference=difference, **changes)
+    except Exception:  # the subject is the user's code: it may refuse another cut
+        return diagnosis
+    return diagnosis if found.cause == UNEXPLAINED else found
 
 
 def _of_order(
@@ -206,6 +241,10 @@ def _checked(
         coupled = coupling(experiments, split, **changes)
         if coupled is not None and coupled > evidence.residual_tolerance:
             return Diagnosis("batch-coupled-term", coupled, text)
+        if whole.residual > evidence.residual_tolerance and has_two_units(
+            experiments, split, **changes
+        ):
+            return Diagnosis(hypothesis.cause, residual, f"{text}; the loss has two units")
         return Diagnosis(UNEXPLAINED, residual, f"the whole follows no count; {text}")
     if hypothesis.cause == "example-weighted":
         # The unit of the whole may be no count but a size of the micro-batch as a whole.

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,12 +17,22 @@ from samestep.engine.terms import Objective
 from samestep.errors import ConfigError
 from samestep.models.activations import checkpoint_activations
 from samestep.models.compiled import run_eagerly
-from samestep.models.load import check_token_range, load_model, load_tokenizer, resolve_source
+from samestep.models.load import (
+    base_of,
+    check_token_range,
+    load_model,
+    load_tokenizer,
+    resolve_source,
+)
 from samestep.models.lora import num_embeddings
 from samestep.models.probes import choose_padding, logits_of
 from samestep.train.precision import weight_dtype
+from samestep.train.rollouts import RolloutMaker
+from samestep.train.settings.adapters import continued_adapter
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.objectives import OBJECTIVES
+from samestep.train.settings.streams import is_stream
+from samestep.utils.files import cache_folder
 from samestep.utils.plugins import load_object
 from samestep.utils.sources import Source, describe_source, parts_of
 
@@ -243,6 +254,22 @@ class Recipe:
         """
         return collate_records([data[at] for at in indices], padding=padding, pad_id=pad_id)
 
+    def rollouts(self, model: Any, tokenizer: Any, data: Records) -> RolloutMaker | None:
+        """What generates the examples of each step; None: the records are the examples.
+
+        Args:
+            model: On its device, with its adapters.
+            tokenizer: What `load_tokenizer` gave.
+            data: The training records.
+
+        Returns:
+            None, unless a recipe generates.
+
+        Raises:
+            ConfigError: The model cannot generate.
+        """
+        return None
+
     def build(self, model: Any, data: Sequence[Records]) -> Objective:
         """What to optimise.
 
@@ -277,6 +304,31 @@ def recipe_for(settings: TrainSettings) -> Recipe:
         return recipe(settings)
     custom: type[Recipe] = import_module("samestep.train.recipes.custom").CustomRecipe
     return custom(settings)
+
+
+def token_cache(settings: TrainSettings) -> Path | None:
+    """Where tokens of rows are kept; nowhere for a stream, which would fill the disk.
+
+    Args:
+        settings: ``data``, ``stream``.
+    """
+    return None if is_stream(settings, parts_of(settings.data)) else cache_folder() / "tokens"
+
+
+def model_source(settings: TrainSettings) -> str:
+    """What transformers loads to begin with: the model, or the base of adapters that train on.
+
+    Args:
+        settings: ``model``, ``model_adapter``.
+
+    Returns:
+        A folder or a Hub name.
+
+    Raises:
+        ConfigError: There is no such model, or it cannot be used.
+    """
+    adapter = continued_adapter(settings, settings.model)
+    return resolve_source(settings.model) if adapter is None else base_of(adapter)
 
 
 def load_frozen(

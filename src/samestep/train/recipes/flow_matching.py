@@ -14,7 +14,7 @@ from samestep.data.readers.latents import (
 from samestep.data.records import Records
 from samestep.engine.terms import Objective
 from samestep.errors import ConfigError
-from samestep.models.load import load_diffusion
+from samestep.models.load_diffusion import load_diffusion
 from samestep.objectives.flow_matching import FLOW_MATCHING_COUNTERS, FlowMatching, TimestepSampler
 from samestep.train.precision import weight_dtype
 from samestep.train.recipes.base import Recipe

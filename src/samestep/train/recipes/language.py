@@ -8,6 +8,7 @@ from torch import Tensor
 from samestep.data.collate import Padding
 from samestep.data.describe import with_report
 from samestep.data.load import load_rows
+from samestep.data.readers.prompts import ROWS, prompt_records
 from samestep.data.readers.rollouts import teacher_topk_records
 from samestep.data.readers.texts import collate_masked, collate_seq2seq, mask_settings, text_records
 from samestep.data.readers.vision import collate_image_records, image_records
@@ -27,7 +28,8 @@ from samestep.objectives.language import DFT, SEQ2SEQ_COUNTERS, CausalLMLoss, Ma
 from samestep.objectives.routers import RouterBias, RouterLosses
 from samestep.objectives.units import LABELLED_TOKEN_COUNTERS
 from samestep.train.precision import weight_dtype
-from samestep.train.recipes.base import Recipe, load_frozen
+from samestep.train.recipes.base import Recipe, load_frozen, token_cache
+from samestep.train.rollouts import RolloutMaker
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.language import (
     CausalLMSettings,
@@ -37,7 +39,7 @@ from samestep.train.settings.language import (
     VisionLanguageSettings,
 )
 from samestep.train.settings.objectives import DistillationSettings
-from samestep.utils.files import cache_folder, user_path
+from samestep.utils.files import user_path
 from samestep.utils.sources import Source
 
 _TARGET_COLUMNS = ("top_ids", "top_logps")
@@ -75,7 +77,7 @@ def read_language(
             tokenizer,
             max_length=settings.max_length,
             append_eos=settings.append_eos,
-            cache=cache_folder() / "tokens",
+            cache=token_cache(settings),
         )
     return _language_records(
         settings, rows, tokenizer, train_on=train_on, drop_long=long_text == "drop"
@@ -98,7 +100,7 @@ def _language_records(
             max_length=settings.max_length,
             append_eos=settings.append_eos,
             train_on=train_on,
-            cache=cache_folder() / "tokens",
+            cache=token_cache(settings),
             weigh_tokens=True,
             drop_long=drop_long,
         )
@@ -293,9 +295,13 @@ class DistillationRecipe(Recipe):
     settings: DistillationSettings
 
     def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
-        """Rows as of causal_lm; without a teacher with its top-k log-probabilities."""
+        """Rows as of causal_lm; without a teacher with its top-k log-probabilities; or prompts."""
         settings = self.settings
         rows, in_rows = self.load_rows(source), settings.teacher is None
+        if settings.on_policy and training is None:
+            records = prompt_records(rows, tokenizer, columns=False)
+            read = ("prompt", "tools")
+            return with_report(records, rows, tokenizer, format="prompts", used=read)
         used = _TARGET_COLUMNS if in_rows else ()
         records = _language_records(
             settings, rows, tokenizer, train_on=settings.train_on, used=used
@@ -306,6 +312,12 @@ class DistillationRecipe(Recipe):
         records = teacher_topk_records(rows, records.sequences, max_length=settings.max_length)
         records.report = report
         return records
+
+    def rollouts(self, model: Any, tokenizer: Any, data: Records) -> RolloutMaker | None:
+        """What writes the completions; what is evaluated has its own."""
+        if ROWS not in data.meta:
+            return None
+        return RolloutMaker(self.settings, model, tokenizer=tokenizer, prompts=data)
 
     def build(self, model: Any, data: Sequence[Records]) -> Objective:
         """The divergence from the teacher."""

@@ -11,6 +11,7 @@ from samestep.data.collate import Padding
 from samestep.data.describe import with_report
 from samestep.data.load import load_rows
 from samestep.data.readers.preference import collate_unpaired, pair_records, unpaired_records
+from samestep.data.readers.prompts import ROWS, prompt_records
 from samestep.data.readers.rollouts import rollout_records
 from samestep.data.records import Records
 from samestep.data.rows import Row
@@ -26,7 +27,10 @@ from samestep.objectives.moving_reference import MovingReference
 from samestep.objectives.policy import PolicyGradient
 from samestep.objectives.preference import DPO, ReferenceFree, Reward
 from samestep.objectives.units import PAIR_COUNTERS
-from samestep.train.recipes.base import Recipe, load_frozen
+from samestep.train.recipes.base import Recipe, load_frozen, token_cache
+from samestep.train.rewards import check_columns, load_rewards
+from samestep.train.rollouts import RolloutMaker, sampler_of
+from samestep.train.settings.adapters import continued_adapter
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.language import (
     CPOSettings,
@@ -38,7 +42,6 @@ from samestep.train.settings.language import (
     SimPOSettings,
 )
 from samestep.train.settings.objectives import PolicySettings
-from samestep.utils.files import cache_folder
 from samestep.utils.sources import Source
 
 _PAIR_COLUMNS = (
@@ -67,7 +70,7 @@ def read_pairs(settings: TrainSettings, source: Source, tokenizer: Any) -> Recor
         tokenizer,
         max_length=settings.max_length,
         append_eos=settings.append_eos,
-        cache=cache_folder() / "tokens",
+        cache=token_cache(settings),
     )
     return with_report(
         records,
@@ -105,6 +108,8 @@ def load_reference(settings: ReferenceSettings, model: Any) -> Reference:
         ConfigError: It has another vocabulary, or there is no room for a copy, or it cannot move.
     """
     source, moves = settings.reference_model, settings.sync_ref_model
+    # Adapters that train on are part of the model as it was: it is not the model without them.
+    source = source or continued_adapter(settings, settings.model)
     if moves and is_sharded(model):
         raise ConfigError("sync_ref_model: not under parallel fsdp2, which keeps no whole copy")
     if source is None and not moves and settings.lora_rank is not None:
@@ -258,7 +263,7 @@ class KTORecipe(Recipe):
             tokenizer,
             max_length=self.settings.max_length,
             append_eos=self.settings.append_eos,
-            cache=cache_folder() / "tokens",
+            cache=token_cache(self.settings),
         )
         used = ("prompt", "completion", "label", "tools")
         closes = _closes_texts(self.settings, rows, "completion")
@@ -320,24 +325,50 @@ class RewardRecipe(PairRecipe):
 
 
 class PolicyRecipe(Recipe):
-    """A policy gradient that holds ratios near 1."""
+    """A policy gradient that holds ratios near 1, on rollouts of the rows or of its own."""
 
     settings: PolicySettings
 
+    def __init__(self, settings: PolicySettings) -> None:
+        super().__init__(settings)
+        # What is not there is said before rows are read.
+        self._rewards = load_rewards(settings)
+        sampler_of(settings)
+
     def read(self, source: Source, tokenizer: Any, training: Records | None = None) -> Records:
-        """Rows of prompt, completion and reward."""
+        """Rows of prompt, completion and reward; or of prompts alone."""
         rows = self.load_rows(source)
+        if self._rewards:
+            return self._read_prompts(rows, tokenizer)
         records = rollout_records(
             rows,
             tokenizer,
             baseline=self.settings.baseline,
             max_length=self.settings.max_length,
             append_eos=self.settings.append_eos,
-            cache=cache_folder() / "tokens",
+            cache=token_cache(self.settings),
         )
         closes = _closes_texts(self.settings, rows, "completion")
         return with_report(
             records, rows, tokenizer, format="rollouts", used=_ROLLOUT_COLUMNS, append_eos=closes
+        )
+
+    def _read_prompts(self, rows: Sequence[Row], tokenizer: Any) -> Records:
+        records = prompt_records(rows, tokenizer)
+        check_columns(self._rewards, records.meta[ROWS])
+        used = ["prompt", *dict.fromkeys(name for row in rows for name in row.values)]
+        return with_report(records, rows, tokenizer, format="prompts", used=used)
+
+    def rollouts(self, model: Any, tokenizer: Any, data: Records) -> RolloutMaker | None:
+        """What generates, where reward functions are given."""
+        if not self._rewards:
+            return None
+        return RolloutMaker(
+            self.settings,
+            model,
+            tokenizer=tokenizer,
+            prompts=data,
+            rewards=self._rewards,
         )
 
     def build(self, model: Any, data: Sequence[Records]) -> Objective:
@@ -357,6 +388,7 @@ class PolicyRecipe(Recipe):
                 reference=reference,
                 kl_weight=settings.kl_weight,
                 entropy_weight=settings.entropy_weight,
+                temperature=settings.temperature,
             )
         )
         return with_reference(objective, reference)

@@ -7,7 +7,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from samestep.errors import ConfigError
-from samestep.train.settings.adapters import AdapterFields, adapter_problems
+from samestep.train.settings.adapters import (
+    AdapterFields,
+    adapter_problems,
+    with_saved_adapter,
+)
 from samestep.train.settings.evaluation import (
     CHOSEN_BY,
     EVALUATION_MAY_CHANGE,
@@ -22,6 +26,9 @@ from samestep.train.settings.optimization import (
     pairs_of_flags,
 )
 from samestep.train.settings.peers import peer_notes
+from samestep.train.settings.rollouts import ROLLOUTS_MAY_CHANGE
+from samestep.train.settings.streams import StreamFields, is_stream, stream_problems
+from samestep.train.settings.vocabulary import VocabularyFields, vocabulary_problems
 from samestep.utils.flags import leaf
 from samestep.utils.messages import describe_validation_errors
 from samestep.utils.sources import DataSource, Source, parts_of
@@ -58,13 +65,18 @@ RESUME_MAY_CHANGE = frozenset(
         *("activation_offload", "device", "threads", "compile", "deterministic"),
         *("ranks", "parallel", "cpu_offload", "rank_timeout", "not_finite"),
         *EVALUATION_MAY_CHANGE,
+        *ROLLOUTS_MAY_CHANGE,
+        "generation_batch",
         *("save_every", "save_minutes", "keep", "track", "merge", "out"),
     }
 )
 """Settings that a resumed run may change, because they cannot change a step."""
 
 DEFINES_BITS = frozenset(
-    {"micro_batch", "micro_tokens", "padding", "gradient_checkpointing", "threads"}
+    {
+        *("micro_batch", "micro_tokens", "padding", "gradient_checkpointing", "threads"),
+        "generation_batch",
+    }
 )
 """Those of them that a run under ``bitwise`` keeps: they cannot change the step, but its bits."""
 
@@ -79,7 +91,9 @@ _LORA_LR_FACTOR = 10
 _SOURCES = BeforeValidator(one_or_several)
 
 
-class TrainSettings(EvaluationFields, OptimizationFields, AdapterFields):
+class TrainSettings(
+    EvaluationFields, OptimizationFields, AdapterFields, VocabularyFields, StreamFields
+):
     """The settings that all objectives share; each objective's own class adds its own."""
 
     model_config = ConfigDict(
@@ -203,7 +217,11 @@ class TrainSettings(EvaluationFields, OptimizationFields, AdapterFields):
     overwrite: bool = False
     """Replace the run in --out."""
     dry_run: bool = False
-    """Read the data, say what would be learned, show a row with its targets, and stop there."""
+    """Read the data, say what would be learned, show a row with its targets, what a step takes in
+    memory and time, and stop there."""
+    measure: bool = True
+    """In a dry run: load the model and take a step of it, as far as it goes in 10 seconds. Without,
+    memory is counted from the model's config, and no weight is loaded."""
 
     def problems(self) -> list[str]:
         """Contradictions between the settings of the objective itself, a line each."""
@@ -211,7 +229,7 @@ class TrainSettings(EvaluationFields, OptimizationFields, AdapterFields):
 
     def saved(self) -> dict[str, Any]:
         """The settings that ``config.yaml`` keeps: all but how this call treats ``out``."""
-        return self.model_dump(mode="json", exclude={"resume", "overwrite", "dry_run"})
+        return self.model_dump(mode="json", exclude={"resume", "overwrite", "dry_run", "measure"})
 
 
 @dataclass(frozen=True)
@@ -242,11 +260,14 @@ def finalize(settings: Settings) -> Settings:
     Raises:
         ConfigError: All contradictions, in one message.
     """
+    settings, adapter = with_saved_adapter(settings, settings.model, settings.init)
     problems = [
+        *adapter,
         *settings.problems(),
         *_contradictions(settings),
         *optimization_problems(settings),
         *adapter_problems(settings),
+        *vocabulary_problems(settings),
         *evaluation_problems(settings, settings.objective),
     ]
     if problems:
@@ -333,7 +354,19 @@ def _contradictions(settings: TrainSettings) -> list[str]:
     for name, source in [("data", settings.data), *evaluation_sets(settings).items()]:
         if not all(part.path for part in parts_of(source)):
             problems.append(f"{name or 'eval_data'}: a source has an empty name")
-    problems += _mix_problems(parts_of(settings.data))
+    parts = parts_of(settings.data)
+    problems += [] if is_stream(settings, parts) else _mix_problems(parts)
+    sets = evaluation_sets(settings).values()
+    problems += stream_problems(
+        settings,
+        parts,
+        objective=settings.objective,
+        evaluated=[part for source in sets for part in parts_of(source)],
+        lengths={
+            name: bool(getattr(settings, name, None))
+            for name in ("steps", "epochs", "bitwise", "precompute_reference")
+        },
+    )
     if isinstance(settings.micro_tokens, int) and settings.micro_tokens < 1:
         problems.append(f"micro_tokens: at least 1, or 'auto', not {settings.micro_tokens}")
     if settings.micro_batch is not None and settings.micro_tokens != "auto":

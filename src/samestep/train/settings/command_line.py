@@ -12,11 +12,15 @@ from samestep.utils.plugins import nearest
 
 GROUPS = {
     "what to train": ("objective", "model", "data", "out", "tokenizer", "init"),
+    "tokens": ("add_tokens", "add_special_tokens"),
     "evaluating, and choosing by it": (
         *("eval_data", "eval_every", "metrics", "answer_pattern", "samples", "sample_tokens"),
         *("best", "best_is", "patience", "min_improvement"),
     ),
-    "rows": ("columns", "row_format", "max_length", "append_eos", "trust_remote_code"),
+    "rows": (
+        *("stream", "shuffle_buffer", "columns", "row_format", "max_length", "append_eos"),
+        "trust_remote_code",
+    ),
     "the step, and how long": (
         *("batch_size", "batch_tokens", "steps", "epochs", "optimizer", "lr", "schedule"),
         *("warmup", "weight_decay", "max_grad_norm", "seed", "not_finite", "bitwise"),
@@ -34,6 +38,7 @@ GROUPS = {
     "several processes": ("ranks", "parallel", "cpu_offload", "rank_timeout"),
     "saving, going on": (
         *("save_every", "save_minutes", "keep", "track", "resume", "overwrite", "dry_run"),
+        "measure",
     ),
 }
 """Fields by what they are for, as help shows them; those of an objective alone stand first."""

@@ -19,11 +19,19 @@ from samestep.train.settings.language import (
     given_without,
 )
 from samestep.train.settings.peers import peer_objective
+from samestep.train.settings.rollouts import (
+    OF_GENERATION,
+    OF_REWARDS,
+    GenerationFields,
+    RolloutFields,
+    problems_of_generation,
+    problems_of_rewards,
+)
 from samestep.utils.plugins import is_reference, load_object, nearest
 
 
-class PolicySettings(ReferenceSettings):
-    """Learn from rollouts and their rewards by a clipped policy gradient."""
+class PolicySettings(ReferenceSettings, RolloutFields):
+    """Learn from rollouts, given or generated, and their rewards by a clipped policy gradient."""
 
     objective: Literal["policy"] = "policy"
     """What to optimise; `samestep train --objective NAME --help` lists what belongs to it."""
@@ -57,6 +65,7 @@ class PolicySettings(ReferenceSettings):
             problems.append("precompute_reference: the KL of rollouts needs a live reference")
         if self.sync_ref_model and not self.kl_weight:
             problems.append("sync_ref_model: without kl_weight there is no reference to move")
+        problems += self._problems_of_rollouts()
         unread = {
             "clipped": ("sapo_temperature_pos", "sapo_temperature_neg"),
             "cispo": ("clip_low", "sapo_temperature_pos", "sapo_temperature_neg"),
@@ -64,8 +73,17 @@ class PolicySettings(ReferenceSettings):
         }[self.loss]
         return problems + given_without(self, unread, reason=f"loss {self.loss} does not read it")
 
+    def _problems_of_rollouts(self) -> list[str]:
+        if not self.reward_funcs:
+            reason = "rollouts are generated with reward_funcs alone"
+            return given_without(self, (*OF_GENERATION, *OF_REWARDS), reason=reason)
+        problems = problems_of_generation(self, by="reward_funcs") + problems_of_rewards(self)
+        if self.baseline == "given":
+            problems.append("baseline: given reads advantages of rows, and reward_funcs generates")
+        return problems
 
-class DistillationSettings(TrainSettings):
+
+class DistillationSettings(TrainSettings, GenerationFields):
     """Learn the distributions of a teacher (arXiv:1503.02531)."""
 
     objective: Literal["distillation"] = "distillation"
@@ -82,12 +100,31 @@ class DistillationSettings(TrainSettings):
     """Targets: completions and assistant turns, or every token."""
     normalize: Literal["token", "sequence"] = "token"
     """Every token weighs the same, or every sequence does."""
+    on_policy: bool = False
+    """The model writes the completions that it learns from, to the rows' prompts, in every step
+    (GKD, arXiv:2306.13649)."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether the run generates what it learns from."""
+        return self.on_policy
 
     def problems(self) -> list[str]:
-        """A temperature that a teacher's likeliest tokens alone cannot have."""
+        """A temperature that a teacher's likeliest tokens cannot have, completions of its own."""
+        problems = []
         if self.teacher is None and self.temperature != 1:
-            return ["temperature: it needs whole logits: name a teacher, or leave it at 1"]
-        return []
+            problems.append("temperature: it needs whole logits: name a teacher, or leave it at 1")
+        if not self.on_policy:
+            reason = "completions are generated with on_policy alone"
+            return problems + given_without(self, OF_GENERATION, reason=reason)
+        problems += problems_of_generation(self, by="on_policy")
+        if self.teacher is None:
+            problems.append("on_policy: no row holds what a teacher says of them: name a teacher")
+        if self.nll_weight:
+            problems.append("nll_weight: on_policy would learn what the model wrote itself")
+        if self.train_on == "all":
+            problems.append("train_on: on_policy learns completions alone")
+        return problems
 
 
 class EmbeddingSettings(TrainSettings):

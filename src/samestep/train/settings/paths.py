@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from samestep.train.settings.base import TrainSettings
+from samestep.utils.adapter_folder import is_adapter, read_adapter
 from samestep.utils.files import user_path
 from samestep.utils.plugins import nearest
 from samestep.utils.sources import DataSource, is_url
@@ -28,6 +29,7 @@ def missing_paths(settings: TrainSettings) -> list[str]:
         The lines; none if everything that must be there is.
     """
     given = {name: getattr(settings, name, None) for name in (*_MODELS, *_DATA)}
+    given |= {f"{name}: the base of {given[name]}": _base(given[name]) for name in _MODELS}
     return [
         f"{name}: there is no {_kind(value)} {value}{_near(user_path(value))}"
         for name, values in given.items()
@@ -54,6 +56,13 @@ def hub_names(settings: TrainSettings) -> list[tuple[str, str, Literal["model", 
         and not _is_pattern(value)
         and not is_url(value)
     ]
+
+
+def _base(model: str | None) -> str | None:
+    """The base of a folder of adapters, if it is one."""
+    if model is None or not is_adapter(model):
+        return None
+    return str(read_adapter(model)["base_model_name_or_path"])
 
 
 def texts_of(value: Any) -> list[str]:

@@ -120,6 +120,12 @@ PEER_FIELDS: Mapping[str, Meaning] = {
     **_same("loraplus_lr_ratio", "lora_plus_lr_ratio lora_plus loraplus"),
     **_same("modules_to_save", "lora_modules_to_save additional_target"),
     **_same("trainable_token_indices", "peft_trainable_token_indices trainable_tokens"),
+    **_same("stream", "streaming"),
+    **_same("shuffle_buffer", "buffer_size shuffle_buffer_size shuffle_merged_datasets"),
+    **_same("model", "adapter_name_or_path lora_model_dir"),
+    **_same("model_adapter", "create_new_adapter"),
+    **_same("add_tokens", "new_tokens added_tokens resize_vocab"),
+    **_same("add_special_tokens", "new_special_tokens additional_special_tokens"),
     **_same("merge", "merge_lora merge_adapter"),
     **_same(
         "train_on",
@@ -140,6 +146,14 @@ PEER_FIELDS: Mapping[str, Meaning] = {
     **_same("clip_low", "epsilon epsilon_low cliprange clip_eps"),
     **_same("clip_high", "epsilon_high", "how far above 1, of cispo too"),
     **_same("kl_weight", "kl_coef kl_coeff"),
+    **_same("reward_funcs", "reward reward_fn reward_function reward_model rewards"),
+    **_same("num_generations", "group_size rollouts_per_prompt num_samples_per_prompt"),
+    **_same(
+        "max_completion_length",
+        "max_new_tokens response_length max_response_length max_tokens",
+    ),
+    **_same("sampler", "use_vllm vllm_mode vllm_server_base_url rollout_func"),
+    **_same("baseline", "scale_rewards advantage_estimator", "grpo, dr_grpo or rloo"),
     **_same("loss", "loss_type dpo_loss pref_loss"),
     **_same("objective", "task task_type stage trainer training_type method finetuning_type rl"),
     **_same("teacher", "teacher_model teacher_model_name_or_path"),
@@ -164,7 +178,7 @@ PEER_FIELDS: Mapping[str, Meaning] = {
 }
 """Names of fields elsewhere (transformers, TRL, axolotl, LLaMA-Factory, Lightning, nanoGPT)."""
 
-_ROLLOUTS = "on rollouts that you bring: samestep does not generate them"
+_ROLLOUTS = "on rollouts that rows bring, or that reward_funcs asks to generate"
 
 PEER_OBJECTIVES: Mapping[str, Meaning] = {
     **_same("causal_lm", "sft clm lm finetune fine_tuning", "completions are learned, not prompts"),
