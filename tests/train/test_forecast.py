@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_not_loaded(files: Path, capsys: pytest.CaptureFixt
     assert any("more than there is" in line for line in lines)
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("case", [*CASES, "dpo moving", "dpo adapters"])
 def test_what_is_counted_without_weights_is_what_a_run_holds(tmp_path: Path, case: str) -> None:
     changes: dict[str, Any] = {

@@ -310,5 +310,6 @@ def test_pairs_are_streamed_and_a_dry_run_says_how(
     flags = ["--stream", "--shuffle-buffer", "30", "--steps", "50", "--batch-size", "4"]
     assert main(["train", *given, *flags, "--dry-run", "--no-measure"]) == 0
     said = capsys.readouterr().out
-    assert "a stream, read 30 rows at a time, shuffled by 30" in said
+    assert "a stream: 30 rows at a time, shuffled by 30; above are the first" in said
     assert "50 steps of 4 examples" in said
+    assert max(map(len, said.splitlines())) <= 80

@@ -91,9 +91,8 @@ class StreamRecords(Records):
 
     def describe(self) -> str:
         """How the stream is read, for the log."""
-        rows = f"{self._size:,} rows"
         shuffled = f"shuffled by {self._buffer:,}" if self._buffer > 1 else "in the order it has"
-        return f"a stream, read {rows} at a time, {shuffled}: above are its first {rows}"
+        return f"a stream: {self._size:,} rows at a time, {shuffled}; above are the first"
 
     def __len__(self) -> int:
         return self._chunks[-1].end
