@@ -281,6 +281,25 @@ def test_a_proof_finds_a_model_that_attends_to_padding(tmp_path: Path) -> None:
         exact(plain("LlamaForCausalLM", "next")(1, 8, tmp_path), prove=True).train()
 
 
+class RemembersItsLargest(hf.LlamaForCausalLM):
+    def forward(self, input_ids: Any = None, **inputs: Any) -> Any:
+        found = super().forward(input_ids, **inputs)
+        if self.training:
+            self.largest = torch.maximum(self.largest, found.logits.detach().abs().max())
+        return found
+
+
+def test_a_proof_finds_statistics_that_a_forward_leaves(tmp_path: Path) -> None:
+    made = plain("LlamaForCausalLM", "next")(4, 2, tmp_path)
+    made.model.__class__ = RemembersItsLargest
+    largest = torch.zeros(())
+    made.model.register_buffer("largest", largest)
+    with pytest.raises(StepError, match="moves largest"):
+        exact(made, unit="shifted-labels", prove=True).train()
+    assert made.model.largest is largest
+    assert not largest
+
+
 def test_a_wrong_unit_is_found(tmp_path: Path) -> None:
     with pytest.raises(StepError, match="over their rows"):
         exact(plain("LlamaForCausalLM", "next")(4, 2, tmp_path), unit="rows", prove=True).train()

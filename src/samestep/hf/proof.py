@@ -92,9 +92,11 @@ def prove_unit(trainer: Any, window: Sequence[Batch], unit: Unit) -> None:
         unit: What the loss should be a mean over.
 
     Raises:
-        StepError: The losses differ by more than rounding explains.
+        StepError: The losses differ by more than rounding explains, or the forward leaves
+            statistics in the model.
         ConfigError: No micro-batch has several rows.
     """
+    _refuse_moving_buffers(trainer, window[0])
     cuts = [(batch, cut) for batch in window for cut in _cuts(batch, paired=unit.paired)[:1]]
     if not cuts:
         raise ConfigError(
@@ -110,6 +112,34 @@ def prove_unit(trainer: Any, window: Sequence[Batch], unit: Unit) -> None:
                 "attends to padding or couples the rows of a micro-batch, or the unit is another. "
                 "Find out which with `samestep check`; sort rows by length, or pass unit=..."
             )
+
+
+def _refuse_moving_buffers(trainer: Any, batch: Batch) -> None:
+    """Refuse statistics that a forward leaves in the model: each micro-batch moves the next one's.
+
+    Caches that no checkpoint holds may change.
+    """
+    held = {
+        f"{path}.{name}".lstrip("."): (module, name, buffer, buffer.clone())
+        for path, module in trainer.model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+    with undisturbed(trainer, training=True), torch.random.fork_rng():
+        loss_of(trainer, batch)
+    moved = []
+    for path, (module, name, buffer, before) in held.items():
+        now = module._buffers[name]
+        if now is None or not torch.equal(now.nan_to_num(), before.nan_to_num()):
+            moved.append(path)
+        module._buffers[name] = buffer
+        buffer.copy_(before)
+    if moved:
+        raise StepError(
+            f"a forward moves {moved[0]} ({len(moved)} such buffers in all): what a micro-batch "
+            "leaves there changes the next one's loss, so the step depends on the cut. Freeze "
+            "these statistics, or take a model without them"
+        )
 
 
 def _cuts(batch: Batch, *, paired: bool) -> list[Cut]:
