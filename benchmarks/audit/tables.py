@@ -5,6 +5,7 @@ python benchmarks/audit/tables.py
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def page(subjects: dict[str, Any], heads: dict[str, Any]) -> str:
         SWEEP.format(versions=_versions(heads), counts=f"{len(ran)} ran, {counts}"),
         _table(("task", "exact", "inexact", "not run"), _totals(classes)),
         "\n",
+        _table(("cause", "inexact", *(words for words, _ in CURES)), _cures(classes)),
+        "\n",
         _table(
             ("class", "task", "verdict", "scale", "cosine", "cause", "with exact", "inputs"),
             [_head(name, one) for name, one in sorted(ran.items(), key=_rank)],
@@ -159,6 +162,30 @@ def _totals(classes: dict[str, Any]) -> list[tuple[str, ...]]:
         found = Counter(one["verdict"] for one in classes.values() if one["task"] == task)
         rows.append((task, *(str(found[verdict]) for verdict in ("exact", "inexact", "not run"))))
     return rows
+
+
+CURES: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...] = (
+    ("exact after `exact`", lambda cured: cured["verdict"] == "exact"),
+    ("refused by it", lambda cured: cured["verdict"] == "refused"),
+    ("refused by `prove=True`", lambda cured: bool(cured.get("prove"))),
+    (
+        "still inexact",
+        lambda cured: cured["verdict"] in ("inexact", "not run") and not cured.get("prove"),
+    ),
+)
+"""What becomes of an inexact head, and whether it is so, by what is held of it."""
+
+
+def _cures(classes: dict[str, Any]) -> list[tuple[str, ...]]:
+    """By cause, what becomes of the heads that were inexact."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for one in classes.values():
+        if one["verdict"] == "inexact" and "with exact" in one:
+            found.setdefault(one["cause"], []).append(one["with exact"])
+    return [
+        (cause, str(len(cured)), *(str(sum(map(is_so, cured))) for _, is_so in CURES))
+        for cause, cured in sorted(found.items(), key=lambda item: -len(item[1]))
+    ]
 
 
 def _rank(item: tuple[str, dict[str, Any]]) -> tuple[Any, ...]:
