@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM, modeling_gguf_pytorch_utils
 
 from samestep.errors import ConfigError
-from samestep.models import load
+from samestep.models import gguf
 from samestep.models.load import load_model, load_tokenizer, resolve_source
 
 
@@ -117,10 +117,10 @@ def test_a_gguf_file_is_converted_without_the_librarys_bar(
 
     tokenizer = AutoTokenizer.from_pretrained(llama_folder(tmp_path / "llama"))
     monkeypatch.setenv("SAMESTEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", lambda **_: tokenizer)
-    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(gguf.AutoTokenizer, "from_pretrained", lambda **_: tokenizer)
+    monkeypatch.setattr(gguf.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     capsys.readouterr()
-    assert (load.convert_gguf(tmp_path / "m.gguf") / "model.safetensors").is_file()
+    assert (gguf.convert_gguf(tmp_path / "m.gguf") / "model.safetensors").is_file()
     assert "Converting" not in capsys.readouterr().err
     assert modeling_gguf_pytorch_utils.tqdm is bar

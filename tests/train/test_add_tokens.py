@@ -171,7 +171,7 @@ def test_what_cannot_be_added_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as found:
         run_config(folder, add_tokens=("a", "", "a"), add_special_tokens=("a",))
     assert "add_tokens: a token is empty" in str(found.value)
-    assert "add_tokens: 'a' more than once" in str(found.value)
+    assert "add_tokens and add_special_tokens: 'a' more than once" in str(found.value)
     rows = str(write_rows_of("seq2seq", tmp_path / "pairs.jsonl", 4, seed=0))
     t5 = {"model": str(t5_folder(tmp_path / "t5")), "objective": "seq2seq", "data": rows}
     with pytest.raises(ConfigError, match=r"shares its embeddings with .*where adapters cannot"):

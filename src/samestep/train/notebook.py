@@ -4,6 +4,7 @@ import html
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 NOTEBOOK_WIDTH = 110
@@ -39,9 +40,9 @@ class NotebookBar:
     def start(self) -> None:
         """Show it; once more, and it shows where that was."""
         if self._handle is None:
-            from IPython.display import display
-
-            self._handle = display(self._content(), raw=True, display_id=True)
+            self._handle = import_module("IPython.display").display(
+                self._content(), raw=True, display_id=True
+            )
 
     def update(self, *, completed: int, state: str) -> None:
         """Show how far the run is, unless that was shown a moment ago.

@@ -44,7 +44,10 @@ def shown_as(table: Mapping[str, Any]) -> Any:
     Returns:
         What to annotate the field with.
     """
-    return tyro.conf.arg(metavar="{" + ",".join(table) + "}|FILE.py:NAME|MODULE:NAME")
+    names = "{" + ",".join(table) + "}"
+    own = "FILE.py:NAME|MODULE:NAME"
+    # Beside many names the short form leaves the line within 80 columns; the page tells both.
+    return tyro.conf.arg(metavar=f"{names}|{own if len(names) < 48 else 'FILE:NAME'}")
 
 
 def _problem_of(pattern: str) -> str:

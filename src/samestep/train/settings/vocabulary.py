@@ -26,7 +26,13 @@ def vocabulary_problems(settings: VocabularyFields) -> list[str]:
     Args:
         settings: Each field right by itself.
     """
-    tokens = (*settings.add_tokens, *settings.add_special_tokens)
-    empty = ["add_tokens: a token is empty"] if not all(token.strip() for token in tokens) else []
-    twice = [repr(token) for token, number in Counter(tokens).items() if number > 1]
-    return empty + ([f"add_tokens: {', '.join(twice)} more than once"] if twice else [])
+    given = {name: getattr(settings, name) for name in VocabularyFields.model_fields}
+    empty = [
+        f"{name}: a token is empty"
+        for name, tokens in given.items()
+        if not all(token.strip() for token in tokens)
+    ]
+    counts = Counter(token for tokens in given.values() for token in tokens)
+    twice = [repr(token) for token, number in counts.items() if number > 1]
+    names = " and ".join(name for name, tokens in given.items() if tokens)
+    return empty + ([f"{names}: {', '.join(twice)} more than once"] if twice else [])
