@@ -41,7 +41,7 @@ $(READY): pyproject.toml constraints.txt
 
 # The slow tests among the others, so that no core waits at the end.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -52,7 +52,7 @@ unit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 thorough: $(READY)
-	SAMESTEP_THOROUGH=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	SAMESTEP_THOROUGH=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py

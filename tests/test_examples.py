@@ -17,7 +17,7 @@ def test_the_own_loop_learns_the_same_under_every_split() -> None:
     assert split == pytest.approx(whole, rel=1e-5)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("subject", "inexact"),
     [

@@ -20,7 +20,7 @@ def test_the_template_runs_and_is_inexact(
     assert "<svg" in page.read_text(encoding="utf-8")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -118,7 +118,7 @@ class CountsRepeats(Counts):
     repeats = True
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("kind", "cause"),
     [(Counts, None), (CountsRepeats, "duplicated-examples"), (Trainer, "eval-mean-of-means")],

@@ -20,7 +20,7 @@ from samestep.audit.check import check
 SEED = 5
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.axis == "loader"], ids=lambda case: case.name
 )
@@ -86,7 +86,7 @@ class LeavesRepeatsOut(Trainer):
         return batches, self.accelerator.gather(count).sum()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", [Trainer, LeavesRepeatsOut])
 def test_repeats_of_ranks_are_named_unless_they_are_left_out(kind: type[Trainer]) -> None:
     make = factory(kind=kind, data=trainer_rows(SEED), compute_loss_func=over_items)

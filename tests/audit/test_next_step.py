@@ -9,7 +9,7 @@ from samestep.audit.check import check
 SEED = 5
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 # A schedule that moves before its optimizer is what one of them is about.
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -75,7 +75,7 @@ def verdicts(make_trainer: Callable[..., Any], *axes: str) -> dict[str, str]:
     return {axis.name: axis.cause or axis.verdict for axis in report.axes}
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo"])
 def test_losses_with_one_count_are_exact(tmp_path: Path, loss: str) -> None:
     found = verdicts(factory(tmp_path, loss_type=loss), "micro-batch", "ranks", "evaluation-batch")

@@ -102,7 +102,7 @@ def test_a_classifier_is_multiplied_by_the_accumulation() -> None:
     assert by_name["ranks"].ratio == pytest.approx(2)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("options", "cause"),
     [
@@ -138,7 +138,7 @@ class Listed(torch.utils.data.Dataset[Any]):
         return rows()[index]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("data", [rows(), rows(5), Stream(), Listed()])
 def test_every_kind_of_data_runs(data: Any) -> None:
     stream = isinstance(data, Stream)

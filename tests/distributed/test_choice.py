@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_two_ranks_are_one_process(folder: Path, parallel: str) -> None:
     samples = {"samples": 2} if parallel == "ddp" else {}

@@ -20,7 +20,7 @@ def truth(name: str, normalize: Any = "token") -> tuple[float, dict[str, Any]]:
     return float(objective.detach()), gradients(model)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("deal", ["even", "uneven", "bare", "idle", "idle-right"])
 @pytest.mark.parametrize("mode", ["plain", "ddp", "fsdp2"])
 @pytest.mark.parametrize("number", [2, 4])

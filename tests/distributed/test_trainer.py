@@ -55,7 +55,7 @@ def assert_same_run(out: Path, alone: Path) -> None:
             assert one["tokens"] == other["tokens"]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_the_run_is_that_of_one_process(folder: Path, number: int, parallel: str) -> None:
@@ -76,7 +76,7 @@ def test_ranks_wait_for_one_with_a_slow_disk(folder: Path) -> None:
     assert worst(weights(out), weights(folder / "quick")) == 0
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("before", "after"),
     [((2, "fsdp2"), (4, "fsdp2")), ((4, "fsdp2"), (2, "ddp")), ((4, "ddp"), (2, "fsdp2"))],
@@ -112,7 +112,7 @@ def test_resumed_on_one_process(folder: Path) -> None:
     assert_same_run(out, folder / "alone")
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "options",
     [

@@ -90,6 +90,7 @@ def run_there(
     assert all(gradient.is_meta for gradient in gradients.values())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_packs(name: str, weighted: bool) -> None:

@@ -62,6 +62,7 @@ def test_a_mean_is_refused_and_named(way: Callable[..., Any], sizes: tuple[int, 
     way(model, rows(*sizes), summed)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_language_models_own_mean(padding: Any, dtype: torch.dtype) -> None:

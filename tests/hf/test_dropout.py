@@ -37,7 +37,7 @@ def step(make: Any, cut: tuple[int, int], folder: Path, **options: Any) -> dict[
     return gradients(exact(make(*cut, folder), **options))[0]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CASES)
 def test_no_cut_changes_the_masks(tmp_path: Path, name: str) -> None:
     make = CASES[name]

@@ -23,7 +23,7 @@ def factory(folder: Path, *, apply: bool) -> Any:
     return make_trainer
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("apply", [True, False])
 def test_the_auditor_finds_it_exact(tmp_path: Path, apply: bool) -> None:
     report = samestep.check(factory(tmp_path, apply=apply), axes=AXES)

@@ -9,7 +9,7 @@ from exact_rank_work import trained
 from gloo import on_ranks
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("name", "labels"),
     [("BertForMaskedLM", "tokens"), ("BertForSequenceClassification", "row")],

@@ -62,7 +62,7 @@ def factory(folder: Path, name: str, labels: str, *, apply: bool) -> Any:
     return make_trainer
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("_no_switch")
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForMaskedLM"])
 def test_a_former_trainer_is_made_exact(tmp_path: Path, name: str) -> None:

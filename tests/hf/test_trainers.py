@@ -54,7 +54,7 @@ class DividesByItems(MeanOfTokens):
         return super().compute_loss(model, inputs) * count / num_items_in_batch
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("trainer", [MeanOfTokens, MeanOfRows])
 def test_the_unit_of_a_loss_of_ones_own_is_found(tmp_path: Path, trainer: Any) -> None:
     make = plain("LlamaForCausalLM", "next", trainer=trainer)
@@ -116,7 +116,7 @@ def test_the_class_before_a_trainer(tmp_path: Path) -> None:
     assert worst(cut, again) == 0
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "name", ["BertForMaskedLM", "LlamaForCausalLM", "T5ForConditionalGeneration"]
 )

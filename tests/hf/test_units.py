@@ -79,7 +79,7 @@ def trainer_of(case: str, cut: tuple[int, int], folder: Path, **config: Any) -> 
     )
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradient_does_not_depend_on_the_cut(tmp_path: Path, case: str) -> None:
     (whole,) = gradients(exact(trainer_of(case, (ROWS, 1), tmp_path)))

@@ -33,7 +33,7 @@ def truths() -> dict[str, Any]:
     return {name: reference(build(name), ragged(32)) for name in MODELS}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("sizes", "padding"), SPLITS)
 @pytest.mark.parametrize("name", MODELS)
 def test_float64(truths: dict[str, Any], name: str, sizes: list[int], padding: Any) -> None:
@@ -45,7 +45,7 @@ def test_float64(truths: dict[str, Any], name: str, sizes: list[int], padding: A
     assert worst(gradients(model), truths[name][1]) < 1e-12
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("sizes", "padding"), SPLITS)
 @pytest.mark.parametrize("name", MODELS)
 def test_float32(truths: dict[str, Any], name: str, sizes: list[int], padding: Any) -> None:

@@ -99,7 +99,7 @@ def loss_of(name: str, vocabulary: int, dtype: torch.dtype) -> Callable[[], Tens
     return losses[name]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     "name",

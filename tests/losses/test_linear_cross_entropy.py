@@ -20,7 +20,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, 
     return hidden, weight, bias, targets, torch.rand(N, dtype=torch.float64) + 0.5
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("chunk", [1, 3, None])
 @pytest.mark.parametrize(
     "options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1}, {"softcap": 2.0}], ids=str

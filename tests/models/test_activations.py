@@ -20,7 +20,7 @@ from samestep.models.lora import add_lora
 MODES: Any = ["none", "selective", "full"]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "gpt2"])
 def test_gradients_in_float64(name: str, mode: Any) -> None:

@@ -33,6 +33,7 @@ def without(package: str, *arguments: str, folder: Path) -> Done:
 STUDY = ["--model", "tiny", "--data", "rows.jsonl", "--eval-data", "rows.jsonl", "--steps", "1"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("package", ["altair", "jinja2", "vl_convert"])
 @pytest.mark.parametrize("command", ["check", "study"])
 def test_a_missing_extra_is_said_before_the_work(folder: Path, package: str, command: str) -> None:
@@ -63,7 +64,7 @@ def test_a_missing_tracker_is_said_before_the_work(folder: Path) -> None:
     assert not (folder / "out").exists()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("flag", ["--json", "--html"])
 def test_a_report_that_cannot_be_written_is_said_before_the_work(folder: Path, flag: str) -> None:
     (folder / "file").touch()
@@ -123,7 +124,7 @@ def test_no_name_is_broken_at_80_columns(cause: str) -> None:
         assert any(line.startswith(name) and line.rstrip().endswith(cause) for line in lines)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("place", ["at import", "in the step"])
 def test_an_error_of_the_subject_shows_its_own_line(folder: Path, place: str) -> None:
     loop = folder / "loop.py"

@@ -35,7 +35,7 @@ STEP = (
 )
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("flags", [[], ["--lora-rank", "2"], ["--gradient-checkpointing", "full"]])
 def test_a_run_says_these_lines_and_no_warning(folder: Path, flags: list[str]) -> None:
     done = samestep("train", "run.yaml", *flags, folder=folder, python=("-W", "error"))
@@ -155,6 +155,7 @@ def closed_port() -> str:
     return "http://127.0.0.1:9"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("flags", "hub", "message"),
     [

@@ -159,6 +159,7 @@ def test_a_run_with_adapters_goes_on_at_the_rate_that_it_had(folder: Path) -> No
     assert read_settings(["--resume", "--out", str(folder / "out")]).lr == 2e-5
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("merge", [False, True])
 def test_a_model_is_saved_in_the_type_that_it_came_in(

@@ -15,6 +15,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return llama_folder(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "objective"),
     [

@@ -82,6 +82,7 @@ def trained(gradient: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, T
     return {n: gradient[n] for n, value in like.items() if float(value.norm()) > 1e-9 * largest}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("normalize", ["example", "element"])
 @pytest.mark.parametrize(("full", "weighted"), [(False, False), (True, True)])
 def test_the_formula_under_every_split(

@@ -145,7 +145,7 @@ def kinds_of(name: str) -> dict[str, float]:
     return {"mixture": {"robust": 0.7, "aot": 0.5, "sft": 0.2}}.get(name, {name: 1.0})
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", [*(n for n in LOSSES if n != "sigmoid"), "mixture"])
 def test_dpo_is_trls_under_every_split(name: str) -> None:
     model, other, records = build("llama"), reference(), ragged_records(7, width=2)
@@ -157,7 +157,7 @@ def test_dpo_is_trls_under_every_split(name: str) -> None:
     check_wrong_is_caught(model, records, dpo(kinds, other), truth)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("kinds", "ours", "theirs"),
     [
@@ -273,6 +273,7 @@ def sigmoid_truth(
     return truth
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])

@@ -114,7 +114,7 @@ def plain_truth(examples: Sequence[Example], kind: str) -> Callable[[Any], Tenso
     return truth
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", ["window", "sequence", "z"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_papers_formula_under_every_split(family: str, kind: str) -> None:
@@ -126,6 +126,7 @@ def test_the_papers_formula_under_every_split(family: str, kind: str) -> None:
     check_all_splits(model, records, objective(kind), truth, bound=BOUND.get(family, 1e-12))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["window", "sequence", "z"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32(family: str, kind: str) -> None:

@@ -110,6 +110,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     return of
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", [*FAMILIES, FULL, WRAPPED])
 def test_every_split_gives_the_rows_own_value(truth: Any, family: str) -> None:
     records, value, wanted = truth(family)
@@ -121,6 +122,7 @@ def test_every_split_gives_the_rows_own_value(truth: Any, family: str) -> None:
         assert worst(gradients(model), wanted) < bound, (size, padding)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32(truth: Any, family: str) -> None:
     """The full gradient within 2e-6, and each weight's by itself within its own rounding."""
@@ -161,6 +163,7 @@ def test_wrong_steps_are_caught(truth: Any, kind: str) -> None:
     assert worst(gradients(model), wanted) > 1e-3
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_learns_to_read(tmp_path: Path, family: str) -> None:
     """Two pictures with the same question: only who looks at them can answer."""

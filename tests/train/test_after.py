@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("run", ["whole", "lora"])
 @pytest.mark.parametrize("size", [[], ["--micro-batch", "1"]], ids=["auto", "one"])
 def test_eval_says_what_the_run_said(

@@ -85,7 +85,7 @@ def test_killed_on_two_ranks_and_resumed_on_one(folder: Path) -> None:
     assert bits(out) == bits(folder / "alone")
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "options",
     [
@@ -108,7 +108,7 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(
     assert whole == broken
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("case", ["causal_lm mixtral", "kto", "embedding"])
 def test_objectives_that_couple_the_batch_have_the_same_bits(tmp_path: Path, case: str) -> None:
     """A sum over the routers of the batch, the KL of all rows, negatives from all rows."""

@@ -53,7 +53,7 @@ class Allocator:
         raise RuntimeError(FULL)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("knob", [{"micro_tokens": 400}, {"micro_batch": 8}], ids=str)
 @pytest.mark.parametrize("backward", [False, True])
 def test_out_of_memory_changes_the_cut_and_nothing_else(
@@ -69,7 +69,7 @@ def test_out_of_memory_changes_the_cut_and_nothing_else(
     assert len(read_lines(tmp_path / "out" / "log.jsonl")) == 3
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mode", ["auto", "none"])
 def test_below_one_sequence_it_stops_with_its_row_and_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: str

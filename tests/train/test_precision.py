@@ -76,7 +76,7 @@ def test_no_worse_than_plain_autocast(tmp_path: Path) -> None:
     assert distance(gradient(settings, precision="float32")[1], wanted) < 1e-5
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "knobs",
     [{"micro_batch": 1}, {"padding": "right"}, {"gradient_checkpointing": "selective"}],
@@ -142,7 +142,7 @@ def test_updates_that_bfloat16_rounds_away(tmp_path: Path) -> None:
     assert moved["mixed"] == pytest.approx(moved["float32"], rel=0.05)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "lora_dropout": 0.1}], ids=str)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
@@ -198,6 +198,7 @@ def test_bfloat16_says_what_it_loses(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "updates of less than 1/256 of a weight round away" in caplog.text
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("chosen", "speed", "said"),
     [
@@ -239,7 +240,7 @@ def test_auto_is_decided_by_the_device_and_saved(
     assert precision.choose_precision(run_config(tmp_path)).precision == "float32"
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("saved", "now"),
     [

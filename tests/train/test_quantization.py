@@ -76,6 +76,7 @@ def by_hand(folder: Path, bits: str) -> Any:
     return model.double()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("bits", "variant"), [("4bit", {}), ("8bit", {}), ("4bit", {"dora": True})], ids=str
 )

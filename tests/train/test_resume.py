@@ -36,7 +36,7 @@ def change_template(folder: Path) -> None:
         file.write(" ")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -252,7 +252,7 @@ def test_advantages_over_a_part_of_a_group_are_caught(
     assert [each for _, each in wrong] != pytest.approx([each for _, each in right])
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("baseline", ["grpo", "dr_grpo", "rloo"])
 def test_the_step_is_that_of_rows_that_bring_the_same_rollouts(
     folder: Path, setup: TrainingSetup, baseline: str

@@ -26,7 +26,7 @@ def test_it_learns_and_balances(tmp_path: Path) -> None:
     assert last["router_balance"] - 2 < 0.8 * (first["router_balance"] - 2)  # 2: all loads equal
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("family", "settings", "bound"),
     [("qwen3_moe", BALANCED, 1e-12), ("minimax_m2", BIASED, 1e-8)],

@@ -48,7 +48,7 @@ def test_a_run_learns_and_leaves_a_model_that_loads(tmp_path: Path) -> None:
     assert AutoProcessor.from_pretrained(tmp_path / "out" / "model").image_token == "<imgpad>"
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_memory_knobs_do_not_change_the_weights(tmp_path: Path, precision: str) -> None:
     def run(precision: str, knobs: Mapping[str, Any]) -> dict[str, Tensor]:

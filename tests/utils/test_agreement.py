@@ -61,7 +61,7 @@ def leak(monkeypatch: pytest.MonkeyPatch) -> Any:
     packed_attention.register()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2", *FAMILIES])
 def test_sound_models_pass_in_every_type(name: str, dtype: torch.dtype) -> None:
@@ -69,7 +69,7 @@ def test_sound_models_pass_in_every_type(name: str, dtype: torch.dtype) -> None:
         assert choose_padding(made(name, dtype), padding) == padding
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("share", [LEAK, -1e-2])
 def test_a_small_leak_is_refused_in_every_type(dtype: torch.dtype, share: float, leak: Any) -> None:
