@@ -1,5 +1,7 @@
 """Folders of the cache: whole or not there, whatever kills, other runs and damage leave."""
 
+import fcntl
+import shutil
 import threading
 from pathlib import Path
 
@@ -77,6 +79,28 @@ def test_many_at_once_get_the_same_content(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert found == [b"12345678"] * 8
+    assert [path.name for path in tmp_path.iterdir()] == ["abc"]
+
+
+def test_a_folder_that_another_takes_for_abandoned_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its making and its lock a folder looks as if a kill had left it."""
+    taken: list[Path] = []
+    flock = fcntl.flock
+
+    def first_by_another(descriptor: int, operation: int) -> None:
+        if not taken:
+            taken.extend(tmp_path.iterdir())
+            raise BlockingIOError
+        flock(descriptor, operation)
+
+    def fill(place: Path) -> None:
+        shutil.rmtree(taken[0])  # the other deletes it only now
+        make(place)
+
+    monkeypatch.setattr(fcntl, "flock", first_by_another)
+    assert content(cached_folder(tmp_path / "abc", fill)) == b"12345678"
     assert [path.name for path in tmp_path.iterdir()] == ["abc"]
 
 

@@ -83,12 +83,24 @@ def _new_folder(prefix: str, parent: Path | None) -> tuple[Path, int]:
     """A new, locked folder, and the descriptor that holds its lock."""
     while True:
         unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        descriptor = os.open(unfinished, os.O_RDONLY)
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if unfinished.is_dir():  # nobody took it for abandoned before it was locked
+        try:
+            descriptor = os.open(unfinished, os.O_RDONLY)
+        except FileNotFoundError:  # taken for abandoned
+            continue
+        if _lock(descriptor) and unfinished.is_dir():
             return unfinished, descriptor
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a new folder; False where another has, who takes it for abandoned and deletes it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
 
 
 def _remove_abandoned(folder: Path) -> None:
