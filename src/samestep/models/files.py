@@ -3,16 +3,17 @@
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
 from samestep.errors import ConfigError
+from samestep.utils.cached_folders import cached_folder
 
 log = logging.getLogger("samestep")
 
@@ -21,6 +22,29 @@ _IS_SAFETENSORS = re.compile(r"[^/\\\x00]+\.safetensors")
 
 _MOST_PARTS = 100_000
 """Layers or experts that a config may name."""
+
+
+def made_in_cache(folder: Path, write: Callable[[Path], None], *, failure: str) -> Path:
+    """A model's folder that is made once: `samestep.utils.cached_folders.cached_folder`.
+
+    Args:
+        folder: Where it is kept.
+        write: Fills an empty folder.
+        failure: What is said not to have been possible if it cannot be written.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: It cannot be written, or ``write`` raises it.
+    """
+    try:
+        return cached_folder(folder, write)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"model: {failure} in {folder.parent}: {error}. Make room there, or set "
+            "SAMESTEP_CACHE to another folder"
+        ) from error
 
 
 def check_safetensors(source: str, index: str) -> None:

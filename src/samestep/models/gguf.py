@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -14,7 +13,7 @@ from transformers import (
 )
 
 from samestep.errors import ConfigError
-from samestep.utils.cached_folders import cached_folder
+from samestep.models.files import made_in_cache
 from samestep.utils.files import cache_folder, sha256_of
 from samestep.utils.waiting import waiting
 
@@ -45,13 +44,7 @@ def convert_gguf(file: Path) -> Path:
             _write_safetensors(file, folder)
 
     folder = cache_folder() / "gguf" / sha256_of(file)[:32]
-    try:
-        return cached_folder(folder, write)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"model: {file} could not be converted in {folder.parent}: {error}. Make room "
-            "there, or set SAMESTEP_CACHE to another folder"
-        ) from error
+    return made_in_cache(folder, write, failure=f"{file} could not be converted")
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -23,6 +22,7 @@ from samestep.models.files import (
     check_finite_files,
     check_parts,
     check_safetensors,
+    made_in_cache,
 )
 from samestep.models.gguf import convert_gguf
 from samestep.models.load_quantized import adopt_quantized, quantization_options, read_quantized
@@ -31,7 +31,6 @@ from samestep.models.quantized import Quantization
 from samestep.models.saved_adapter import continue_lora
 from samestep.models.weightless import is_weightless, on_meta
 from samestep.utils.adapter_folder import ADAPTER_WEIGHTS, is_adapter, read_adapter
-from samestep.utils.cached_folders import cached_folder
 from samestep.utils.files import cache_folder, sha256_of, user_path
 from samestep.utils.hub import find_on_hub
 from samestep.utils.waiting import waiting
@@ -150,13 +149,7 @@ def merge_adapter(adapter: str) -> Path:
         files += [Path(str(transformers.utils.cached_file(base, "config.json")))]
     facts = "\n".join([base, *(f"{sha256_of(file)} {file}" for file in files)])
     target = cache_folder() / "merged" / hashlib.sha256(facts.encode()).hexdigest()[:32]
-    try:
-        return cached_folder(target, write)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"model: {adapter} could not be folded into its base in {target.parent}: {error}. Make "
-            "room there, or set SAMESTEP_CACHE to another folder"
-        ) from error
+    return made_in_cache(target, write, failure=f"{adapter} could not be folded into its base")
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:

@@ -89,7 +89,7 @@ class MicroBatches:
         Returns:
             What cuts them so.
         """
-        return MicroBatches(
+        found = MicroBatches(
             self._records,
             self._collate,
             micro_tokens=micro_tokens,
@@ -97,6 +97,8 @@ class MicroBatches:
             device=self.device,
             whole_packs=self._whole_packs,
         )
+        found.put(self._records, self._names)
+        return found
 
     def of_this_rank(self, indices: Sequence[int], step: int) -> Iterator[dict[str, Any] | Idle]:
         """This rank's part of the records: over all ranks each is there exactly once.
