@@ -91,7 +91,7 @@ def test_dropout_has_the_same_bits_as_on_a_cpu() -> None:
 
 
 def test_micro_batches_are_pinned() -> None:
-    micro = pinned(collate_examples(ragged(3)))
+    micro = pinned(collate_examples(ragged(3)), GPU)
     assert micro["input_ids"].is_pinned()
     assert not micro["example_ids"].is_pinned()
 
