@@ -61,7 +61,12 @@ from samestep.engine.normalize import (
     reduce_terms,
     reduce_totals,
 )
-from samestep.engine.oom import clipping_guard, memory_guard, update_guard
+from samestep.engine.oom import (
+    clipping_guard,
+    memory_guard,
+    update_guard,
+    without_failed_frames,
+)
 from samestep.engine.parallel import (
     gather_micro_batch_results,
     is_sharded,
@@ -111,6 +116,7 @@ class StepReport:
     skipped: str | None = None
 
 
+@without_failed_frames
 def step(
     model: nn.Module,
     optimizer: Optimizer,
@@ -243,6 +249,7 @@ def step(
     )
 
 
+@without_failed_frames
 def backward(
     model: nn.Module,
     micro_batches: Iterable[MicroBatch],

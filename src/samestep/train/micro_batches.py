@@ -1,7 +1,6 @@
 """From a step's records to this rank's micro-batches, which shrink where memory runs out."""
 
 import copy
-import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from samestep.engine.collectives import rank, world_size
 from samestep.engine.parallel import Idle, is_sharded
 from samestep.errors import OutOfMemoryError, SequenceTooLargeError
 from samestep.train.ahead import Ahead, Collator
+from samestep.utils.memory import release_memory
 
 DEFAULT_MICRO_TOKENS = 1024
 """Tokens a micro-batch where nothing was measured."""
@@ -277,6 +277,4 @@ def retry_on_oom(
                 ) from None
             change = f"in micro-batches of at most {micro_batches.halve(indices)}"
         log.warning("%s: the same again, %s", problem, change)
-        gc.collect()  # frames of the failed attempt hold its tensors
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
