@@ -8,7 +8,7 @@ final when its gradient is made, and the micro-batches may be of any size and nu
 The whole step is this file and those beside it, of which each does one part:
 
 - what is a target, and what is counted: `samestep.engine.targets`, `samestep.engine.counts`,
-  `samestep.engine.batch`;
+  `samestep.engine.batch`, `samestep.engine.device_copy`;
 - what a loss returns: `samestep.engine.terms`;
 - dividing, and adding terms up over micro-batches and ranks: `samestep.engine.normalize`;
 - a first pass for terms that couple the batch: `samestep.engine.two_pass`;
