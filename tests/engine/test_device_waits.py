@@ -179,3 +179,49 @@ def test_waits_are_caught(wrong: str) -> None:
             del micro_batch["target_positions"]
     with pytest.raises(RuntimeError, match="meta"):
         run_there(model, micro_batches, reading if wrong == "a value read" else loss)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor's values are asked for."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.number = 0
+        real = torch.Tensor.tolist
+
+        def tolist(tensor: torch.Tensor) -> Any:
+            self.number += 1
+            return real(tensor)
+
+        patch.setattr(torch.Tensor, "tolist", tolist)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        asks = (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.nonzero)
+        self.number += func.overloadpacket in asks
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_its_terms_and_the_norm_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss(model: nn.Module, rows: torch.Tensor) -> Mapping[str, samestep.Term]:
+        found = model(rows)
+        return {
+            "square": samestep.Term(found.square().sum(), "row"),
+            "size": samestep.Term(found.abs().sum(), "row", weight=0.1),
+            "mean": samestep.Term(found.detach().sum(), "row", weight=0.0),
+        }
+
+    with monkeypatch.context() as patch, Reads(patch) as reads:
+        report = samestep.step(
+            *(model, optimizer, torch.randn(10, 3).split(2), loss),
+            counters={"row": len},
+            max_grad_norm=0.1,
+            check_sums=False,
+        )
+    assert report.micro_batches == 5
+    assert len(report.terms) == 3
+    assert reads.number == 2

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 from samestep.data.examples import Examples
 from samestep.data.records import Records
+from samestep.engine.device_copy import copy_without_waiting
 from samestep.engine.parallel import Idle
 from samestep.errors import DataError, Interrupted, OutOfMemoryError
 from samestep.train import micro_batches, trainer
-from samestep.train.ahead import Ahead
+from samestep.train.ahead import Ahead, pinned
 from samestep.train.micro_batches import MicroBatches
 from samestep.train.recipes.language import CausalLMRecipe
 from samestep.train.setup import set_up
@@ -202,3 +203,19 @@ def test_an_exit_waits_for_one_micro_batch_at_most() -> None:
     ahead.begin([(records, (1,), 0)])  # outside of the block nothing is begun
     assert ahead.make((records, (2,), 0)) == {}
     assert made == [0, 2]
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_pins_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(self: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("pinned")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refused)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    micro, cpu = {"input_ids": torch.ones(1, 3), "fields": {"class": torch.ones(1)}}, "cpu"
+    assert pinned(micro, torch.device(cpu)) is micro
+    assert copy_without_waiting(micro["input_ids"], torch.device(cpu)) is micro["input_ids"]
+    for pins in (pinned, copy_without_waiting):
+        with pytest.raises(AssertionError, match="pinned"):
+            pins(micro if pins is pinned else micro["input_ids"], torch.device("cuda"))

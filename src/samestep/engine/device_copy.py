@@ -7,6 +7,7 @@ given to it before is done. The data were on the CPU once: counts are taken ther
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 _Entry: TypeAlias = tuple[tuple[str, ...], Any, int]
@@ -51,6 +52,23 @@ class DeviceCopy(dict[str, Any]):
             )
         )
         return self._data if unchanged else self
+
+
+def copy_without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that may still be under way: what runs on the device afterwards finds it there.
+
+    From memory that is not pinned CUDA copies by way of a buffer, in the order of its work: whoever
+    gives it more than fits into that buffer waits until all before is done.
+
+    Args:
+        tensor: On the CPU.
+        device: Where to.
+
+    Returns:
+        The copy; the same tensor on a CPU.
+    """
+    source = tensor.pin_memory() if device.type == "cuda" else tensor
+    return source.to(device, non_blocking=True)
 
 
 def data_of(micro_batch: Any) -> Any:
