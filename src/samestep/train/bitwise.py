@@ -27,6 +27,7 @@ from samestep.train.origin import differences
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
 from samestep.train.setup import TrainingSetup
+from samestep.utils.memory import release_memory
 from samestep.utils.version import package_version
 
 log = logging.getLogger("samestep")
@@ -291,10 +292,15 @@ def _fitting(setup: TrainingSetup, *, micro_batches: MicroBatches, indices: Sequ
         except SequenceTooLargeError:
             return "Not even one row alone fits: shorten rows (max_length)"
         except OutOfMemoryError:
-            continue
+            fits = False
+        else:
+            fits = True
         finally:
             del held
             model.zero_grad()
+        if not fits:
+            release_memory()
+            continue
         number, unit = budget.split()
         flag = "--micro-batch" if unit == "records" else "--micro-tokens"
         return f"Its largest pack fits with {flag} {number} (tried): use that"

@@ -24,14 +24,16 @@ from samestep.models.lora import LoraVariant, add_lora
 from samestep.models.probes import cut_last_layer
 from samestep.models.saved_adapter import continue_lora, saved_rows
 from samestep.models.vocabulary import grow_embeddings, rows_that_train, size_of
+from samestep.train.ahead import Collator
+from samestep.train.budget_range import budget_range
 from samestep.train.compilation import choose_compilation
 from samestep.train.ema import WeightAverage
 from samestep.train.evaluator import EvaluationSet, check_choice
 from samestep.train.forward import precompute_fields
 from samestep.train.launch import is_first_on_machine
 from samestep.train.metrics import with_metrics
-from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS, Collator, MicroBatches
-from samestep.train.micro_tokens import budget_range, choose_micro_tokens
+from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS, MicroBatches
+from samestep.train.micro_tokens import choose_micro_tokens
 from samestep.train.optim import build_optimizer, freeze
 from samestep.train.precision import (
     choose_precision,
