@@ -198,6 +198,16 @@ def training(folder: str, **changes: Any) -> Any:
     return train(run_config(Path(folder), **changes))
 
 
+def drawn_start() -> list[float]:
+    """The weights of a model that each rank has drawn by a generator of its own."""
+    from samestep.train.sharding import start_as_rank_0
+
+    torch.manual_seed(collectives.rank())
+    model = nn.Linear(3, 1)
+    start_as_rank_0(model)
+    return [float(one) for weight in model.parameters() for one in weight.flatten()]
+
+
 def verifying(out: str) -> tuple[int, str, int, int]:
     """`samestep verify` on these ranks: its exit code, and what its verdict says."""
     from samestep.train.command import read_settings
