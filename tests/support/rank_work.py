@@ -17,6 +17,7 @@ from samestep.engine import collectives
 from samestep.engine.counts import count_units
 from samestep.engine.parallel import Idle
 from samestep.engine.targets import IGNORE
+from samestep.models import activations
 
 MICRO = 3
 
@@ -76,6 +77,30 @@ def gradient(
 
 def inner(model: nn.Module) -> Any:
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def offloaded_gradient() -> tuple[list[tuple[int, ...]], dict[str, torch.Tensor]]:
+    """Under FSDP2: the shapes of what is offloaded, and the gradient."""
+    model: Any = spread(build("llama"), "fsdp2")
+    moved: list[tuple[int, ...]] = []
+
+    class Noted(activations._Offloaded):
+        def __init__(self, tensor: torch.Tensor, *, number: int) -> None:
+            moved.append(tuple(tensor.shape))
+            super().__init__(tensor, number=number)
+
+    def offloaded(model: nn.Module, micro: Any) -> Any:
+        with activations.ActivationOffload(model):
+            return samestep.CausalLMLoss()(model, micro)
+
+    kept = activations._Offloaded, activations._MIN_OFFLOAD_BYTES
+    activations._Offloaded, activations._MIN_OFFLOAD_BYTES = Noted, 0  # type: ignore[misc]
+    try:
+        micros = cut(model, share(ragged(22, weighted=True), "fsdp2", "even"), [MICRO], "none")
+        samestep.backward(model, micros, offloaded)
+    finally:
+        activations._Offloaded, activations._MIN_OFFLOAD_BYTES = kept  # type: ignore[misc]
+    return moved, whole(gradients(model))
 
 
 def rank_local_gradient(mode: str, deal: str) -> tuple[float, dict[str, torch.Tensor]]:
