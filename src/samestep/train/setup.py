@@ -21,6 +21,7 @@ from samestep.errors import ConfigError, is_no_fault_of_input
 from samestep.kernels.gemm import speed_up_linear
 from samestep.models.dropout import replace_dropout
 from samestep.models.lora import LoraVariant, add_lora
+from samestep.models.placement import made_on
 from samestep.models.probes import cut_last_layer
 from samestep.models.saved_adapter import continue_lora, saved_rows
 from samestep.models.vocabulary import grow_embeddings, rows_that_train, size_of
@@ -55,7 +56,7 @@ from samestep.train.run_data import (
 from samestep.train.settings.adapters import continued_adapter
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.evaluation import evaluation_sets
-from samestep.train.sharding import choose_parallelism, shard
+from samestep.train.sharding import lay_out
 from samestep.utils.adapter_folder import is_adapter, read_adapter
 from samestep.utils.files import user_path
 from samestep.utils.memory import keep_large_blocks
@@ -216,15 +217,21 @@ def set_up(
 
 
 def load_trainable(
-    recipe: Recipe, data: list[Records], *, device: torch.device, tokenizer: Any = None
+    recipe: Recipe,
+    data: list[Records],
+    *,
+    device: torch.device,
+    tokenizer: Any = None,
+    place: torch.device | None = None,
 ) -> Any:
     """The model, with adapters if the settings have them, and its dropout tied to the examples.
 
     Args:
         recipe: What loads it.
         data: The training records, then those to evaluate on.
-        device: Where it will be; it is still on the CPU.
+        device: Where it will be.
         tokenizer: Of the run, with tokens that are added.
+        place: Where it is made; None: on the CPU. A recipe of the user's own may not look at it.
 
     Returns:
         The model, in train mode.
@@ -233,7 +240,7 @@ def load_trainable(
         ConfigError: It cannot be loaded, or a setting does not fit it.
     """
     settings = recipe.settings
-    with waiting("loading the model"):
+    with waiting("loading the model"), made_on(place or torch.device("cpu")):
         model = recipe.load_model(model_source(settings), data)
     added = (*settings.add_tokens, *settings.add_special_tokens)
     adapter = continued_adapter(settings, settings.model)
@@ -316,14 +323,11 @@ def _place_model(
     """The model on its device, ready for a step, and the layout of its micro-batches."""
     settings = recipe.settings
 
-    def load() -> Any:
+    def load(place: torch.device) -> Any:
         with fitting(settings):
-            return load_trainable(recipe, data, device=device, tokenizer=tokenizer)
+            return load_trainable(recipe, data, device=device, tokenizer=tokenizer, place=place)
 
-    model = run_or_fail_together(load)
-    parallelism = run_or_fail_together(lambda: choose_parallelism(model, settings, device=device))
-    sharded = parallelism == "fsdp2"
-    model = shard(model, settings, device=device) if sharded else model.to(device)
+    model = lay_out(load, settings, device=device)
     with products(model, settings, keep_copies=False), fitting(settings):
         padding = recipe.choose_padding(model)
         if recipe.peft_task == "CAUSAL_LM":
