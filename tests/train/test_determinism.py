@@ -90,7 +90,7 @@ def test_a_process_that_has_used_a_gpu_is_asked_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Later the message would be taken for one about the model."""
-    monkeypatch.setattr(trainer, "set_up", lambda settings: pytest.fail("loads"))
+    monkeypatch.setattr(trainer, "set_up", lambda *_, **__: pytest.fail("loads"))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(repeatable, "multiply_on_gpu", fails)
     with pytest.raises(ConfigError, match="deterministic: cuBLAS does not"):
