@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-from samestep.engine.bitwise import Bitwise, determinism
+from samestep.engine.bitwise import Bitwise
 from samestep.engine.collectives import all_gather_object, gather_results, on_rank_0
 from samestep.engine.exact_sum import SUMS, digest_of, digest_of_all
+from samestep.engine.repeatable import repeatable_operations
 from samestep.engine.step import backward
 from samestep.errors import ConfigError, OutOfMemoryError, SequenceTooLargeError, StepError
 from samestep.kernels.gemm import onednn_is_faster, processor_name
@@ -63,7 +64,7 @@ def repeatable(settings: TrainSettings) -> Iterator[None]:
         torch.set_num_threads(settings.threads)
     try:
         if settings.bitwise:
-            with determinism():
+            with repeatable_operations("bitwise"):
                 yield
         else:
             yield

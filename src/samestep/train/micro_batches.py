@@ -59,6 +59,15 @@ class MicroBatches:
         self._by_number = micro_batch is not None
         self._budget = micro_tokens if micro_batch is None else micro_batch
 
+    @property
+    def budget(self) -> int:
+        """Tokens of a micro-batch, or records where those are counted."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, budget: int) -> None:
+        self._budget = budget
+
     def put(self, records: Records, names: Sequence[str]) -> None:
         """Cut other records from here on, under the same budget.
 

@@ -24,6 +24,7 @@ from samestep.train.background_save import (
 )
 from samestep.train.bitwise import BitRun
 from samestep.train.checkpoint_files import step_folder
+from samestep.train.decisions import NAME, decisions_of
 from samestep.train.progress import Progress
 from samestep.train.reporter import RunReporter
 from samestep.train.run_folder import RunFolder
@@ -119,7 +120,9 @@ class Saver:
         if meanwhile and not stays:
             model, optimizer = snapshot(model, optimizer)
             average, objective = copied(average), copied(dict(objective))
-        kept = {} if self.bits is None else {"bitwise": self.bits.state()}
+        kept = {NAME: decisions_of(self.setup)}
+        if self.bits is not None:
+            kept["bitwise"] = self.bits.state()
         write = partial(
             checkpoint.save,
             self.folder.checkpoints,

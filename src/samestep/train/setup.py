@@ -101,13 +101,17 @@ class TrainingSetup:
 
 
 def set_up(
-    settings: TrainSettings, *, loaded: tuple[Any, list[Records]] | None = None
+    settings: TrainSettings,
+    *,
+    loaded: tuple[Any, list[Records]] | None = None,
+    budget: int | None = None,
 ) -> TrainingSetup:
     """Load and check everything that a run needs.
 
     Args:
         settings: Finalized settings.
         loaded: What `samestep.train.run_data.load_data` gave, if it was read before.
+        budget: Of micro-batches, in the settings' unit, if that is not to be measured.
 
     Returns:
         The setup, ready for its first step.
@@ -183,11 +187,14 @@ def set_up(
             cut=cut_first,
             tokens=steps * sum(data[0].lengths[at] for at in first) / world_size(),
         )
-    if rollouts is None and _measures(recipe, model):
+    if budget is not None and settings.micro_batch is None:
+        micro_tokens = budget
+    elif rollouts is None and _measures(recipe, model):
         micro_tokens = choose_micro_tokens(
             model, objective, recipe=recipe, cut=cut_first, longest=max(data[0].lengths)
         )
     train = cut(data[0], micro_tokens)
+    train.budget = train.budget if budget is None else budget
     own = train.rank_indices(first) or first[:1]
     if rollouts is None:
         log.info("the first step on this rank: %s", train.describe(own))

@@ -31,6 +31,7 @@ from samestep.train.bitwise import BitRun, choose_threads, fail_with_budget, rep
 from samestep.train.callbacks import Callback
 from samestep.train.checkpoint_files import remove_checkpoints
 from samestep.train.choice import judge
+from samestep.train.decisions import decisions_before
 from samestep.train.determinism import deterministic
 from samestep.train.evaluator import Evaluator
 from samestep.train.forward import find_nonfinite_rows, with_context
@@ -89,7 +90,8 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Callback] = ()) -> dic
         on_rank_0(lambda: folder.hold(settings))
         with repeatable(settings), ExitStack() as at_end:
             at_end.callback(folder.close)
-            setup = set_up(settings)
+            decided = decisions_before(settings, folder)
+            setup = set_up(decided.put_into(settings), budget=decided.budget)
             origin = current_origin(setup, settings)
             bits = BitRun(setup, origin=origin) if settings.bitwise else None
             progress = first_progress(setup, settings, folder=folder, origin=origin, bits=bits)
