@@ -93,8 +93,8 @@ def seen(monkeypatch: pytest.MonkeyPatch, graphs: Graphs) -> Seen:
         found.forwards += torch._dynamo.eval_frame._stance.stance != "force_eager"
         return embed(self, ids)
 
-    def set_up(settings: TrainSettings) -> Any:
-        setup = ready(settings)
+    def set_up(settings: TrainSettings, **more: Any) -> Any:
+        setup = ready(settings, **more)
         found.forwards = graphs.runs = 0
         found.layers = len(compiled.compiled_layers(setup.model))
         return setup

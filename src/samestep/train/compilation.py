@@ -28,9 +28,9 @@ _COMPILING = 60.0
 _SAVED = 0.2
 """Share of a step that compiled layers may save, for the same guess."""
 
-_LENGTHS = 7, 4
-"""Of the sequences of the probe. Their sum is no width of a model's, nor are they: the compiler
-takes sizes that are equal at first for equal forever."""
+_LENGTHS = 7, 4, 3, 2, 5, 2, 3, 2, 4, 2, 3
+"""Of the sequences of the probe. Neither their number, nor the longest, nor the sum is a width or a
+number of heads: the compiler takes sizes that are equal at first for equal forever."""
 
 
 def choose_compilation(
@@ -135,7 +135,7 @@ def _compared(
 
 
 def _outputs(model: Any, recipe: Recipe, padding: Padding) -> Tensor:
-    """What the model gives for two short sequences, in a step's own contexts.
+    """What the model gives for short sequences, in a step's own contexts.
 
     Graphs that are made in others would not be those of a step.
     """
@@ -144,7 +144,7 @@ def _outputs(model: Any, recipe: Recipe, padding: Padding) -> Tensor:
 
 
 def _probe(model: Any, *, padding: Padding) -> dict[str, Any]:
-    """Two short sequences, as a micro-batch whose dropout is keyed."""
+    """Short sequences, as a micro-batch whose dropout is keyed."""
     vocabulary = num_embeddings(model)
     sequences = [(torch.arange(length) * 7 + 3) % vocabulary for length in _LENGTHS]
     examples = [Example(ids, ids) for ids in sequences]
