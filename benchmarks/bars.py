@@ -8,6 +8,9 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
+MAKERS = {"AMD": "AuthenticAMD", "Intel": "GenuineIntel"}
+"""Makers of processors, whose products differ: each has result files of its own."""
+
 BEST_OF_TRL = ("trl:", "trl-free:", "trl-packing:")
 TRL_DEFAULT = "trl-default:8"
 
@@ -88,15 +91,33 @@ def save(name: str, result: dict[str, Any]) -> None:
     (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
 
 
+def file_of(work: str, processor: str) -> str:
+    """The result file of a work on a processor, by its maker."""
+    makers = [short.lower() for short, name in MAKERS.items() if name in processor]
+    return f"train-{work}-{makers[0] if makers else 'other'}"
+
+
+def _of_maker(maker: str) -> list[Bar]:
+    """The bars beside TRL, in the same precision, on one maker's processors."""
+    gsm, tools, mixed = (
+        load(file_of(work, MAKERS[maker])) for work in ("gsm", "tools", "gsm-mixed")
+    )
+    beside = [
+        Bar(f"{maker}: tokens/s on gsm rows, x TRL's best", _over_trl(gsm), 2.0),
+        Bar(f"{maker}: tokens/s on tool chats, x TRL's best", _over_trl(tools), 2.5),
+        Bar(f"{maker}: memory on gsm rows, x TRL's default", _memory(gsm), 0.5, at_least=False),
+    ]
+    if maker == "Intel":  # with AMX, where products in bfloat16 are several times as fast
+        name = f"{maker}: tokens/s on gsm rows under mixed, x TRL's best with autocast"
+        beside[1:2] = [Bar(name, _over_trl(mixed), 2.5)]
+    return beside
+
+
 def all_bars() -> list[Bar]:
     """Every bar, on what the result files hold."""
-    gsm, tools, kernels, growth = (
-        load(n) for n in ("train-gsm", "train-tools", "roofline", "growth")
-    )
+    kernels, growth = load("roofline"), load("growth")
     return [
-        Bar("tokens/s on gsm rows, x TRL's best", _over_trl(gsm), 2.0),
-        Bar("tokens/s on tool chats, x TRL's best", _over_trl(tools), 2.5),
-        Bar("peak memory on gsm rows, x TRL's default", _memory(gsm), 0.5, at_least=False),
+        *(bar for maker in MAKERS for bar in _of_maker(maker)),
         Bar("share of the GEMM roofline", kernels and kernels["share"], 0.85),
         Bar(
             "time of exact normalisation, share of a step",

@@ -41,6 +41,7 @@ def run_samestep(work: Work, rows: Path, steps: int, setting: str) -> list[float
         lr=RATE,
         lora_rank=work.lora_rank,
         micro_tokens=int(setting) if setting else "auto",
+        precision="mixed" if work.mixed else "float32",
     )
     train(finalize(config))
     lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -108,7 +109,8 @@ def run_plain(work: Work, rows: Path, steps: int, batch: int) -> list[float]:
             micro = collate_examples(chosen[start : start + batch], padding="right")
             labels = micro.pop("labels")
             del micro["example_ids"]
-            logits = model(**micro).logits[:, :-1].flatten(0, 1)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.mixed):
+                logits = model(**micro).logits[:, :-1].flatten(0, 1).float()
             (cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / targets).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -146,7 +148,7 @@ def _arguments(work: Work, steps: int, batch: int) -> dict[str, Any]:
         "max_steps": steps,
         "learning_rate": RATE,
         "optim": "adamw_torch_fused",
-        "bf16": False,
+        "bf16": work.mixed,
         "use_cpu": True,
         "report_to": "none",
         "save_strategy": "no",

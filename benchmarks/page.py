@@ -32,16 +32,17 @@ of it changes the step.
 
 HOW = """\
 Every contender runs in a process of its own, in turn, on the same rows, effective batch, optimizer
-(AdamW, fused), clipping, float32 and threads; each row is seen once. The ratio is the median over
-rounds. Where a machine is shared, only the ratios mean something. `trl:B`, `trainer:B` and
-`plain:B` are padded micro-batches of B rows; `trl-default` adds TRL's gradient checkpointing,
+(AdamW, fused), clipping, precision and threads; each row is seen once. A `mixed` work has products
+in bfloat16: `precision: mixed` here, autocast there; all others are float32. The ratio is the
+median over rounds. Where a machine is shared, only the ratios mean something. `trl:B`, `trainer:B`
+and `plain:B` are padded micro-batches of B rows; `trl-default` adds TRL's gradient checkpointing,
 `trl-free` its padding-free layout, `trl-packing` its packing (other rows a step); `plain` is a
 PyTorch loop with whole logits.
 """
 
 
 REASONS = {
-    "peak memory on gsm rows": (
+    "memory on gsm rows": (
         "weights, gradients, AdamW's two moments and the libraries come before any activation, and "
         "the allocator leaves holes between tensors of ever different sizes. Handing those back to "
         "the system before each micro-batch would close the gap and cost speed."
@@ -73,7 +74,7 @@ REASONS = {
         "that shows."
     ),
 }
-"""Why a bar is missed, by the start of its name; printed only where it is."""
+"""Why a bar is missed, by words of its name; printed only where it is."""
 
 
 def reasons() -> str:
@@ -81,7 +82,7 @@ def reasons() -> str:
     lines = []
     for bar in bars.all_bars():
         if bar.missed:
-            why = [why for name, why in REASONS.items() if bar.name.startswith(name)]
+            why = [why for name, why in REASONS.items() if name in bar.name]
             lines.append(f"- {bar.name}: {why[0] if why else 'see the figures below.'}\n")
     return "".join(lines)
 
@@ -117,7 +118,8 @@ def comparison(result: dict[str, Any]) -> str:
         *("contender", "tokens/s", "samestep is x faster", "peak GB", "samestep takes x"),
         "start-up and saving, s",
     ]
-    return f"## {result['work']}\n\n{table(header, rows)}\n{'; '.join(notes)}.\n"
+    title = f"## {result['work']}, on {result['processor']}"
+    return f"{title}\n\n{table(header, rows)}\n{'; '.join(notes)}.\n"
 
 
 def _start_up(result: dict[str, Any], name: str) -> float:

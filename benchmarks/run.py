@@ -2,6 +2,7 @@
 
     python benchmarks/run.py                      everything (hours)
     python benchmarks/run.py --work gsm           one work
+    python benchmarks/run.py --work gsm-mixed     one work in mixed precision, peers under autocast
     python benchmarks/run.py --work gsm --contenders samestep trl:1 --rounds 1
     python benchmarks/run.py --work gsm --contenders samestep trl:1 --add   one more round of these
     python benchmarks/run.py --work smoke         a tiny model, to see that the benchmark works
@@ -14,7 +15,6 @@ of them and peak memory is each one's own. A contender that fails is listed with
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections import Counter
@@ -26,12 +26,14 @@ from rich.console import Console
 from rich.table import Table
 
 import bars
+from samestep.kernels.gemm import processor_name
 
 HERE = Path(__file__).resolve().parent
 PEERS = ["trl:1", "trl:4", "trl:8", "trl-default:8", "trl-free:8", "trl-packing:4"]
 CONTENDERS = {
     "gsm": ["samestep", "samestep:512", *PEERS, "trainer:4", "plain:1", "plain:4"],
     "tools": ["samestep", *PEERS, "trainer:4", "plain:1"],
+    "gsm-mixed": ["samestep", "trl:1", "trl:4", "trl-free:8", "trainer:4", "plain:1"],
     "gsm-lora": ["samestep", "trl:1", "trl:4", "trl-default:8"],
     "tools-lora": ["samestep", "trl:1", "trl:4", "trl-default:8"],
     "mini-49k": ["samestep", "trl:1", "trl:8", "trl-default:8", "plain:8"],
@@ -73,7 +75,7 @@ def compare(
         "rounds": max(Counter(run["name"] for run in runs).values()),
         "steps": steps,
         "cores": os.cpu_count(),
-        "machine": platform.machine(),
+        "processor": processor_name(),
         "versions": {name: version(name) for name in packages},
         "summary": bars.summarise(good),
         "runs": runs,
@@ -112,7 +114,8 @@ def main() -> None:
     works = options.work or ([] if options.bars else [w for w in CONTENDERS if w != "smoke"])
     for work in works:
         names = options.contenders or CONTENDERS[work]
-        known = bars.load(f"train-{work}") if options.add else None
+        file = bars.file_of(work, processor_name())
+        known = bars.load(file) if options.add else None
         result = compare(
             work,
             names,
@@ -122,7 +125,7 @@ def main() -> None:
         )
         show(result["summary"])
         if work != "smoke":
-            bars.save(f"train-{work}", result)
+            bars.save(file, result)
     if not (options.work or options.bars):
         for script in ("roofline.py", "last_layer.py", "growth.py"):
             subprocess.run([sys.executable, str(HERE / script)], check=True)

@@ -52,12 +52,14 @@ class Work:
         rows: "gsm" (prompt and completion) or "tools" (long prompts, short answers).
         batch: Examples a step.
         lora_rank: Of adapters; None: all weights train.
+        mixed: Products in bfloat16: samestep's ``precision: mixed``, the peers under autocast.
     """
 
     model: Callable[[], Path]
     rows: str
     batch: int
     lora_rank: int | None = None
+    mixed: bool = False
 
     def write_rows(self, steps: int) -> Path:
         """The rows of so many steps: every contender sees exactly these, once."""
@@ -115,6 +117,7 @@ def _rows(name: str) -> list[dict[str, Any]]:
 
 WORKS = {
     "gsm": Work(smollm2, "gsm", 32),
+    "gsm-mixed": Work(smollm2, "gsm", 32, mixed=True),
     "gsm-lora": Work(smollm2, "gsm", 32, lora_rank=16),
     "tools": Work(smollm2, "tools", 16),
     "tools-lora": Work(smollm2, "tools", 16, lora_rank=16),

@@ -21,6 +21,7 @@ from samestep.errors import (
     RankError,
     SamestepError,
 )
+from samestep.utils.cublas import let_cublas_repeat
 from samestep.utils.extras import MissingExtraError, missing_text, require_installed
 from samestep.utils.text import printable
 
@@ -238,6 +239,7 @@ def _with_extras(name: str, command: _Command, arguments: list[str]) -> int:
     """Run a command, or say at once all the packages that it lacks."""
     what = f"`samestep {name}`"
     if command.extras:
+        let_cublas_repeat()  # our own runs may ask for it; what is audited stays as it is
         try:
             require_installed("train", what=what)
         except MissingExtraError:

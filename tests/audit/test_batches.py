@@ -13,6 +13,7 @@ from samestep.audit.adapters.batches import (
     add_padding,
     alter_inputs,
     cast_floats,
+    copied,
     infer_padding,
     locate_examples,
     mask_boundaries,
@@ -162,3 +163,13 @@ def test_lengths_are_of_tokens() -> None:
     assert token_length(rows([LONG])) == 4
     assert token_length((torch.ones(1, 6), torch.ones(1))) is None
     assert token_length("text") is None
+
+
+def test_copies_are_deep_and_of_the_same_types() -> None:
+    rows = [{"ids": SHORT, "more": (LONG, "text", None)}, Pair(SHORT, LONG)]
+    again = copied(rows)
+    for tensor in (again[0]["ids"], again[0]["more"][0], *again[1]):
+        tensor.zero_()
+    assert [int(SHORT[0]), int(LONG[0])] == [4, 1]
+    assert isinstance(again[1], Pair)
+    assert again[0]["more"][1:] == ("text", None)

@@ -67,6 +67,30 @@ class AllMoveOnce(Loop):
         optimizer.param_groups[0]["lr"] *= 0.9
 
 
+class Counted(Loop):
+    """Counts its steps over all runs."""
+
+    steps = 0
+
+    def __init__(self) -> None:
+        type(self).steps = 0
+
+    def train(self, model: nn.Module, micros: list[Any]) -> None:
+        type(self).steps += 1
+        super().train(model, micros)
+
+
+class ClearsBefore(Counted):
+    def train(self, model: nn.Module, micros: list[Any]) -> None:
+        model.zero_grad()
+        super().train(model, micros)
+
+
+class ClearsAfter(Counted):
+    def after(self, model: nn.Module, optimizer: Any) -> None:
+        optimizer.zero_grad(set_to_none=False)
+
+
 class BySigns(Loop):
     """Every rounding of a gradient that is zero would turn its sign: sound all the same."""
 
@@ -89,6 +113,12 @@ def test_what_moves_once_a_micro_batch_is_named(loop: type[Loop], moved: str) ->
 @pytest.mark.parametrize("loop", [Loop, AllMoveOnce, BySigns])
 def test_what_moves_once_a_step_is_sound(loop: type[Loop]) -> None:
     assert micro_batch(loop).verdict == "exact"
+
+
+def test_steps_that_leave_no_gradient_are_not_run_again_with_them_emptied() -> None:
+    for loop in (ClearsBefore, ClearsAfter):
+        assert check(loop, axes=["next-step"]).axes[0].verdict == "exact"
+    assert ClearsAfter.steps == ClearsBefore.steps - 4  # two in a row, whole and split
 
 
 def broken(experiments: Experiments) -> Any:

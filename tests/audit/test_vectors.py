@@ -10,7 +10,10 @@ from samestep.audit.gradients import (
     global_norm,
     least_squares,
     linear_combination,
+    norms,
+    relative_difference,
 )
+from samestep.audit.subject import Gradient
 
 A = {"w": torch.tensor([3.0, 0.0]).double(), "b": torch.tensor([4.0]).double()}
 B = {"w": torch.tensor([0.0, 2.0]).double()}
@@ -30,6 +33,18 @@ def test_what_is_not_finite_is_different() -> None:
     broken = {"w": torch.full((2,), math.nan).double(), "b": A["b"]}
     assert not compare_gradients(broken, A).relative_difference <= 1e9
     assert compare_gradients(broken, A).perpendicular == math.inf
+
+
+@pytest.mark.parametrize(
+    ("gradient", "reference"), [(A, B), (B, A), (A, A), ({}, A), (A, {"w": 0 * A["w"]}), ({}, {})]
+)
+def test_the_relative_difference_alone_is_that_of_the_comparison(
+    gradient: Gradient, reference: Gradient
+) -> None:
+    if gradient or reference:
+        whole = compare_gradients(gradient, reference)
+        assert relative_difference(gradient, reference) == whole.relative_difference
+    assert norms(gradient) == {name: float(each.norm()) for name, each in gradient.items()}
 
 
 def test_least_squares_read_the_coefficients_and_what_is_left() -> None:

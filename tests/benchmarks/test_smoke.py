@@ -51,12 +51,13 @@ def test_bars_are_judged_on_the_best_peer(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(bars, "RESULTS", tmp_path)
     runs = [run("samestep", 100, 1, 3e9), run("trl:1", 100, 3, 4e9), run("trl:8", 100, 1.5, 9e9)]
     runs.append(run("trl-default:8", 100, 4, 5e9))
-    bars.save("train-gsm", {"summary": bars.summarise(runs)})
+    bars.save("train-gsm-amd", {"summary": bars.summarise(runs)})
     lines = [bar.line() for bar in bars.all_bars()]
-    assert lines[0] == "NOT REACHED   tokens/s on gsm rows, x TRL's best: 1.5 (bar >= 2.0)"
+    assert lines[0] == "NOT REACHED   AMD: tokens/s on gsm rows, x TRL's best: 1.5 (bar >= 2.0)"
     assert lines[1].startswith("not measured")
-    assert lines[2].startswith("NOT REACHED   peak memory on gsm rows, x TRL's default: 0.6")
-    bars.save("train-tools", {"summary": bars.summarise([runs[0], run("trl:1", 100, 2.6, 9e9)])})
+    assert lines[2].startswith("NOT REACHED   AMD: memory on gsm rows, x TRL's default: 0.6")
+    tools = [runs[0], run("trl:1", 100, 2.6, 9e9)]
+    bars.save("train-tools-amd", {"summary": bars.summarise(tools)})
     assert bars.all_bars()[1].line().startswith("reached ")
 
 

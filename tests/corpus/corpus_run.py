@@ -1,13 +1,12 @@
 """Audit every subject of the corpus and print what was detected, named, and raised in vain.
 
-python tests/corpus/corpus_run.py [--seeds 401 402 403] [--family NAME] [--only NAME] [--jobs 3]
+python tests/corpus/corpus_run.py [--seeds 501 502 503] [--family NAME] [--only NAME] [--jobs 3]
     [--json FILE]
 """
 
 import argparse
 import json
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +26,7 @@ import precision
 import reports
 import state_between
 import token_loops
+import torch
 import trainer_subclasses
 import updates
 import what_is_said
@@ -55,7 +55,7 @@ FAMILIES = {
     "places": places.CASES,
     "inside the loop": inside_the_loop.CASES,
 }
-FINAL_SEEDS = (401, 402, 403)
+FINAL_SEEDS = (501, 502, 503)
 """Not used while developing, and of other numbers of examples and lengths than seeds below 100."""
 
 Auditor = Callable[[Case, int], CheckReport]
@@ -145,8 +145,9 @@ def run_in_processes(
         if choose(family, case)
         for seed in seeds
     ]
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    torch.set_num_threads(1)
+    # Forked, so that the libraries are imported once; nothing has run in a thread so far.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
         for (family, number, seed), made in zip(places, pool.map(_job, places), strict=True):
             yield Outcome(family, FAMILIES[family][number], seed, *made)
 

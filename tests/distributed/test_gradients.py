@@ -47,6 +47,16 @@ def test_tied_weights_and_normalisations(name: str, mode: str, normalize: str) -
         assert worst(found, wanted) < 1e-12
 
 
+def test_whole_weights_of_shards_are_not_offloaded() -> None:
+    """FSDP2 drops and gathers them by itself."""
+    _, wanted = truth("llama")
+    shapes = {tuple(weight.shape) for weight in build("llama").parameters() if weight.dim() == 2}
+    for moved, found in on_ranks(2, rank_work.offloaded_gradient):
+        assert worst(found, wanted) < 1e-12
+        assert moved
+        assert not {*moved} & (shapes | {shape[::-1] for shape in shapes})
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_float32(mode: str) -> None:
     """Against float64: 2e-6, or twice the error of plain float32."""

@@ -148,6 +148,11 @@ def test_mixed_keeps_float32_weights(folder: Path, parallel: str, lora: int | No
     assert {str(weight.dtype) for weight in saved.values()} == {"torch.float32"}
 
 
+def test_ranks_whose_devices_draw_other_weights_start_as_one() -> None:
+    one, other = on_ranks(2, rank_work.drawn_start)
+    assert one == other
+
+
 def test_ranks_measure_by_themselves_and_take_the_worst(folder: Path) -> None:
     """One finds its costs in a cache, the other runs a micro-batch: neither waits for the other."""
     costs = [[0.1, 3e-3, 2e9, 10.0], [0.2, 1e-3, 5e9, 7.0]]

@@ -1,4 +1,4 @@
-"""A GPU is never waited for between the first and the last micro-batch of a step.
+"""A GPU is never waited for in counting a step, nor between its first and last micro-batch.
 
 There is no GPU here, so a step runs on the meta device: like a GPU it computes shapes at once and
 values later (here never), and whoever asks for a value fails. Copies from the CPU must not wait
@@ -6,6 +6,7 @@ either.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,23 @@ import pytest
 import torch
 from cases import build, cut, ragged
 from experts import FAMILIES
-from objective_runs import CASES, configured
+from objective_runs import CASES, configured, latents, pictures
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GotOcr2Processor
 
 import samestep
-from samestep.data.collate import to_device
+from samestep.data.collate import collate_examples, to_device
 from samestep.engine import two_pass
 from samestep.engine.normalize import TermAccumulator
 from samestep.engine.parallel import prepare_for_step
 from samestep.engine.step import accumulate, count_batch
-from samestep.engine.terms import LossFn
+from samestep.engine.targets import class_positions
+from samestep.engine.terms import Counts, LossFn
 from samestep.engine.two_pass import GatheredTerms
 from samestep.kernels import packed_attention, varlen
 from samestep.models.probes import cut_last_layer
+from samestep.objectives.routers import _RoutedTokens
 from samestep.train.forward import with_keyed_dropout
 from samestep.train.run_data import step_plans
 from samestep.train.settings.base import TrainSettings
@@ -54,6 +58,16 @@ def as_on_a_gpu(pack: varlen.Pack) -> torch.Tensor:
     return varlen.by_flash(function, pack)
 
 
+def counted_there(micro_batches: list[Any], counters: Any) -> tuple[list[Any], Counts]:
+    """Micro-batches on the meta device, and their counts, which are those on the CPU."""
+    there = [to_device(micro_batch, META) for micro_batch in micro_batches]
+    with NoWaitingCopies():
+        counted = count_batch(there, counters)[1:]
+    assert counted == count_batch(list(map(dict, micro_batches)), counters)[1:]
+    assert any(counted[0].values())
+    return there, counted[0]
+
+
 def run_there(
     model: Any,
     micro_batches: list[Any],
@@ -67,10 +81,9 @@ def run_there(
     The first looks at the model's head, once for good.
     """
     samestep.backward(model, micro_batches, loss, counters=counters)
-    _, counts, _, _ = count_batch(micro_batches, counters)
     for module in (model, *frozen):
         module.to(META)
-    there = [to_device(micro_batch, META) for micro_batch in micro_batches]
+    there, counts = counted_there(micro_batches, counters)
     with pytest.MonkeyPatch.context() as patch, NoWaitingCopies():
         patch.setattr(packed_attention, "_by_sequence", as_on_a_gpu)
         patch.setattr(torch, "Generator", lambda device: torch.default_generator)
@@ -119,6 +132,38 @@ def test_objectives(tmp_path: Path, case: str) -> None:
     run_there(run.model, micro_batches, loss, counters=run.objective.counters, frozen=teachers)
 
 
+OTHERS = {case: partial(configured, case=case) for case in CASES if case not in PACKED}
+OTHERS |= {"vision_language": pictures, "flow_matching": latents}
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("case", OTHERS)
+def test_counting_every_objective(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that cannot run on the meta device."""
+    # The one setting of this processor that a folder does not keep.
+    monkeypatch.setattr(GotOcr2Processor, "num_image_tokens", 16)
+    run = set_up(OTHERS[case](tmp_path))
+    micro_batches = list(run.micro_batches.batches(range(8), 0))
+    there, _ = counted_there(micro_batches, run.objective.counters)
+    for name in {"classes", "targets"} & micro_batches[0].get("fields", {}).keys():
+        found = class_positions(there[0], name)
+        assert found.is_meta
+        assert found.shape == class_positions(dict(micro_batches[0]), name).shape
+    if case.endswith(tuple(FAMILIES)):
+        assert _RoutedTokens.of(there[0]).positions.is_meta
+
+
+def test_counting_on_the_device_is_caught() -> None:
+    micro = to_device(collate_examples(ragged(4)), META)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        count_batch([dict(micro)], None)
+    micro["labels"] = micro["labels"].clone()  # not what the data hold, perhaps
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        count_batch([micro], None)
+
+
 @pytest.mark.parametrize("wrong", ["collated by others", "a value read"])
 def test_waits_are_caught(wrong: str) -> None:
     model = build("llama", torch.float32)
@@ -134,3 +179,49 @@ def test_waits_are_caught(wrong: str) -> None:
             del micro_batch["target_positions"]
     with pytest.raises(RuntimeError, match="meta"):
         run_there(model, micro_batches, reading if wrong == "a value read" else loss)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor's values are asked for."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.number = 0
+        real = torch.Tensor.tolist
+
+        def tolist(tensor: torch.Tensor) -> Any:
+            self.number += 1
+            return real(tensor)
+
+        patch.setattr(torch.Tensor, "tolist", tolist)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        asks = (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.nonzero)
+        self.number += func.overloadpacket in asks
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_its_terms_and_the_norm_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss(model: nn.Module, rows: torch.Tensor) -> Mapping[str, samestep.Term]:
+        found = model(rows)
+        return {
+            "square": samestep.Term(found.square().sum(), "row"),
+            "size": samestep.Term(found.abs().sum(), "row", weight=0.1),
+            "mean": samestep.Term(found.detach().sum(), "row", weight=0.0),
+        }
+
+    with monkeypatch.context() as patch, Reads(patch) as reads:
+        report = samestep.step(
+            *(model, optimizer, torch.randn(10, 3).split(2), loss),
+            counters={"row": len},
+            max_grad_norm=0.1,
+            check_sums=False,
+        )
+    assert report.micro_batches == 5
+    assert len(report.terms) == 3
+    assert reads.number == 2

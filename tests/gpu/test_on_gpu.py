@@ -13,13 +13,18 @@ from torch import Tensor
 
 import samestep
 from samestep.data.collate import collate_examples, to_device
+from samestep.engine.normalize import TermAccumulator
+from samestep.engine.parallel import prepare_for_step
+from samestep.engine.step import accumulate, count_batch
 from samestep.kernels import varlen
 from samestep.kernels.packed_attention import _by_sequence
 from samestep.kernels.varlen import Pack, attend
 from samestep.models.compiled import compiled_layers
-from samestep.models.dropout import ExampleDropout, key_dropout
+from samestep.models.dropout import ExampleDropout, key_dropout, replace_dropout
+from samestep.objectives.language import DFT
 from samestep.train import trainer
 from samestep.train.ahead import pinned
+from samestep.train.forward import with_keyed_dropout
 from samestep.train.setup import set_up
 from samestep.train.trainer import train
 
@@ -91,9 +96,34 @@ def test_dropout_has_the_same_bits_as_on_a_cpu() -> None:
 
 
 def test_micro_batches_are_pinned() -> None:
-    micro = pinned(collate_examples(ragged(3)))
+    micro = pinned(collate_examples(ragged(3)), GPU)
     assert micro["input_ids"].is_pinned()
     assert not micro["example_ids"].is_pinned()
+
+
+@pytest.mark.parametrize("loss", [samestep.CausalLMLoss(), DFT()], ids=["nll", "dft"])
+def test_nothing_waits_between_counting_and_the_last_micro_batch(
+    loss: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("llama", torch.bfloat16).to(GPU)
+    replace_dropout(model)
+    parts = cut(model, ragged(24), [6], "none")
+    micros: list[Any] = [to_device(pinned(one, GPU), GPU) for one in parts]
+    keyed = with_keyed_dropout(loss, seed=0, step=0)
+    samestep.backward(model, micros, keyed)  # looks at the head, once for good
+    monkeypatch.setattr(TermAccumulator, "totals", lambda self: {})  # read after the last one
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _, counts, _, _ = count_batch(micros, None)
+        accumulate(
+            *(model, prepare_for_step(model)),
+            micro_batches=micros,
+            loss_fn=keyed,
+            counts=counts,
+            normalize="token",
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("compiling", ["none", "layers"])

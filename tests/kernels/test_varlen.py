@@ -89,6 +89,9 @@ def efficient(
     assert torch.equal(cu_seqlens_q, BORDERS)
     assert dropout_p == 0
     assert window_size is None
+    for one in (query, key, value):  # of float32 it takes 4 already, but not of bfloat16
+        assert one.is_contiguous()
+        assert one.shape[-1] % 8 == 0, "no kernel found to launch!"
     causal = {0: -1, 1: 0}[custom_mask_type]
     out = kernel(query[0], key[0], value[0], scale=scale, window=(-1, causal))
     return out[None], out, out, out
@@ -152,11 +155,81 @@ def test_windows(function: Callable[..., Any], window: int, causal: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    "shape", [{}, {"key_heads": 1}, {"width": 300, "value_width": 5}, {"causal": False}], ids=str
+    "shape",
+    [
+        {},
+        {"key_heads": 1},
+        {"width": 300, "value_width": 5},
+        {"width": 4, "value_width": 24},
+        {"width": 1},
+        {"width": 62},
+        {"causal": False},
+    ],
+    ids=str,
 )
 def test_the_memory_efficient_kernel(shape: dict[str, Any]) -> None:
     one = pack(**shape)
-    assert_same(varlen.by_efficient(efficient, one), one)
+    found = varlen.by_efficient(efficient, one)
+    assert found.shape[-1] == one.value.shape[-1]
+    assert_same(found, one)
+
+
+def test_what_has_a_fitting_width_is_not_copied() -> None:
+    """Padding by nothing would copy queries, keys and values at each layer."""
+    one, seen = pack(heads=2, key_heads=2, width=16, value_width=8), []
+
+    def recorded(*states: Any, **options: Any) -> Tensor:
+        seen.extend(each.data_ptr() for each in states[:3])
+        return of_2_12(*states, **options)
+
+    varlen.by_flash(recorded_like(recorded), one)
+    assert seen[:2] == [one.query.data_ptr(), one.key.data_ptr()]
+    assert seen[2] != one.value.data_ptr()  # all must have one width here
+
+
+def recorded_like(function: Any) -> Any:
+    """With the signature that the adapter reads."""
+    function.__signature__ = inspect.signature(of_2_12)
+    return function
+
+
+@pytest.mark.parametrize(
+    ("asked", "function", "says"),
+    [
+        ({"dtype": torch.float64}, of_2_12, "takes float64; --precision mixed or float32"),
+        ({"dtype": torch.float32, "window": 3}, of_2_12, "takes no float32; --precision mixed"),
+        ({"width": 264, "window": 3}, of_2_12, "heads up to 256 wide, not 264"),
+        ({"window": 3}, of_2_10, "from PyTorch 2.11 on"),
+        ({"window": 3}, None, "from PyTorch 2.11 on"),
+        ({"window": 3}, of_2_12, "compute capability 8.0"),
+    ],
+)
+def test_a_slow_way_on_an_accelerator_is_told_once(
+    asked: dict[str, Any], function: Any, says: str,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    class Layer(nn.Module):
+        is_causal = True
+
+    one = pack(**{"dtype": torch.bfloat16, **asked})
+    monkeypatch.setattr(varlen, "flash_function", lambda: function)
+    monkeypatch.setattr(varlen, "_has_flash", lambda device: "8.0" not in says)
+    monkeypatch.setattr(varlen, "has_kernels", lambda query: True)
+    monkeypatch.setattr(packs, "has_kernels", lambda query: True)
+    monkeypatch.setattr(packs, "_told", set())
+    options = {"cu_seq_lens_q": BORDERS, "max_length_q": 7, "sliding_window": one.window}
+    states = one.query, one.key, one.value
+    packs.packed_attention(Layer(), *states, None, **options)
+    assert caplog.messages == []  # on a CPU that is the way
+    monkeypatch.setattr(packs, "on_accelerator", lambda states: True)
+    for _ in range(3):
+        packs.packed_attention(Layer(), *states, None, **options)
+    assert len(caplog.messages) == 1
+    assert says in caplog.text
+    monkeypatch.setattr(varlen, "has_kernels", lambda query: False)
+    monkeypatch.setattr(packs, "has_kernels", lambda query: False)
+    packs.packed_attention(Layer(), *states, None, **options)
+    assert "those of CUDA devices" in caplog.messages[1]
 
 
 def test_the_stand_ins_have_the_installed_signatures() -> None:

@@ -17,6 +17,7 @@ from samestep.engine import collectives
 from samestep.engine.counts import count_units
 from samestep.engine.parallel import Idle
 from samestep.engine.targets import IGNORE
+from samestep.models import activations
 
 MICRO = 3
 
@@ -76,6 +77,30 @@ def gradient(
 
 def inner(model: nn.Module) -> Any:
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def offloaded_gradient() -> tuple[list[tuple[int, ...]], dict[str, torch.Tensor]]:
+    """Under FSDP2: the shapes of what is offloaded, and the gradient."""
+    model: Any = spread(build("llama"), "fsdp2")
+    moved: list[tuple[int, ...]] = []
+
+    class Noted(activations._Offloaded):
+        def __init__(self, tensor: torch.Tensor, *, number: int) -> None:
+            moved.append(tuple(tensor.shape))
+            super().__init__(tensor, number=number)
+
+    def offloaded(model: nn.Module, micro: Any) -> Any:
+        with activations.ActivationOffload(model):
+            return samestep.CausalLMLoss()(model, micro)
+
+    kept = activations._Offloaded, activations._MIN_OFFLOAD_BYTES
+    activations._Offloaded, activations._MIN_OFFLOAD_BYTES = Noted, 0  # type: ignore[misc]
+    try:
+        micros = cut(model, share(ragged(22, weighted=True), "fsdp2", "even"), [MICRO], "none")
+        samestep.backward(model, micros, offloaded)
+    finally:
+        activations._Offloaded, activations._MIN_OFFLOAD_BYTES = kept  # type: ignore[misc]
+    return moved, whole(gradients(model))
 
 
 def rank_local_gradient(mode: str, deal: str) -> tuple[float, dict[str, torch.Tensor]]:
@@ -196,6 +221,16 @@ def training(folder: str, **changes: Any) -> Any:
     from samestep.train.trainer import train
 
     return train(run_config(Path(folder), **changes))
+
+
+def drawn_start() -> list[float]:
+    """The weights of a model that each rank has drawn by a generator of its own."""
+    from samestep.train.sharding import start_as_rank_0
+
+    torch.manual_seed(collectives.rank())
+    model = nn.Linear(3, 1)
+    start_as_rank_0(model)
+    return [float(one) for weight in model.parameters() for one in weight.flatten()]
 
 
 def verifying(out: str) -> tuple[int, str, int, int]:

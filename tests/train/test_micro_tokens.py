@@ -1,14 +1,14 @@
 """The budget from two measurements: arithmetic, memory, and the file that remembers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cases import build
 
 from samestep.train import micro_tokens
+from samestep.train.budget_range import ON_ACCELERATOR, ON_CPU
 from samestep.train.micro_tokens import (
-    ON_ACCELERATOR,
-    ON_CPU,
     Costs,
     Sample,
     cached_costs,
@@ -65,6 +65,14 @@ def test_an_accelerator_gets_what_memory_holds() -> None:
     assert choose_budget(Costs(0.001, 1.5e-5, None, 0.0), choice=ON_ACCELERATOR) == 8192
 
 
+def test_no_budget_is_chosen_that_ran_out_of_memory() -> None:
+    """Where nobody says how much memory there is, too."""
+    costs = Costs(0.05, 1.5e-5, None, 0.0, too_large=8100)
+    assert choose_budget(costs, choice=ON_ACCELERATOR) == 4096
+    assert choose_budget(replace(costs, too_large=500), choice=ON_ACCELERATOR) == 256
+    assert choose_budget(costs, longest=9000, choice=ON_ACCELERATOR) == 4096
+
+
 def test_the_file_is_of_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = set()
     settings = finalize(settings_class("causal_lm")(model="m", data="d", out="o"))
@@ -107,4 +115,7 @@ def test_costs_are_remembered_and_a_damaged_file_is_measured_again(tmp_path: Pat
     assert cached_costs(path, lambda: pytest.fail("measured twice")) == COSTS
     path.write_text("{}", encoding="utf-8")
     assert cached_costs(path, lambda: None) is None
+    assert cached_costs(path, lambda: replace(COSTS, too_large=900)) == replace(
+        COSTS, too_large=900
+    )
     assert cached_costs(path, lambda: COSTS) == COSTS

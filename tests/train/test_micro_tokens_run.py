@@ -2,6 +2,8 @@
 
 import logging
 import time
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ from safetensors.torch import load_file
 
 from samestep.engine.counts import input_tokens
 from samestep.engine.oom import memory_guard
-from samestep.errors import OutOfMemoryError
+from samestep.errors import OutOfMemoryError, SequenceTooLargeError
 from samestep.train import micro_tokens
 from samestep.train import summary as summaries
+from samestep.train.budget_range import ON_CPU
+from samestep.train.fitting import first_that_fits
 from samestep.train.micro_tokens import Costs
+from samestep.train.setup import set_up
 from samestep.train.trainer import train
 from samestep.utils.files import cache_folder
 from samestep.utils.memory import available_memory, peak_memory, reset_peak_memory
@@ -84,6 +89,59 @@ def test_memory_that_runs_out_while_measuring_is_no_end(
     (line,) = read_lines(tmp_path / "out" / "log.jsonl")
     assert line["tokens"] / line["micro_batches"] <= 256
     assert not (cache_folder() / "costs" / "none.json").exists()
+
+
+class FullAbove:
+    """A backward that runs out of memory above so many tokens, its activations at hand."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens, self.real = tokens, micro_tokens.backward
+        self.held: weakref.ref[torch.Tensor] | None = None
+        self.ran: list[int] = []
+
+    def __call__(self, model: Any, micros: Any, *arguments: Any, **options: Any) -> Any:
+        assert self.held is None or self.held() is None, "the failed attempt holds its memory"
+        tokens = sum(map(input_tokens, micros))
+        if tokens <= self.tokens:
+            self.ran.append(tokens)
+            return self.real(model, micros, *arguments, **options)
+        activations = model.get_input_embeddings().weight * 2
+        self.held = weakref.ref(activations)
+        with memory_guard(micros[0]):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("pairs", [((256, 1024), (64, 256)), ((256, 1024),)])
+def test_smaller_ones_are_measured_where_memory_runs_out(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    pairs: tuple[tuple[int, int], ...],
+) -> None:
+    """Each attempt has the memory of the one that failed; layers are checkpointed last."""
+    caplog.set_level(logging.INFO, "samestep")
+    full = FullAbove(300)
+    monkeypatch.setattr(micro_tokens, "backward", full)
+    monkeypatch.setattr(micro_tokens, "budget_range", lambda _: replace(ON_CPU, measured=pairs))
+    key = f"smaller {len(pairs)}"
+    monkeypatch.setattr(micro_tokens, "_key", lambda *_: key)
+    setup = set_up(run(tmp_path))
+    assert full.held is not None
+    found = "fewer were measured" in caplog.text
+    assert found == (len(pairs) > 1)
+    assert (min(full.ran) <= 64) == found
+    assert ("starting from 256" in caplog.text) == (not found)
+    assert setup.model.is_activation_checkpointing == (not found)
+    assert not (cache_folder() / "costs" / f"{key}.json").exists()
+
+
+def test_a_sequence_that_does_not_fit_is_not_tried_again() -> None:
+    def run(size: int) -> None:
+        assert size == 8
+        raise SequenceTooLargeError("one sequence")
+
+    with pytest.raises(SequenceTooLargeError):
+        first_that_fits([8, 2], run)
 
 
 @pytest.mark.parametrize("how", ["too large", "runs out"])

@@ -79,7 +79,7 @@ class Experiments:
             try:
                 experiments.run(experiments.whole_batch)
                 experiments.run(experiments.single_examples)
-                rounding = _coarsest_rounding(experiments)
+                rounding = experiments.watched_rounding()
                 experiments.coarsest_rounding = max(rounding, torch.finfo(torch.float64).eps)
                 noise_floor = experiments.noise_floor
             except Exception as error:  # the subject is the user's code: anything may come
@@ -265,9 +265,26 @@ class Experiments:
         return small > 0.5 * natural > none
 
     @cached_property
+    def again(self) -> Observation:
+        """The whole batch once more."""
+        return self.rerun(self.whole_batch)
+
+    def watched_rounding(self) -> float:
+        """The largest rounding that takes part, or that of the gradient if it cannot be watched.
+
+        The run that is watched is the whole batch `again`.
+        """
+        try:
+            with FloatDtypeRecorder() as recorder:
+                self.again  # noqa: B018 - runs the subject
+        except Exception:  # some compiled code cannot run under a watch
+            return self.run(self.whole_batch).rounding
+        return float(recorder.coarsest())
+
+    @cached_property
     def is_deterministic(self) -> bool:
         """Whether the same run gives the same gradient again, up to rounding."""
-        first, second = self.run(self.whole_batch), self.rerun(self.whole_batch)
+        first, second = self.run(self.whole_batch), self.again
         difference = relative_difference(second.gradient, first.gradient)
         return difference <= 10 * max(self.coarsest_rounding, first.rounding)
 
@@ -288,8 +305,8 @@ class Experiments:
         splits = (self.whole_batch, self.single_examples)
         base = max(first.rounding, *(self._noise_of(split) for split in splits))
         reversed_batch = (tuple(reversed(self.whole_batch[0])),)
-        repeats = [self.rerun(self.whole_batch), self.run(reversed_batch)]
-        differences = [relative_difference(again.gradient, first.gradient) for again in repeats]
+        others = [self.again, self.run(reversed_batch)]
+        differences = [relative_difference(other.gradient, first.gradient) for other in others]
         small = [size for size in differences if size <= TOLERANCE_FACTOR * base]
         return max(base, *small, 0.0)
 
@@ -304,7 +321,8 @@ class Experiments:
         for split in (self.whole_batch, self.single_examples):
             points = (None, *self.perturbations)
             moved = [self.run(split, perturbation=point).moved for point in points]
-            again = [self.run(split).moved, self.rerun(split).moved]
+            second = self.again if split == self.whole_batch else self.rerun(split)
+            again = [self.run(split).moved, second.moved]
             for name in set.intersection(*map(set, [*moved, *again])):
                 third = linear_combination(
                     [{name: each[name]} for each in moved], [-1.0, 3.0, -3.0, 1.0]
@@ -345,16 +363,6 @@ class Experiments:
     def residual_tolerance(self) -> float:
         """The residual up to which a prediction explains a gradient."""
         return max(MIN_EXPLAINED, self.tolerance)
-
-
-def _coarsest_rounding(experiments: Experiments) -> float:
-    """The largest rounding that takes part, or that of the gradient if it cannot be watched."""
-    try:
-        with FloatDtypeRecorder() as recorder:
-            experiments.rerun(experiments.whole_batch)
-    except Exception:  # some compiled code cannot run under a watch
-        return experiments.run(experiments.whole_batch).rounding
-    return float(recorder.coarsest())
 
 
 def candidate_splits(size: int, *, uniform: bool) -> list[Split]:

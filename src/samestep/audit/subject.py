@@ -129,6 +129,7 @@ class Observation:
         updates: Optimizer steps that were seen.
         weights_after: The weights after the step; only of runs on several ranks.
         left: What the step leaves behind; None where it is not seen.
+        leaves_gradients: Whether ``.grad`` holds anything but zeros after it; True: not seen.
         stepped: Whether the weights were updated at all.
         moves: For each backward but the first, the names of what moved since the one before; only
             where `RunSettings.watch_moves` asks.
@@ -141,6 +142,7 @@ class Observation:
     updates: int = 0
     weights_after: Gradient | None = None
     left: Left | None = None
+    leaves_gradients: bool = True
     stepped: bool = False
     moves: tuple[frozenset[str], ...] = ()
     draws: int = 0

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from samestep.data.examples import Example
 from samestep.data.records import Record
+from samestep.engine.device_copy import DeviceCopy, data_of
 from samestep.engine.targets import IGNORE, sequence_spans, target_positions
 
 Padding: TypeAlias = Literal["none", "right", "left"]
@@ -171,7 +172,7 @@ def scatter_tokens(
     return placed
 
 
-def to_device(micro: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def to_device(micro: dict[str, Any], device: torch.device) -> DeviceCopy:
     """Copy a micro-batch to a device.
 
     Args:
@@ -180,12 +181,16 @@ def to_device(micro: dict[str, Any], device: torch.device) -> dict[str, Any]:
         device: Where to.
 
     Returns:
-        A new micro-batch. Copies may still be under way: the device orders them.
+        A new micro-batch, which the step counts without asking the device. Copies may still be
+        under way: the device orders them.
     """
+    return DeviceCopy(_copied(micro, device), data_of(micro))
 
+
+def _copied(micro: dict[str, Any], device: torch.device) -> dict[str, Any]:
     def moved(value: Any) -> Any:
         if isinstance(value, dict):
-            return to_device(value, device)
+            return _copied(value, device)
         return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
     return {key: value if key == "example_ids" else moved(value) for key, value in micro.items()}

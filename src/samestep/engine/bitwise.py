@@ -7,7 +7,6 @@ element does not fit on the grid, or the grid is too coarse, the step is taken a
 own largest elements give, on all ranks alike.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ from samestep.engine.fold import digest_of_lanes
 from samestep.engine.grid_sum import GridSum, add_over_ranks, all_reduce_buckets, zero_sum
 from samestep.engine.normalize import TermSum
 from samestep.engine.parallel import Schedule, is_sharded, unwrap
+from samestep.engine.repeatable import repeatable_operations
 from samestep.errors import ConfigError, StepError
 
 T = TypeVar("T")
@@ -30,9 +30,6 @@ T = TypeVar("T")
 _ATTEMPTS = 3
 """How often a step is taken: on the grid of the last step, and on its own. A third time says that
 the gradient is another one each time."""
-
-_NO_WAY = "does not have a deterministic implementation"
-"""What PyTorch says of an operation that it cannot repeat."""
 
 
 class Bitwise:
@@ -116,7 +113,7 @@ class Bitwise:
         """
         names = _named_weights(model, scaler)
         self.digest, self.digests = "", {}
-        with determinism():
+        with repeatable_operations("bitwise"):
             for _ in range(_ATTEMPTS):
                 sums = GridSums(
                     names, self._exponents, packs=packs, try_repeats=not self._repeats_checked
@@ -358,33 +355,3 @@ def _named_weights(model: nn.Module, scaler: GradScaler | None) -> dict[nn.Param
             "53: use float32"
         )
     return names
-
-
-@contextmanager
-def determinism() -> Iterator[None]:
-    """Let PyTorch take repeatable operations alone, and refuse what has none, by name.
-
-    Raises:
-        ConfigError: An operation inside the block has no repeatable form.
-    """
-    if torch.cuda.is_available():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    settings: Any = torch.utils.deterministic
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        settings.fill_uninitialized_memory,
-        torch.backends.cudnn.benchmark,
-    )
-    torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = False  # it costs, and what was not written is not read
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    except RuntimeError as error:
-        if _NO_WAY not in str(error):
-            raise
-        raise ConfigError(f"bitwise: {str(error).split('. ')[0]}: refused") from error
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        settings.fill_uninitialized_memory, torch.backends.cudnn.benchmark = before[2:]

@@ -87,7 +87,10 @@ def gather_results(work: Callable[[], Result]) -> list[Result]:
     outcomes = all_gather_object(outcome)
     failed = [number for number, outcome in enumerate(outcomes) if "error" in outcome]
     if failed and failed[0] == rank() and local_error is not None:
-        raise local_error
+        try:
+            raise local_error
+        finally:
+            del local_error  # else this frame and the error would hold each other
     if failed:
         raise _remote_error(failed[0], **outcomes[failed[0]])
     return [outcome["result"] for outcome in outcomes]

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from samestep.engine.device_copy import data_of
 from samestep.engine.exact_sum import exact_parts, rounded_sum
 from samestep.engine.targets import (
     IGNORE,
@@ -160,7 +161,8 @@ def count_parts(
 
     Args:
         micro_batches: All of them; those that are mappings with ``labels`` are counted by
-            `count_labels`.
+            `count_labels`. Of one that was copied to a device the data on the CPU are counted
+            (`samestep.engine.device_copy`), which counters then get too.
         counters: A counter for each further unit, or to replace a default one.
 
     Returns:
@@ -173,7 +175,7 @@ def count_parts(
     counters = counters or {}
     found: dict[str, list[float]] = {unit: [] for unit in counters}
     labelled: list[bool] = []
-    for index, micro_batch in enumerate(micro_batches):
+    for index, micro_batch in enumerate(map(data_of, micro_batches)):
         labelled.append(isinstance(micro_batch, Mapping) and "labels" in micro_batch)
         if labelled[-1] is not labelled[0]:
             raise StepError(
@@ -268,7 +270,8 @@ def input_tokens(micro_batch: MicroBatch) -> int:
     Returns:
         Their number without padding; 0 without ``input_ids``.
     """
-    if not isinstance(micro_batch, Mapping) or "input_ids" not in micro_batch:
+    data = data_of(micro_batch)
+    if not isinstance(data, Mapping) or "input_ids" not in data:
         return 0
-    mask = micro_batch.get("attention_mask")
-    return int(micro_batch["input_ids"].numel() if mask is None else mask.sum())
+    mask = data.get("attention_mask")
+    return int(data["input_ids"].numel() if mask is None else mask.sum())

@@ -21,7 +21,7 @@ from samestep.engine.counts import (
 from samestep.engine.first_step import SumCheck
 from samestep.engine.modes import eval_mode
 from samestep.engine.normalize import TermAccumulator, TermTotals, reduce_terms, reduce_totals
-from samestep.engine.oom import memory_guard
+from samestep.engine.oom import memory_guard, without_failed_frames
 from samestep.engine.parallel import (
     Idle,
     gather_micro_batch_results,
@@ -66,6 +66,7 @@ class EvalReport:
     micro_batches: int
 
 
+@without_failed_frames
 def evaluate(
     model: nn.Module,
     micro_batches: Iterable[MicroBatch],

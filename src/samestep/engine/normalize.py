@@ -202,10 +202,13 @@ class TermAccumulator:
 
     def totals(self) -> TermTotals:
         """The sums over this rank's micro-batches, as JSON, for `reduce_totals`."""
-        return {name: self._total(name) for name in self._totals}
+        values = iter(_read([total for each in self._totals.values() for total in each]))
+        return {
+            name: self._total(name, [next(values) for _ in each])
+            for name, each in self._totals.items()
+        }
 
-    def _total(self, name: str) -> dict[str, Any]:
-        totals = torch.stack([total.double() for total in self._totals[name]]).tolist()
+    def _total(self, name: str, totals: list[float]) -> dict[str, Any]:
         nonfinite = [index for index, total in enumerate(totals) if not math.isfinite(total)]
         unit, weight = self._kinds[name]
         return {
@@ -215,6 +218,15 @@ class TermAccumulator:
             "weight": weight,
             "graph": name in self._with_graph,
         }
+
+
+def _read(totals: Sequence[Tensor]) -> list[float]:
+    """The numbers of 0-d tensors; a device is waited for once."""
+    on_cpu = {
+        device: iter(torch.stack([one.double() for one in totals if one.device == device]).tolist())
+        for device in {one.device for one in totals}
+    }
+    return [next(on_cpu[one.device]) for one in totals]
 
 
 def reduce_totals(

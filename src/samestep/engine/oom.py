@@ -1,7 +1,9 @@
 """Out-of-memory errors: recognised among others, and raised with the data that caused them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +25,38 @@ a RuntimeError. cuBLAS fails to be set up only where its workspace finds no memo
 
 _MAX_ROWS_SHOWN = 8
 """How many rows a message names."""
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def without_failed_frames(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A function whose out-of-memory errors do not keep what has filled the memory.
+
+    An error holds the frames that it came through, in its own traceback and in that of the
+    allocator's error before it; and the frames of a forward or backward hold its activations. Who
+    catches the error and tries less, even while it is being handled, needs their memory.
+
+    Args:
+        function: Runs micro-batches.
+
+    Returns:
+        It. The traceback of an `OutOfMemoryError` begins at it; the message says the rest.
+    """
+
+    @wraps(function)
+    def releasing(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        try:
+            return function(*args, **kwargs)
+        except OutOfMemoryError as error:
+            failed = error
+        failed.__context__ = failed.__cause__ = None
+        try:
+            raise failed.with_traceback(None)
+        finally:
+            del failed  # else this frame and the error would hold each other
+
+    return releasing
 
 
 @contextmanager

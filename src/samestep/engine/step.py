@@ -8,7 +8,7 @@ final when its gradient is made, and the micro-batches may be of any size and nu
 The whole step is this file and those beside it, of which each does one part:
 
 - what is a target, and what is counted: `samestep.engine.targets`, `samestep.engine.counts`,
-  `samestep.engine.batch`;
+  `samestep.engine.batch`, `samestep.engine.device_copy`;
 - what a loss returns: `samestep.engine.terms`;
 - dividing, and adding terms up over micro-batches and ranks: `samestep.engine.normalize`;
 - a first pass for terms that couple the batch: `samestep.engine.two_pass`;
@@ -61,7 +61,12 @@ from samestep.engine.normalize import (
     reduce_terms,
     reduce_totals,
 )
-from samestep.engine.oom import clipping_guard, memory_guard, update_guard
+from samestep.engine.oom import (
+    clipping_guard,
+    memory_guard,
+    update_guard,
+    without_failed_frames,
+)
 from samestep.engine.parallel import (
     gather_micro_batch_results,
     is_sharded,
@@ -111,6 +116,7 @@ class StepReport:
     skipped: str | None = None
 
 
+@without_failed_frames
 def step(
     model: nn.Module,
     optimizer: Optimizer,
@@ -243,6 +249,7 @@ def step(
     )
 
 
+@without_failed_frames
 def backward(
     model: nn.Module,
     micro_batches: Iterable[MicroBatch],

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samestep.engine.device_copy import data_of
 from samestep.errors import ConfigError, StepError
 
 IGNORE = -100
@@ -87,6 +88,35 @@ def target_positions(micro_batch: Mapping[str, Any]) -> Tensor:
     """
     collated: Tensor | None = micro_batch.get("target_positions")
     return _nonignored_positions(shifted_targets(micro_batch)) if collated is None else collated
+
+
+def class_positions(micro_batch: Mapping[str, Any], name: str) -> Tensor:
+    """Where a field of classes says one, in its flattened rows.
+
+    Args:
+        micro_batch: With the field [rows, length], int64; ``IGNORE`` where there is no class.
+        name: Of the field.
+
+    Returns:
+        [classes], int64, ascending. A GPU is not waited for where the data are known on the CPU.
+    """
+    classes, data = micro_batch["fields"][name], data_of(micro_batch)
+    if data is micro_batch:
+        return _nonignored_positions(classes)
+    return positions_where(classes != IGNORE, int((data["fields"][name] != IGNORE).sum()))
+
+
+def positions_where(mask: Tensor, number: int) -> Tensor:
+    """Where a mask is true, for which a GPU is not waited for.
+
+    Args:
+        mask: Any shape.
+        number: How often it is true.
+
+    Returns:
+        [number], int64, ascending.
+    """
+    return torch.nonzero_static(mask.flatten(), size=number).squeeze(1)
 
 
 def select_targets(

@@ -5,6 +5,7 @@ keeps them apart by an L x L mask over the whole pack; here every sequence atten
 so memory and time grow with the squares of the sequences' lengths, not with that of the pack's.
 """
 
+import logging
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -13,9 +14,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from samestep.errors import ConfigError
 from samestep.kernels.long_attention import causal_attention, is_faster
-from samestep.kernels.varlen import Pack, attend, has_kernels
+from samestep.kernels.varlen import Pack, attend, has_kernels, why_none
 from samestep.utils.agreement import computes_in_float32
 from samestep.utils.autocast import product_dtype
+
+log = logging.getLogger("samestep")
+
+_told: set[str] = set()
+"""Reasons that the log has already."""
 
 NAME = "samestep"
 """The ``attn_implementation`` under which `register` makes it known to transformers."""
@@ -98,8 +104,24 @@ def packed_attention(
     window = None if sliding_window is None or sliding_window >= max_length_q else sliding_window
     pack = Pack(query, key, value, cu_seq_lens_q, max_length_q, scale, causal, window)
     # FlashAttention knows no float32, in which a low precision may be checked.
-    out = attend(pack) if has_kernels(query) and not computes_in_float32() else None
+    if computes_in_float32():
+        return _by_sequence(pack), None
+    out = attend(pack) if has_kernels(query) else None
+    if out is None and on_accelerator(query) and not torch.compiler.is_compiling():
+        _tell(why_none(pack))
     return _by_sequence(pack) if out is None else out, None
+
+
+def on_accelerator(states: Tensor) -> bool:
+    """Whether states are where a loop over sequences is slow: not on a CPU."""
+    return states.device.type != "cpu"
+
+
+def _tell(reason: str) -> None:
+    """Say once in a process what makes attention slow."""
+    if reason not in _told:
+        _told.add(reason)
+        log.warning("attention over packs runs sequence by sequence, which is slow: %s", reason)
 
 
 def _by_sequence(pack: Pack) -> Tensor:

@@ -2,7 +2,8 @@
 
 Two of PyTorch's kernels take borders. FlashAttention, behind ``varlen_attn``, is the fastest; it
 takes bfloat16 and float16, and widths up to 256 in multiples of 8. The memory-efficient one takes
-float32 too, and any width. What neither takes (float64, some windows) is left to the caller.
+float32 too, and multiples of any width. Other widths are padded with zeros, which add nothing. What
+neither takes (float64, some windows) is left to the caller, and `why_none` says why.
 
 ``varlen_attn`` grows from version to version of PyTorch: 2.10 knows ``is_causal`` alone, 2.11 a
 scale and a window, 2.12 groups heads. What it does not know is done here, with the same result.
@@ -28,8 +29,14 @@ Kernel = Callable[..., Any]
 _recent: dict[torch.device, bool] = {}
 _parameters: dict[Kernel, frozenset[str]] = {}
 
-_WIDEST, _MULTIPLE = 256, 8
-"""Widths of heads that FlashAttention takes."""
+_WIDEST = 256
+"""The widest heads that FlashAttention takes."""
+
+_MULTIPLE = 8
+"""Both kernels take widths in multiples of it; the memory-efficient one in float32 of 4 already."""
+
+_OF_FLASH = (torch.bfloat16, torch.float16)
+"""Types that FlashAttention takes."""
 
 _CAUSAL_FROM_TOP_LEFT = 1
 """``custom_mask_type`` of the memory-efficient kernel; 0 is no mask."""
@@ -82,6 +89,34 @@ def attend(pack: Pack) -> Tensor | None:
     return None
 
 
+def why_none(pack: Pack) -> str:
+    """Why no kernel takes a pack, and what would let one take it.
+
+    Args:
+        pack: One that `attend` gave None for, or one on a device without these kernels.
+
+    Returns:
+        Half a sentence.
+    """
+    if not has_kernels(pack.query):
+        return "the kernels that take borders are those of CUDA devices"
+    if pack.query.dtype == torch.float64:
+        return "no kernel that takes borders takes float64; --precision mixed or float32 has one"
+    function = flash_function()
+    reason = "sliding windows are FlashAttention's alone"
+    if pack.query.dtype not in _OF_FLASH:
+        return f"{reason}, which takes no {_name(pack.query.dtype)}; --precision mixed has it"
+    if _width(pack) > _WIDEST:
+        return f"{reason}, which takes heads up to {_WIDEST} wide, not {_width(pack)}"
+    if function is None or "window_size" not in _names(function):
+        return f"{reason}, whose varlen_attn takes them from PyTorch 2.11 on"
+    return f"{reason}, which needs a GPU of compute capability 8.0 or more"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def flash_function() -> Kernel | None:
     """PyTorch's ``varlen_attn``; None before 2.10."""
     return _varlen_attn
@@ -104,9 +139,13 @@ def takes(function: Kernel, pack: Pack) -> bool:
     Returns:
         By its type, width and window.
     """
-    width = max(pack.query.shape[-1], pack.value.shape[-1])
     window = pack.window is None or "window_size" in _names(function)
-    return pack.query.dtype in (torch.bfloat16, torch.float16) and width <= _WIDEST and window
+    return pack.query.dtype in _OF_FLASH and _width(pack) <= _WIDEST and window
+
+
+def _width(pack: Pack) -> int:
+    """Of the widest heads of a pack."""
+    return max(pack.query.shape[-1], pack.value.shape[-1])
 
 
 def _names(function: Kernel) -> frozenset[str]:
@@ -127,10 +166,8 @@ def by_flash(function: Kernel, pack: Pack) -> Tensor:
     """
     names, scale = _names(function), pack.scale
     value_width = pack.value.shape[-1]
-    # All of one width, which it takes: zeros add nothing to a product, and their output is cut.
-    width = max(pack.query.shape[-1], value_width)
-    width = -(-width // _MULTIPLE) * _MULTIPLE
-    parts = [pad(one, (0, width - one.shape[-1])) for one in (pack.query, pack.key, pack.value)]
+    width = _rounded_up(_width(pack))  # one for all
+    parts = [_padded(one, width) for one in (pack.query, pack.key, pack.value)]
     options: dict[str, Any] = {}
     if "scale" in names:
         options["scale"] = scale
@@ -165,7 +202,7 @@ def by_efficient(function: Kernel, pack: Pack) -> Tensor:
     """
     heads = pack.query.shape[1]
     query, key, value = (
-        _every_head(one, heads).transpose(1, 2).contiguous()
+        _every_head(_padded(one, _rounded_up(one.shape[-1])), heads).transpose(1, 2).contiguous()
         for one in (pack.query, pack.key, pack.value)
     )
     out: Tensor = function(
@@ -182,7 +219,17 @@ def by_efficient(function: Kernel, pack: Pack) -> Tensor:
         any(one.requires_grad for one in (query, key, value)),  # what the backward needs
         scale=pack.scale,
     )[0]
-    return out
+    return out[..., : pack.value.shape[-1]]
+
+
+def _rounded_up(width: int) -> int:
+    return -(-width // _MULTIPLE) * _MULTIPLE
+
+
+def _padded(states: Tensor, width: int) -> Tensor:
+    """States with zeros up to a width: they add nothing to a product, and their output is cut."""
+    missing = width - states.shape[-1]
+    return pad(states, (0, missing)) if missing else states  # nothing to pad would be a copy
 
 
 def _every_head(states: Tensor, heads: int) -> Tensor:

@@ -4,8 +4,9 @@ None of these changes a number: what is recomputed or moved has the same bits.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 import samestep.kernels.long_attention  # noqa: F401 (defines the operator named below)
 from samestep.errors import ConfigError
+from samestep.models.copy_stream import CopyStream
 
 Checkpointing = Literal["none", "selective", "full"]
 """What `checkpoint_activations` keeps."""
@@ -87,11 +89,54 @@ def _inner_size(operation: Any, arguments: Sequence[Any]) -> int:
     return 0
 
 
+_BYTES_ON_THEIR_WAY = 2**28
+"""Bytes that are copied beside the computation at a time, out in the forward, back ahead of the
+backward: some layers' worth, and little beside a GPU's memory."""
+
+
+@cache
+def _copy_stream(device: torch.device) -> CopyStream | None:
+    """The stream for copies of a device; None where copies are made in the place of computing."""
+    return CopyStream(device, held=_BYTES_ON_THEIR_WAY) if device.type == "cuda" else None
+
+
+class _Offloaded:
+    """A tensor in the CPU's memory, until the backward asks for it."""
+
+    def __init__(self, tensor: Tensor, *, number: int) -> None:
+        self.number, self.nbytes = number, tensor.nbytes
+        self._device, self._stream = tensor.device, _copy_stream(tensor.device)
+        self._fetched: tuple[Tensor, Any] | None = None
+        self._taken = False
+        if self._stream is None:
+            self._copy = tensor.detach().to("cpu", copy=True)
+        else:
+            self._copy = self._stream.send(tensor.detach())
+
+    def fetch_ahead(self) -> bool:
+        """Begin to bring it back, if it was not asked for yet; whether it is under way."""
+        if self._stream is None or self._taken:
+            return False
+        self._fetched = self._fetched or self._stream.fetch(self._copy)
+        return True
+
+    def take(self) -> Tensor:
+        """The tensor, on its own device again."""
+        if self._stream is None:
+            return self._copy.to(self._device)
+        fetched = self._fetched or self._stream.fetch(self._copy)
+        self._fetched, self._taken = None, True
+        return self._stream.receive(fetched)
+
+
 class ActivationOffload(saved_tensors_hooks):
     """Context in which tensors that autograd saves for the backward are moved to CPU memory.
 
-    Weights are not moved. On CUDA, copies are pinned and overlap with the computation, as those of
-    `torch.autograd.graph.save_on_cpu`.
+    Weights are not moved, nor what is made of one alone: the bfloat16 copies that autocast keeps
+    for the whole step, or the whole weight of a shard. On CUDA, copies are made in pinned memory on
+    a stream of their own (`samestep.models.copy_stream`): the forward goes on while they leave, and
+    what the backward asks for next comes back while it computes. A backward on another device than
+    CUDA waits for each copy.
 
     Args:
         model: Its weights, and views of them, are not moved.
@@ -106,21 +151,63 @@ class ActivationOffload(saved_tensors_hooks):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
+        offloaded: list[ReferenceType[_Offloaded]] = []
+        self._devices: set[torch.device] = set()
 
-        def pack(tensor: Tensor) -> tuple[Tensor, bool]:
-            small = tensor.numel() * tensor.element_size() < _MIN_OFFLOAD_BYTES
-            if small or tensor.untyped_storage().data_ptr() in weights:
-                return tensor, False
-            pinned = tensor.device.type == "cuda"
-            copy = tensor.new_empty(tensor.shape, device="cpu", pin_memory=pinned)
-            copy.copy_(tensor, non_blocking=pinned)
-            return copy, True
+        def pack(tensor: Tensor) -> Tensor | _Offloaded:
+            small = tensor.nbytes < _MIN_OFFLOAD_BYTES
+            if small or tensor.untyped_storage()._cdata in weights or _is_of_a_weight(tensor):
+                return tensor.detach()  # with its graph it would hold itself
+            self._devices.add(tensor.device)
+            moved = _Offloaded(tensor, number=len(offloaded))
+            offloaded.append(ref(moved))
+            return moved
 
-        def unpack(packed: tuple[Tensor, bool]) -> Tensor:
-            tensor, moved = packed
-            if not moved:
-                return tensor
-            return tensor.to(next(model.parameters()).device, non_blocking=True)
+        def unpack(packed: Tensor | _Offloaded) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            tensor = packed.take()
+            _fetch_ahead(offloaded, packed.number)
+            return tensor
 
         super().__init__(pack, unpack)
+
+    def __exit__(self, *error: object) -> None:
+        """End the context: what has left is no longer held."""
+        super().__exit__(*error)
+        for device in self._devices:
+            stream = _copy_stream(device)
+            if stream is not None:
+                stream.finish_sending()
+
+
+def _fetch_ahead(saved: Sequence[ReferenceType[_Offloaded]], number: int) -> None:
+    """Begin to bring back what a backward asks for next: what was saved last before a number."""
+    room = _BYTES_ON_THEIR_WAY
+    for at in reversed(range(number)):
+        offloaded = saved[at]()
+        if offloaded is None:  # the backward is done with it
+            continue
+        if offloaded.fetch_ahead():
+            room -= offloaded.nbytes
+        if room < 0:
+            return
+
+
+def _is_of_a_weight(tensor: Tensor) -> bool:
+    """Whether a tensor has the elements of one weight and depends on nothing else.
+
+    Such as a cast or a view of it: autograd's graph leads from it, without a fork, to the weight.
+    """
+    whole = tensor if tensor._base is None else tensor._base
+    if isinstance(whole, nn.Parameter):
+        return True
+    node = tensor.grad_fn
+    while node is not None:
+        weight = getattr(node, "variable", None)
+        if weight is not None:
+            return isinstance(weight, nn.Parameter) and weight.numel() == tensor.numel()
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        node = parents[0] if len(parents) == 1 else None
+    return False

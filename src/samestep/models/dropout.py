@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from samestep.engine.device_copy import copy_without_waiting
 from samestep.engine.targets import sequence_spans
 from samestep.errors import ConfigError
 
@@ -214,7 +215,7 @@ def set_keys(
         positions[:, row, span] = _position_keys(key, np.arange(length, dtype=np.uint64))
         whole[:, at] = _position_keys(key, np.array([_WHOLE_SEQUENCE], dtype=np.uint64))[:, 0]
     by_position, by_sequence = (
-        torch.from_numpy(one).to(ids.device, non_blocking=True) for one in (positions, whole)
+        copy_without_waiting(torch.from_numpy(one), ids.device) for one in (positions, whole)
     )
     for layer in layers:
         layer.keys, layer.sequence_keys = by_position, by_sequence

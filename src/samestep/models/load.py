@@ -27,9 +27,10 @@ from samestep.models.files import (
 from samestep.models.gguf import convert_gguf
 from samestep.models.load_quantized import adopt_quantized, quantization_options, read_quantized
 from samestep.models.lora import num_embeddings
+from samestep.models.placement import building, reading
 from samestep.models.quantized import Quantization
 from samestep.models.saved_adapter import continue_lora
-from samestep.models.weightless import is_weightless, on_meta
+from samestep.models.weightless import is_weightless
 from samestep.utils.adapter_folder import ADAPTER_WEIGHTS, is_adapter, read_adapter
 from samestep.utils.files import cache_folder, sha256_of, user_path
 from samestep.utils.hub import find_on_hub
@@ -216,6 +217,10 @@ def load_model(
     tied to examples; it would make the step depend on the split. So does the jitter of routers. The
     other kinds of dropout stay.
 
+    It is made where `samestep.models.placement.made_on` says, on the CPU by default: weights are
+    drawn by that device's generator, or read straight into its memory. Those that are stored in few
+    bits are on the CPU in any case, where they are the same for every device.
+
     Args:
         source: What `resolve_source` returned.
         auto_class: The class of transformers that builds it. Weights of a language model may
@@ -228,7 +233,7 @@ def load_model(
         quantization: How its linear layers but the head are stored; they do not train.
 
     Returns:
-        A transformers model on the CPU, in train mode; ``stored_dtype`` is the type that its
+        A transformers model in train mode; ``stored_dtype`` is the type that its
         config says its weights have in the files, or None.
 
     Raises:
@@ -246,7 +251,7 @@ def load_model(
         stored = config.dtype
         torch.manual_seed(seed)
         if init == "random" or is_weightless():
-            with on_meta():
+            with building():
                 model = auto.from_config(config, dtype=dtype, **options)
         else:
             check_safetensors(source, "model.safetensors.index.json")
@@ -261,7 +266,7 @@ def load_model(
                     config=config,
                     use_safetensors=True,
                     output_loading_info=True,
-                    **{"dtype": dtype, **more, **options},
+                    **{"dtype": dtype, **reading(), **more, **options},
                 )
                 return found
 

@@ -8,7 +8,8 @@ import torch
 from samestep.errors import ConfigError
 from samestep.models.files import check_finite, check_safetensors
 from samestep.models.load import first_line
-from samestep.models.weightless import is_weightless, on_meta
+from samestep.models.placement import building, reading
+from samestep.models.weightless import is_weightless
 from samestep.utils.extras import MissingExtraError, missing_text
 
 
@@ -24,7 +25,8 @@ def load_diffusion(
         seed: Of random weights.
 
     Returns:
-        The model that ``_class_name`` of its config names, in train mode on the CPU.
+        The model that ``_class_name`` of its config names, in train mode, where
+        `samestep.models.placement.made_on` says.
 
     Raises:
         ConfigError: diffusers is not installed, the model cannot be loaded, or it has dropout,
@@ -41,11 +43,13 @@ def load_diffusion(
         model_class = getattr(diffusers, config["_class_name"])
         torch.manual_seed(seed)
         if init == "random" or is_weightless():
-            with on_meta():
+            with building():
                 model = model_class.from_config(config).to(dtype)
         else:
             check_safetensors(source, "diffusion_pytorch_model.safetensors.index.json")
-            model = model_class.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
+            model = model_class.from_pretrained(
+                source, torch_dtype=dtype, use_safetensors=True, **reading()
+            )
             check_finite(source, model)
     except Exception as error:
         if isinstance(error, ConfigError):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from samestep.engine.counts import target_weights
-from samestep.engine.targets import IGNORE, shifted_targets, target_positions
+from samestep.engine.targets import IGNORE, class_positions, shifted_targets, target_positions
 from samestep.engine.terms import Constant, Counter, Term, Unit
 from samestep.errors import ConfigError
 from samestep.losses.preference import dft_losses
@@ -148,7 +148,9 @@ class MaskedLM:
     def __call__(self, model: nn.Module, micro_batch: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the masked tokens of one micro-batch."""
         sums = self.up_to_head(model, micro_batch).cross_entropy(
-            micro_batch["fields"]["classes"], target_weights=labelled_token_weights(micro_batch)
+            micro_batch["fields"]["classes"],
+            target_weights=labelled_token_weights(micro_batch),
+            positions=class_positions(micro_batch, "classes"),
         )
         return {"nll": Term(sums.loss), "accuracy": Term(sums.correct, weight=0.0)}
 
@@ -188,6 +190,7 @@ class Seq2Seq:
         sums = self.up_to_head(model, micro_batch, decoder_input_ids=shifted).cross_entropy(
             targets,
             target_weights=_decoder_token_weights(micro_batch),
+            positions=class_positions(micro_batch, "targets"),
             label_smoothing=self.label_smoothing,
         )
         accuracy = Term(sums.correct, weight=0.0)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from samestep.engine.collectives import all_gather_object, all_reduce_sum, rank
 from samestep.engine.counts import targets_per_sequence
-from samestep.engine.targets import sequence_ids, sequence_spans
+from samestep.engine.device_copy import data_of
+from samestep.engine.targets import positions_where, sequence_ids, sequence_spans
 from samestep.engine.terms import Counter, Coupled, LossFn, Term, named_terms
 from samestep.errors import ConfigError
 from samestep.losses.router import (
@@ -42,15 +43,23 @@ class _RoutedTokens:
     @classmethod
     def of(cls, micro_batch: Mapping[str, Any]) -> "_RoutedTokens":
         """Those of a micro-batch of `samestep.data.collate.collate_examples`."""
-        targets, weights = targets_per_sequence(micro_batch)
-        weights = weights * (targets > 0)
-        ids = sequence_ids(micro_batch)
-        is_token = torch.zeros_like(ids, dtype=torch.bool)
-        for row, span in sequence_spans(micro_batch):
-            is_token[row, span] = True
-        positions = (is_token & (weights[ids] > 0)).flatten().nonzero().squeeze(1)
+        data = data_of(micro_batch)
+        number = int(_is_routed(data)[0].sum())  # a GPU is asked for it only without the data
+        mask, ids, weights = _is_routed(micro_batch)
+        positions = positions_where(mask, number)
         sequence = ids.flatten()[positions]
         return cls(positions, sequence, weights[sequence], weights)
+
+
+def _is_routed(micro_batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens count [rows, length], the sequence of each, and the weights of the sequences."""
+    targets, weights = targets_per_sequence(micro_batch)
+    weights = weights * (targets > 0)
+    ids = sequence_ids(micro_batch)
+    is_token = torch.zeros_like(ids, dtype=torch.bool)
+    for row, span in sequence_spans(micro_batch):
+        is_token[row, span] = True
+    return is_token & (weights[ids] > 0), ids, weights
 
 
 ROUTER_COUNTERS: dict[str, Counter] = {

@@ -1,97 +1,123 @@
-"""Making the next step's micro-batches while this step runs, on one thread in the background.
+"""Making micro-batches: those of the next step while this one runs, on a thread in the background.
 
-What is made is a function of the data, the step and the budget alone, so making it early changes
-nothing. The thread ends with the block that started it, however that ends: it looks between two
-micro-batches whether it is wanted still.
+What is made is a function of the data, the step and the records alone, so making it early changes
+nothing. `Ahead` holds the only function that makes any: whoever asks gets what was begun, if that
+very micro-batch was, and has it made otherwise. The thread ends with the block that started it,
+however that ends, after the micro-batch that it is at.
 """
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-MicroBatch = dict[str, Any]
+from samestep.data.records import Records
+
+MicroBatch: TypeAlias = dict[str, Any]
+
+Collator: TypeAlias = Callable[[Records, Sequence[int], int], MicroBatch]
+"""(data set, indices of its records, number of the step) to a micro-batch on the CPU; what is
+random about a record depends on its row and the step."""
+
+Request: TypeAlias = tuple[Records, tuple[int, ...], int]
+"""What a `Collator` takes."""
 
 _KEPT = 2
 """How many steps there is work for: the next one is begun before this one's is taken."""
 
+_making = threading.Lock()
+"""Held while a micro-batch is made: processors of images serve one thread at a time."""
+
 
 class Ahead:
-    """Work begun for this step and the next, at most; in the block `running` there is a thread."""
+    """Makes micro-batches; in the block `running` those of the next step before they are asked for.
 
-    def __init__(self) -> None:
+    Args:
+        collate: Makes one.
+        device: Where it will go.
+    """
+
+    def __init__(self, collate: Collator, device: torch.device) -> None:
+        self._collate = collate
+        self._device = device
         self._thread: ThreadPoolExecutor | None = None
-        self._begun: dict[Hashable, Future[list[MicroBatch]]] = {}
-        self._over = threading.Event()
+        self._begun: list[dict[Request, Future[MicroBatch]]] = []  # by step, the oldest first
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Have a thread until the end of the block; what it has begun is then given up."""
-        self._over.clear()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="samestep-ahead")
         try:
             yield
         finally:
-            self._over.set()
-            thread, self._thread, self._begun = self._thread, None, {}
+            thread, self._thread, self._begun = self._thread, None, []
             thread.shutdown(cancel_futures=True)
 
-    def start(self, key: Hashable, parts: Sequence[Callable[[], MicroBatch]]) -> None:
-        """Begin to make micro-batches; without effect outside of `running`.
+    def begin(self, requests: Sequence[Request]) -> None:
+        """Begin to make the micro-batches of a step; without effect outside of `running`.
 
         Args:
-            key: What they depend on.
-            parts: Makes each of them.
+            requests: All of them, in the order in which they will be asked for.
         """
         if self._thread is None:
             return
-        for old in list(self._begun)[: 1 - _KEPT]:  # nobody asked for it in time
-            self._begun.pop(old).cancel()
-        self._begun[key] = self._thread.submit(self._make, parts)
+        self.forget(keep=_KEPT - 1)
+        self._begun.append(
+            {request: self._thread.submit(self._made, request) for request in requests}
+        )
 
-    def take(self, key: Hashable) -> list[MicroBatch] | None:
-        """What was begun for a key.
+    def forget(self, *, keep: int = 0) -> None:
+        """Give up what was begun.
 
         Args:
-            key: As for `start`.
+            keep: Of how many steps, the latest, it is kept.
+        """
+        while len(self._begun) > keep:
+            for future in self._begun.pop(0).values():
+                future.cancel()
+
+    def make(self, request: Request) -> MicroBatch:
+        """A micro-batch, as it was begun, or made now.
+
+        Args:
+            request: Which.
 
         Returns:
-            The micro-batches, once; None if they were not begun.
+            It, in memory from which the device copies; it is not kept.
 
         Raises:
-            Exception: What making them raised.
+            Exception: What making it raised.
         """
-        begun = self._begun.pop(key, None)
-        return None if begun is None else begun.result()
+        for of_step in self._begun:
+            if request in of_step:
+                return of_step.pop(request).result()
+        return self._made(request)
 
-    def _make(self, parts: Sequence[Callable[[], MicroBatch]]) -> list[MicroBatch]:
-        made: list[MicroBatch] = []
-        for part in parts:
-            if self._over.is_set():
-                break  # nobody waits for it
-            made.append(part())
-        return made
+    def _made(self, request: Request) -> MicroBatch:
+        with _making:
+            return pinned(self._collate(*request), self._device)
 
 
-def pinned(micro: MicroBatch) -> MicroBatch:
+def pinned(micro: MicroBatch, device: torch.device) -> MicroBatch:
     """A micro-batch in memory from which a GPU copies while the CPU goes on.
 
     Args:
         micro: On the CPU; ``example_ids`` stay, because only the CPU reads them.
+        device: Where it will go.
 
     Returns:
-        A new micro-batch; the same one where there is no CUDA.
+        A new micro-batch; the same one for any other device than a GPU of CUDA.
     """
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return micro
 
     def moved(value: Any) -> Any:
         if isinstance(value, dict):
-            return pinned(value)
+            return pinned(value, device)
         return value.pin_memory() if isinstance(value, Tensor) else value
 
     return {key: value if key == "example_ids" else moved(value) for key, value in micro.items()}

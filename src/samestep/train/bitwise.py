@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-from samestep.engine.bitwise import Bitwise, determinism
+from samestep.engine.bitwise import Bitwise
 from samestep.engine.collectives import all_gather_object, gather_results, on_rank_0
 from samestep.engine.exact_sum import SUMS, digest_of, digest_of_all
+from samestep.engine.repeatable import repeatable_operations
 from samestep.engine.step import backward
 from samestep.errors import ConfigError, OutOfMemoryError, SequenceTooLargeError, StepError
 from samestep.kernels.gemm import onednn_is_faster, processor_name
@@ -27,6 +28,7 @@ from samestep.train.origin import differences
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
 from samestep.train.setup import TrainingSetup
+from samestep.utils.memory import release_memory
 from samestep.utils.version import package_version
 
 log = logging.getLogger("samestep")
@@ -62,7 +64,7 @@ def repeatable(settings: TrainSettings) -> Iterator[None]:
         torch.set_num_threads(settings.threads)
     try:
         if settings.bitwise:
-            with determinism():
+            with repeatable_operations("bitwise"):
                 yield
         else:
             yield
@@ -291,10 +293,15 @@ def _fitting(setup: TrainingSetup, *, micro_batches: MicroBatches, indices: Sequ
         except SequenceTooLargeError:
             return "Not even one row alone fits: shorten rows (max_length)"
         except OutOfMemoryError:
-            continue
+            fits = False
+        else:
+            fits = True
         finally:
             del held
             model.zero_grad()
+        if not fits:
+            release_memory()
+            continue
         number, unit = budget.split()
         flag = "--micro-batch" if unit == "records" else "--micro-tokens"
         return f"Its largest pack fits with {flag} {number} (tried): use that"

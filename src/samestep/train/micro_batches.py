@@ -1,12 +1,10 @@
 """From a step's records to this rank's micro-batches, which shrink where memory runs out."""
 
-import gc
+import copy
 import logging
-import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,17 +14,11 @@ from samestep.data.records import Records
 from samestep.engine.collectives import rank, world_size
 from samestep.engine.parallel import Idle, is_sharded
 from samestep.errors import OutOfMemoryError, SequenceTooLargeError
-from samestep.train.ahead import Ahead, pinned
+from samestep.train.ahead import Ahead, Collator
+from samestep.utils.memory import release_memory
 
 DEFAULT_MICRO_TOKENS = 1024
 """Tokens a micro-batch where nothing was measured."""
-
-_making = threading.Lock()
-"""Held while a micro-batch is made: processors of images serve one thread at a time."""
-
-Collator: TypeAlias = Callable[[Records, Sequence[int], int], dict[str, Any]]
-"""(data set, indices of its records, number of the step) to a micro-batch on the CPU; what is
-random about a record depends on its row and the step."""
 
 
 class MicroBatches:
@@ -60,12 +52,21 @@ class MicroBatches:
         self._records = records
         self._names: Sequence[str] = ()
         self._whole_packs = whole_packs
-        self._collate = collate
         self._padded = padded
         self.device = device
-        self._ahead = Ahead()
+        self._ahead = Ahead(collate, device)
+        self._following: tuple[Sequence[int], int] | None = None
         self._by_number = micro_batch is not None
         self._budget = micro_tokens if micro_batch is None else micro_batch
+
+    @property
+    def budget(self) -> int:
+        """Tokens of a micro-batch, or records where those are counted."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, budget: int) -> None:
+        self._budget = budget
 
     def put(self, records: Records, names: Sequence[str]) -> None:
         """Cut other records from here on, under the same budget.
@@ -89,15 +90,8 @@ class MicroBatches:
         Returns:
             What cuts them so.
         """
-        found = MicroBatches(
-            self._records,
-            self._collate,
-            micro_tokens=micro_tokens,
-            padded=self._padded,
-            device=self.device,
-            whole_packs=self._whole_packs,
-        )
-        found.put(self._records, self._names)
+        found = copy.copy(self)
+        found._by_number, found._budget = False, micro_tokens
         return found
 
     def of_this_rank(self, indices: Sequence[int], step: int) -> Iterator[dict[str, Any] | Idle]:
@@ -110,12 +104,10 @@ class MicroBatches:
         Yields:
             Micro-batches; one that is `Idle` on a rank that gets no record.
         """
-        own = self._own_packs(indices)
-        for pack in own:
-            yield self._make(pack, step)
-        if not own:
-            shortest = min(indices, key=lambda index: self._records.lengths[index])
-            yield Idle(self._make([shortest], step))
+        packs, counts = self._packs_to_run(indices)
+        for pack in packs:
+            micro_batch = self._make(pack, step)
+            yield micro_batch if counts else Idle(micro_batch)
 
     @contextmanager
     def made_ahead(self) -> Iterator[None]:
@@ -133,9 +125,9 @@ class MicroBatches:
             indices: As for `of_this_rank`.
             step: As for `of_this_rank`.
         """
-        own = self.rank_indices(indices)
-        parts = [partial(self._collated, part, step) for part in self._parts(own)]
-        self._ahead.start(self._key(own, step), parts)
+        self._following = indices, step
+        packs, _ = self._packs_to_run(indices)
+        self._ahead.begin([(self._records, tuple(pack), step) for pack in packs])
 
     def rank_indices(self, indices: Sequence[int]) -> list[int]:
         """The records that this rank gets.
@@ -159,6 +151,13 @@ class MicroBatches:
         packs = [[indices[at] for at in part] for part in self._cut(indices)]
         costs = [sum(self._lengths(pack)) for pack in packs]
         return [packs[at] for at in sorted(shard_by_cost(costs, ranks=world_size())[rank()])]
+
+    def _packs_to_run(self, indices: Sequence[int]) -> tuple[list[list[int]], bool]:
+        """What this rank runs, and whether it counts: a rank without a record runs one anyway."""
+        own = self._own_packs(indices)
+        if own:
+            return own, True
+        return [[min(indices, key=lambda index: self._records.lengths[index])]], False
 
     def count(self, indices: Sequence[int]) -> int:
         """How many micro-batches this rank makes of the records of all ranks; at least 1."""
@@ -192,9 +191,8 @@ class MicroBatches:
         Yields:
             Micro-batches on the device.
         """
-        made = self._ahead.take(self._key(indices, step))
-        for at, part in enumerate(self._parts(indices)):
-            yield self._make(part, step) if made is None else to_device(made[at], self.device)
+        for part in self._cut(indices):
+            yield self._make([indices[at] for at in part], step)
 
     def halve(self, indices: Sequence[int]) -> str:
         """Halve the budget from here on, so that these records are cut finer.
@@ -208,6 +206,9 @@ class MicroBatches:
         lengths = self._lengths(indices)
         most = len(lengths) if self._by_number else sum(lengths)
         self._budget = max(1, min(self._budget, most) // 2)
+        self._ahead.forget()  # what was begun is cut too coarsely
+        if self._following is not None:
+            self.prepare(*self._following)
         return f"{self._budget} {'records' if self._by_number else 'tokens'}"
 
     def _lengths(self, indices: Sequence[int]) -> list[int]:
@@ -221,18 +222,8 @@ class MicroBatches:
             padded=self._padded,
         )
 
-    def _parts(self, indices: Sequence[int]) -> list[list[int]]:
-        return [[indices[position] for position in part] for part in self._cut(indices)]
-
-    def _key(self, indices: Sequence[int], step: int) -> Hashable:
-        return tuple(indices), step, self._budget
-
-    def _collated(self, indices: Sequence[int], step: int) -> dict[str, Any]:
-        with _making:
-            return pinned(self._collate(self._records, indices, step))
-
-    def _make(self, indices: Sequence[int], step: int) -> dict[str, Any]:
-        return to_device(self._collated(indices, step), self.device)
+    def _make(self, pack: Sequence[int], step: int) -> dict[str, Any]:
+        return to_device(self._ahead.make((self._records, tuple(pack), step)), self.device)
 
 
 def leaves_cpu_free(device: torch.device) -> bool:
@@ -295,6 +286,4 @@ def retry_on_oom(
                 ) from None
             change = f"in micro-batches of at most {micro_batches.halve(indices)}"
         log.warning("%s: the same again, %s", problem, change)
-        gc.collect()  # frames of the failed attempt hold its tensors
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()

@@ -13,7 +13,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,62 +27,18 @@ from samestep.engine.terms import Objective
 from samestep.errors import OutOfMemoryError
 from samestep.kernels.gemm import processor_name
 from samestep.models.compiled import compiled_layers
+from samestep.train.budget_range import ON_CPU, BudgetRange, budget_range
+from samestep.train.fitting import first_that_fits
 from samestep.train.forward import with_keyed_dropout
-from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS
 from samestep.train.precision import bytes_beside_weights, one_step
 from samestep.train.recipes.base import Recipe
 from samestep.train.settings.base import TrainSettings
 from samestep.utils.files import cache_folder, open_regular, write_atomically
-from samestep.utils.memory import describe_device, memory_limit, peak_memory
+from samestep.utils.memory import describe_device, memory_limit, peak_memory, release_memory
 from samestep.utils.version import package_version
 from samestep.utils.waiting import waiting
 
 log = logging.getLogger("samestep")
-
-
-@dataclass(frozen=True)
-class BudgetRange:
-    """What can be chosen on a kind of device.
-
-    Attributes:
-        measured: Budgets of the two measurements.
-        budgets: Each about twice the one before, so that noise in a measurement seldom changes the
-            choice, and no more than keeps such a device busy, so that it never costs much memory.
-        least_for_speed: Less is chosen only for want of memory: where other programs disturb the
-            clock, the fixed costs of small micro-batches are easily missed, and those are
-            remembered for good.
-        fixed_share: The choice is the smallest budget that spends at most this share of the time
-            on fixed costs: twice the budget would save half of it, for twice the activations.
-        unmeasured: The budget where nothing can be measured.
-    """
-
-    measured: tuple[int, int]
-    budgets: tuple[int, ...]
-    least_for_speed: int
-    fixed_share: float
-    unmeasured: int
-
-
-ON_CPU = BudgetRange(
-    measured=(256, 1024),
-    budgets=(256, 448, 896, 1792),
-    least_for_speed=448,
-    fixed_share=0.12,
-    unmeasured=DEFAULT_MICRO_TOKENS,
-)
-ON_ACCELERATOR = BudgetRange(
-    measured=(2048, 8192),
-    budgets=(256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
-    least_for_speed=8192,
-    fixed_share=0.03,
-    unmeasured=8192,
-)
-"""An accelerator is busy with thousands of tokens only; memory decides more often than time."""
-
-
-def budget_range(device: torch.device) -> BudgetRange:
-    """What can be chosen on a device."""
-    return ON_CPU if device.type == "cpu" else ON_ACCELERATOR
 
 
 CutFirstStep: TypeAlias = Callable[[int], Sequence[dict[str, Any]]]
@@ -113,12 +69,14 @@ class Costs:
         seconds_per_token: On top.
         bytes: Memory of the process while a micro-batch runs, however small; None: unknown.
         bytes_per_token: On top.
+        too_large: Tokens of a micro-batch that ran out of memory; None: none did.
     """
 
     seconds: float
     seconds_per_token: float
     bytes: float | None
     bytes_per_token: float
+    too_large: int | None = None
 
 
 def fit_costs(small: Sample, large: Sample) -> Costs:
@@ -175,6 +133,8 @@ def estimate_peak(costs: Costs, budget: int, *, reserved: float) -> float | None
 
 
 def _fits(costs: Costs, budget: int, *, limit: float | None, reserved: float) -> bool:
+    if costs.too_large is not None and budget >= costs.too_large:
+        return False
     peak = estimate_peak(costs, budget, reserved=reserved)
     return peak is None or limit is None or peak <= limit
 
@@ -183,7 +143,7 @@ def measure_costs(
     tokens: Callable[[int], Sequence[int]],
     run: Callable[[int, int], Sample],
     *,
-    measured: tuple[int, int] = ON_CPU.measured,
+    measured: tuple[int, int] = ON_CPU.measured[0],
 ) -> Costs | None:
     """Measure two micro-batches.
 
@@ -216,6 +176,8 @@ def _quickest(samples: Sequence[Sample]) -> Sample:
 def cached_costs(path: Path, measure: Callable[[], Costs | None]) -> Costs | None:
     """The costs that a file holds; measured and written if there is none.
 
+    Costs with a size that did not fit are not written: how much memory is free may change.
+
     Args:
         path: The file; its name stands for the model, the settings and the machine.
         measure: Gives the costs.
@@ -228,7 +190,7 @@ def cached_costs(path: Path, measure: Callable[[], Costs | None]) -> Costs | Non
             return _checked(Costs(**json.loads(file.read())))
     except (OSError, ValueError, TypeError, RecursionError):  # not there, or damaged: measure again
         costs = measure()
-    if costs is not None:
+    if costs is not None and costs.too_large is None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(asdict(costs)) + "\n")
@@ -268,21 +230,24 @@ def choose_micro_tokens(
         The budget.
     """
     settings, choice = recipe.settings, budget_range(model.device)
+    problem = ""
     try:
         costs = measured_costs(model, objective, settings=settings, cut=cut)
     except OutOfMemoryError as error:
+        problem = str(error)
+    if problem:  # outside of the handler, in which the error keeps what it came by
+        release_memory()
         if recipe.recompute_activations(model):
             return choose_micro_tokens(model, objective, recipe=recipe, cut=cut, longest=longest)
         least = choice.budgets[0]
-        log.warning("micro_tokens: %s; starting from %d tokens a micro-batch", error, least)
+        log.warning("micro_tokens: %s; starting from %d tokens a micro-batch", problem, least)
         return least  # the run itself cuts finer still, or says which sequence is too large
     if costs is None:
         return choice.unmeasured  # such a step is one or two micro-batches anyway
     limits = gather_results(lambda: memory_limit(model.device, settings.memory_limit))
     limit = min((one for one in limits if one is not None), default=None)
     reserved = bytes_beside_weights(model, settings)
-    needed = estimate_peak(costs, longest, reserved=reserved)
-    too_much = needed is not None and limit is not None and needed > limit
+    too_much = not _fits(costs, longest, limit=limit, reserved=reserved)
     if too_much and recipe.recompute_activations(model):
         log.info(
             "gradient_checkpointing: selective, since the longest row (%d tokens) would not fit "
@@ -329,7 +294,11 @@ def measured_costs(
     every = [one for one in found if one is not None]
     if len(every) < len(found):
         return None
-    return Costs(**{name: _worst([one[name] for one in every]) for name in every[0]})
+    too_large = [one.pop("too_large") for one in every]
+    return Costs(
+        **{name: _worst([one[name] for one in every]) for name in every[0]},
+        too_large=min((tokens for tokens in too_large if tokens is not None), default=None),
+    )
 
 
 def _worst(values: Sequence[float | None]) -> Any:
@@ -352,18 +321,27 @@ def _measure(model: Any, objective: Objective, *, seed: int, cut: CutFirstStep) 
             seconds = clock() - started
         return Sample(input_tokens(micro), seconds, peak.bytes)
 
+    def tokens(budget: int) -> list[int]:
+        return [input_tokens(micro) for micro in cut(budget)]
+
     log.info("micro_tokens: measuring what a micro-batch costs (once for this model and machine)")
     try:
         with waiting("micro_tokens"):
-            return measure_costs(
-                lambda budget: [input_tokens(micro) for micro in cut(budget)],
-                run,
-                measured=budget_range(model.device).measured,
+            costs, too_large = first_that_fits(
+                budget_range(model.device).measured,
+                lambda pair: measure_costs(tokens, run, measured=pair),
             )
     finally:
         model.zero_grad()
         if objective.after_step is not None:
             objective.after_step(model, False)  # what it saw here was no step
+    if not too_large:
+        return costs
+    largest = max(tokens(too_large[-1][1]))
+    if costs is None:
+        raise OutOfMemoryError(f"out of memory on {largest} tokens, and all smaller ones are alike")
+    log.info("micro_tokens: %d tokens do not fit into memory; fewer were measured", largest)
+    return replace(costs, too_large=largest)
 
 
 def _key(model: Any, settings: TrainSettings) -> str:

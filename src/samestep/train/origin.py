@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from samestep.engine.parallel import is_sharded
 from samestep.models.load import base_of, resolve_source
 from samestep.models.quantized import quantized_layers
 from samestep.train.settings.base import TrainSettings
@@ -31,6 +33,11 @@ _TOKENIZER_FILES = (
 
 _NOT_COMPUTED_WITH = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 """Fields of config.json that say nothing about what a model computes here."""
+
+_DRAWN_ON = "model: random weights, drawn on"
+
+_ASSUMED = {_DRAWN_ON: "cpu"}
+"""What is true of checkpoints that do not say it: earlier versions drew on the CPU alone."""
 
 _SHOWN = 80
 """Characters of a value that is kept as it is; a longer one is kept as its digest."""
@@ -66,6 +73,8 @@ def origin_of(settings: TrainSettings, model: Any) -> dict[str, str]:
             if setting != "model" or adapter or _needs_base_weights(values, model):
                 weights = sorted(path.name for path in folder.glob("*.safetensors"))
                 found |= _digests(setting, folder, weights)
+    if settings.init == "random" and _needs_base_weights(values, model):
+        found[_DRAWN_ON] = _generator(model)
     few_bits = quantized_layers(model)
     if few_bits:  # another release of what quantises them may round otherwise
         digest = hashlib.sha256()
@@ -81,7 +90,7 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """What differs between two results of `origin_of`, a line each."""
     lines = []
     for name in sorted({*before, *now}):
-        was, has = before.get(name), now.get(name)
+        was, has = (each.get(name, _ASSUMED.get(name)) for each in (before, now))
         if was is None or has is None:
             lines.append(f"{name}: {'was not there' if was is None else 'is not there any more'}")
         elif was != has:
@@ -93,6 +102,14 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 def _needs_base_weights(values: Mapping[str, Any], model: Any) -> bool:
     is_reference = "reference_model" in values and values["reference_model"] is None
     return is_reference or not all(weight.requires_grad for weight in model.parameters())
+
+
+def _generator(model: Any) -> str:
+    """Whose random numbers the weights are: devices draw others from the same seed."""
+    device = next(model.parameters()).device
+    if is_sharded(model):  # made on the CPU
+        return "cpu"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _folder(source: str) -> Path | None:

@@ -21,17 +21,20 @@ from samestep.errors import ConfigError, is_no_fault_of_input
 from samestep.kernels.gemm import speed_up_linear
 from samestep.models.dropout import replace_dropout
 from samestep.models.lora import LoraVariant, add_lora
+from samestep.models.placement import made_on
 from samestep.models.probes import cut_last_layer
 from samestep.models.saved_adapter import continue_lora, saved_rows
 from samestep.models.vocabulary import grow_embeddings, rows_that_train, size_of
+from samestep.train.ahead import Collator
+from samestep.train.budget_range import budget_range
 from samestep.train.compilation import choose_compilation
 from samestep.train.ema import WeightAverage
 from samestep.train.evaluator import EvaluationSet, check_choice
 from samestep.train.forward import precompute_fields, without_caches
 from samestep.train.launch import is_first_on_machine
 from samestep.train.metrics import with_metrics
-from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS, Collator, MicroBatches
-from samestep.train.micro_tokens import budget_range, choose_micro_tokens
+from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS, MicroBatches
+from samestep.train.micro_tokens import choose_micro_tokens
 from samestep.train.optim import build_optimizer, freeze
 from samestep.train.precision import (
     choose_precision,
@@ -53,7 +56,7 @@ from samestep.train.run_data import (
 from samestep.train.settings.adapters import continued_adapter
 from samestep.train.settings.base import TrainSettings
 from samestep.train.settings.evaluation import evaluation_sets
-from samestep.train.sharding import choose_parallelism, shard
+from samestep.train.sharding import lay_out
 from samestep.utils.adapter_folder import is_adapter, read_adapter
 from samestep.utils.files import user_path
 from samestep.utils.memory import keep_large_blocks
@@ -99,13 +102,17 @@ class TrainingSetup:
 
 
 def set_up(
-    settings: TrainSettings, *, loaded: tuple[Any, list[Records]] | None = None
+    settings: TrainSettings,
+    *,
+    loaded: tuple[Any, list[Records]] | None = None,
+    budget: int | None = None,
 ) -> TrainingSetup:
     """Load and check everything that a run needs.
 
     Args:
         settings: Finalized settings.
         loaded: What `samestep.train.run_data.load_data` gave, if it was read before.
+        budget: Of micro-batches, in the settings' unit, if that is not to be measured.
 
     Returns:
         The setup, ready for its first step.
@@ -183,11 +190,14 @@ def set_up(
             cut=cut_first,
             tokens=steps * sum(data[0].lengths[at] for at in first) / world_size(),
         )
-    if rollouts is None and _measures(recipe, model):
+    if budget is not None and settings.micro_batch is None:
+        micro_tokens = budget
+    elif rollouts is None and _measures(recipe, model):
         micro_tokens = choose_micro_tokens(
             model, objective, recipe=recipe, cut=cut_first, longest=max(data[0].lengths)
         )
     train = cut(data[0], micro_tokens)
+    train.budget = train.budget if budget is None else budget
     own = train.rank_indices(first) or first[:1]
     if rollouts is None:
         log.info("the first step on this rank: %s", train.describe(own))
@@ -217,15 +227,21 @@ def set_up(
 
 
 def load_trainable(
-    recipe: Recipe, data: list[Records], *, device: torch.device, tokenizer: Any = None
+    recipe: Recipe,
+    data: list[Records],
+    *,
+    device: torch.device,
+    tokenizer: Any = None,
+    place: torch.device | None = None,
 ) -> Any:
     """The model, with adapters if the settings have them, and its dropout tied to the examples.
 
     Args:
         recipe: What loads it.
         data: The training records, then those to evaluate on.
-        device: Where it will be; it is still on the CPU.
+        device: Where it will be.
         tokenizer: Of the run, with tokens that are added.
+        place: Where it is made; None: on the CPU. A recipe of the user's own may not look at it.
 
     Returns:
         The model, in train mode.
@@ -234,7 +250,7 @@ def load_trainable(
         ConfigError: It cannot be loaded, or a setting does not fit it.
     """
     settings = recipe.settings
-    with waiting("loading the model"):
+    with waiting("loading the model"), made_on(place or torch.device("cpu")):
         model = recipe.load_model(model_source(settings), data)
     added = (*settings.add_tokens, *settings.add_special_tokens)
     adapter = continued_adapter(settings, settings.model)
@@ -317,14 +333,11 @@ def _place_model(
     """The model on its device, ready for a step, and the layout of its micro-batches."""
     settings = recipe.settings
 
-    def load() -> Any:
+    def load(place: torch.device) -> Any:
         with fitting(settings):
-            return load_trainable(recipe, data, device=device, tokenizer=tokenizer)
+            return load_trainable(recipe, data, device=device, tokenizer=tokenizer, place=place)
 
-    model = run_or_fail_together(load)
-    parallelism = run_or_fail_together(lambda: choose_parallelism(model, settings, device=device))
-    sharded = parallelism == "fsdp2"
-    model = shard(model, settings, device=device) if sharded else model.to(device)
+    model = lay_out(load, settings, device=device)
     with products(model, settings, keep_copies=False), fitting(settings):
         padding = recipe.choose_padding(model)
         if recipe.peft_task == "CAUSAL_LM":

@@ -1,6 +1,7 @@
-"""How a run lays its model out over the ranks: replicated, or in shards."""
+"""How a run lays its model out over the ranks: replicated and made in place, or in shards."""
 
 import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -9,8 +10,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-from samestep.engine.collectives import world_size
+from samestep.engine.collectives import run_or_fail_together, world_size
 from samestep.errors import ConfigError
+from samestep.models.weightless import without_weights
 from samestep.train.settings.base import TrainSettings
 
 log = logging.getLogger("samestep")
@@ -23,13 +25,68 @@ _MEMORY_SHARE = 0.6
 rest is for activations."""
 
 
+def lay_out(
+    load: Callable[[torch.device], Any], settings: TrainSettings, *, device: torch.device
+) -> Any:
+    """The model on its device: made straight there if it is replicated, or sharded from the CPU.
+
+    Args:
+        load: Makes the model on a device.
+        settings: ``parallel`` and what belongs to it; ``init``.
+        device: Of this rank.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: As for `choose_parallelism`, or the model cannot be loaded.
+    """
+
+    def choose() -> str | None:
+        if not _depends_on_size(settings, device):
+            return choose_parallelism(None, settings, device=device)
+        sized = _without_weights(load, device)
+        return None if sized is None else choose_parallelism(sized, settings, device=device)
+
+    mode = run_or_fail_together(choose)
+    place = device if mode == "ddp" else torch.device("cpu")
+    model = run_or_fail_together(lambda: load(place))
+    if mode is None:
+        mode = run_or_fail_together(lambda: choose_parallelism(model, settings, device=device))
+    if mode == "fsdp2":
+        return shard(model, settings, device=device)
+    model = model.to(device)
+    if settings.init == "random" and device.type != "cpu":
+        start_as_rank_0(model)
+    return model
+
+
+def _without_weights(load: Callable[[torch.device], Any], device: torch.device) -> Any:
+    """The model as far as its size shows, unheard; None if it takes the weights to know."""
+    log.disabled = True  # what is said of the model is said as it is loaded
+    try:
+        with without_weights():
+            return load(device)
+    except ConfigError:  # code of the user's own may look at weights; else loading says it again
+        return None
+    finally:
+        log.disabled = False
+
+
+def _depends_on_size(settings: TrainSettings, device: torch.device) -> bool:
+    """Whether the layout follows from the size of the model."""
+    several = device.type == "cuda" and world_size() > 1
+    return settings.parallel == "auto" and several and settings.quantization is None
+
+
 def choose_parallelism(
-    model: nn.Module, settings: TrainSettings, *, device: torch.device
+    model: nn.Module | None, settings: TrainSettings, *, device: torch.device
 ) -> Literal["ddp", "fsdp2"]:
     """As the settings say; under auto replicated, if that fits on one device.
 
     Args:
-        model: The model, not yet sharded.
+        model: The model, not yet sharded, with or without its weights; None if the settings or
+            the device decide.
         settings: ``parallel`` and what belongs to it.
         device: Of this rank.
 
@@ -42,7 +99,8 @@ def choose_parallelism(
     mode = settings.parallel
     if mode == "auto":
         mode = "ddp"
-        if device.type == "cuda" and world_size() > 1 and settings.quantization is None:
+        if _depends_on_size(settings, device):
+            assert model is not None
             needed, room = _resident_bytes(model), torch.cuda.mem_get_info(device)[1]
             mode = "fsdp2" if needed > _MEMORY_SHARE * room else "ddp"
             log.info("parallel: %s (%.1f GB to hold of %.1f)", mode, needed / 1e9, room / 1e9)
@@ -82,6 +140,20 @@ def _resident_bytes(model: nn.Module) -> int:
         weight.numel() * (weight.element_size() + _ADAM_BYTES * weight.requires_grad)
         for weight in model.parameters()
     )
+
+
+@torch.no_grad()
+def start_as_rank_0(model: nn.Module) -> None:
+    """Give every rank the weights of rank 0, where each has drawn its own from the same seed.
+
+    Devices of another kind may draw other numbers from it.
+
+    Args:
+        model: Replicated; changed in place.
+    """
+    if world_size() > 1:
+        for weight in model.parameters():
+            dist.broadcast(weight, src=0)
 
 
 def shard(model: Any, settings: TrainSettings, *, device: torch.device) -> Any:

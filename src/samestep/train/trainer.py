@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,6 +31,7 @@ from samestep.train.bitwise import BitRun, choose_threads, fail_with_budget, rep
 from samestep.train.callbacks import Callback
 from samestep.train.checkpoint_files import remove_checkpoints
 from samestep.train.choice import judge
+from samestep.train.decisions import decisions_before
 from samestep.train.determinism import deterministic
 from samestep.train.evaluator import Evaluator
 from samestep.train.forward import find_nonfinite_rows, with_context
@@ -89,7 +90,8 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Callback] = ()) -> dic
         on_rank_0(lambda: folder.hold(settings))
         with repeatable(settings), ExitStack() as at_end:
             at_end.callback(folder.close)
-            setup = set_up(settings)
+            decided = decisions_before(settings, folder)
+            setup = set_up(decided.put_into(settings), budget=decided.budget)
             origin = current_origin(setup, settings)
             bits = BitRun(setup, origin=origin) if settings.bitwise else None
             progress = first_progress(setup, settings, folder=folder, origin=origin, bits=bits)
@@ -123,17 +125,19 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Callback] = ()) -> dic
                     origin=origin,
                     bits=bits,
                 )
-                with trainer.saver.background:
-                    trainer.run()
+                at_end.enter_context(trainer.saver.background)
+                trainer.run()
             watchdog.begin("export", "saving the model")
-            load_best(trainer.progress, setup, settings=settings, folder=folder)
-            if setup.average is not None:
-                setup.average.put_in_place()
-            on_rank_0(folder.check_held)
-            save_model(setup.model, setup.tokenizer, folder=folder.model, merge=settings.merge)
-            summary = summarise(setup, trainer.progress, settings, evaluator=trainer.evaluator)
-            summary["model"] = str(folder.model)
-            on_rank_0(lambda: write_summary(summary, folder))
+            with trainer.saver.ending():
+                load_best(trainer.progress, setup, settings=settings, folder=folder)
+                if setup.average is not None:
+                    setup.average.put_in_place()
+                on_rank_0(folder.check_held)
+                save_model(setup.model, setup.tokenizer, folder=folder.model, merge=settings.merge)
+                trainer.saver.finish()
+                summary = summarise(setup, trainer.progress, settings, evaluator=trainer.evaluator)
+                summary["model"] = str(folder.model)
+                on_rank_0(lambda: write_summary(summary, folder))
             if settings.keep == 0:  # the model is what remains
                 on_rank_0(lambda: remove_checkpoints(folder.checkpoints))
             on_rank_0(lambda: reporter.ended(summary))
@@ -213,7 +217,7 @@ class Trainer:
         self.saver.start()
         try:
             if self._evaluate_if_due():
-                self._save()
+                self._save(before="step")
             for step_number in self.steps(self.setup.steps):
                 better = self._evaluate_if_due()
                 last = self._is_over()
@@ -221,16 +225,16 @@ class Trainer:
                 asked = all_gather_object([self.saver.is_due(step_number), self.stop_signal()])
                 stopped = not last and any(signal for _, signal in asked)
                 if last or ((asked[0][0] or better) and not stopped):
-                    self._save()
+                    self._save(before="export" if last else "step")
                 if stopped:
                     raise StopRequestedError
         except RolloutError as error:
-            self._save()
+            self._save(before="stop")
             saved = f"The run is saved after step {self.progress.step}: go on with --resume"
             raise RolloutError(f"{error}\n{saved}") from error
         except StopRequestedError:
             number = max(all_gather_object(self.stop_signal()))
-            self._save()
+            self._save(before="stop")
             raise Interrupted(number, step=self.progress.step, out=self.settings.out) from None
 
     def steps(self, last: int) -> Iterator[int]:
@@ -346,8 +350,9 @@ class Trainer:
         waited = patience is not None and choice.worse >= patience
         return waited or self.progress.step == self.setup.steps
 
-    def _save(self) -> None:
-        self.saver.save(self.progress, ends=self._is_over() or bool(self.stop_signal()))
+    def _save(self, *, before: Literal["step", "export", "stop"]) -> None:
+        stops = before == "step" and self.stop_signal()
+        self.saver.save(self.progress, before="stop" if stops else before)
 
     def _watched(
         self, loss_fn: LossFn, *, step_number: int | None = None, number: int = 1

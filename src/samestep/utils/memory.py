@@ -6,6 +6,7 @@ between two calls, from the system's own counter, which must be set back (`reset
 """
 
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -119,6 +120,13 @@ def peak_memory_since_reset(device: torch.device) -> int | None:
         return None
     found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"))
     return int(found[1]) * 1024 if found else None
+
+
+def release_memory() -> None:
+    """Give back what nothing holds any longer, after an attempt that ran out of memory."""
+    gc.collect()  # its frames may hold each other, and the tensors in them
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def process_peak() -> int:

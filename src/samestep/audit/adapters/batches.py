@@ -14,6 +14,18 @@ from samestep.engine.targets import IGNORE
 from samestep.errors import CheckError
 
 
+def copied(value: Any) -> Any:
+    """A deep copy; of tensors in plain containers many times as fast as ``copy.deepcopy``."""
+    kind = type(value)
+    if kind is Tensor and value.layout == torch.strided and not value.requires_grad:
+        return value.clone()
+    if kind is dict:
+        return {key: copied(each) for key, each in value.items()}
+    if kind is list or kind is tuple:
+        return kind(map(copied, value))
+    return copy.deepcopy(value)
+
+
 def cast_floats(batch: Any, dtype: torch.dtype) -> Any:
     """A batch with its floating tensors in a type, of the type of batch that it was."""
     if isinstance(batch, Tensor):

@@ -192,6 +192,12 @@ def read_weights(model: nn.Module) -> Gradient:
     return kept(held, sketch_fold(model))
 
 
+def has_gradients(model: nn.Module) -> bool:
+    """Whether anything but zeros is in ``.grad``."""
+    held = (weight.grad for weight in model.parameters() if weight.grad is not None)
+    return any(bool(_gathered(gradient).any()) for gradient in held)
+
+
 def perturb_weights(model: nn.Module, displacement: Gradient) -> None:
     """Add to the weights what is kept of a direction."""
     fold = sketch_fold(model)

@@ -1,7 +1,6 @@
 """A custom loop as a subject: the runs of the user's own functions."""
 
 import contextlib
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from samestep.audit.adapters.batches import (
     add_padding,
     alter_inputs,
     cast_floats,
+    copied,
     count_examples,
     infer_padding,
     locate_examples,
@@ -189,7 +189,7 @@ class LoopSubject:
 
         def work() -> Dealt:
             with self._fresh_model(settings) as (inner, model):
-                given = copy.deepcopy([self.loop.examples[index] for index in examples])
+                given = copied([self.loop.examples[index] for index in examples])
                 assert self.loop.loader is not None
                 items = one_pass(self.loop.loader(list(given), micro_batch_size), len(given))
                 listed = [isinstance(item, list | tuple) and not self._lists for item in items]
@@ -343,7 +343,7 @@ class LoopSubject:
     def _collate(self, examples: Sequence[Any], *, packed: bool = False) -> Any:
         function = self.loop.pack if packed else self.loop.collate
         assert function is not None
-        return function(copy.deepcopy(list(examples)))  # it may change what it is given
+        return function(copied(list(examples)))  # it may change what it is given
 
     def _edit(self, batch: Any, micro_batch: Sequence[int], *, settings: RunSettings) -> Any:
         """The batch with the examples changed that the settings name."""

@@ -1,6 +1,7 @@
 """Watches a step: what its optimizers are given, at which rates, and what it leaves behind."""
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,11 +13,12 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from samestep.audit.adapters.instrument import kept, read_gradients, read_weights
+from samestep.audit.adapters.instrument import has_gradients, kept, read_gradients
 from samestep.audit.gradients import (
-    MAX_ELEMENTS,
+    fold_of,
     global_norm,
     linear_combination,
+    norms,
     sketch_fold,
     subtract,
 )
@@ -45,8 +47,8 @@ class StepWatch:
 
     def restart(self) -> None:
         """Forget what was seen: the step begins here."""
-        self._before, self._held = read_weights(self._model), read_state(self._model)
-        self._last: Gradient | None = None
+        self._before = _State(self._model)
+        self._last: _State | None = None
         self._optimizers: dict[int, torch.optim.Optimizer] = {}
         self._waiting: set[int] = set()
         self.steps: list[Gradient] = []
@@ -118,9 +120,9 @@ class StepWatch:
         run_backward = engine["_engine_run_backward"]
 
         def looked_at(*args: Any, **options: Any) -> Any:
-            now = read_state(self._model)
+            now = _State(self._model)
             if self._last is not None:
-                self.moves.append(frozenset(changed_names(now, self._last)))
+                self.moves.append(frozenset(changed_names(now.kept, self._last.kept)))
             self._last = now
             state = torch.get_rng_state()
             result = run_backward(*args, **options)
@@ -143,45 +145,49 @@ class StepWatch:
             The gradient that the optimizers were given, added up over their steps; without one,
             the difference of the weights; if they did not move, what is left in ``.grad``.
         """
-        model, before = self._model, self._before
+        model, after = self._model, _State(self._model)
         rounding = torch.finfo(next(model.parameters()).dtype).eps
-        moved = subtract(before, read_weights(model))
-        # At most there and back again.
-        still = global_norm(moved) <= 8 * rounding * global_norm(before)
         updates = max(Counter(name for step in self.steps for name in step).values(), default=0)
+        stepped = bool(self.steps)
         if self.steps:
             gradient = linear_combination(self.steps, [1.0] * len(self.steps))
-        elif still:
-            gradient = read_gradients(model)
         else:
-            gradient = moved
-            rounding *= max(1.0, global_norm(before) / global_norm(moved))
+            before = self._before.read_trained()
+            moved = subtract(before, after.read_trained())
+            size, distance = global_norm(before), global_norm(moved)
+            stepped = not distance <= 8 * rounding * size  # at most there and back again
+            gradient = moved if stepped else read_gradients(model)
+            rounding *= max(1.0, size / distance) if stepped else 1.0
         return Observation(
             gradient,
             reported=reported,
             rounding=rounding,
             updates=updates,
-            left=self.left(),
-            stepped=bool(self.steps) or not still,
+            left=self._left(after),
+            leaves_gradients=has_gradients(model),
+            stepped=stepped,
             moves=tuple(self.moves),
             draws=self.draws,
         )
 
     def left(self) -> Left:
         """What the step leaves: how far everything moved, and the rates."""
-        after, held = read_state(self._model), self._read_optimizers()
+        return self._left(_State(self._model))
+
+    def _left(self, after: "_State") -> Left:
+        before, held = self._before.kept, self._read_optimizers()
         moved = {
-            name: value - self._held[name]
-            for name, value in after.items()
-            if name in self._held and value.shape == self._held[name].shape
+            name: value - before[name]
+            for name, value in after.kept.items()
+            if name in before and value.shape == before[name].shape
         }
-        rounding = {name: _rounding(self._model, name, value) for name, value in after.items()}
+        of_optimizers = {name: _rounding_of(state) for name, state in held.items()}
         return Left(
-            moved={**moved, **kept(held, _fold(self._model))},
-            rounding={**rounding, **{name: _rounding_of(state) for name, state in held.items()}},
+            moved={**moved, **kept(held, after.fold)},
+            rounding={**after.rounding(), **of_optimizers},
             rates=tuple(self.rates),
             rates_after=tuple(map(_rates, self._optimizers.values())),
-            trained=frozenset(n for n, w in self._model.named_parameters() if w.requires_grad),
+            trained=frozenset(after.trained),
         )
 
     def _read_optimizers(self) -> dict[str, Tensor]:
@@ -206,46 +212,58 @@ def changed_names(now: Gradient, before: Gradient) -> list[str]:
     ]
 
 
-def read_state(model: nn.Module) -> Gradient:
-    """All weights, frozen ones too, and the buffers that a checkpoint would hold, if floating."""
-    return kept(_floating(model), _fold(model))
+class _State:
+    """What a model holds, found in one walk over its modules, and what is kept of it.
 
+    All weights, frozen ones too, and the buffers that a checkpoint would hold, if floating. Caches
+    that no checkpoint holds, such as rotations as long as the longest row, are left out.
 
-def _fold(model: nn.Module) -> int:
-    """How many elements are kept as one: of large models not all are."""
-    elements = sum(tensor.numel() for tensor in _floating(model).values())
-    return max(1, -(-elements // MAX_ELEMENTS))
+    Args:
+        model: Read at once: it may move afterwards.
+
+    Attributes:
+        kept: By name; of large models not all elements, see `fold`.
+        fold: How many elements are kept as one.
+        trained: The trainable weights.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors = _floating(model)
+        self.fold = fold_of(tensors.values())
+        self.kept = kept(tensors, self.fold)
+        self.trained = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if tensor.requires_grad and isinstance(tensor, nn.Parameter)
+        }
+        fold = fold_of(self.trained.values())
+        # Weights that are folded otherwise than all together have to be read before they move.
+        self._trained = {} if fold == self.fold else kept(self.trained, fold)
+        self._types = {name: tensor.dtype for name, tensor in tensors.items()}
+
+    def read_trained(self) -> Gradient:
+        """The trainable weights, folded as their gradient is."""
+        return self._trained or {name: self.kept[name] for name in self.trained}
+
+    def rounding(self) -> dict[str, float]:
+        """How far each may be off by the rounding of its own type."""
+        sizes = norms(self.kept)
+        return {name: torch.finfo(self._types[name]).eps * size for name, size in sizes.items()}
 
 
 def _floating(model: nn.Module) -> dict[str, Tensor]:
-    """Caches that no checkpoint holds, such as rotations as long as the longest row, are left."""
-    cached = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        for name in module._non_persistent_buffers_set
-    }
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {
-        name: tensor
-        for name, tensor in named.items()
-        if tensor.is_floating_point() and name not in cached
-    }
-
-
-def _rounding(model: nn.Module, name: str, kept_value: Tensor) -> float:
-    """How far a tensor of this size may be off by the rounding of its own type."""
-    tensor = _floating_type(model, name)
-    return float(torch.finfo(tensor).eps * kept_value.norm())
+    """Each tensor once, under its first name."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for prefix, module in model.named_modules():
+        cached = module._non_persistent_buffers_set
+        for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
+            if tensor is not None and tensor.is_floating_point() and name not in cached:
+                found.setdefault(id(tensor), (f"{prefix}.{name}" if prefix else name, tensor))
+    return dict(found.values())
 
 
 def _rounding_of(tensor: Tensor) -> float:
     return float(torch.finfo(tensor.dtype).eps * tensor.norm())
-
-
-def _floating_type(model: nn.Module, name: str) -> torch.dtype:
-    path, _, attribute = name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(path), attribute)
-    return tensor.dtype
 
 
 def _rates(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:

@@ -69,18 +69,19 @@ def next_step(experiments: Experiments) -> Measurement:
 
 def _second_step(experiments: Experiments, two: Experiments, split: Split) -> _Second:
     """Two steps in a row, with and without the gradients that the first one left."""
-    first = experiments.run(split).gradient
+    first = experiments.run(split)
     try:
-        kept, emptied = two.run(split), two.run(split, clear_between=True)
+        kept = two.run(split)
+        emptied = two.run(split, clear_between=True) if first.leaves_gradients else kept
     except Exception as error:  # the subject's code: it need not know of a second step
         raise CheckError(
             f"a second step on the same model fails ({type(error).__name__}: {error}); make what "
             "belongs to a model, such as its optimizer, in model()"
         ) from error
-    size = global_norm(first)
+    size = global_norm(first.gradient)
     changed = {
         name: relative_difference({name: kept.gradient[name]}, {name: emptied.gradient[name]})
-        for name, gradient in first.items()
+        for name, gradient in first.gradient.items()
         if float(gradient.norm()) > 1e-6 * size
         and name in kept.gradient
         and name in emptied.gradient

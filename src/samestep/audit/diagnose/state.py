@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from samestep.audit.causes import Diagnosis
 from samestep.audit.experiments import TOLERANCE_FACTOR, Experiments, merged
-from samestep.audit.gradients import global_norm, relative_difference, subtract
+from samestep.audit.gradients import global_norm, norms, relative_difference, subtract
 from samestep.audit.subject import Left, Observation, Split
 
 SHOWN = 3
@@ -88,12 +88,16 @@ def _differences(
 ) -> dict[str, float]:
     """By name, the difference of the movements over the movement, where it is no noise."""
     known = experiments.tolerance if tolerance is None else tolerance
+    expected = {
+        name: moved
+        for name, moved in other.moved.items()
+        if name in left.moved and left.moved[name].shape == moved.shape
+    }
+    sizes = norms(expected)
+    errors = norms({name: left.moved[name] - moved for name, moved in expected.items()})
     found = {}
-    for name in left.moved:
-        if name not in other.moved or left.moved[name].shape != other.moved[name].shape:
-            continue
-        size = float(other.moved[name].norm())
-        error = float((left.moved[name] - other.moved[name]).norm())
+    for name, error in errors.items():
+        size = sizes[name]
         rounding = max(left.rounding[name], other.rounding.get(name, 0.0))
         # A weight that does not move has no tolerance of its own, however large the factor is.
         if error <= TOLERANCE_FACTOR * rounding + (known * size if size else 0.0):

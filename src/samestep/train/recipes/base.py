@@ -25,6 +25,7 @@ from samestep.models.load import (
     resolve_source,
 )
 from samestep.models.lora import num_embeddings
+from samestep.models.placement import made_on
 from samestep.models.probes import choose_padding, logits_of
 from samestep.train.precision import weight_dtype
 from samestep.train.rollouts import RolloutMaker
@@ -140,7 +141,7 @@ class Recipe:
         )
 
     def load_model(self, source: str, data: Sequence[Records]) -> Any:
-        """The model to train, on the CPU, in train mode.
+        """The model to train, in train mode; `load_with` makes it on its device.
 
         Args:
             source: What `samestep.models.load.resolve_source` gave.
@@ -354,9 +355,10 @@ def load_frozen(
     Raises:
         ConfigError: It cannot be loaded, or has another vocabulary.
     """
-    second = load_model(
-        resolve_source(source), dtype=dtype or model.dtype, trust_remote_code=trust_remote_code
-    )
+    with made_on(model.device):
+        second = load_model(
+            resolve_source(source), dtype=dtype or model.dtype, trust_remote_code=trust_remote_code
+        )
     own, frozen = (num_embeddings(each) for each in (model, second))
     if own != frozen:
         raise ConfigError(

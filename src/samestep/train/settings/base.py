@@ -75,7 +75,7 @@ RESUME_MAY_CHANGE = frozenset(
 DEFINES_BITS = frozenset(
     {
         *("micro_batch", "micro_tokens", "padding", "gradient_checkpointing", "threads"),
-        "generation_batch",
+        *("compile", "generation_batch"),
     }
 )
 """Those of them that a run under ``bitwise`` keeps: they cannot change the step, but its bits."""
@@ -296,6 +296,8 @@ def _defined_bits(settings: TrainSettings) -> dict[str, Any]:
         filled["micro_tokens"] = BITWISE_MICRO_TOKENS
     if settings.gradient_checkpointing == "auto":
         filled["gradient_checkpointing"] = "none"
+    if settings.compile == "auto":
+        filled["compile"] = "none"
     return filled
 
 

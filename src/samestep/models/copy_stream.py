@@ -1,0 +1,84 @@
+"""Copies between a GPU and the CPU's memory, on a stream of their own beside the computation."""
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CopyStream:
+    """Sends tensors of a GPU to pinned memory, and fetches them again, while others are computed.
+
+    A tensor that leaves is held until the computation has been told to wait for its copy: its
+    memory is not given to anything else before. How many bytes are held so is bounded, so a bus
+    that is slower than the forward slows it down instead of filling the GPU.
+
+    Args:
+        device: The GPU.
+        held: Bytes of tensors that are on their way out at a time.
+        cuda: What it uses of `torch.cuda`; tests give a recorder.
+    """
+
+    def __init__(self, device: torch.device, *, held: int, cuda: Any = torch.cuda) -> None:
+        self._device, self._held, self._cuda = device, held, cuda
+        self._stream = cuda.Stream(device)
+        self._leaving: deque[tuple[Tensor, Any]] = deque()
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """Begin to copy a tensor to the CPU.
+
+        Args:
+            tensor: Of the GPU; nothing may write to it any more.
+
+        Returns:
+            The copy, in pinned memory; only `fetch` may read it.
+        """
+        self._stream.wait_stream(self._computation())  # which may not have written it yet
+        with self._cuda.stream(self._stream):
+            copy = self.pinned(tensor)
+            copy.copy_(tensor, non_blocking=True)
+            self._leaving.append((tensor, self._stream.record_event()))
+        self._release(self._held)
+        return copy
+
+    def finish_sending(self) -> None:
+        """Let go of all that was sent; what is computed from here on waits for the copies."""
+        self._release(0)
+
+    def _release(self, held: int) -> None:
+        while sum(tensor.nbytes for tensor, _ in self._leaving) > held:
+            tensor, copied = self._leaving.popleft()
+            self._computation().wait_event(copied)
+            del tensor  # its memory may be used again, after that wait
+
+    def fetch(self, copy: Tensor) -> tuple[Tensor, Any]:
+        """Begin to bring a copy back; it arrives after all copies that were begun before.
+
+        Args:
+            copy: Of `send`.
+
+        Returns:
+            What `receive` takes.
+        """
+        tensor = torch.empty_like(copy, device=self._device, pin_memory=False)
+        self._stream.wait_stream(self._computation())  # which may still use this memory
+        with self._cuda.stream(self._stream):
+            tensor.copy_(copy, non_blocking=True)
+            arrived = self._stream.record_event()
+        tensor.record_stream(self._stream)  # if it is dropped before it was received
+        return tensor, arrived
+
+    def receive(self, fetched: tuple[Tensor, Any]) -> Tensor:
+        """A tensor that was fetched; what is computed from here on waits until it has arrived."""
+        tensor, arrived = fetched
+        self._computation().wait_event(arrived)
+        return tensor
+
+    def _computation(self) -> Any:
+        return self._cuda.current_stream(self._device)
+
+    @staticmethod
+    def pinned(tensor: Tensor) -> Tensor:
+        """Memory of the CPU that a GPU can copy to by itself, of the shape and type of a tensor."""
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -1,0 +1,161 @@
+"""Where a run's model is made: straight on its device, or on the CPU if it is to be sharded.
+
+PyTorch's meta device stands in for another one: it is not the CPU, and takes any weights.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from runs import llama_folder, run_config, write_rows
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from samestep.errors import ConfigError
+from samestep.models import load
+from samestep.models.load import load_model
+from samestep.models.placement import made_on
+from samestep.models.weightless import is_weightless
+from samestep.train import origin, setup, sharding
+from samestep.train.origin import differences, origin_of
+from samestep.train.recipes.base import load_frozen, recipe_for
+from samestep.train.sharding import lay_out
+
+META, CPU = torch.device("meta"), torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("placement")
+    llama_folder(folder / "tiny")
+    write_rows(folder / "rows.jsonl", 20)
+    return folder
+
+
+RANK = 3
+"""Of adapters; no size of the model."""
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Devices on which weights have been; PEFT draws adapters on the CPU, and moves them."""
+    found: set[str] = set()
+    register = nn.Module.register_parameter
+
+    def noted(self: nn.Module, name: str, weight: Any) -> None:
+        if weight is not None and RANK not in weight.shape:
+            found.add(weight.device.type)
+        register(self, name, weight)
+
+    monkeypatch.setattr(nn.Module, "register_parameter", noted)
+    monkeypatch.setattr(load, "check_finite", lambda *_: None)  # meta weights have no numbers
+    monkeypatch.setattr(load, "check_complete", lambda *_, **__: None)
+    return found
+
+
+@pytest.mark.parametrize("init", ["random", "pretrained"])
+@pytest.mark.parametrize("lora", [None, RANK])
+def test_no_weight_is_ever_on_the_cpu(
+    files: Path, monkeypatch: pytest.MonkeyPatch, made: set[str], init: str, lora: int | None
+) -> None:
+    recipe = recipe_for(run_config(files, init=init, lora_rank=lora, precision="float32"))
+    tokenizer = recipe.load_tokenizer(str(files / "tiny"))
+    data = [recipe.read(str(files / "rows.jsonl"), tokenizer)]
+    monkeypatch.setattr(recipe, "choose_padding", lambda _: "none")  # it compares numbers
+    monkeypatch.setattr(setup, "cut_last_layer", lambda *_: None)
+    made.clear()
+    model, _ = setup._place_model(recipe, data, device=META, tokenizer=tokenizer)
+    assert {weight.device for weight in model.parameters()} == {META}
+    assert made == {"meta"}
+
+
+def test_a_second_model_is_read_to_where_the_first_one_is(files: Path, made: set[str]) -> None:
+    with made_on(META):
+        model = load_model(str(files / "tiny"))
+    made.clear()
+    load_frozen(str(files / "tiny"), model, field="teacher", trust_remote_code=False)
+    assert made == {"meta"}
+
+
+def test_on_the_cpu_random_weights_are_those_that_they_were(files: Path) -> None:
+    torch.manual_seed(3)
+    config = AutoConfig.from_pretrained(files / "tiny")
+    wanted = AutoModelForCausalLM.from_config(config).state_dict()
+    with made_on(CPU):
+        found = load_model(str(files / "tiny"), init="random", seed=3).state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+
+
+class Placed(nn.Linear):
+    """A model that says that it is where it was sent."""
+
+    def to(self, *device: Any, **_: Any) -> Any:
+        self.sent = device
+        return self
+
+
+@pytest.mark.parametrize(
+    ("room", "wanted"), [(1e9, "cuda:1"), (1e3, "cpu")], ids=["replicated", "sharded"]
+)
+def test_several_gpus_weigh_the_model_before_they_load_it(
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    room: float,
+    wanted: str,
+) -> None:
+    """Each rank then makes it on its own device, or on the CPU where shards are cut from it."""
+    monkeypatch.setattr(sharding, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (room, room))
+    monkeypatch.setattr(sharding, "dist", SimpleNamespace(is_initialized=lambda: True))
+    monkeypatch.setattr(sharding, "shard", lambda model, *_, **__: model)
+    made: list[str] = []
+
+    def make(place: torch.device) -> nn.Module:
+        sharding.log.info("made")
+        if not is_weightless():
+            made.append(str(place))
+        return Placed(30, 30, device="meta" if is_weightless() else "cpu")
+
+    caplog.set_level("INFO", logger="samestep")
+    lay_out(make, run_config(files), device=torch.device("cuda:1"))
+    assert made == [wanted]
+    assert [record.message for record in caplog.records].count("made") == 1
+
+
+def test_a_model_that_must_be_loaded_to_be_weighed_is_loaded_on_the_cpu(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1e9, 1e9))
+    made: list[torch.device] = []
+
+    def make(place: torch.device) -> nn.Module:
+        if is_weightless():
+            raise ConfigError("code of the user's own looked at a weight")
+        made.append(place)
+        return Placed(30, 30)
+
+    model = lay_out(make, run_config(files), device=torch.device("cuda:1"))
+    assert made == [CPU]
+    assert model.sent == (torch.device("cuda:1"),)
+
+
+@pytest.mark.parametrize("lora", [None, RANK])
+def test_a_resumed_run_has_its_frozen_random_weights_again_or_is_refused(
+    files: Path, monkeypatch: pytest.MonkeyPatch, lora: int | None
+) -> None:
+    """Checkpoints hold what trains; frozen weights are drawn anew, by a device that may be new."""
+    settings = run_config(files, init="random", lora_rank=lora)
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(lora is None)
+    before = origin_of(settings, model)
+    assert not differences(before, origin_of(settings, model))
+    earlier = {name: value for name, value in before.items() if "random" not in name}
+    assert not differences(earlier, before)  # earlier versions drew on the CPU
+    monkeypatch.setattr(origin, "_generator", lambda _: "NVIDIA H200")
+    found = differences(before, origin_of(settings, model))
+    wanted = ["model: random weights, drawn on: was cpu, is NVIDIA H200"]
+    assert found == ([] if lora is None else wanted)
