@@ -5,13 +5,14 @@ compiler (and of a GPU) are not needed for that. On GPUs: written for, not yet r
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import build, gradients, ragged, worst
+from counted_graphs import Graphs, attend_as_on_a_gpu
 from runs import run_config
 from torch import Tensor
 
@@ -32,26 +33,6 @@ from samestep.train.setup import set_up
 
 FEW = 6
 """Graphs of a run: with gradients and without, of all positions and of targets, and the like."""
-
-
-class Graphs:
-    """A backend that counts the graphs that it gets, and how often they run."""
-
-    def __init__(self, change: Callable[[Tensor], Tensor] = lambda out: out) -> None:
-        self.made = self.runs = 0
-        self._change = change
-
-    def __call__(self, module: Any, _: Any) -> Any:
-        self.made += 1
-
-        def run(*inputs: Any) -> Any:
-            self.runs += 1
-            return tuple(
-                self._change(out) if isinstance(out, Tensor) and out.requires_grad else out
-                for out in module.forward(*inputs)
-            )
-
-        return run
 
 
 @pytest.fixture
@@ -84,27 +65,9 @@ def outputs(model: Any) -> Tensor:
     return found
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, _: Any, longest: int, __: int,
-    *, scale: float, window_size: tuple[int, int],
-) -> Tensor:  # fmt: skip
-    """`varlen_attn` of PyTorch 2.11, causal, from the definition."""
-    assert window_size == (-1, 0)
-    at = torch.arange(query.shape[0])
-    of = torch.bucketize(at, borders[1:].long(), right=True)
-    seen = (of[:, None] == of[None]) & (at[None] <= at[:, None])
-    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
-
-
 @pytest.fixture
 def gpu_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packs go the way that they go on a GPU, to a kernel in plain PyTorch."""
-    monkeypatch.setattr(packed_attention, "has_kernels", lambda query: True)
-    monkeypatch.setattr(varlen, "_has_flash", lambda device: True)
-    monkeypatch.setattr(varlen, "takes", lambda function, pack: True)
-    monkeypatch.setattr(varlen, "flash_function", lambda: attention)
-    varlen._names(attention)
+    attend_as_on_a_gpu(monkeypatch)
 
 
 @pytest.mark.usefixtures("gpu_attention")

@@ -8,24 +8,38 @@ into it: hooks (as those of the last layer, cut to the targets), or routers, whi
 A layer is compiled whole or not at all: where it falls into pieces, as at attention that goes
 sequence by sequence, each piece and each helper around it would be compiled by itself, again and
 again. Compilers have errors: what the compiled layers give is compared once with what they gave
-before, values and gradients, and the bound is measured on the model itself.
+before, values and gradients, and the bound is measured on the model itself. What is new to them
+later, and cannot be compiled, runs uncompiled, and the log says so once.
 """
 
+import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from samestep.models import lm_head
+from samestep.models.outputs import without_cache
 from samestep.models.routers import routers
 from samestep.utils.agreement import FACTOR, relative_differences, rounding_noise
+
+log = logging.getLogger("samestep")
 
 Backend = str | Callable[..., Any]
 
 BACKEND: Backend = "inductor"
 """What makes kernels of graphs; tests count graphs instead."""
+
+MOST_GRAPHS = 16
+"""Graphs of a run, at most. A few are needed: with gradients, without, and with adapters off; of a
+first layer, whose input has no gradient under adapters; each for every kind of layer."""
 
 
 def compiled_layers(model: nn.Module) -> list[nn.Module]:
@@ -62,7 +76,8 @@ def compile_layers(model: nn.Module, run: Callable[[], Tensor]) -> str:
 
     def outputs() -> list[Tensor]:
         with torch.enable_grad():
-            out = run()
+            with without_cache(model):
+                out = run()
             # A fixed mixture of all outputs, so that every one of them counts in the gradient.
             mixture = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape)
             objective = (out.double() * mixture).sum()
@@ -73,26 +88,97 @@ def compile_layers(model: nn.Module, run: Callable[[], Tensor]) -> str:
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     noise = max(rounding_noise(outputs))
     before = outputs()
+    shared = _SharedGraphs()
+    for layer in layers:
+        layer._compiled_call_impl = shared.of(layer)
     try:
-        _compile(layers, whole=True)
         difference = float(relative_differences(before, outputs()).max())
     except Exception as error:  # a compiler may fail in any way; so far nothing was trained with it
         run_eagerly(model)
-        first = (str(error).strip().splitlines() or [""])[0]
-        return f"compiling fails here: {type(error).__name__}: {first}"
+        return f"compiling fails here: {_first_line(error)}"
+    if shared.said:
+        run_eagerly(model)
+        return "its forward gives the layers a cache of keys and values: pass use_cache=False"
     if not difference <= FACTOR * noise:
         run_eagerly(model)
         return (
             f"compiled layers give other outputs, by {difference:.1e}, where rounding makes "
             f"{noise:.1e}"
         )
-    _compile(layers, whole=False)  # what is new to it later must not end the run
+    shared.may_fail = True  # what is new to it later must not end the run
     return ""
 
 
-def _compile(layers: Sequence[nn.Module], *, whole: bool) -> None:
-    for layer in layers:
-        layer.compile(dynamic=True, fullgraph=whole, backend=BACKEND)
+class _SharedGraphs:
+    """The graphs that the layers of one model share, and what is said of calls without them.
+
+    Attributes:
+        may_fail: Whether a layer that cannot be compiled runs as it is; else that raises.
+        said: The levels at which something was said of calls that ran uncompiled.
+    """
+
+    def __init__(self) -> None:
+        self.may_fail = False
+        self.said: set[int] = set()
+        self._compiled = torch.compile(_entry(), fullgraph=True, dynamic=True, backend=BACKEND)
+        self._limit = torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS)
+        logging.getLogger(torch._dynamo.convert_frame.__name__).addFilter(_is_not_ours)
+
+    def of(self, layer: nn.Module) -> Callable[..., Any]:
+        """What a layer runs in the place of its own call."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(value, Cache) for value in kwargs.values()):
+                # Each layer looks at its own part of a cache, so each would need its own graphs.
+                self._say_once(
+                    logging.INFO,
+                    "layers that are given a cache of keys and values run uncompiled, as in "
+                    "generation; other forwards run compiled with use_cache=False",
+                )
+                return layer._call_impl(*args, **kwargs)
+            kwargs.pop(lm_head.ARGUMENT, None)  # for the last layer; not every forward has it
+            try:
+                with self._limit:
+                    return self._compiled(layer, *args, **kwargs)
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # nothing has run yet
+                if not self.may_fail:
+                    raise
+                layer._compiled_call_impl = None
+                self._say_once(
+                    logging.WARNING,
+                    "from here on layers run uncompiled, which is slower, since a call of a new "
+                    f"kind cannot be compiled ({_first_line(error)})",
+                )
+            return layer._call_impl(*args, **kwargs)
+
+        return call
+
+    def _say_once(self, level: int, what: str) -> None:
+        if level not in self.said:
+            self.said.add(level)
+            log.log(level, "compile: %s", what)
+
+
+def _entry() -> Callable[..., Any]:
+    """A function that runs a layer, whose code is its own: graphs are kept by code, not function.
+
+    So a run has no graphs of another one in the same process, and gives its own free.
+    """
+
+    def samestep_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return layer._call_impl(*args, **kwargs)
+
+    return FunctionType(samestep_layer.__code__.replace(), globals(), samestep_layer.__name__)
+
+
+def _is_not_ours(record: logging.LogRecord) -> bool:
+    """Whether the compiler says something else than that our layers have reached their limit."""
+    message = record.getMessage()
+    return not ("recompile_limit" in message and "'samestep_layer'" in message)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def run_eagerly(model: nn.Module) -> bool:

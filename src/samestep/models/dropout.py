@@ -55,14 +55,18 @@ class ExampleDropout(nn.Module):
         layer: The number of this layer in its model.
 
     Attributes:
+        layer: Its number, int64. A tensor, since what compiles layers would take a plain number
+            for part of the code, and make other graphs for each layer.
         keys: Of each position: two 32-bit numbers [2, rows, length], int64.
         sequence_keys: Of each sequence as a whole [2, sequences], int64.
     """
 
+    layer: Tensor
+
     def __init__(self, p: float, layer: int) -> None:
         super().__init__()
         self.p = p
-        self.layer = layer
+        self.register_buffer("layer", torch.tensor(layer), persistent=False)
         self.keys = torch.zeros(2, 0, 0, dtype=torch.int64)
         self.sequence_keys = torch.zeros(2, 0, dtype=torch.int64)
 
@@ -91,7 +95,7 @@ class ExampleDropout(nn.Module):
         return self._drop(states, self.keys)
 
     def _drop(self, states: Tensor, keys: Tensor) -> Tensor:
-        first, second = hash_(keys ^ hash_(torch.full_like(keys, self.layer + 1)))[..., None]
+        first, second = hash_(keys ^ hash_(self.layer + 1))[..., None]
         features = states[0].numel() if states.dim() == 2 else states[0, 0].numel()
         steps = torch.arange(features, device=states.device) * _GOLDEN
         drawn = hash_((first + steps).bitwise_and_(_MASK)).bitwise_xor_(second)
@@ -118,8 +122,10 @@ def replace_dropout(model: nn.Module) -> int:
         for name, child in parent.named_children()
         if _drops(child)
     ]
+    device = next((weight.device for weight in model.parameters()), None)
     for layer, (parent, name, child) in enumerate(dropouts):
-        setattr(parent, name, ExampleDropout(child.p, layer).train(child.training))
+        keyed = ExampleDropout(child.p, layer).train(child.training)
+        setattr(parent, name, keyed.to(device))
     return len(dropouts)
 
 

@@ -3,8 +3,10 @@
 Losses and the choice of a layout (`samestep.models.probes.choose_padding`) read the same outputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from samestep.models.lora import unwrap_peft
 
 Pooling = Literal["mean", "last", "first"]
 """How the hidden states of a sequence become one vector."""
+
+_known_configs: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 _NOT_MODEL_INPUTS = (
     "labels", "example_ids", "example_weights", "token_weights", "fields", "mismatched", "spans",
@@ -38,6 +42,60 @@ def model_inputs(micro_batch: Mapping[str, Any]) -> dict[str, Any]:
         {'input_ids': [[5, 6, 7]]}
     """
     return {key: micro_batch[key] for key in micro_batch if key not in _NOT_MODEL_INPUTS}
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """A context in which a model keeps no keys and values for a next token, unless it is asked to.
+
+    The configs of decoders ask for them by default. Nothing reads them unless it generates; each
+    layer copies its keys and values into them, and compiled layers would be compiled one by one,
+    since each looks at its own part of them.
+
+    Args:
+        model: A model of transformers, plain or wrapped; others stay as they are.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1))
+        >>> with without_cache(model):
+        ...     outputs = model(input_ids=torch.tensor([[1, 2]]))
+        >>> list(outputs), model.config.use_cache
+        (['logits'], True)
+    """
+    asking = [config for config in _configs(model) if config.use_cache]
+    for config in asking:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in asking:
+            config.use_cache = True
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configs of a model and its parts that say whether there is a cache, looked for once."""
+    if model not in _known_configs:
+        parts = (module.__dict__.get("config") for module in model.modules())
+        found = {id(one): one for one in parts if hasattr(one, "use_cache")}
+        _known_configs[model] = list(found.values())
+    return _known_configs[model]
+
+
+def run_model(model: nn.Module, micro_batch: Mapping[str, Any], **more: Any) -> Any:
+    """What a model of transformers gives for a micro-batch, without the cache of generation.
+
+    Args:
+        model: The model.
+        micro_batch: As for `model_inputs`.
+        **more: Further arguments of the model.
+
+    Returns:
+        Its outputs.
+    """
+    with without_cache(model):
+        return model(**model_inputs(micro_batch), **more)
 
 
 def sequence_logits(model: Any, micro_batch: Mapping[str, Any]) -> Tensor:
@@ -65,7 +123,7 @@ def sequence_logits(model: Any, micro_batch: Mapping[str, Any]) -> Tensor:
     unwrapped = unwrap_peft(model)
     head = dict(unwrapped.named_children()).get("score")
     if head is None:
-        logits: Tensor = model(**model_inputs(micro_batch)).logits
+        logits: Tensor = run_model(model, micro_batch).logits
         return logits
     states = _backbone_states(unwrapped, micro_batch)
     scores: Tensor = head(states.flatten(0, 1)[_last_positions(micro_batch)])
@@ -82,7 +140,7 @@ def span_logits(model: nn.Module, micro_batch: Mapping[str, Any]) -> Tensor:
     Returns:
         Logits [rows, length, 2], with a graph.
     """
-    outputs = model(**model_inputs(micro_batch))
+    outputs = run_model(model, micro_batch)
     return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
 
 
@@ -112,7 +170,7 @@ def _backbone_states(unwrapped: Any, micro_batch: Mapping[str, Any]) -> Tensor:
     prefix: str = unwrapped.base_model_prefix
     # AutoModel gives the backbone itself, which has no child of its own prefix.
     backbone = dict(unwrapped.named_children()).get(prefix, unwrapped)
-    states: Tensor = backbone(**model_inputs(micro_batch)).last_hidden_state
+    states: Tensor = run_model(backbone, micro_batch).last_hidden_state
     return states
 
 

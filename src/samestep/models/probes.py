@@ -15,7 +15,7 @@ from samestep.kernels import packed_attention
 from samestep.models import lm_head
 from samestep.models.dropout import ExampleDropout
 from samestep.models.lora import num_embeddings
-from samestep.models.outputs import model_inputs
+from samestep.models.outputs import run_model
 from samestep.models.routers import routers
 from samestep.utils.agreement import compare_ways
 
@@ -30,7 +30,7 @@ Outputs = Callable[[Any, dict[str, Any]], Tensor]
 
 def logits_of(model: Any, micro: dict[str, Any]) -> Tensor:
     """The logits that a model gives by itself."""
-    logits: Tensor = model(**model_inputs(micro)).logits
+    logits: Tensor = run_model(model, micro).logits
     return logits
 
 
@@ -195,7 +195,7 @@ def _agrees(model: Any, padding: Padding) -> bool:
     at, training = micro["target_positions"], model.training
 
     def logits(**more: Tensor) -> Tensor:
-        found: Tensor = model(**model_inputs(micro), **more).logits
+        found: Tensor = run_model(model, micro, **more).logits
         return found.flatten(0, 1)
 
     def whole() -> Tensor:

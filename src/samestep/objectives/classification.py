@@ -19,7 +19,7 @@ from samestep.losses.per_example import (
 )
 from samestep.models.outputs import (
     Pooling,
-    model_inputs,
+    run_model,
     sequence_embeddings,
     sequence_logits,
     span_logits,
@@ -104,7 +104,7 @@ class TokenClassification:
 
     def __call__(self, model: nn.Module, micro_batch: Mapping[str, Any]) -> dict[str, Term]:
         """Sums over the labelled tokens of one micro-batch."""
-        logits = model(**model_inputs(micro_batch)).logits
+        logits = run_model(model, micro_batch).logits
         classes = micro_batch["fields"]["classes"]
         losses = class_losses(logits, classes)
         weights = labelled_token_weights(micro_batch).to(losses)

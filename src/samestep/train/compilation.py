@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from samestep.data.collate import Padding, collate_examples, to_device
 from samestep.data.examples import Example
@@ -16,7 +17,7 @@ from samestep.models.compiled import compilable_layers, compile_layers, run_eage
 from samestep.models.dropout import key_dropout
 from samestep.models.lora import num_embeddings
 from samestep.train.micro_tokens import CutFirstStep, measured_costs
-from samestep.train.precision import products
+from samestep.train.precision import one_step, products
 from samestep.train.recipes.base import Recipe
 
 log = logging.getLogger("samestep")
@@ -26,6 +27,10 @@ _COMPILING = 60.0
 
 _SAVED = 0.2
 """Share of a step that compiled layers may save, for the same guess."""
+
+_LENGTHS = 7, 4, 3, 2, 5, 2, 3, 2, 4, 2, 3
+"""Of the sequences of the probe. Neither their number, nor the longest, nor the sum is a width or a
+number of heads: the compiler takes sizes that are equal at first for equal forever."""
 
 
 def choose_compilation(
@@ -67,10 +72,7 @@ def choose_compilation(
             )
     started = time.perf_counter()
     if not reason:
-        with products(model, recipe.settings, keep_copies=False):
-            reason = compile_layers(
-                model, lambda: recipe.outputs(model, _probe(model, padding=padding))
-            )
+        reason = compile_layers(model, lambda: _outputs(model, recipe, padding))
     # All ranks alike: the slowest of them would decide the time of a step.
     reasons = [each for each in gather_results(lambda: reason) if each]
     if not reasons and before is not None:
@@ -132,10 +134,19 @@ def _compared(
     return reasons, "" if reasons else f", {before / after:.2f} times as fast a token"
 
 
+def _outputs(model: Any, recipe: Recipe, padding: Padding) -> Tensor:
+    """What the model gives for short sequences, in a step's own contexts.
+
+    Graphs that are made in others would not be those of a step.
+    """
+    with one_step(model.device), products(model, recipe.settings):
+        return recipe.outputs(model, _probe(model, padding=padding))
+
+
 def _probe(model: Any, *, padding: Padding) -> dict[str, Any]:
-    """Two short sequences, as a micro-batch whose dropout is keyed."""
+    """Short sequences, as a micro-batch whose dropout is keyed."""
     vocabulary = num_embeddings(model)
-    sequences = [(torch.arange(length) * 7 + 3) % vocabulary for length in (5, 3)]
+    sequences = [(torch.arange(length) * 7 + 3) % vocabulary for length in _LENGTHS]
     examples = [Example(ids, ids) for ids in sequences]
     micro = to_device(collate_examples(examples, padding=padding), model.device)
     key_dropout(model, micro, seed=0, step=0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from samestep.data.records import Records
 from samestep.engine.counts import count_units
 from samestep.engine.modes import eval_mode
 from samestep.engine.oom import describe_rows
-from samestep.engine.terms import Counter, LossFn, LossResult, term_tensors
+from samestep.engine.terms import Counter, LossFn, LossResult, Objective, term_tensors
 from samestep.engine.two_pass import TwoPass
 from samestep.models.dropout import key_dropout
+from samestep.models.outputs import without_cache
 from samestep.train.micro_batches import MicroBatches
 
 _ROWS_NAMED = 10
@@ -38,6 +40,29 @@ def with_context(
             return loss_fn(model, micro)
 
     return TwoPass(inside) if isinstance(loss_fn, TwoPass) else inside
+
+
+def without_caches(objective: Objective) -> Objective:
+    """An objective of the user's own, whose forwards keep no keys and values for a next token.
+
+    Args:
+        objective: Its losses may run the model as they like.
+
+    Returns:
+        The same objective, inside `samestep.models.outputs.without_cache`.
+    """
+    annotate = objective.annotate
+
+    def annotated(model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Tensor]:
+        assert annotate is not None
+        with without_cache(model):
+            return annotate(model, micro)
+
+    return replace(
+        objective,
+        loss_fn=with_context(objective.loss_fn, lambda model, _: without_cache(model)),
+        annotate=None if annotate is None else annotated,
+    )
 
 
 def with_keyed_dropout(loss_fn: LossFn, *, seed: int, step: int) -> LossFn:

@@ -30,7 +30,7 @@ from samestep.train.budget_range import budget_range
 from samestep.train.compilation import choose_compilation
 from samestep.train.ema import WeightAverage
 from samestep.train.evaluator import EvaluationSet, check_choice
-from samestep.train.forward import precompute_fields
+from samestep.train.forward import precompute_fields, without_caches
 from samestep.train.launch import is_first_on_machine
 from samestep.train.metrics import with_metrics
 from samestep.train.micro_batches import DEFAULT_MICRO_TOKENS, MicroBatches
@@ -60,6 +60,7 @@ from samestep.train.sharding import lay_out
 from samestep.utils.adapter_folder import is_adapter, read_adapter
 from samestep.utils.files import user_path
 from samestep.utils.memory import keep_large_blocks
+from samestep.utils.plugins import is_reference
 from samestep.utils.waiting import waiting
 
 log = logging.getLogger("samestep")
@@ -161,6 +162,8 @@ def set_up(
     if isinstance(data[0], StreamRecords):
         data[0].check = lambda records: recipe.check_fit(model, [records])
     built = recipe.build(model, data)
+    if is_reference(settings.objective):
+        built = without_caches(built)
     objective = with_products(built, model, settings)
     evaluated = with_products(with_metrics(built, settings.metrics), model, settings)
     if isinstance(objective.loss_fn, TwoPass):
