@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped without one. `benchmarks/gpu/run.py` runs these first."""
+"""What only a GPU can show; skipped without one. `benchmarks/gpu/gpu_run.py` runs these."""
 
 import threading
 from pathlib import Path
@@ -91,8 +91,16 @@ def test_dropout_has_the_same_bits_as_on_a_cpu() -> None:
     on_cpu = layer(ones)
     key_dropout(layer, to_device(micro, GPU), seed=3, step=11)
     assert torch.equal(layer(ones.to(GPU)).cpu(), on_cpu)
+
+
+@pytest.mark.slow
+def test_compiled_dropout_has_the_same_bits_too() -> None:
+    micro, layer = to_device(collate_examples(ragged(9)), GPU), ExampleDropout(0.3, 4)
+    key_dropout(layer, micro, seed=3, step=11)
+    ones = torch.ones(*micro["input_ids"].shape, 257)
+    on_gpu = layer(ones.to(GPU)).cpu()
     compiled = torch.compile(layer, dynamic=True)
-    assert torch.equal(compiled(ones.to(GPU)).cpu(), on_cpu)
+    assert torch.equal(compiled(ones.to(GPU)).cpu(), on_gpu)
 
 
 def test_micro_batches_are_pinned() -> None:
@@ -126,7 +134,7 @@ def test_nothing_waits_between_counting_and_the_last_micro_batch(
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("compiling", ["none", "layers"])
+@pytest.mark.parametrize("compiling", ["none", pytest.param("layers", marks=pytest.mark.slow)])
 def test_a_run_learns_what_it_learns_on_a_cpu(tmp_path: Path, compiling: str) -> None:
     """Mixed precision, packs of FlashAttention, micro-batches made ahead."""
     tiny = llama_folder(tmp_path / "tiny")
@@ -141,6 +149,7 @@ def test_a_run_learns_what_it_learns_on_a_cpu(tmp_path: Path, compiling: str) ->
     assert not [each for each in threading.enumerate() if each.name.startswith("samestep-ahead")]
 
 
+@pytest.mark.slow
 def test_layers_are_compiled_whole(tmp_path: Path) -> None:
     assert varlen.flash_function() is not None
     setup = set_up(run_config(tmp_path, device="cuda", compile="layers", micro_batch=4))
