@@ -1,5 +1,8 @@
 """What only a GPU can show; skipped without one. `benchmarks/gpu/gpu_run.py` runs these."""
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from samestep.train.ahead import pinned
 from samestep.train.forward import with_keyed_dropout
 from samestep.train.setup import set_up
 from samestep.train.trainer import train
+from samestep.utils.cublas import SETTING, VALUE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,18 +61,20 @@ def test_no_split_changes_the_gradient(dtype: torch.dtype, bound: float) -> None
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3)], ids=str)
+@pytest.mark.parametrize("width", [24, 5, 264])
 def test_kernels_of_packs_are_the_attention_of_each_sequence(
-    dtype: torch.dtype, window: int | None, heads: tuple[int, int]
+    dtype: torch.dtype, window: int | None, heads: tuple[int, int], width: int
 ) -> None:
+    """FlashAttention's widths, one in no multiple, and one that only the other kernel takes."""
     draw = torch.Generator().manual_seed(0)
     borders = torch.tensor([0, 5, 6, 30], dtype=torch.int32, device=GPU)
 
     def states(number: int) -> Tensor:
-        made = torch.randn(1, number, 30, 24, generator=draw, dtype=torch.float64)
+        made = torch.randn(1, number, 30, width, generator=draw, dtype=torch.float64)
         return made.to(GPU, dtype).requires_grad_()
 
     query, key, value = states(heads[0]), states(heads[1]), states(heads[1])
-    pack = Pack(query, key, value, borders, 24, 0.2, True, window)
+    pack = Pack(query, key, value, borders, 24, 0.2, True, window)  # 24 is the longest
     found = attend(pack)
     if found is None:
         assert dtype == torch.float64 or window is not None
@@ -181,3 +187,26 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
         load_file(tmp_path / name / "model" / "model.safetensors") for name in ("out", "whole")
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_a_process_that_has_multiplied_before_is_told_what_cublas_needs() -> None:
+    code = (
+        "import torch; from samestep.train.determinism import deterministic\n"
+        "one = torch.ones(2, 2, device='cuda'); one @ one\n"
+        "with deterministic(True): print('inside')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    results = []
+    for setting in ({}, {SETTING: VALUE}):
+        environment.pop(SETTING, None)
+        command = [sys.executable, "-c", code]
+        results.append(
+            subprocess.run(
+                command, env=environment | setting, capture_output=True, text=True, check=False
+            )
+        )
+    refused, taken = results
+    assert "ConfigError: deterministic: cuBLAS does not repeat" in refused.stderr
+    assert "inside" not in refused.stdout
+    assert taken.stdout == "inside\n"
