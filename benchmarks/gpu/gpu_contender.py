@@ -35,7 +35,7 @@ from gpu_works import SHAPES, WORKS, Work, config_of, flops, model_folder, rows_
 WARM = 2
 """Steps before those that are timed: they compile kernels and fill caches."""
 
-LONG = 2000
+LONG = 20_000
 """Steps of the run whose first ones are timed: long enough to earn back what it tries out."""
 
 RATE = 2e-5

@@ -150,8 +150,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="tiny", choices=SHAPES)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     options = parser.parse_args()
-    measure(options.shape, options.device)
+    measure(options.shape, options.device, tuple(options.precisions))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from samestep.train import trainer
+from samestep.train.settings.base import TrainSettings
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -146,19 +149,36 @@ def test_a_contender_trains_a_tiny_model(
     assert last["peak_bytes"] > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "compiling", "steps"),
+    [("samestep", "auto", 20_000), ("samestep:layers", "layers", 7), ("samestep:none", "none", 7)],
+)
+def test_only_a_long_run_chooses_compiled_layers_by_itself(
+    name: str, compiling: str, steps: int, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven steps are too short to earn back compiling, so they would show what none shows."""
+    seen: list[TrainSettings] = []
+    monkeypatch.setattr(trainer, "train", lambda settings, callbacks: seen.append(settings))
+    contender, works = load("gpu_contender"), load("gpu_works")
+    contender.run(name, works.WORKS["tiny"], steps=7, device="cpu")
+    assert (seen[0].compile, seen[0].steps) == (compiling, steps)
+
+
 @pytest.mark.slow
 def test_exactness_is_measured_on_a_tiny_model(
     load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exactness = load("gpu_exactness")
-    monkeypatch.setattr(sys, "argv", ["gpu_exactness.py", "--shape", "tiny", "--device", "cpu"])
+    precisions = ["float64", "mixed"]  # the others take as long again
+    options = ["--shape", "tiny", "--device", "cpu", "--precisions", *precisions]
+    monkeypatch.setattr(sys, "argv", ["gpu_exactness.py", *options])
     exactness.main()
     lines = lines_of(capsys)
     assert list(lines[0]) == ["float64", "bars"]
-    assert list(lines[-1]) == ["float64", "mixed", "losses", "float32", "bfloat16", "bars"]
+    assert list(lines[-1]) == ["float64", "mixed", "losses", "bars"]
     found = lines[-1]
     assert found["float64"]["to_float64"] < 1e-12
-    for precision in exactness.PRECISIONS:
+    for precision in precisions:
         apart = found[precision]["between_splits"]
         assert len(apart) == 5
         assert max(apart.values()) <= max(found[precision]["to_float64"], 1e-12)
