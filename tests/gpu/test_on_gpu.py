@@ -192,9 +192,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 @pytest.mark.slow
 def test_a_process_that_has_multiplied_before_is_told_what_cublas_needs() -> None:
     code = (
-        "import torch; from samestep.train.determinism import deterministic\n"
+        "import torch; from samestep.engine.repeatable import repeatable_operations\n"
         "one = torch.ones(2, 2, device='cuda'); one @ one\n"
-        "with deterministic(True): print('inside')\n"
+        "with repeatable_operations('deterministic'): print('inside')\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     results = []
