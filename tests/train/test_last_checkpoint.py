@@ -131,7 +131,7 @@ def test_where_the_export_changes_weights_a_copy_of_them_is_written(
     assert (tmp_path / "out" / "checkpoints").exists() == (keep > 0)
 
 
-@pytest.mark.parametrize("at", ["save_pretrained", "signal", "summary.json"])
+@pytest.mark.parametrize("at", ["save_pretrained", "signal", "summary.json", "before it"])
 def test_an_export_that_fails_gets_the_checkpoint_that_was_left_out(
     files: Path,
     tmp_path: Path,
@@ -151,12 +151,17 @@ def test_an_export_that_fails_gets_the_checkpoint_that_was_left_out(
             patch.setattr(LlamaForCausalLM, "save_pretrained", full)
         elif at == "signal":
             patch.setattr(trainer, "save_model", stopped)
+        elif at == "before it":  # as the files of the log are closed
+            leave = trainer.RunReporter.__exit__
+            patch.setattr(
+                trainer.RunReporter, "__exit__", lambda *error: leave(*error) or stopped()
+            )
         else:
             patch.setattr(summary, "write_atomically", full)
-        with pytest.raises(Interrupted if at == "signal" else CheckpointError):
+        with pytest.raises(CheckpointError if "save" in at or "json" in at else Interrupted):
             run(files, tmp_path / "out", keep=0)
     assert saves == [(3, "MainThread")]
-    if at == "signal":
+    if at in ("signal", "before it"):
         return  # what was saved is the same
     run(files, tmp_path / "out", keep=0, resume=True)
     assert len(read_lines(tmp_path / "out" / "log.jsonl")) == 3

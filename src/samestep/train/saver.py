@@ -169,9 +169,13 @@ class Saver:
         self.background.wait()
         self._tell()
 
+    def exported(self) -> None:
+        """What remains of the run is whole: a checkpoint that was left out is not needed."""
+        self._left_out = None
+
     @contextmanager
-    def ending(self) -> Iterator[None]:
-        """Around the export: if that fails, a checkpoint that was left out is written."""
+    def unless_exported(self) -> Iterator[None]:
+        """Around the steps and the export: ended before `exported`, it writes what was left out."""
         try:
             yield
         except BaseException:

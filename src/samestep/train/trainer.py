@@ -118,18 +118,19 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Callback] = ()) -> dic
                     bits=bits,
                 )
                 at_end.enter_context(trainer.saver.background)
+                at_end.enter_context(trainer.saver.unless_exported())
                 trainer.run()
             watchdog.begin("export", "saving the model")
-            with trainer.saver.ending():
-                load_best(trainer.progress, setup, settings=settings, folder=folder)
-                if setup.average is not None:
-                    setup.average.put_in_place()
-                on_rank_0(folder.check_held)
-                save_model(setup.model, setup.tokenizer, folder=folder.model, merge=settings.merge)
-                trainer.saver.finish()
-                summary = summarise(setup, trainer.progress, settings, evaluator=trainer.evaluator)
-                summary["model"] = str(folder.model)
-                on_rank_0(lambda: write_summary(summary, folder))
+            load_best(trainer.progress, setup, settings=settings, folder=folder)
+            if setup.average is not None:
+                setup.average.put_in_place()
+            on_rank_0(folder.check_held)
+            save_model(setup.model, setup.tokenizer, folder=folder.model, merge=settings.merge)
+            trainer.saver.finish()
+            summary = summarise(setup, trainer.progress, settings, evaluator=trainer.evaluator)
+            summary["model"] = str(folder.model)
+            on_rank_0(lambda: write_summary(summary, folder))
+            trainer.saver.exported()
             if settings.keep == 0:  # the model is what remains
                 on_rank_0(lambda: remove_checkpoints(folder.checkpoints))
             on_rank_0(lambda: reporter.ended(summary))
