@@ -154,7 +154,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
         return copy(self, source)
 
     def kept(self: Tensor, stream: Any) -> None:
-        recorder.told.append((stream.name, "keeps what it fills"))
+        pytest.fail("the memory would be kept until the GPU is there, however far the CPU is ahead")
 
     monkeypatch.setattr(Tensor, "copy_", noted)
     monkeypatch.setattr(Tensor, "record_stream", kept)
@@ -187,13 +187,24 @@ def test_what_comes_back_is_waited_for_where_it_is_received(recorder: Recorder) 
     copy = stream.send(torch.arange(5.0))
     recorder.told.clear()
     fetched = stream.fetch(copy)
-    assert recorder.told == [
-        ("copies", "waits for computation"),
-        ("copies", "copies"),
-        ("copies", "keeps what it fills"),
-    ]
+    sent = [("copies", "waits for computation"), ("copies", "copies")]
+    assert recorder.told == sent
     assert torch.equal(stream.receive(fetched), torch.arange(5.0))
-    assert recorder.told[-1] == ("computation", "waits for event 2")
+    assert recorder.told == [*sent, ("computation", "waits for event 2")]
+    del fetched
+    assert len(recorder.told) == 3  # nothing more to wait for
+
+
+def test_memory_of_what_is_dropped_on_its_way_is_used_again_after_the_copy(
+    recorder: Recorder,
+) -> None:
+    stream = stream_of(recorder, held=0)
+    fetched = stream.fetch(stream.send(torch.arange(5.0)))
+    recorder.told.clear()
+    tensor = weakref.ref(fetched.tensor)
+    del fetched
+    assert recorder.told == [("computation", "waits for event 2")]
+    assert tensor() is None
 
 
 def test_the_backward_is_given_what_it_asks_for_next_while_it_computes(
@@ -215,8 +226,8 @@ def test_the_backward_is_given_what_it_asks_for_next_while_it_computes(
         return fetch(copy)
 
     def taken(arrived: Any) -> Tensor:
-        sums.append(sum(under_way) - arrived[0].nbytes)
-        under_way.remove(arrived[0].nbytes)
+        sums.append(sum(under_way) - arrived.tensor.nbytes)
+        under_way.remove(arrived.tensor.nbytes)
         return receive(arrived)
 
     monkeypatch.setattr(stream, "fetch", noted)

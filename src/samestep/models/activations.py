@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 import samestep.kernels.long_attention  # noqa: F401 (defines the operator named below)
 from samestep.errors import ConfigError
-from samestep.models.copy_stream import CopyStream
+from samestep.models.copy_stream import CopyStream, Fetched
 
 Checkpointing = Literal["none", "selective", "full"]
 """What `checkpoint_activations` keeps."""
@@ -106,7 +106,7 @@ class _Offloaded:
     def __init__(self, tensor: Tensor, *, number: int) -> None:
         self.number, self.nbytes = number, tensor.nbytes
         self._device, self._stream = tensor.device, _copy_stream(tensor.device)
-        self._fetched: tuple[Tensor, Any] | None = None
+        self._fetched: Fetched | None = None
         self._taken = False
         if self._stream is None:
             self._copy = tensor.detach().to("cpu", copy=True)

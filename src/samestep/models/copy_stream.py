@@ -52,28 +52,26 @@ class CopyStream:
             self._computation().wait_event(copied)
             del tensor  # its memory may be used again, after that wait
 
-    def fetch(self, copy: Tensor) -> tuple[Tensor, Any]:
+    def fetch(self, copy: Tensor) -> "Fetched":
         """Begin to bring a copy back; it arrives after all copies that were begun before.
 
         Args:
             copy: Of `send`.
 
         Returns:
-            What `receive` takes.
+            The tensor under way.
         """
+        computation = self._computation()
         tensor = torch.empty_like(copy, device=self._device, pin_memory=False)
-        self._stream.wait_stream(self._computation())  # which may still use this memory
+        self._stream.wait_stream(computation)  # which may still use this memory
         with self._cuda.stream(self._stream):
             tensor.copy_(copy, non_blocking=True)
             arrived = self._stream.record_event()
-        tensor.record_stream(self._stream)  # if it is dropped before it was received
-        return tensor, arrived
+        return Fetched(tensor, arrived, computation)
 
-    def receive(self, fetched: tuple[Tensor, Any]) -> Tensor:
+    def receive(self, fetched: "Fetched") -> Tensor:
         """A tensor that was fetched; what is computed from here on waits until it has arrived."""
-        tensor, arrived = fetched
-        self._computation().wait_event(arrived)
-        return tensor
+        return fetched.on(self._computation())
 
     def _computation(self) -> Any:
         return self._cuda.current_stream(self._device)
@@ -82,3 +80,33 @@ class CopyStream:
     def pinned(tensor: Tensor) -> Tensor:
         """Memory of the CPU that a GPU can copy to by itself, of the shape and type of a tensor."""
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+
+class Fetched:
+    """A tensor on its way to the GPU.
+
+    Its memory is used again in the order of the computation, which waits for the copy in any case:
+    where the tensor is received, or where it is dropped unread. (`Tensor.record_stream` would keep
+    the memory until the GPU has got there: a CPU that runs ahead would take new memory each time,
+    up to all that was offloaded.)
+
+    Args:
+        tensor: What is copied to.
+        arrived: The event after the copy.
+        computation: The stream that the memory belongs to.
+    """
+
+    def __init__(self, tensor: Tensor, arrived: Any, computation: Any) -> None:
+        self.tensor, self._arrived, self._computation = tensor, arrived, computation
+        self._waited = False
+
+    def on(self, stream: Any) -> Tensor:
+        """The tensor, once a stream waits for it."""
+        stream.wait_event(self._arrived)
+        self._waited = True
+        return self.tensor
+
+    def __del__(self) -> None:
+        """Wait where nobody has: whatever gets the memory next must not be overwritten."""
+        if not self._waited:
+            self._computation.wait_event(self._arrived)
