@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from samestep.errors import ConfigError
 from samestep.models import load
 from samestep.models.load import load_model
-from samestep.models.placement import made_on
-from samestep.models.weightless import is_weightless
+from samestep.models.placement import made_on, note_drawn
+from samestep.models.vocabulary import grow_embeddings
+from samestep.models.weightless import is_weightless, without_weights
 from samestep.train import origin, setup, sharding
 from samestep.train.origin import differences, origin_of
 from samestep.train.recipes.base import load_frozen, recipe_for
@@ -88,6 +89,35 @@ def test_on_the_cpu_random_weights_are_those_that_they_were(files: Path) -> None
     assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
 
 
+@pytest.mark.parametrize("kind", ["read", "new head", "new rows", "random"])
+def test_a_model_knows_whether_some_weights_were_drawn(
+    files: Path, made: set[str], kind: str
+) -> None:
+    task = "SequenceClassification" if kind == "new head" else "CausalLM"
+    init: Any = "random" if kind == "random" else "pretrained"
+    with made_on(META):
+        model = load_model(str(files / "tiny"), auto_class=f"AutoModelFor{task}", init=init)
+    if kind == "new rows":
+        with without_weights():  # no mean of weights that are not there
+            grow_embeddings(model, 400)
+    assert getattr(model, "drawn_on", None) == (None if kind == "read" else META)
+
+
+@pytest.mark.parametrize("init", ["random", "pretrained"])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_ranks_with_a_generator_each_start_from_the_same_drawn_weights(
+    files: Path, monkeypatch: pytest.MonkeyPatch, init: str, drawn: bool
+) -> None:
+    """Also where the rest was read: a new head, or rows of new tokens."""
+    model, given = Placed(2, 2), []
+    if drawn:
+        model.drawn_on = META
+    monkeypatch.setattr(sharding, "start_as_rank_0", given.append)
+    settings = run_config(files, init=init, parallel="ddp")
+    lay_out(lambda _: model, settings, device=torch.device("cuda:1"))
+    assert given == [model] * (drawn or init == "random")
+
+
 class Placed(nn.Linear):
     """A model that says that it is where it was sent."""
 
@@ -143,13 +173,16 @@ def test_a_model_that_must_be_loaded_to_be_weighed_is_loaded_on_the_cpu(
     assert model.sent == (torch.device("cuda:1"),)
 
 
+@pytest.mark.parametrize("init", ["random", "pretrained"])
 @pytest.mark.parametrize("lora", [None, RANK])
 def test_a_resumed_run_has_its_frozen_random_weights_again_or_is_refused(
-    files: Path, monkeypatch: pytest.MonkeyPatch, lora: int | None
+    files: Path, monkeypatch: pytest.MonkeyPatch, lora: int | None, init: str
 ) -> None:
     """Checkpoints hold what trains; frozen weights are drawn anew, by a device that may be new."""
-    settings = run_config(files, init="random", lora_rank=lora)
+    settings = run_config(files, init=init, lora_rank=lora)
     model = nn.Linear(2, 2)
+    if init == "pretrained":  # but for new rows or a new head
+        note_drawn(model)
     model.bias.requires_grad_(lora is None)
     before = origin_of(settings, model)
     assert not differences(before, origin_of(settings, model))

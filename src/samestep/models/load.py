@@ -27,7 +27,7 @@ from samestep.models.files import (
 from samestep.models.gguf import convert_gguf
 from samestep.models.load_quantized import adopt_quantized, quantization_options, read_quantized
 from samestep.models.lora import num_embeddings
-from samestep.models.placement import building, reading
+from samestep.models.placement import building, note_drawn, reading
 from samestep.models.quantized import Quantization
 from samestep.models.saved_adapter import continue_lora
 from samestep.models.weightless import is_weightless
@@ -253,6 +253,7 @@ def load_model(
         if init == "random" or is_weightless():
             with building():
                 model = auto.from_config(config, dtype=dtype, **options)
+            note_drawn(model)
         else:
             check_safetensors(source, "model.safetensors.index.json")
             few_bits = quantization_options(config, quantization, source=source)
@@ -273,6 +274,8 @@ def load_model(
             model, loading = read_quantized(read, config, few_bits) if few_bits else read(config)
             new_head = auto_class in _NEW_HEAD_CLASSES
             check_complete(source, model, missing=loading["missing_keys"], new_head=new_head)
+            if loading["missing_keys"]:
+                note_drawn(model)
             if few_bits:
                 adopt_quantized(model, dtype)
             else:

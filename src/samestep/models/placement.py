@@ -33,6 +33,15 @@ def place_of_models() -> torch.device:
     return torch.device("meta") if is_weightless() else _place.get()
 
 
+def note_drawn(model: Any) -> None:
+    """Note that weights of a model were drawn, not read, and where: devices draw other numbers.
+
+    Args:
+        model: Its weights are where some of them were drawn; changed in place.
+    """
+    model.drawn_on = next(model.parameters()).device
+
+
 def building() -> Any:
     """A context in which modules are built there; on the CPU it does nothing."""
     place = place_of_models()

@@ -73,7 +73,8 @@ def origin_of(settings: TrainSettings, model: Any) -> dict[str, str]:
             if setting != "model" or adapter or _needs_base_weights(values, model):
                 weights = sorted(path.name for path in folder.glob("*.safetensors"))
                 found |= _digests(setting, folder, weights)
-    if settings.init == "random" and _needs_base_weights(values, model):
+    drawn = settings.init == "random" or hasattr(model, "drawn_on")
+    if drawn and _needs_base_weights(values, model):
         found[_DRAWN_ON] = _generator(model)
     few_bits = quantized_layers(model)
     if few_bits:  # another release of what quantises them may round otherwise
@@ -106,9 +107,9 @@ def _needs_base_weights(values: Mapping[str, Any], model: Any) -> bool:
 
 def _generator(model: Any) -> str:
     """Whose random numbers the weights are: devices draw others from the same seed."""
-    device = next(model.parameters()).device
     if is_sharded(model):  # made on the CPU
         return "cpu"
+    device = getattr(model, "drawn_on", next(model.parameters()).device)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

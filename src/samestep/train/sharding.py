@@ -56,7 +56,8 @@ def lay_out(
     if mode == "fsdp2":
         return shard(model, settings, device=device)
     model = model.to(device)
-    if settings.init == "random" and device.type != "cpu":
+    # Code of the user's own may draw weights and not say so.
+    if device.type != "cpu" and (settings.init == "random" or hasattr(model, "drawn_on")):
         start_as_rank_0(model)
     return model
 
@@ -153,7 +154,9 @@ def start_as_rank_0(model: nn.Module) -> None:
     """
     if world_size() > 1:
         for weight in model.parameters():
-            dist.broadcast(weight, src=0)
+            whole = weight.contiguous()  # which libraries need not leave it, and NCCL asks for
+            dist.broadcast(whole, src=0)
+            weight.copy_(whole)
 
 
 def shard(model: Any, settings: TrainSettings, *, device: torch.device) -> Any:
