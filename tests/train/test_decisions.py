@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from samestep.errors import OutOfMemoryError
 from samestep.train import decisions, setup, trainer
 from samestep.train.checkpoint_files import all_checkpoints, read_origin
-from samestep.train.decisions import Decisions
+from samestep.train.decisions import Decisions, decisions_before
+from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
 from samestep.train.trainer import train
 
@@ -134,6 +135,36 @@ def test_compiled_and_recomputed_layers_stay_as_they_are(
     assert (found.compile, found.gradient_checkpointing) == ("none", "selective")
     asked_for = config(begun, compile="layers", gradient_checkpointing="auto")
     assert kept.put_into(asked_for).compile == "layers"
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [{"compiled": True, "recomputed": False}, {"compiled": False, "recomputed": True}],
+    ids=["compiled", "recomputed"],
+)
+@pytest.mark.parametrize(
+    "changes",
+    [{"gradient_checkpointing": "none", "activation_offload": True}, {"device": "cpu"}],
+    ids=["offload", "device"],
+)
+def test_what_the_new_settings_rule_out_is_chosen_anew(
+    begun: Path,
+    stopped: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    chosen: dict[str, bool],
+    changes: dict[str, Any],
+) -> None:
+    """What was chosen went with other settings; layers that are offloaded are not compiled."""
+    settings = config(begun, out=str(stopped), resume=True, device="auto")
+    origin = {"settings": settings.saved(), "decisions": {"budget": 64, **chosen}}
+    monkeypatch.setattr(decisions, "read_origin", lambda _: origin)
+    folder = RunFolder(stopped)
+    assert decisions_before(settings, folder) == Decisions(budget=64, **chosen)
+    changed = settings.model_copy(update=changes)
+    decided = decisions_before(changed, folder)
+    assert (decided.compiled, decided.recomputed) == (None, None)
+    assert decided.budget == (None if "device" in changes else 64)
+    assert decided.put_into(changed) == changed
 
 
 def test_bit_equal_steps_compile_nothing_that_was_not_asked_for(tmp_path: Path) -> None:

@@ -84,11 +84,11 @@ def _kept(settings: TrainSettings, folder: RunFolder) -> dict[str, Any]:
 
 
 _CHOSEN_UNDER = {
-    "budget": ("micro_tokens", "micro_batch", "memory_limit"),
-    "compiled": ("compile",),
-    "recomputed": ("gradient_checkpointing",),
+    "budget": ("micro_tokens", "micro_batch", "memory_limit", "device"),
+    "compiled": ("compile", "gradient_checkpointing", "activation_offload", "parallel", "device"),
+    "recomputed": ("gradient_checkpointing", "activation_offload", "device"),
 }
-"""The settings that each was chosen under."""
+"""The settings that each was chosen under: under others it may not even be possible."""
 
 
 def _unless_changed(
