@@ -14,7 +14,7 @@ import samestep
 from samestep import cli
 from samestep.engine import repeatable
 from samestep.errors import ConfigError
-from samestep.train import trainer
+from samestep.train import bitwise, trainer
 from samestep.train.trainer import train
 
 
@@ -90,6 +90,7 @@ def test_a_process_that_has_used_a_gpu_is_asked_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Later the message would be taken for one about the model."""
+    monkeypatch.setattr(bitwise, "find_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(trainer, "set_up", lambda *_, **__: pytest.fail("loads"))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(repeatable, "multiply_on_gpu", fails)
@@ -102,6 +103,16 @@ def test_a_process_that_has_used_a_gpu_is_asked_before_anything_is_loaded(
     monkeypatch.setattr(repeatable, "multiply_on_gpu", lambda: torch.ones(1).reshape(2))
     with pytest.raises(RuntimeError, match="shape"):  # what is about something else stays
         train(run_config(tmp_path, deterministic=True))
+
+
+def test_a_process_that_has_used_a_gpu_may_still_train_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no product is cuBLAS's."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(repeatable, "multiply_on_gpu", fails)
+    train(run_config(tmp_path, steps=1, bitwise=True))
+    train(run_config(tmp_path, steps=1, deterministic=True, out=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize(("command", "set_for"), [("train", ":4096:8"), ("check", None)])

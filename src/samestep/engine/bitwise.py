@@ -113,7 +113,8 @@ class Bitwise:
         """
         names = _named_weights(model, scaler)
         self.digest, self.digests = "", {}
-        with repeatable_operations("bitwise"):
+        on_gpu = any(weight.is_cuda for weight in names)
+        with repeatable_operations("bitwise", on_gpu=on_gpu):
             for _ in range(_ATTEMPTS):
                 sums = GridSums(
                     names, self._exponents, packs=packs, try_repeats=not self._repeats_checked

@@ -20,11 +20,12 @@ _NO_WAY = "does not have a deterministic implementation"
 
 
 @contextmanager
-def repeatable_operations(setting: str) -> Iterator[None]:
+def repeatable_operations(setting: str, *, on_gpu: bool = True) -> Iterator[None]:
     """A block in which every operation gives the same bits each time, or raises.
 
     Args:
         setting: What asks for it, for messages.
+        on_gpu: Whether the block may multiply on a GPU; then cuBLAS is asked at once.
 
     Raises:
         ConfigError: An operation has no repeatable form, or cuBLAS was not asked for one in time.
@@ -42,7 +43,9 @@ def repeatable_operations(setting: str) -> Iterator[None]:
     filled.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     try:
-        if torch.cuda.is_initialized():  # otherwise nothing was multiplied, and it is in time
+        if (
+            on_gpu and torch.cuda.is_initialized()
+        ):  # otherwise nothing was multiplied, and it is in time
             multiply_on_gpu()
         yield
     except RuntimeError as error:

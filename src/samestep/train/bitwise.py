@@ -26,6 +26,7 @@ from samestep.kernels.gemm import onednn_is_faster, processor_name
 from samestep.train.log import JsonLines, keep_steps
 from samestep.train.micro_batches import MicroBatches, Report
 from samestep.train.origin import differences
+from samestep.train.precision import find_device
 from samestep.train.run_folder import RunFolder
 from samestep.train.settings.base import TrainSettings
 from samestep.train.setup import TrainingSetup
@@ -69,7 +70,8 @@ def repeatable(settings: TrainSettings) -> Iterator[None]:
         torch.set_num_threads(settings.threads)
     try:
         asks = next((name for name in ("bitwise", "deterministic") if getattr(settings, name)), "")
-        with repeatable_operations(asks) if asks else nullcontext():
+        on_gpu = find_device(settings.device).type == "cuda"
+        with repeatable_operations(asks, on_gpu=on_gpu) if asks else nullcontext():
             yield
     finally:
         torch.set_num_threads(before)
