@@ -252,6 +252,7 @@ def test_bad_rows_are_named_wherever_they_are(folder: Path, tmp_path: Path) -> N
         run(folder, "bad", data=later, save_every=1)
     saved = sorted(path.name for path in (folder / "bad" / "checkpoints").iterdir())
     assert saved[-1] == "step-00000002"  # the next step needs the chunk with that row
+    run(folder, "over", data=later, steps=3)  # which the last step does not
     empty = written(tmp_path / "empty.jsonl", "", " ")
     with pytest.raises(DataError, match=r"empty.jsonl: empty, it has no rows"):
         records_of(folder, data=empty)

@@ -241,8 +241,9 @@ class Trainer:
 
     def _plans(self, last: int) -> Iterator[StepPlan]:
         """The steps up to one; as each begins, the micro-batches of the next one are begun."""
-        all_plans = step_plans(self.setup.train, self.settings, start=self.progress.step)
-        plans = itertools.takewhile(lambda plan: plan.step < last, all_plans)
+        done = self.progress.step
+        all_plans = step_plans(self.setup.train, self.settings, start=done)
+        plans = itertools.islice(all_plans, max(0, last - done))  # no stream is read beyond it
         for plan, following in itertools.pairwise(itertools.chain(plans, [None])):
             assert plan is not None
             if following is not None and self.setup.rollouts is None:
