@@ -21,6 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from samestep.cli import main
 from samestep.errors import ConfigError
+from samestep.models.load import resolve_source
+from samestep.models.placement import made_on
+from samestep.models.weightless import without_weights
 from samestep.train.after import load_finished
 from samestep.train.command import check_paths
 from samestep.train.trainer import train
@@ -126,6 +129,23 @@ def test_merged_first_a_new_adapter_begins_where_the_old_one_ended(
     assert worst({n: w.float() for n, w in found.items()}, {n: wanted[n] for n in found}) < 1e-6
     text = AutoTokenizer.from_pretrained(folder / "all" / "model").decode([9, 10])
     assert text == AutoTokenizer.from_pretrained(folder / "tiny").decode([9, 10])
+
+
+@pytest.mark.parametrize(
+    "around", [lambda: made_on(torch.device("meta")), without_weights], ids=["elsewhere", "nowhere"]
+)
+def test_folded_weights_do_not_depend_on_where_the_run_wants_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, around: Any
+) -> None:
+    """They are kept for all runs; the meta device stands for another one than the CPU."""
+    adapter = str(folder / "two" / "model")
+    wanted = load_file(Path(resolve_source(adapter)) / "model.safetensors")
+    monkeypatch.setenv("SAMESTEP_CACHE", str(tmp_path))
+    with around():
+        made = Path(resolve_source(adapter))
+    assert tmp_path in made.parents
+    found = load_file(made / "model.safetensors")
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
 
 
 def test_the_reference_is_the_model_with_the_adapter_that_it_began_with(folder: Path) -> None:

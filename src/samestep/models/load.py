@@ -27,7 +27,7 @@ from samestep.models.files import (
 from samestep.models.gguf import convert_gguf
 from samestep.models.load_quantized import adopt_quantized, quantization_options, read_quantized
 from samestep.models.lora import num_embeddings
-from samestep.models.placement import building, note_drawn, reading
+from samestep.models.placement import building, made_for_files, note_drawn, reading
 from samestep.models.quantized import Quantization
 from samestep.models.saved_adapter import continue_lora
 from samestep.models.weightless import is_weightless
@@ -138,7 +138,7 @@ def merge_adapter(adapter: str) -> Path:
 
     def write(target: Path) -> None:
         _log.info("folding the adapter in %s into its base (once)", adapter)
-        with waiting("folding an adapter into its base"):
+        with made_for_files(), waiting("folding an adapter into its base"):
             model = continue_lora(load_model(base), folder)
             model.merge_and_unload(safe_merge=True).save_pretrained(target)
             load_tokenizer(resolve_source(adapter, kind="tokenizer")).save_pretrained(target)

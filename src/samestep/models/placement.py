@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from samestep.models.weightless import is_weightless
+from samestep.models.weightless import is_weightless, with_weights
 
 _CPU = torch.device("cpu")
 _place: ContextVar[torch.device] = ContextVar("place", default=_CPU)
@@ -26,6 +26,16 @@ def made_on(device: torch.device) -> Iterator[None]:
         yield
     finally:
         _place.reset(token)
+
+
+@contextmanager
+def made_for_files() -> Iterator[None]:
+    """A block in which models are made whole on the CPU, wherever it stands.
+
+    What is written must not depend on which device of which run writes it first.
+    """
+    with made_on(_CPU), with_weights():
+        yield
 
 
 def place_of_models() -> torch.device:

@@ -17,6 +17,16 @@ def without_weights() -> Iterator[None]:
         _weightless.reset(token)
 
 
+@contextmanager
+def with_weights() -> Iterator[None]:
+    """A block in which models have their weights again, inside of `without_weights`."""
+    token = _weightless.set(False)
+    try:
+        yield
+    finally:
+        _weightless.reset(token)
+
+
 def is_weightless() -> bool:
     """Whether this is inside `without_weights`."""
     return _weightless.get()
