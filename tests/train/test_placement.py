@@ -19,7 +19,9 @@ from samestep.errors import ConfigError
 from samestep.models import load
 from samestep.models.load import load_model
 from samestep.models.load_diffusion import load_diffusion
+from samestep.models.lora import add_lora, num_embeddings
 from samestep.models.placement import made_on
+from samestep.models.vocabulary import grow_embeddings
 from samestep.models.weightless import is_weightless
 from samestep.train import after, origin, setup, sharding
 from samestep.train.finished import GenerateArguments
@@ -191,6 +193,27 @@ def test_a_model_that_must_be_loaded_to_be_weighed_is_loaded_on_the_cpu(
     model = lay_out(make, run_config(files), device=torch.device("cuda:1"))
     assert made == [CPU]
     assert model.sent == (torch.device("cuda:1"),)
+
+
+def test_ranks_start_as_one_where_weights_were_drawn(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[nn.Module] = []
+    monkeypatch.setattr(sharding, "start_as_rank_0", told.append)
+    source = str(files / "tiny")
+    grown = load_model(source)
+    grow_embeddings(grown, num_embeddings(grown) + 1)
+    drawn = [
+        load_model(source, init="random"),
+        load_model(source, auto_class="AutoModelForSequenceClassification"),
+        grown,
+        add_lora(
+            load_model(source, init="random"), 2, alpha=4, dropout=0, targets=["q_proj"], seed=0
+        ),
+    ]
+    for model in [*drawn, load_model(source)]:
+        lay_out(lambda _, model=model: model, run_config(files), device=META)  # type: ignore[misc]
+    assert told == drawn
 
 
 @pytest.mark.parametrize("lora", [None, RANK])
