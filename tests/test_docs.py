@@ -1,4 +1,4 @@
-"""Every configuration in docs/objectives.md runs."""
+"""Every configuration in docs/objectives.md runs, and every test that a page names is there."""
 
 import re
 from pathlib import Path
@@ -56,3 +56,19 @@ def test_every_objective_has_a_configuration() -> None:
 
     assert set(OBJECTIVES) <= {config["objective"] for config in CONFIGS}
     assert set(OBJECTIVES) <= set(ROWS)
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    named = {name for page in PAGES for name in re.findall(r"`(tests/[^`* ]+)`", page.read_text())}
+    missing = []
+    for name in named:
+        file, _, function = name.partition("::")
+        path = ROOT / file
+        is_there = path.exists() and (not function or f"def {function}(" in path.read_text())
+        missing += [] if is_there else [name]
+    assert len(named) > 20
+    assert not missing

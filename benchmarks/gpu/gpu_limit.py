@@ -1,12 +1,18 @@
-"""The limit of a device: how fast it multiplies large matrices in bfloat16; prints a JSON line."""
+"""The limit of a device: how fast it multiplies large matrices in bfloat16."""
 
-import argparse
-import json
 import time
 
 
-def measure(device: str, size: int) -> dict[str, float]:
-    """Floating-point operations a second, the best of some products."""
+def measure(device: str, size: int) -> float:
+    """Floating-point operations a second, the best of some products.
+
+    Args:
+        device: Where.
+        size: Of the square matrices.
+
+    Returns:
+        The best.
+    """
     import torch
 
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -18,17 +24,4 @@ def measure(device: str, size: int) -> dict[str, float]:
         if device != "cpu":
             torch.accelerator.synchronize()
         best = min(best, (time.perf_counter() - began) / 4)
-    return {"flops_per_second": 2.0 * size**3 / best}
-
-
-def main() -> None:
-    """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args()
-    print(json.dumps(measure(options.device, 256 if options.tiny else 8192)))
-
-
-if __name__ == "__main__":
-    main()
+    return 2.0 * size**3 / best

@@ -92,6 +92,8 @@ class NotFiniteError(StepError):
 class OutOfMemoryError(StepError):
     """A micro-batch does not fit into memory: a smaller one may; nothing was updated.
 
+    It keeps nothing of the failed attempt in memory, also while it is handled.
+
     Attributes:
         after_backward: Memory ran out in clipping or in the update: smaller micro-batches leave
             more free, but need not be enough.

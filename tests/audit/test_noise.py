@@ -5,13 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from samestep.audit.adapters.loop import LoopFunctions, LoopSubject
-from samestep.audit.experiments import Experiments, candidate_splits
+from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import (
     FloatDtypeRecorder,
     compare_gradients,
     noise_estimate,
     perturbations,
 )
+from samestep.audit.splits import candidate_splits
 
 
 def test_what_is_smooth_does_not_tremble_and_noise_is_measured() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import rank_work
+import torch
 from cases import worst
 from gloo import on_ranks
 from runs import llama_folder, read_lines, run_config, write_rows
@@ -137,15 +138,24 @@ def test_options_under_fsdp2(folder: Path, options: dict[str, Any]) -> None:
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("lora", [None, 2])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_mixed_keeps_float32_weights(folder: Path, parallel: str, lora: int | None) -> None:
+def test_mixed_keeps_float32_weights_and_resumes(
+    folder: Path, parallel: str, lora: int | None
+) -> None:
     out = folder / f"mixed-{parallel}-{lora}"
-    options = {"precision": "mixed", "parallel": parallel, "lr": 1e-2, "lora_rank": lora}
-    on_ranks(2, rank_work.training, str(folder), **settings(folder, out=str(out), **options))
+    changes = {"precision": "mixed", "parallel": parallel, "lr": 1e-2, "lora_rank": lora}
+    options = settings(folder, out=str(out), steps=4, eval_data=None, eval_every=None, **changes)
+    on_ranks(2, rank_work.training, str(folder), **options)
     lines = read_lines(out / "log.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"]
     file = "model.safetensors" if lora is None else "adapter_model.safetensors"
     saved = load_file(out / "model" / file)
     assert {str(weight.dtype) for weight in saved.values()} == {"torch.float32"}
+    shutil.rmtree(out / "checkpoints" / "step-00000004")  # as if it had died after step 3
+    shutil.rmtree(out / "model")
+    on_ranks(2, rank_work.training, str(folder), **options, resume=True)
+    assert [line["step"] for line in read_lines(out / "log.jsonl")] == [1, 2, 3, 4]
+    again = load_file(out / "model" / file)
+    assert all(torch.equal(again[name], weight) for name, weight in saved.items())
 
 
 def test_ranks_whose_devices_draw_other_weights_start_as_one() -> None:

@@ -85,7 +85,8 @@ def test_what_was_changed_is_counted_as_it_is(change: Callable[[Any], None]) -> 
 
 def test_what_is_made_of_it_is_no_copy_of_the_data() -> None:
     micro = copied()
-    for other in ({**micro}, dict(micro), micro.copy(), copy.copy(micro), micro | {}):
+    remade = type(micro)(dict(micro))
+    for other in ({**micro}, dict(micro), micro.copy(), copy.copy(micro), micro | {}, remade):
         assert data_of(other) is other
     halves = cut_in_two(micro, fits=lambda _: True)
     assert isinstance(halves, Halves)

@@ -146,7 +146,10 @@ def test_counting_every_objective(
     monkeypatch.setattr(GotOcr2Processor, "num_image_tokens", 16)
     run = set_up(OTHERS[case](tmp_path))
     micro_batches = list(run.micro_batches.batches(range(8), 0))
-    there, _ = counted_there(micro_batches, run.objective.counters)
+    run.micro_batches.device = META
+    there = list(run.micro_batches.batches(range(8), 0))
+    _, counts = counted_there(micro_batches, run.objective.counters)
+    assert count_batch(there, run.objective.counters)[1] == counts
     for name in {"classes", "targets"} & micro_batches[0].get("fields", {}).keys():
         found = class_positions(there[0], name)
         assert found.is_meta

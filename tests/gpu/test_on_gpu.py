@@ -1,5 +1,8 @@
-"""What only a GPU can show; skipped without one. `benchmarks/gpu/run.py` runs these first."""
+"""What only a GPU can show; skipped without one. `benchmarks/gpu/gpu_run.py` runs these."""
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from samestep.train.ahead import pinned
 from samestep.train.forward import with_keyed_dropout
 from samestep.train.setup import set_up
 from samestep.train.trainer import train
+from samestep.utils.cublas import SETTING, VALUE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,18 +61,20 @@ def test_no_split_changes_the_gradient(dtype: torch.dtype, bound: float) -> None
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3)], ids=str)
+@pytest.mark.parametrize("width", [24, 5, 264])
 def test_kernels_of_packs_are_the_attention_of_each_sequence(
-    dtype: torch.dtype, window: int | None, heads: tuple[int, int]
+    dtype: torch.dtype, window: int | None, heads: tuple[int, int], width: int
 ) -> None:
+    """FlashAttention's widths, one in no multiple, and one that only the other kernel takes."""
     draw = torch.Generator().manual_seed(0)
     borders = torch.tensor([0, 5, 6, 30], dtype=torch.int32, device=GPU)
 
     def states(number: int) -> Tensor:
-        made = torch.randn(1, number, 30, 24, generator=draw, dtype=torch.float64)
+        made = torch.randn(1, number, 30, width, generator=draw, dtype=torch.float64)
         return made.to(GPU, dtype).requires_grad_()
 
     query, key, value = states(heads[0]), states(heads[1]), states(heads[1])
-    pack = Pack(query, key, value, borders, 24, 0.2, True, window)
+    pack = Pack(query, key, value, borders, 24, 0.2, True, window)  # 24 is the longest
     found = attend(pack)
     if found is None:
         assert dtype == torch.float64 or window is not None
@@ -91,8 +97,16 @@ def test_dropout_has_the_same_bits_as_on_a_cpu() -> None:
     on_cpu = layer(ones)
     key_dropout(layer, to_device(micro, GPU), seed=3, step=11)
     assert torch.equal(layer(ones.to(GPU)).cpu(), on_cpu)
+
+
+@pytest.mark.slow
+def test_compiled_dropout_has_the_same_bits_too() -> None:
+    micro, layer = to_device(collate_examples(ragged(9)), GPU), ExampleDropout(0.3, 4)
+    key_dropout(layer, micro, seed=3, step=11)
+    ones = torch.ones(*micro["input_ids"].shape, 257)
+    on_gpu = layer(ones.to(GPU)).cpu()
     compiled = torch.compile(layer, dynamic=True)
-    assert torch.equal(compiled(ones.to(GPU)).cpu(), on_cpu)
+    assert torch.equal(compiled(ones.to(GPU)).cpu(), on_gpu)
 
 
 def test_micro_batches_are_pinned() -> None:
@@ -126,7 +140,7 @@ def test_nothing_waits_between_counting_and_the_last_micro_batch(
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("compiling", ["none", "layers"])
+@pytest.mark.parametrize("compiling", ["none", pytest.param("layers", marks=pytest.mark.slow)])
 def test_a_run_learns_what_it_learns_on_a_cpu(tmp_path: Path, compiling: str) -> None:
     """Mixed precision, packs of FlashAttention, micro-batches made ahead."""
     tiny = llama_folder(tmp_path / "tiny")
@@ -141,6 +155,7 @@ def test_a_run_learns_what_it_learns_on_a_cpu(tmp_path: Path, compiling: str) ->
     assert not [each for each in threading.enumerate() if each.name.startswith("samestep-ahead")]
 
 
+@pytest.mark.slow
 def test_layers_are_compiled_whole(tmp_path: Path) -> None:
     assert varlen.flash_function() is not None
     setup = set_up(run_config(tmp_path, device="cuda", compile="layers", micro_batch=4))
@@ -172,3 +187,26 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
         load_file(tmp_path / name / "model" / "model.safetensors") for name in ("out", "whole")
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_a_process_that_has_multiplied_before_is_told_what_cublas_needs() -> None:
+    code = (
+        "import torch; from samestep.engine.repeatable import repeatable_operations\n"
+        "one = torch.ones(2, 2, device='cuda'); one @ one\n"
+        "with repeatable_operations('deterministic'): print('inside')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    results = []
+    for setting in ({}, {SETTING: VALUE}):
+        environment.pop(SETTING, None)
+        command = [sys.executable, "-c", code]
+        results.append(
+            subprocess.run(
+                command, env=environment | setting, capture_output=True, text=True, check=False
+            )
+        )
+    refused, taken = results
+    assert "ConfigError: deterministic: cuBLAS does not repeat" in refused.stderr
+    assert "inside" not in refused.stdout
+    assert taken.stdout == "inside\n"

@@ -3,10 +3,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from samestep.errors import CheckpointError
-from samestep.train import checkpoint
+from samestep.train import checkpoint, shards
 from samestep.train.progress import DataFingerprint, Progress
 
 
@@ -47,7 +48,7 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path, kind: type[torch.optim.Opt
 def test_files_are_small_because_the_writer_copies_them_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 100)  # a 4 x 4 matrix is 64
+    monkeypatch.setattr(shards, "FILE_BYTES", 100)  # a 4 x 4 matrix is 64
     model, optimizer = trained(torch.optim.AdamW)
     path = checkpoint.save(tmp_path, model, optimizer=optimizer, progress=progress(3), keep=2)
     assert len(list(path.glob("*.safetensors"))) >= 4
@@ -55,6 +56,42 @@ def test_files_are_small_because_the_writer_copies_them_whole(
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.1)
     checkpoint.load(path, other, optimizer=other_optimizer)
     assert all(torch.equal(t, other.state_dict()[n]) for n, t in model.state_dict().items())
+
+
+def test_files_are_the_same_whoever_writes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "FILE_BYTES", 100)
+    model, optimizer = trained(torch.optim.AdamW)
+    given: dict[str, Any] = {"optimizer": optimizer, "progress": progress(3), "keep": 2}
+    one = checkpoint.save(tmp_path / "one", model, **given)
+    other = checkpoint.save(tmp_path / "other", model, writers=3, **given)
+    names = sorted(path.name for path in one.glob("*.safetensors"))
+    assert len(names) > 4
+    assert names == sorted(path.name for path in other.glob("*.safetensors"))
+    for name in names:  # the order of fields in their headers is safetensors' own, and changes
+        found, wanted = load_file(other / name), load_file(one / name)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+
+
+def test_what_one_of_several_writers_meets_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "FILE_BYTES", 100)
+    model, optimizer = trained(torch.optim.AdamW)
+    write = shards.HuggingFaceStorageWriter.write_data
+
+    def full(self: Any, plan: Any, planner: Any) -> Any:
+        if any(item.index.fqn == "model.0.weight" for item in plan.items):
+            raise OSError(28, "No space left on device")
+        return write(self, plan, planner)
+
+    monkeypatch.setattr(shards.HuggingFaceStorageWriter, "write_data", full)
+    given: dict[str, Any] = {"optimizer": optimizer, "progress": progress(3), "keep": 2}
+    with pytest.raises(CheckpointError, match="No space left"):
+        checkpoint.save(tmp_path, model, writers=3, **given)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
@@ -78,7 +115,7 @@ def test_a_full_disk_leaves_the_previous_one_intact(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.state_dict_saver, "save", full)
+    monkeypatch.setattr(shards.state_dict_saver, "save", full)
     with pytest.raises(CheckpointError, match=r"No space left.*step-00000001 is intact"):
         checkpoint.save(tmp_path, model, optimizer=optimizer, progress=progress(2), keep=1)
     assert list(tmp_path.iterdir()) == [before]
@@ -93,7 +130,7 @@ def test_a_crash_while_writing_leaves_no_checkpoint(
     def die(_: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "sync", die)
+    monkeypatch.setattr(shards, "sync", die)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path, model, optimizer=optimizer, progress=progress(1), keep=1)
     assert checkpoint.newest_intact(tmp_path) is None

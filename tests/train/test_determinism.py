@@ -95,7 +95,10 @@ def test_a_process_that_has_used_a_gpu_is_asked_before_anything_is_loaded(
     monkeypatch.setattr(repeatable, "multiply_on_gpu", fails)
     with pytest.raises(ConfigError, match="deterministic: cuBLAS does not"):
         train(run_config(tmp_path, deterministic=True))
+    with pytest.raises(ConfigError, match="bitwise: cuBLAS does not"):
+        train(run_config(tmp_path, bitwise=True))
     assert not torch.are_deterministic_algorithms_enabled()
+    assert not (tmp_path / "out").exists()  # no trace of it
     monkeypatch.setattr(repeatable, "multiply_on_gpu", lambda: torch.ones(1).reshape(2))
     with pytest.raises(RuntimeError, match="shape"):  # what is about something else stays
         train(run_config(tmp_path, deterministic=True))

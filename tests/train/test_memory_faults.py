@@ -12,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 from samestep.engine import oom, step
 from samestep.engine.oom import update_guard
 from samestep.errors import CheckpointError, OutOfMemoryError, StepError
-from samestep.train import checkpoint, model_folder
+from samestep.train import checkpoint, model_folder, shards
 from samestep.train.progress import DataFingerprint, Progress
 from samestep.train.trainer import train
 
@@ -132,7 +132,7 @@ def test_memory_that_runs_out_in_a_save_is_named(
     optimizer = AdamW(model.parameters())
     data = DataFingerprint(fingerprint="a", records=1, tokens=1, blocks=["b"])
     progress = Progress(step=1, tokens=0, seconds=0.0, skipped=0, data=data)
-    monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", fail)
+    monkeypatch.setattr(shards.HuggingFaceStorageWriter, "write_data", fail)
     place = folder / type(error).__name__ / str(len(str(error)))
     with pytest.raises(CheckpointError, match=r"could not be written: out of memory for the copy"):
         checkpoint.save(place, model, optimizer=optimizer, progress=progress, keep=1)

@@ -7,18 +7,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusion
 import pytest
 import torch
 from runs import llama_folder, run_config, write_rows
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import samestep.models.load_diffusion
 from samestep.errors import ConfigError
 from samestep.models import load
 from samestep.models.load import load_model
+from samestep.models.load_diffusion import load_diffusion
+from samestep.models.lora import add_lora, num_embeddings
 from samestep.models.placement import made_on
+from samestep.models.vocabulary import grow_embeddings
 from samestep.models.weightless import is_weightless
-from samestep.train import origin, setup, sharding
+from samestep.train import after, origin, setup, sharding
+from samestep.train.finished import GenerateArguments
 from samestep.train.origin import differences, origin_of
 from samestep.train.recipes.base import load_frozen, recipe_for
 from samestep.train.sharding import lay_out
@@ -51,7 +57,6 @@ def made(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     monkeypatch.setattr(nn.Module, "register_parameter", noted)
     monkeypatch.setattr(load, "check_finite", lambda *_: None)  # meta weights have no numbers
-    monkeypatch.setattr(load, "check_complete", lambda *_, **__: None)
     return found
 
 
@@ -79,6 +84,15 @@ def test_a_second_model_is_read_to_where_the_first_one_is(files: Path, made: set
     assert made == {"meta"}
 
 
+def test_a_finished_model_that_answers_is_read_to_its_device(
+    files: Path, monkeypatch: pytest.MonkeyPatch, made: set[str]
+) -> None:
+    monkeypatch.setattr(after, "find_device", lambda _: META)
+    with pytest.raises(RuntimeError, match="on meta tensors"):  # which cannot answer
+        list(after.answers_to(GenerateArguments(run=str(files / "tiny"), prompt=("a",), tokens=1)))
+    assert made == {"meta"}
+
+
 def test_on_the_cpu_random_weights_are_those_that_they_were(files: Path) -> None:
     torch.manual_seed(3)
     config = AutoConfig.from_pretrained(files / "tiny")
@@ -86,6 +100,44 @@ def test_on_the_cpu_random_weights_are_those_that_they_were(files: Path) -> None
     with made_on(CPU):
         found = load_model(str(files / "tiny"), init="random", seed=3).state_dict()
     assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+
+
+@pytest.mark.parametrize("init", ["random", "pretrained"])
+@pytest.mark.parametrize(
+    "auto_class", ["AutoModelForCausalLM", "AutoModelForSequenceClassification"]
+)
+def test_what_is_made_straight_on_a_device_is_the_same_model(
+    files: Path, monkeypatch: pytest.MonkeyPatch, auto_class: str, init: Any
+) -> None:
+    """On the CPU, by what another device is given: weights, buffers, a new head, and no hooks."""
+    options = {"auto_class": auto_class, "init": init, "seed": 5}
+    wanted = load_model(str(files / "tiny"), **options)
+    monkeypatch.setattr(load, "building", lambda: CPU)
+    monkeypatch.setattr(load, "reading", lambda: {"device_map": {"": CPU}})
+    found = load_model(str(files / "tiny"), **options)
+    for kind in ("named_parameters", "named_buffers"):
+        pairs = [dict(getattr(model, kind)()) for model in (found, wanted)]
+        assert pairs[0].keys() == pairs[1].keys() != set()
+        assert all(torch.equal(pairs[0][name], tensor) for name, tensor in pairs[1].items())
+    assert not [module for module in found.modules() if hasattr(module, "_hf_hook")]
+    assert found.training
+    assert found.stored_dtype == wanted.stored_dtype
+
+
+def test_diffusion_models_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    diffusion.video_folder(tmp_path / "tiny")
+    options: dict[str, Any] = {"init": "pretrained", "dtype": torch.float32, "seed": 0}
+    wanted = load_diffusion(str(tmp_path / "tiny"), **options)
+    monkeypatch.setattr(
+        samestep.models.load_diffusion, "reading", lambda: {"device_map": {"": CPU}}
+    )
+    found = load_diffusion(str(tmp_path / "tiny"), **options)
+    weights = dict(found.named_parameters())
+    assert all(torch.equal(weights[name], weight) for name, weight in wanted.named_parameters())
+    assert not [module for module in found.modules() if hasattr(module, "_hf_hook")]
+    with made_on(META):
+        drawn = load_diffusion(str(tmp_path / "tiny"), **{**options, "init": "random"})
+    assert {weight.device for weight in drawn.parameters()} == {META}
 
 
 class Placed(nn.Linear):
@@ -141,6 +193,27 @@ def test_a_model_that_must_be_loaded_to_be_weighed_is_loaded_on_the_cpu(
     model = lay_out(make, run_config(files), device=torch.device("cuda:1"))
     assert made == [CPU]
     assert model.sent == (torch.device("cuda:1"),)
+
+
+def test_ranks_start_as_one_where_weights_were_drawn(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[nn.Module] = []
+    monkeypatch.setattr(sharding, "start_as_rank_0", told.append)
+    source = str(files / "tiny")
+    grown = load_model(source)
+    grow_embeddings(grown, num_embeddings(grown) + 1)
+    drawn = [
+        load_model(source, init="random"),
+        load_model(source, auto_class="AutoModelForSequenceClassification"),
+        grown,
+        add_lora(
+            load_model(source, init="random"), 2, alpha=4, dropout=0, targets=["q_proj"], seed=0
+        ),
+    ]
+    for model in [*drawn, load_model(source)]:
+        lay_out(lambda _, model=model: model, run_config(files), device=META)  # type: ignore[misc]
+    assert told == drawn
 
 
 @pytest.mark.parametrize("lora", [None, RANK])

@@ -11,7 +11,7 @@ from runs import run_config
 
 from samestep.cli import main
 from samestep.errors import CheckpointError, Interrupted
-from samestep.train import checkpoint
+from samestep.train import shards
 from samestep.train.signals import stop_signals
 
 
@@ -77,7 +77,7 @@ def test_a_second_signal_inside_a_save_has_the_exit_code_of_a_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     run_config(tmp_path)
-    writer = checkpoint.HuggingFaceStorageWriter
+    writer = shards.HuggingFaceStorageWriter
     real = writer.write_data
 
     def interrupted(self: Any, *arguments: Any) -> Any:

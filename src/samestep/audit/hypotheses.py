@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from samestep.audit.causes import Cause
-from samestep.audit.experiments import Experiments, merged
+from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import (
     LeastSquares,
     are_independent,
@@ -14,6 +14,7 @@ from samestep.audit.gradients import (
     linear_combination,
     scale,
 )
+from samestep.audit.splits import merged
 from samestep.audit.subject import Denominator, Gradient, Split
 from samestep.errors import CheckError
 

@@ -21,7 +21,8 @@ class DeviceCopy(dict[str, Any]):
 
     Args:
         copies: The micro-batch.
-        data: What it is a copy of, on the CPU.
+        data: What it is a copy of, on the CPU; None: it is not known, as of what libraries make of
+            it by ``type(micro_batch)({...})``.
 
     Example:
         >>> import torch
@@ -34,7 +35,7 @@ class DeviceCopy(dict[str, Any]):
         device(type='meta')
     """
 
-    def __init__(self, copies: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    def __init__(self, copies: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> None:
         super().__init__(copies)
         self._data = data
         self._entries = list(_entries(copies))
@@ -43,7 +44,9 @@ class DeviceCopy(dict[str, Any]):
         return dict(self)
 
     def data(self) -> Mapping[str, Any]:
-        """What it is a copy of; itself if it was changed since."""
+        """What it is a copy of; itself if that is not known, or if it was changed since."""
+        if self._data is None:
+            return self
         now = list(_entries(self))
         unchanged = len(now) == len(self._entries) and all(
             path == path_then and value is value_then and writes == writes_then

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from samestep.engine.counts import input_tokens
 from samestep.engine.targets import num_sequences
 from samestep.engine.terms import MicroBatch
-from samestep.errors import OutOfMemoryError, SequenceTooLargeError, StepError
+from samestep.errors import NotFiniteError, OutOfMemoryError, SequenceTooLargeError, StepError
 
 _ALLOCATOR_MESSAGES = (
     *("can't allocate memory", "bad_alloc", "out of memory", "could not create a "),
@@ -31,25 +31,26 @@ Result = TypeVar("Result")
 
 
 def without_failed_frames(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """A function whose out-of-memory errors do not keep what has filled the memory.
+    """A function of whose errors those that are made up for do not keep what it has in memory.
 
     An error holds the frames that it came through, in its own traceback and in that of the
-    allocator's error before it; and the frames of a forward or backward hold its activations. Who
-    catches the error and tries less, even while it is being handled, needs their memory.
+    allocator's error before it; and the frames of a step hold activations and gradients. Who
+    catches an `OutOfMemoryError` and tries less, or a `NotFiniteError` and looks for its rows, even
+    while it is being handled, needs their memory.
 
     Args:
         function: Runs micro-batches.
 
     Returns:
-        It. The traceback of an `OutOfMemoryError` begins at it; the message says the rest.
+        It. The traceback of such an error begins at it; the message says the rest.
     """
 
     @wraps(function)
     def releasing(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         try:
             return function(*args, **kwargs)
-        except OutOfMemoryError as error:
-            failed = error
+        except (OutOfMemoryError, NotFiniteError) as error:
+            failed: StepError = error
         failed.__context__ = failed.__cause__ = None
         try:
             raise failed.with_traceback(None)

@@ -8,7 +8,7 @@ import torch
 from samestep.errors import ConfigError
 from samestep.models.files import check_finite, check_safetensors
 from samestep.models.load import first_line
-from samestep.models.placement import building, reading
+from samestep.models.placement import DRAWN, building, reading
 from samestep.models.weightless import is_weightless
 from samestep.utils.extras import MissingExtraError, missing_text
 
@@ -65,4 +65,5 @@ def load_diffusion(
             f"model: {Path(source).name} has dropout ({dropouts[0]}, ...), whose masks would "
             "depend on the split: set it to 0 in config.json"
         )
+    setattr(model, DRAWN, init == "random")
     return model.train()

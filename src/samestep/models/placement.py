@@ -6,8 +6,12 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import nn
 
 from samestep.models.weightless import is_weightless
+
+DRAWN = "has_drawn_weights"
+"""Attribute of models of which some weights come from a generator: other devices draw others."""
 
 _CPU = torch.device("cpu")
 _place: ContextVar[torch.device] = ContextVar("place", default=_CPU)
@@ -26,6 +30,11 @@ def made_on(device: torch.device) -> Iterator[None]:
         yield
     finally:
         _place.reset(token)
+
+
+def has_drawn_weights(model: nn.Module) -> bool:
+    """Whether some weights of a model, with adapters or not, were drawn where it was made."""
+    return any(getattr(module, DRAWN, False) for module in model.modules())
 
 
 def place_of_models() -> torch.device:

@@ -6,8 +6,9 @@ with what the run started from, a line a step, and a line with the whole state a
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,18 +59,26 @@ def choose_threads(settings: Chosen, folder: RunFolder) -> Chosen:
 
 @contextmanager
 def repeatable(settings: TrainSettings) -> Iterator[None]:
-    """The threads that the settings name, and under ``bitwise`` repeatable operations alone."""
+    """The threads that settings name, and repeatable operations alone where they ask for those.
+
+    Raises:
+        ConfigError: ``bitwise`` or ``deterministic``, and an operation cannot be repeated.
+    """
     before = torch.get_num_threads()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     try:
-        if settings.bitwise:
-            with repeatable_operations("bitwise"):
-                yield
-        else:
+        asks = next((name for name in ("bitwise", "deterministic") if getattr(settings, name)), "")
+        with repeatable_operations(asks) if asks else nullcontext():
             yield
     finally:
         torch.set_num_threads(before)
+
+
+def log_threads() -> None:
+    """Say how many threads compute, and how they wait."""
+    policy = os.environ.get("OMP_WAIT_POLICY", "of the OpenMP library").lower()
+    log.info("threads: %d; wait policy %s", torch.get_num_threads(), policy)
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -11,10 +11,8 @@ keeps where each shard belongs in the files' own headers.
 
 import logging
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,13 +20,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -49,12 +44,10 @@ from samestep.train.checkpoint_files import (
     write_state,
 )
 from samestep.train.progress import Progress
-from samestep.utils.files import remove, sha256_of, sync
+from samestep.train.shards import checksums, write_shards
+from samestep.utils.files import remove
 
 log = logging.getLogger("samestep")
-
-FILE_BYTES = 2**27
-"""What a file of a checkpoint holds at most; a larger tensor has its own."""
 
 
 def save(
@@ -64,6 +57,7 @@ def save(
     optimizer: Optimizer,
     progress: Progress,
     keep: int,
+    writers: int = 1,
     origin: Mapping[str, Any] | None = None,
     average: Mapping[str, Tensor] | None = None,
     objective: Mapping[str, Tensor] | None = None,
@@ -78,6 +72,7 @@ def save(
         optimizer: Its state.
         progress: How far the run is.
         keep: Checkpoints to keep, this one included.
+        writers: As for `samestep.train.shards.write_shards`.
         origin: What the run depends on and the checkpoint does not hold;
             `samestep.train.checkpoint_files.read_origin` gives it.
         average: The moving average of weights by name, if there is one.
@@ -115,12 +110,8 @@ def save(
 
     try:
         on_rank_0(clear)
-        writer = HuggingFaceStorageWriter(
-            str(aside), fqn_to_index_mapping=_files(tensors), save_distributed=True
-        )
-        with _no_warning_of_one_process():
-            state_dict_saver.save(tensors, storage_writer=writer, no_dist=world_size() == 1)
-        for sums in gather_results(lambda: _checksums(aside)):
+        write_shards(aside, tensors, writers=writers)
+        for sums in gather_results(lambda: checksums(aside)):
             state["files"] |= sums
         on_rank_0(finish)
     except (OSError, SafetensorError, CheckpointException, RuntimeError, MemoryError) as error:
@@ -134,21 +125,6 @@ def save(
             + (f"{older[-1]} is intact" if older else "There is no earlier one")
         ) from error
     return target
-
-
-def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The number, from 1, of the file that holds each tensor.
-
-    The writer copies a whole file's tensors, twice, before it writes: files are small.
-    """
-    files: dict[str, int] = {}
-    number, room = 1, FILE_BYTES
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if size > room < FILE_BYTES:
-            number, room = number + 1, FILE_BYTES
-        files[name], room = number, room - size
-    return files
 
 
 def newest_intact(folder: Path) -> Path | None:
@@ -213,10 +189,9 @@ def load(
             raise CheckpointError(f"{checkpoint} was saved from another model than this one")
         tensors |= _beside(average, objective)
         moments = _places(kept, optimizer)
-        with _no_warning_of_one_process():
-            state_dict_loader.load(
-                {**tensors, **moments}, storage_reader=reader, no_dist=world_size() == 1
-            )
+        state_dict_loader.load(
+            {**tensors, **moments}, storage_reader=reader, no_dist=world_size() == 1
+        )
         changed = _damage(checkpoint)
         if changed:
             raise CheckpointError(f"{checkpoint} changed while it was read: {changed}")
@@ -227,29 +202,6 @@ def load(
         *(ValueError, KeyError, TypeError, IndexError),
     ) as error:
         raise CheckpointError(f"{checkpoint} cannot be read: {_reason(error)}") from error
-
-
-@contextmanager
-def _no_warning_of_one_process() -> Iterator[None]:
-    """DCP warns of a single process even where ``no_dist`` says that there is only one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-        yield
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    """Flush this rank's shards to disk, and give their checksums."""
-    # No glob: it takes a folder that cannot be read for an empty one.
-    own = f"shard-{rank() + 1:05d}-"
-    shards = sorted(path for path in folder.iterdir() if path.name.startswith(own))
-    with ThreadPoolExecutor() as threads:  # which hash at the same time, one on each core
-        digests = threads.map(_flushed_digest, shards)
-        return {shard.name: digest for shard, digest in zip(shards, digests, strict=True)}
-
-
-def _flushed_digest(shard: Path) -> str:
-    sync(shard)
-    return sha256_of(shard)
 
 
 def _names(folder: Path) -> list[str]:

@@ -37,6 +37,10 @@ log = logging.getLogger("samestep")
 _KEPT_ON_THE_WAY = 2
 """Checkpoints kept while a run goes on, unless the settings say another number."""
 
+_WRITERS = 4
+"""Files of a checkpoint that are written at a time beside an accelerator, where the CPU's memory
+has room: on two cores 0.8 GB took 3.6 s so, and 8.3 s one by one."""
+
 
 @dataclass(kw_only=True)
 class Saver:
@@ -130,6 +134,7 @@ class Saver:
             optimizer=optimizer,
             progress=progress,
             keep=self.settings.keep or _KEPT_ON_THE_WAY,
+            writers=_WRITERS if saves_in_background(self.setup.micro_batches.device) else 1,
             origin=self.origin | kept,
             average=average,
             objective=objective,

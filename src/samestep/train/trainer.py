@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,8 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from samestep.data.batching import StepPlan
 from samestep.engine.collectives import (
@@ -27,12 +24,11 @@ from samestep.engine.terms import LossFn
 from samestep.errors import Interrupted, NotFiniteError, RolloutError, StopRequestedError
 from samestep.models.activations import ActivationOffload
 from samestep.models.dropout import key_dropout
-from samestep.train.bitwise import BitRun, choose_threads, fail_with_budget, repeatable
+from samestep.train.bitwise import BitRun, choose_threads, fail_with_budget, log_threads, repeatable
 from samestep.train.callbacks import Callback
 from samestep.train.checkpoint_files import remove_checkpoints
 from samestep.train.choice import judge
 from samestep.train.decisions import decisions_before
-from samestep.train.determinism import deterministic
 from samestep.train.evaluator import Evaluator
 from samestep.train.forward import find_nonfinite_rows, with_context
 from samestep.train.launch import process_group
@@ -78,7 +74,6 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Callback] = ()) -> dic
         Interrupted: Stopped by SIGINT or SIGTERM; the run is saved and can be resumed.
     """
     with (
-        deterministic(settings.deterministic),
         process_group(),
         stop_signals() as signals,
         watch_ranks(settings.rank_timeout) as watchdog,
@@ -88,8 +83,9 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Callback] = ()) -> dic
         folder = RunFolder(Path(settings.out))
         settings = choose_threads(settings, folder)
         on_rank_0(lambda: folder.hold(settings))
-        with repeatable(settings), ExitStack() as at_end:
+        with ExitStack() as at_end:
             at_end.callback(folder.close)
+            at_end.enter_context(repeatable(settings))
             decided = decisions_before(settings, folder)
             setup = set_up(decided.put_into(settings), budget=decided.budget)
             origin = current_origin(setup, settings)
@@ -99,11 +95,7 @@ def train(settings: TrainSettings, *, callbacks: Sequence[Callback] = ()) -> dic
             if bits is not None:
                 at_end.callback(bits.close)
                 bits.open(folder, done=progress.step)
-            log.info(
-                "threads: %d; wait policy %s",
-                torch.get_num_threads(),
-                os.environ.get("OMP_WAIT_POLICY", "of the OpenMP library").lower(),
-            )
+            log_threads()
             with (
                 RunReporter(
                     *(folder, settings),

@@ -20,7 +20,6 @@ from samestep.audit.adapters.batches import (
 from samestep.audit.adapters.instrument import (
     end_step,
     force_float64,
-    has_gradients,
     read_weights,
     scalars_of,
     scale_gradients,
@@ -300,7 +299,6 @@ class TrainerSubject(DealsRows):
             observation = replace(
                 observe_trainer(trainer, optimizer, initial=initial),
                 left=watch.left(),
-                leaves_gradients=has_gradients(trainer.model),
                 stepped=True,
                 moves=tuple(watch.moves),
                 draws=watch.draws,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samestep.audit.adapters.instrument import scalars_of
+from samestep.audit.adapters.instrument import has_gradients, scalars_of
 from samestep.audit.gradients import global_norm, sketch, sketch_fold
 from samestep.audit.subject import Gradient, Observation
 from samestep.errors import CheckError
@@ -109,6 +109,7 @@ def observe_trainer(
         reported=only_metrics(reported),
         rounding=rounding,
         updates=optimizer.updates if moved is None else 0,
+        leaves_gradients=has_gradients(trainer.model),
     )
 
 

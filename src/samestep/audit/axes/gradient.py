@@ -10,13 +10,14 @@ from samestep.audit.diagnose.coupling import PADDING_COLUMNS, diagnose_pack, dia
 from samestep.audit.diagnose.reported import diagnose_objective, recomputed_differently
 from samestep.audit.diagnose.split import diagnose_empty, diagnose_split
 from samestep.audit.diagnose.state import compare_left, moves_beside
-from samestep.audit.experiments import Experiments, candidate_splits, sizes_of, uneven_split
+from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import (
     GradientDifference,
     compare_gradients,
     global_norm,
     relative_difference,
 )
+from samestep.audit.splits import candidate_splits, sizes_of, uneven_split
 from samestep.audit.subject import Split
 
 COPIES = 64

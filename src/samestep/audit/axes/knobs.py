@@ -4,8 +4,9 @@ from samestep.audit.axes.axis import Measurement, within_noise
 from samestep.audit.blame import blamed
 from samestep.audit.diagnose.knobs import diagnose_knob
 from samestep.audit.diagnose.state import compare_left
-from samestep.audit.experiments import Experiments, sizes_of
+from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import compare_gradients
+from samestep.audit.splits import sizes_of
 from samestep.audit.subject import Knob, Split
 from samestep.errors import CheckError
 

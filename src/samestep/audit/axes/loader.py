@@ -7,9 +7,10 @@ from samestep.audit.axes.axis import Measurement
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.knobs import repeats_of
 from samestep.audit.diagnose.split import is_faulty
-from samestep.audit.experiments import Experiments, merged, sizes_of
+from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import compare_gradients, relative_difference
 from samestep.audit.hypotheses import SplitEvidence, hypotheses
+from samestep.audit.splits import merged, sizes_of
 from samestep.audit.subject import Dealt, Gradient, Split
 from samestep.errors import CheckError
 

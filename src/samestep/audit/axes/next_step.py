@@ -6,12 +6,13 @@ from samestep.audit.axes.axis import Measurement, within_noise
 from samestep.audit.causes import Diagnosis
 from samestep.audit.diagnose.split import is_faulty
 from samestep.audit.diagnose.state import compare_left
-from samestep.audit.experiments import Experiments, sizes_of
+from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import (
     compare_gradients,
     global_norm,
     relative_difference,
 )
+from samestep.audit.splits import sizes_of
 from samestep.audit.subject import Observation, Split
 from samestep.errors import CheckError
 

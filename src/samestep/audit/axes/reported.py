@@ -16,8 +16,9 @@ from samestep.audit.diagnose.reported import (
     relative_change,
     with_padding,
 )
-from samestep.audit.experiments import TOLERANCE_FACTOR, Experiments, sizes_of, uneven_split
+from samestep.audit.experiments import TOLERANCE_FACTOR, Experiments
 from samestep.audit.gradients import noise_estimate
+from samestep.audit.splits import sizes_of, uneven_split
 from samestep.errors import CheckError
 
 Numbers = Mapping[str, float]

@@ -9,7 +9,7 @@ from statistics import median_high, median_low
 
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.state import order_dependence
-from samestep.audit.experiments import Experiments, merged
+from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import (
     LeastSquares,
     are_independent,
@@ -19,6 +19,7 @@ from samestep.audit.gradients import (
     subtract,
 )
 from samestep.audit.hypotheses import SplitEvidence, collect_evidence
+from samestep.audit.splits import merged
 from samestep.audit.subject import Gradient, Split
 
 WHOLE_NUMBER = 1e-4

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from samestep.audit.causes import Diagnosis
-from samestep.audit.experiments import Experiments, merged
+from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import LeastSquares, least_squares
 from samestep.audit.hypotheses import SplitEvidence
+from samestep.audit.splits import merged
 from samestep.audit.subject import Split
 
 SAME = 1e-6

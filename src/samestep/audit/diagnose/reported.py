@@ -10,8 +10,9 @@ from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.coupling import PADDING_COLUMNS, diagnose_seen_padding
 from samestep.audit.diagnose.split import diagnose_split, is_faulty
 from samestep.audit.diagnose.state import compare_left
-from samestep.audit.experiments import Experiments, merged
+from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import global_norm, relative_difference, scale
+from samestep.audit.splits import merged
 from samestep.audit.subject import Gradient, Perturbation, Split
 
 STEPS = (2e-6, 2e-5, 2e-4, 2e-3, 2e-2)

@@ -33,7 +33,7 @@ from samestep.audit.diagnose.state import (
 )
 from samestep.audit.diagnose.ties import Scored, fit_alike, is_tied, tell_apart, undecided
 from samestep.audit.diagnose.weights import by_weights, several_laws
-from samestep.audit.experiments import Experiments, merged
+from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import (
     LeastSquares,
     compare_gradients,
@@ -42,6 +42,7 @@ from samestep.audit.gradients import (
     relative_difference,
 )
 from samestep.audit.hypotheses import SplitEvidence, collect_evidence, hypotheses
+from samestep.audit.splits import merged
 from samestep.audit.subject import Split
 
 

@@ -7,8 +7,9 @@ import math
 from dataclasses import dataclass, replace
 
 from samestep.audit.causes import Diagnosis
-from samestep.audit.experiments import TOLERANCE_FACTOR, Experiments, merged
+from samestep.audit.experiments import TOLERANCE_FACTOR, Experiments
 from samestep.audit.gradients import global_norm, norms, relative_difference, subtract
+from samestep.audit.splits import merged
 from samestep.audit.subject import Left, Observation, Split
 
 SHOWN = 3

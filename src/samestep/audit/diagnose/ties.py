@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
-from samestep.audit.experiments import Experiments, uneven_split
+from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import relative_difference
 from samestep.audit.hypotheses import (
     Hypothesis,
@@ -12,6 +12,7 @@ from samestep.audit.hypotheses import (
     hypotheses,
     only_weights,
 )
+from samestep.audit.splits import uneven_split
 from samestep.audit.subject import Split
 
 Scored = tuple[float, Hypothesis]

@@ -1,6 +1,6 @@
-"""An out-of-memory error does not keep the tensors that have filled the memory.
+"""Errors that a run goes on after do not keep the tensors of what has failed.
 
-Otherwise whoever tries less in the place where it was caught has less memory than before.
+Otherwise whoever tries less in the place where one was caught has less memory than before.
 """
 
 import gc
@@ -79,3 +79,32 @@ def test_the_handler_has_the_memory_of_the_failed_attempt(name: str, where: str)
         run(loss)  # while the error is being handled, as a loop of one's own may do
     else:
         raise AssertionError("it has not failed")
+
+
+@pytest.mark.parametrize("name", ["step", "backward"])
+def test_gradients_that_are_not_finite_are_gone_too(name: str) -> None:
+    """Who looks for the rows that are at fault makes gradients of its own."""
+    model = nn.Linear(3, 3).bfloat16()  # whose gradients are summed in float32, beside the weights
+    run, sums = runs(model)[name], list[weakref.ref[Tensor]]()
+
+    def loss(model: nn.Module, micro_batch: Any) -> samestep.Term:
+        total = model(micro_batch["x"].bfloat16()).float().square().sum()
+        return samestep.Term(total / 0, "example")
+
+    make_sum = Tensor.float
+
+    def noted(tensor: Tensor) -> Tensor:
+        found = make_sum(tensor)
+        sums.append(weakref.ref(found))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "float", noted)
+        try:
+            run(loss)
+        except samestep.NotFiniteError as error:
+            assert len(sums) > len(list(model.parameters()))
+            assert [one() for one in sums] == [None] * len(sums)
+            assert "term 'loss' is inf" in str(error)
+        else:
+            raise AssertionError("it has not failed")
