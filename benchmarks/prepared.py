@@ -5,12 +5,15 @@ from typing import Any
 from works import Work
 
 
-def prepared(work: Work, *, budget: int) -> tuple[Any, Any, list[list[int]], list[dict[str, Any]]]:
+def prepared(
+    work: Work, *, budget: int, compiled: bool = False
+) -> tuple[Any, Any, list[list[int]], list[dict[str, Any]]]:
     """The model, and one step's rows, cut under a budget.
 
     Args:
         work: Which model and rows.
         budget: Tokens a micro-batch.
+        compiled: Whether its layers will be compiled: they stay as transformers has them.
 
     Returns:
         The model, the examples of the step, the cut (indices of examples for each micro-batch),
@@ -25,7 +28,8 @@ def prepared(work: Work, *, budget: int) -> tuple[Any, Any, list[list[int]], lis
 
     examples = _examples(work, work.write_rows(1))
     model = load_model(str(work.model()))
-    speed_up_linear(model)
+    if not compiled:
+        speed_up_linear(model)
     padding = choose_padding(model, "auto")
     cut_last_layer(model, padding)
     cut = pack_micro_batches(list(examples.lengths), micro_tokens=budget)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from samestep.kernels import packed_attention, varlen
 from samestep.models import compiled
+from samestep.train import compilation
 
 
 class Graphs:
@@ -54,7 +55,8 @@ def count_graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
 
 def attend_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs go the way that they go on a GPU, to a kernel in plain PyTorch."""
-    monkeypatch.setattr(packed_attention, "has_kernels", lambda query: True)
+    for module in (packed_attention, compilation):
+        monkeypatch.setattr(module, "has_kernels", lambda query: True)
     monkeypatch.setattr(varlen, "_has_flash", lambda device: True)
     monkeypatch.setattr(varlen, "takes", lambda function, pack: True)
     monkeypatch.setattr(varlen, "flash_function", lambda: attention)

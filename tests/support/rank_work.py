@@ -228,7 +228,8 @@ def drawn_start() -> list[float]:
     from samestep.train.sharding import start_as_rank_0
 
     torch.manual_seed(collectives.rank())
-    model = nn.Linear(3, 1)
+    model = nn.Linear(3, 2)
+    model.weight = nn.Parameter(torch.randn(3, 2).t())  # libraries leave some so
     start_as_rank_0(model)
     return [float(one) for weight in model.parameters() for one in weight.flatten()]
 

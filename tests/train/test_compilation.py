@@ -178,9 +178,14 @@ def test_a_run_compiles_its_layers_on_request(
     assert "compile: none from here on" in caplog.text
 
 
-def test_a_run_that_cannot_have_what_it_asks_for_says_so(tmp_path: Path, graphs: Graphs) -> None:
-    with pytest.raises(ConfigError, match="compile: compiling fails here"):
+def test_a_run_that_cannot_have_what_it_asks_for_says_so(
+    tmp_path: Path, graphs: Graphs, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError, match="one by one, which does not compile whole; with padding"):
         set_up(run_config(tmp_path, compile="layers"))
+    caplog.set_level(logging.INFO, "samestep")
+    set_up(run_config(tmp_path, compile="layers", padding="right"))
+    assert "compile: layers, 1 of them" in caplog.text
 
 
 def test_contradictions_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -208,6 +213,7 @@ def choose(
     monkeypatch.setattr(compilation, "measured_costs", lambda *_, **__: next(measured))
     monkeypatch.setattr(compilation, "budget_range", lambda device: ON_ACCELERATOR)
     monkeypatch.setattr(compilation, "_on_accelerator", lambda model: True)
+    monkeypatch.setattr(compilation, "has_kernels", lambda query: True)
     monkeypatch.setattr(compilation, "compile_layers", lambda model, run: "")
     recipe = recipe_for(run_config(folder))
     choose_compilation(model, objective, recipe=recipe, padding="none", cut=cut, tokens=tokens)

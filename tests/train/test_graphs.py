@@ -226,6 +226,7 @@ def test_beyond_the_limit_layers_run_uncompiled_and_it_is_said_once(
     assert graphs.made == 3
     assert compiled.compiled_layers(model) == []
     assert caplog.text.count("from here on layers run uncompiled, which is slower") == 1
+    assert "that they need more than 3 graphs" in caplog.text
     assert "hit config" not in caplog.text
     assert torch._dynamo.config.recompile_limit == limit
 

@@ -95,7 +95,7 @@ def compile_layers(model: nn.Module, run: Callable[[], Tensor]) -> str:
         difference = float(relative_differences(before, outputs()).max())
     except Exception as error:  # a compiler may fail in any way; so far nothing was trained with it
         run_eagerly(model)
-        return f"compiling fails here: {_first_line(error)}"
+        return f"compiling fails here: {_problem(error)}"
     if shared.said:
         run_eagerly(model)
         return "its forward gives the layers a cache of keys and values: pass use_cache=False"
@@ -147,7 +147,7 @@ class _SharedGraphs:
                 self._say_once(
                     logging.WARNING,
                     "from here on layers run uncompiled, which is slower, since a call of a new "
-                    f"kind cannot be compiled ({_first_line(error)})",
+                    f"kind cannot be compiled ({_problem(error)})",
                 )
             return layer._call_impl(*args, **kwargs)
 
@@ -177,7 +177,10 @@ def _is_not_ours(record: logging.LogRecord) -> bool:
     return not ("recompile_limit" in message and "'samestep_layer'" in message)
 
 
-def _first_line(error: Exception) -> str:
+def _problem(error: Exception) -> str:
+    """What a compiler has to complain about, in a line."""
+    if isinstance(error, FailOnRecompileLimitHit):
+        return f"layers and calls differ so much that they need more than {MOST_GRAPHS} graphs"
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 

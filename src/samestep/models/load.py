@@ -27,7 +27,7 @@ from samestep.models.files import (
 from samestep.models.gguf import convert_gguf
 from samestep.models.load_quantized import adopt_quantized, quantization_options, read_quantized
 from samestep.models.lora import num_embeddings
-from samestep.models.placement import building, made_for_files, note_drawn, reading
+from samestep.models.placement import DRAWN, building, made_for_files, reading
 from samestep.models.quantized import Quantization
 from samestep.models.saved_adapter import continue_lora
 from samestep.models.weightless import is_weightless
@@ -250,10 +250,10 @@ def load_model(
                     setattr(nested, name, 0.0)
         stored = config.dtype
         torch.manual_seed(seed)
-        if init == "random" or is_weightless():
+        drawn = init == "random"
+        if drawn or is_weightless():
             with building():
                 model = auto.from_config(config, dtype=dtype, **options)
-            note_drawn(model)
         else:
             check_safetensors(source, "model.safetensors.index.json")
             few_bits = quantization_options(config, quantization, source=source)
@@ -272,10 +272,8 @@ def load_model(
                 return found
 
             model, loading = read_quantized(read, config, few_bits) if few_bits else read(config)
-            new_head = auto_class in _NEW_HEAD_CLASSES
+            new_head, drawn = auto_class in _NEW_HEAD_CLASSES, bool(loading["missing_keys"])
             check_complete(source, model, missing=loading["missing_keys"], new_head=new_head)
-            if loading["missing_keys"]:
-                note_drawn(model)
             if few_bits:
                 adopt_quantized(model, dtype)
             else:
@@ -292,6 +290,7 @@ def load_model(
             "config.json and *.safetensors, a Hub name, or a .gguf file"
             + (" (config.json is enough with init random)" if init == "pretrained" else "")
         ) from error
+    setattr(model, DRAWN, drawn)
     # What its weights were before they became `dtype`: they are saved as they came.
     model.stored_dtype = stored if init == "pretrained" else None
     return model.train()

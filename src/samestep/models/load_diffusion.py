@@ -8,7 +8,7 @@ import torch
 from samestep.errors import ConfigError
 from samestep.models.files import check_finite, check_safetensors
 from samestep.models.load import first_line
-from samestep.models.placement import building, note_drawn, reading
+from samestep.models.placement import DRAWN, building, reading
 from samestep.models.weightless import is_weightless
 from samestep.utils.extras import MissingExtraError, missing_text
 
@@ -45,7 +45,6 @@ def load_diffusion(
         if init == "random" or is_weightless():
             with building():
                 model = model_class.from_config(config).to(dtype)
-            note_drawn(model)
         else:
             check_safetensors(source, "diffusion_pytorch_model.safetensors.index.json")
             model = model_class.from_pretrained(
@@ -66,4 +65,5 @@ def load_diffusion(
             f"model: {Path(source).name} has dropout ({dropouts[0]}, ...), whose masks would "
             "depend on the split: set it to 0 in config.json"
         )
+    setattr(model, DRAWN, init == "random")
     return model.train()

@@ -6,8 +6,12 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import nn
 
 from samestep.models.weightless import is_weightless, with_weights
+
+DRAWN = "has_drawn_weights"
+"""Attribute of models of which some weights come from a generator: other devices draw others."""
 
 _CPU = torch.device("cpu")
 _place: ContextVar[torch.device] = ContextVar("place", default=_CPU)
@@ -38,18 +42,14 @@ def made_for_files() -> Iterator[None]:
         yield
 
 
+def has_drawn_weights(model: nn.Module) -> bool:
+    """Whether some weights of a model, with adapters or not, were drawn where it was made."""
+    return any(getattr(module, DRAWN, False) for module in model.modules())
+
+
 def place_of_models() -> torch.device:
     """The device on which a model is made here; inside `without_weights` always meta."""
     return torch.device("meta") if is_weightless() else _place.get()
-
-
-def note_drawn(model: Any) -> None:
-    """Note that weights of a model were drawn, not read, and where: devices draw other numbers.
-
-    Args:
-        model: Its weights are where some of them were drawn; changed in place.
-    """
-    model.drawn_on = next(model.parameters()).device
 
 
 def building() -> Any:

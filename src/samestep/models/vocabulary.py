@@ -9,7 +9,7 @@ from torch import nn
 
 from samestep.errors import ConfigError
 from samestep.models.lora import num_embeddings
-from samestep.models.placement import note_drawn
+from samestep.models.placement import DRAWN
 from samestep.models.weightless import is_weightless
 
 _log = logging.getLogger("samestep")
@@ -60,7 +60,7 @@ def grow_embeddings(model: Any, after: int, *, seed: int = 0) -> None:
     torch.manual_seed(seed)
     # Without weights there is no mean of them to draw around.
     model.resize_token_embeddings(after, mean_resizing=not is_weightless())
-    note_drawn(model)
+    setattr(model, DRAWN, True)
     _log.info("add_tokens: the embeddings grow from %d to %d rows", before, after)
 
 

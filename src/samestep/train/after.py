@@ -14,6 +14,7 @@ from samestep.engine.evaluate import EvalReport
 from samestep.errors import ConfigError
 from samestep.models.load import load_model, load_tokenizer, resolve_source
 from samestep.models.lora import load_peft
+from samestep.models.placement import made_on
 from samestep.models.saved_adapter import saved_rows
 from samestep.models.vocabulary import grow_embeddings
 from samestep.train.answers import generate, ready_to_generate
@@ -56,7 +57,7 @@ def load_finished(run: str, *, dtype: torch.dtype | None = None) -> tuple[Any, A
         dtype: Of the weights; None: as they are stored.
 
     Returns:
-        Model, on the CPU, and tokenizer.
+        Model, where `samestep.models.placement.made_on` says, and tokenizer.
 
     Raises:
         ConfigError: It cannot be loaded.
@@ -100,10 +101,12 @@ def answers_to(options: GenerateArguments) -> Iterator[str]:
     Raises:
         ConfigError: The model cannot be loaded, or has no chat template where one is asked for.
     """
-    model, tokenizer = load_finished(options.run)
+    device = find_device(options.device)
+    with made_on(device):
+        model, tokenizer = load_finished(options.run)
     if options.chat and not tokenizer.chat_template:
         raise ConfigError(f"chat: the tokenizer of {options.run} has no chat template")
-    model.to(find_device(options.device))
+    model.to(device)
     drawn = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
     with ready_to_generate(model):
         for at, prompt in enumerate(options.prompt):

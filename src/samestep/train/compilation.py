@@ -15,6 +15,7 @@ from samestep.engine.parallel import is_sharded
 from samestep.engine.step import backward
 from samestep.engine.terms import Objective
 from samestep.errors import ConfigError, OutOfMemoryError
+from samestep.kernels.varlen import has_kernels
 from samestep.models.compiled import compilable_layers, compile_layers, run_eagerly
 from samestep.models.dropout import key_dropout
 from samestep.models.lora import num_embeddings
@@ -66,7 +67,7 @@ def choose_compilation(
     wanted = recipe.settings.compile
     if wanted == "none" or (wanted == "auto" and not _on_accelerator(model)):
         return
-    reason = _why_not(model, recipe)
+    reason = _why_not(model, recipe, padding)
     before = None
     if not reason and wanted == "auto":
         before, reason = _seconds_per_token(model, objective, recipe=recipe, cut=cut)
@@ -119,10 +120,15 @@ def _on_accelerator(model: Any) -> bool:
     return bool(model.device.type != "cpu")
 
 
-def _why_not(model: Any, recipe: Recipe) -> str:
+def _why_not(model: Any, recipe: Recipe, padding: Padding) -> str:
     """Why the layers cannot be compiled in this run; empty if they can."""
     if is_sharded(model):
         return "layers in shards (fsdp2) are not compiled"
+    if padding == "none" and not has_kernels(next(model.parameters())):
+        return (
+            f"on {model.device.type} attention takes the sequences of a pack one by one, which "
+            "does not compile whole; with padding right layers compile"
+        )
     if recipe.settings.quantization is not None:
         return "quantised layers run uncompiled"
     if recipe.settings.activation_offload:

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from samestep.engine.parallel import is_sharded
 from samestep.models.load import base_of, resolve_source
+from samestep.models.placement import has_drawn_weights
 from samestep.models.quantized import quantized_layers
 from samestep.train.settings.base import TrainSettings
 from samestep.utils.adapter_folder import ADAPTER_WEIGHTS, is_adapter
@@ -73,8 +74,9 @@ def origin_of(settings: TrainSettings, model: Any) -> dict[str, str]:
             if setting != "model" or adapter or _needs_base_weights(values, model):
                 weights = sorted(path.name for path in folder.glob("*.safetensors"))
                 found |= _digests(setting, folder, weights)
-    drawn = settings.init == "random" or hasattr(model, "drawn_on")
-    if drawn and _needs_base_weights(values, model):
+    # Rows of new tokens and a new head train, and are in the checkpoints, unless they refer.
+    refers = _refers_to_start(values) and has_drawn_weights(model)
+    if refers or (settings.init == "random" and _needs_base_weights(values, model)):
         found[_DRAWN_ON] = _generator(model)
     few_bits = quantized_layers(model)
     if few_bits:  # another release of what quantises them may round otherwise
@@ -101,15 +103,21 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def _needs_base_weights(values: Mapping[str, Any], model: Any) -> bool:
-    is_reference = "reference_model" in values and values["reference_model"] is None
-    return is_reference or not all(weight.requires_grad for weight in model.parameters())
+    return _refers_to_start(values) or not all(
+        weight.requires_grad for weight in model.parameters()
+    )
+
+
+def _refers_to_start(values: Mapping[str, Any]) -> bool:
+    """Whether the model that a run starts from is its reference as well."""
+    return "reference_model" in values and values["reference_model"] is None
 
 
 def _generator(model: Any) -> str:
     """Whose random numbers the weights are: devices draw others from the same seed."""
+    device = next(model.parameters()).device
     if is_sharded(model):  # made on the CPU
         return "cpu"
-    device = getattr(model, "drawn_on", next(model.parameters()).device)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 from samestep.engine.collectives import run_or_fail_together, world_size
 from samestep.errors import ConfigError
+from samestep.models.placement import has_drawn_weights
 from samestep.models.weightless import without_weights
 from samestep.train.settings.base import TrainSettings
 
@@ -32,7 +33,7 @@ def lay_out(
 
     Args:
         load: Makes the model on a device.
-        settings: ``parallel`` and what belongs to it; ``init``.
+        settings: ``parallel`` and what belongs to it.
         device: Of this rank.
 
     Returns:
@@ -56,8 +57,7 @@ def lay_out(
     if mode == "fsdp2":
         return shard(model, settings, device=device)
     model = model.to(device)
-    # Code of the user's own may draw weights and not say so.
-    if device.type != "cpu" and (settings.init == "random" or hasattr(model, "drawn_on")):
+    if device.type != "cpu" and has_drawn_weights(model):
         start_as_rank_0(model)
     return model
 
