@@ -22,6 +22,7 @@ from samestep.engine.step import accumulate, count_batch
 from samestep.kernels import varlen
 from samestep.kernels.packed_attention import _by_sequence
 from samestep.kernels.varlen import Pack, attend
+from samestep.models import activations
 from samestep.models.compiled import compiled_layers
 from samestep.models.dropout import ExampleDropout, key_dropout, replace_dropout
 from samestep.objectives.language import DFT
@@ -107,6 +108,26 @@ def test_compiled_dropout_has_the_same_bits_too() -> None:
     on_gpu = layer(ones.to(GPU)).cpu()
     compiled = torch.compile(layer, dynamic=True)
     assert torch.equal(compiled(ones.to(GPU)).cpu(), on_gpu)
+
+
+def test_offloaded_activations_come_back_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With copies waiting for each other at every tensor, and memory used again at once."""
+    monkeypatch.setattr(activations, "_MIN_OFFLOAD_BYTES", 0)
+    monkeypatch.setattr(activations, "_BYTES_ON_THEIR_WAY", 2**14)
+    activations._copy_stream.cache_clear()
+    model = build("llama").to(GPU)
+    micros = [to_device(one, GPU) for one in cut(model, ragged(24), [6], "none")]
+
+    def offloaded(model: Any, micro: Any) -> Any:
+        with activations.ActivationOffload(model):
+            return samestep.CausalLMLoss()(model, micro)
+
+    found = []
+    for loss in (samestep.CausalLMLoss(), offloaded):
+        samestep.backward(model, micros, loss)
+        found.append(gradients(model))
+    activations._copy_stream.cache_clear()
+    assert worst(*found) < 1e-12
 
 
 def test_micro_batches_are_pinned() -> None:

@@ -18,10 +18,13 @@ class CopyStream:
         device: The GPU.
         held: Bytes of tensors that are on their way out at a time.
         cuda: What it uses of `torch.cuda`; tests give a recorder.
+        pin: Whether copies are in memory that a GPU can copy to by itself; not in tests on CPUs.
     """
 
-    def __init__(self, device: torch.device, *, held: int, cuda: Any = torch.cuda) -> None:
-        self._device, self._held, self._cuda = device, held, cuda
+    def __init__(
+        self, device: torch.device, *, held: int, cuda: Any = torch.cuda, pin: bool = True
+    ) -> None:
+        self._device, self._held, self._cuda, self._pin = device, held, cuda, pin
         self._stream = cuda.Stream(device)
         self._leaving: deque[tuple[Tensor, Any]] = deque()
 
@@ -32,11 +35,12 @@ class CopyStream:
             tensor: Of the GPU; nothing may write to it any more.
 
         Returns:
-            The copy, in pinned memory; only `fetch` may read it.
+            The copy, in pinned memory, laid out as the tensor is: what comes back takes the same
+            kernels in the backward, and no copy in between. Only `fetch` may read it.
         """
         self._stream.wait_stream(self._computation())  # which may not have written it yet
         with self._cuda.stream(self._stream):
-            copy = self.pinned(tensor)
+            copy = torch.empty_like(tensor, device="cpu", pin_memory=self._pin)
             copy.copy_(tensor, non_blocking=True)
             self._leaving.append((tensor, self._stream.record_event()))
         self._release(self._held)
@@ -75,11 +79,6 @@ class CopyStream:
 
     def _computation(self) -> Any:
         return self._cuda.current_stream(self._device)
-
-    @staticmethod
-    def pinned(tensor: Tensor) -> Tensor:
-        """Memory of the CPU that a GPU can copy to by itself, of the shape and type of a tensor."""
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
 class Fetched:
