@@ -225,7 +225,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where to write; without --tiny the results")
     parser.add_argument("--only", default="", help="parts whose name contains this")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part ends with this
     end = time.monotonic() + 60 * options.minutes
     out = options.out or (None if options.tiny else RESULTS)
     report = Report(machine(options.device), out)
@@ -250,4 +249,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part ends with this
     sys.exit(main())

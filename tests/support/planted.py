@@ -51,7 +51,7 @@ HOOKS = {
     "micro-batch": ("samestep.train.trainer", "key_dropout", 3),
     "evaluation": ("samestep.train.evaluator", "evaluate", 1),
     "log": ("samestep.train.log:RunLog", "step", 1),
-    "saving": ("samestep.train.checkpoint", "sync", 0),
+    "saving": ("samestep.train.shards", "sync", 0),
     "after a save": ("samestep.train.trainer", "learning_rate", 3),
     "export": ("samestep.train.model_folder", "sync_tree", 0),
     "compiled code": ("samestep.train.trainer", "key_dropout", 0),
