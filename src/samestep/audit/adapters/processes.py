@@ -128,6 +128,8 @@ def _rank(
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
         )
+        # Else accelerate takes ranks without accelerators for processes that are alone.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
         distributed.init_process_group(
             "gloo",
             store=FileStore(str(folder / "meeting"), world),

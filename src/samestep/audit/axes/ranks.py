@@ -203,7 +203,7 @@ def _diagnose(
     combination = least_squares(gradient, own)
     evidence = f"on the ranks' own gradients: {combination} (residual {combination.residual:.0e})"
     dealt = [index for share in shares for micro_batch in share for index in micro_batch]
-    predictions = list(_predictions(shares, own, whole=None if masked_examples else whole))
+    predictions = []  # what is seen to be repeated or missing before the laws that may fit alike
     if len(set(dealt)) < len(dealt):
         repeated = experiments.unclipped_gradient((tuple(dealt),), **masked)
         predictions.append(("duplicated-examples", repeated))
@@ -212,6 +212,7 @@ def _diagnose(
         kept = experiments.unclipped_gradient((tuple(sorted(set(dealt))),), **masked)
         predictions.append(("dropped-examples", kept))
         evidence = f"no rank sees {', '.join(f'example {index}' for index in missing)}; {evidence}"
+    predictions += _predictions(shares, own, whole=None if masked_examples else whole)
     scored = [(relative_difference(guess, gradient), name) for name, guess in predictions]
     best = min(scored)[0]
     # The first of those that fit alike: a multiple of the whole says more than of the ranks' own.
