@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median_high, median_low
 
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
-from samestep.audit.diagnose.state import order_dependence
+from samestep.audit.diagnose.state import carried_over, order_dependence
 from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import (
     LeastSquares,
@@ -87,6 +87,9 @@ def by_example(
     ordered = order_dependence(experiments, split, **changes) or 0.0
     if ordered > evidence.residual_tolerance:
         text = f"{text}; the order of the micro-batches changes it by {ordered:.1e}"
+        carried = carried_over(experiments, split, **changes)
+        if carried is not None:
+            return Diagnosis("state-per-micro-batch", fit.residual, f"{text}; {carried}")
         return Diagnosis("misaligned-values", fit.residual, text)
     if group is not None:
         text = f"examples of one {group} in a micro-batch weigh alike, others do not; {text}"

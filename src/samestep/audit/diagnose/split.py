@@ -27,6 +27,7 @@ from samestep.audit.diagnose.sizes import (
     whole_follows_a_unit,
 )
 from samestep.audit.diagnose.state import (
+    carried_over,
     moved_between,
     moved_without_gradient,
     order_dependence,
@@ -283,7 +284,9 @@ def _nonlinear(
     ordered = order_dependence(experiments, split, **changes) or 0.0
     if ordered > evidence.residual_tolerance:
         text = f"the order of the micro-batches changes the gradient by {ordered:.1e}; "
-        return Diagnosis(UNEXPLAINED, best, text + _shown(evidence))
+        carried = carried_over(experiments, split, **changes)
+        cause = UNEXPLAINED if carried is None else "state-per-micro-batch"
+        return Diagnosis(cause, best, f"{text}{_and(carried)}{_shown(evidence)}")
     explained = fits_by_example(experiments, split, evidence=evidence, **changes)
     if residual > evidence.residual_tolerance and not explained:
         text = (
@@ -354,6 +357,10 @@ def _lost_or_repeated(
     cause = "last-micro-batch-only" if kept <= 1 else "dropped-examples"
     lost = Diagnosis(cause, split.residual, _shown(evidence))
     return weighted_too(lost, evidence, split=split.coefficients, whole=whole.coefficients)
+
+
+def _and(text: str | None) -> str:
+    return "" if text is None else f"{text}; "
 
 
 def _in_words(evidence: SplitEvidence) -> str:
