@@ -61,10 +61,28 @@ class Centred(Graphs):
         return states - states.mean(0)
 
 
+class ByNodes(Graphs):
+    """Means over graphs, weighted by nodes; no node is padding."""
+
+    def step(self, model: nn.Module, micros: list[Any]) -> None:
+        nodes = sum(len(micro["nodes"]) for micro in micros)
+        for micro in micros:
+            begins = micro["marked"].diff(prepend=torch.zeros(1)) > 0  # marked nodes come first
+            graphs = begins.sum()
+            mean = model(micro["nodes"]).square().sum() / graphs
+            (mean * len(micro["nodes"]) / nodes).backward()
+
+
 @pytest.mark.parametrize(
-    ("graphs", "cause"), [(Graphs, "mean-of-means"), (Centred, "batch-coupled-term"), (Whole, None)]
+    ("graphs", "cause"),
+    [
+        (Graphs, "mean-of-means"),
+        (Centred, "batch-coupled-term"),
+        (ByNodes, "example-weighted"),
+        (Whole, None),
+    ],
 )
-def test_two_units_are_no_coupling(graphs: type[Graphs], cause: str | None) -> None:
+def test_rows_without_borders_are_told_apart(graphs: type[Graphs], cause: str | None) -> None:
     assert check(graphs, axes=["micro-batch"]).axes[0].cause == cause
 
 

@@ -1,5 +1,7 @@
 """What a loop holds outside of its model: every run begins where the first one did."""
 
+from argparse import Namespace
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +104,14 @@ def scaled_each_time(model: nn.Module, micros: list[Tensor]) -> None:
         scale.follow(own)
 
 
+def noisy(model: nn.Module, micros: list[Tensor]) -> None:
+    """The noise of a generator that the step makes and seeds, which no other seed reaches."""
+    own = torch.Generator().manual_seed(7)
+    for micro in micros:
+        noise = torch.randn(micro.shape, generator=own, dtype=micro.dtype)
+        (errors(model, micro + noise).square().sum() / sum(map(len, micros))).backward()
+
+
 def found(subject: Any, *axes: str) -> dict[str, str]:
     report: CheckReport = check(subject, axes)
     return {axis.name: axis.cause or axis.verdict for axis in report.axes}
@@ -119,6 +129,11 @@ def test_a_loop_may_keep_its_own_account_of_steps(step: Callable[..., Any]) -> N
 def test_what_is_no_buffer_moves_too(step: Callable[..., Any], model: type[nn.Module]) -> None:
     axes = ("micro-batch", "order")
     assert found(loop(step, model), *axes) == dict.fromkeys(axes, "state-per-micro-batch")
+
+
+def test_numbers_of_a_generator_of_its_own_are_random() -> None:
+    axes = ("micro-batch", "order")
+    assert found(loop(noisy), *axes) == dict.fromkeys(axes, "rng")
 
 
 def test_a_baseline_of_the_model_is_no_misaligned_value() -> None:
@@ -155,6 +170,7 @@ def test_a_trainer_may_keep_its_own_account_of_steps() -> None:
 
 def test_put_back() -> None:
     count, log, own = 3, [1.0], RunningScale()
+    options, sums, recent = Namespace(step=0), defaultdict(int), deque([1, 2], maxlen=2)
 
     def counts() -> None:
         nonlocal count
@@ -162,6 +178,9 @@ def test_put_back() -> None:
         log.append(2.0)
         own.follow(torch.full((2,), 3.0, dtype=torch.float64))
         own.extra = 1  # type: ignore[attr-defined]
+        options.step += 1
+        sums["steps"] += 1
+        recent.append(3)
 
     held = HeldState([counts])
     same = log
@@ -170,5 +189,6 @@ def test_put_back() -> None:
     held.put_back()
     assert (count, log, own.seen) == (3, [1.0], {})
     assert same is log
+    assert (options.step, dict(sums), list(recent), recent.maxlen) == (0, {}, [1, 2], 2)
     assert own.size == 1
     assert not hasattr(scale, "extra")

@@ -325,11 +325,31 @@ def rows_and_width(batch: Any) -> tuple[int, int] | None:
     return (inputs.shape[0], inputs.shape[1]) if inputs.dim() > 1 else None
 
 
-def possible_denominators(batch: Any) -> dict[str, Denominator]:
+def unpadded_of(singles: Sequence[Any], whole: Any) -> frozenset[str]:
+    """Names of tensors that hold the rows of every example one after another, and nothing else.
+
+    Args:
+        singles: The batch of each example by itself.
+        whole: That of all.
+    """
+    names = []
+    for key, tensor in _tensors_of(whole):
+        own = [dict(_tensors_of(single)).get(key) for single in singles]
+        held = [each for each in own if each is not None and each.dim() == tensor.dim() > 0]
+        several = len({len(each) for each in held}) > 1
+        if several and sum(each.numel() for each in held) == tensor.numel():
+            names.append(key)
+    return frozenset(names)
+
+
+def possible_denominators(
+    batch: Any, *, unpadded: frozenset[str] = frozenset()
+) -> dict[str, Denominator]:
     """Everything that a loop could divide a batch by, and the cause that it is if it does.
 
     Args:
         batch: A mapping, a sequence or a tensor.
+        unpadded: Names of tensors without padding, from `unpadded_of`.
 
     Returns:
         By what is counted.
@@ -346,7 +366,9 @@ def possible_denominators(batch: Any) -> dict[str, Denominator]:
         if not tensor.dim():
             continue
         like_labels = isinstance(labels, Tensor) and tensor.shape == labels.shape
-        if tensor.dim() > 1:
+        if key in unpadded:
+            count(f"rows of {key}", "example-weighted", len(tensor))
+        elif tensor.dim() > 1:
             count(f"elements of {key}", "padding-counted", tensor.numel())
             count(f"elements of {key}[:, 1:]", "padding-counted", tensor[:, 1:].numel())
         if not tensor.is_floating_point():

@@ -4,11 +4,13 @@ A counter of steps that is a global of the file, a loss object with a running sc
 audit has to begin where the first one did, or no two of them could be compared.
 """
 
+import argparse
 import functools
 import inspect
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +22,10 @@ MAX_ELEMENTS = 2**16
 """Of a value that is kept: what is larger is data."""
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None))
+
+_SEQUENCES = (list, tuple, set, deque)
+_MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
+_NAMESPACES = (argparse.Namespace, SimpleNamespace)
 
 _NOTHING = object()
 """In place of a value that is not there."""
@@ -42,11 +48,9 @@ class _Place:
             self.delete()
             return
         first = copied(self.first)
-        if isinstance(now, list) and isinstance(first, list):
-            now[:] = first  # others may hold it too
-        elif isinstance(now, dict) and isinstance(first, dict):
-            now.clear()
-            now.update(first)
+        if type(now) is type(first) and isinstance(now, list | set | deque | dict):
+            now.clear()  # others may hold it too
+            now.extend(first) if isinstance(now, list | deque) else now.update(first)
         else:
             self.write(first)
 
@@ -102,7 +106,7 @@ class HeldState:
             for base in value.__mro__ if value.__module__ == module else ():
                 if base.__module__ == module:
                     self._visit_attributes(base, module)
-        elif type(value).__module__ == module:
+        elif type(value).__module__ == module or isinstance(value, _NAMESPACES):
             self._visit(type(value), module)
             if hasattr(value, "__dict__"):
                 self._objects.append((value, frozenset(vars(value))))
@@ -193,9 +197,9 @@ def _elements(value: Any) -> int:
     if type(value) is Tensor:
         plain = value.layout == torch.strided and not value.requires_grad
         return value.numel() if plain else -(2**60)
-    if type(value) in (list, tuple, set):
+    if type(value) in _SEQUENCES:
         return sum(map(_elements, value))
-    if type(value) is dict:
+    if type(value) in _MAPPINGS:
         return sum(_elements(key) + _elements(each) for key, each in value.items())
     return -(2**60)
 
@@ -206,7 +210,7 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor):
         alike = one.shape == other.shape and one.dtype == other.dtype
         return alike and torch.equal(one, other)
-    if isinstance(one, list | tuple):
+    if isinstance(one, list | tuple | deque):
         return len(one) == len(other) and all(map(_same, one, other))
     if isinstance(one, Mapping):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)

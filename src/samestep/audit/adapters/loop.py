@@ -22,6 +22,7 @@ from samestep.audit.adapters.batches import (
     possible_denominators,
     rows_and_width,
     token_length,
+    unpadded_of,
 )
 from samestep.audit.adapters.functions import OPTIONAL, LoopFunctions
 from samestep.audit.adapters.held import HeldState
@@ -91,6 +92,7 @@ class LoopSubject:
         self._lists = isinstance(singles[0], list | tuple)
         self._lengths = [token_length(single) for single in singles]
         self._rows = [number_of_rows(single) for single in singles]
+        self._unpadded = unpadded_of(singles, self._collate(loop.examples))
         by_length = sorted(range(self.size), key=lambda index: self._lengths[index] or 0)
         short, long = (loop.examples[at] for at in (by_length[0], by_length[-1]))
         self._padding = infer_padding(self._collate([short]), self._collate([long, short]))
@@ -134,7 +136,8 @@ class LoopSubject:
         self, micro_batch: tuple[int, ...], settings: RunSettings = DEFAULT_SETTINGS
     ) -> Mapping[str, Denominator]:
         """Of every tensor of the batch."""
-        return possible_denominators(self._batch(micro_batch, settings))
+        batch = self._batch(micro_batch, settings)
+        return possible_denominators(batch, unpadded=self._unpadded)
 
     def batch_shape(self, micro_batch: tuple[int, ...]) -> tuple[int, int] | None:
         """That of ``input_ids``, or else of the first tensor."""

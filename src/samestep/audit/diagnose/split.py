@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.coupling import coupling, diagnose_seen_padding, leak_in_row
+from samestep.audit.diagnose.draws import drawn_each_time
 from samestep.audit.diagnose.examples import (
     by_example,
     cut_by_neighbours,
@@ -247,7 +248,8 @@ def _checked(
             experiments, split, **changes
         ):
             return Diagnosis(hypothesis.cause, residual, f"{text}; the loss has two units")
-        return Diagnosis(UNEXPLAINED, residual, f"the whole follows no count; {text}")
+        unknown = Diagnosis(UNEXPLAINED, residual, f"the whole follows no count; {text}")
+        return by_example(experiments, split, evidence=evidence, **changes) or unknown
     if hypothesis.cause == "example-weighted":
         # The unit of the whole may be no count but a size of the micro-batch as a whole.
         coupled = coupling(experiments, split, **changes)
@@ -278,6 +280,12 @@ def _nonlinear(
         known = known or _lost_or_repeated(whole, parts, evidence=evidence)
         if known is not None:
             return known
+    drawn = drawn_each_time(experiments, split, **changes)
+    if drawn is not None:
+        text = (
+            f"micro-batches draw random numbers in turn; others change the gradient by {drawn:.1e}"
+        )
+        return Diagnosis("rng", drawn, text)
     inside = _inside(experiments, split, evidence=evidence, **changes)
     if inside is not None:
         return inside
