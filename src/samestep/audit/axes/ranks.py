@@ -10,6 +10,7 @@ from samestep.audit.diagnose.sizes import shortened_after_adding
 from samestep.audit.diagnose.split import diagnose_split
 from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import (
+    are_independent,
     compare_gradients,
     is_finite,
     least_squares,
@@ -220,7 +221,10 @@ def _diagnose(
     cause = next(name for residual, name in scored if residual <= allowed)
     if best > experiments.residual_tolerance:
         within = _within_a_rank(experiments, shares, whole=whole, masked_examples=masked_examples)
-        return within or Diagnosis(UNEXPLAINED, best, evidence)
+        again = (
+            None if masked_examples else _reduced_again(experiments, shares, gradient, whole=whole)
+        )
+        return within or again or Diagnosis(UNEXPLAINED, best, evidence)
     local = cause in ("rank-local-count", "world-scaled")
     if local and least_squares(whole, own).residual > experiments.residual_tolerance:
         coupled = coupling(experiments, shares[0] + shares[-1], **masked)
@@ -247,6 +251,35 @@ def _within_a_rank(
         return None
     evidence = f"so do these micro-batches on one rank; {diagnosis.evidence}"
     return replace(diagnosis, evidence=evidence)
+
+
+def _reduced_again(
+    experiments: Experiments, shares: Sequence[Split], gradient: Gradient, *, whole: Gradient
+) -> Diagnosis | None:
+    """Whether what was summed over ranks is summed again with each later micro-batch.
+
+    Then a micro-batch weighs as many times the ranks, over what it does in the whole, as others
+    come after it on its rank.
+    """
+    number = len(shares[0])
+    if number < 2 or any(len(share) != number for share in shares):
+        return None
+    own = [experiments.unclipped_gradient((micro,)) for share in shares for micro in share]
+    seen, expected = least_squares(gradient, own), least_squares(whole, own)
+    residual = max(seen.residual, expected.residual)
+    if residual > experiments.residual_tolerance or not are_independent(own):
+        return None
+    for at, (times, of_whole) in enumerate(
+        zip(seen.coefficients, expected.coefficients, strict=True)
+    ):
+        later = number - 1 - at % number
+        if abs(times - WORLD**later * of_whole) > 1e-6 * abs(times):
+            return None
+    text = (
+        f"micro-batches weigh x {WORLD} for each that comes after them on their rank: gradients "
+        "that were summed over ranks are still in .grad when it is summed again"
+    )
+    return Diagnosis("world-scaled", residual, text)
 
 
 def _predictions(
