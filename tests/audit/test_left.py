@@ -1,6 +1,6 @@
 """What a step leaves, what moves between micro-batches, and whose an error is."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -68,15 +68,15 @@ class AllMoveOnce(Loop):
 
 
 class Counted(Loop):
-    """Counts its steps over all runs."""
+    """Counts its steps over all runs, where the audit puts nothing back."""
 
-    steps = 0
+    steps: ClassVar[list[object]] = []
 
     def __init__(self) -> None:
-        type(self).steps = 0
+        type(self).steps = [object()]
 
     def train(self, model: nn.Module, micros: list[Any]) -> None:
-        type(self).steps += 1
+        type(self).steps.append(object())
         super().train(model, micros)
 
 
@@ -118,7 +118,7 @@ def test_what_moves_once_a_step_is_sound(loop: type[Loop]) -> None:
 def test_steps_that_leave_no_gradient_are_not_run_again_with_them_emptied() -> None:
     for loop in (ClearsBefore, ClearsAfter):
         assert check(loop, axes=["next-step"]).axes[0].verdict == "exact"
-    assert ClearsAfter.steps == ClearsBefore.steps - 4  # two in a row, whole and split
+    assert len(ClearsAfter.steps) == len(ClearsBefore.steps) - 4  # two in a row, whole and split
 
 
 def broken(experiments: Experiments) -> Any:

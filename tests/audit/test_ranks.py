@@ -70,6 +70,21 @@ def reduced_by_hand(model: nn.Module, micros: list[Any]) -> None:
         distributed.all_reduce(weight.grad)
 
 
+def reduced_each_time(model: nn.Module, micros: list[Any], *, divide: int = 1) -> None:
+    """What was summed over ranks is still in .grad when it is summed again; a mean of it is not."""
+    count = targets(micros)
+    distributed.all_reduce(count)
+    for micro in micros:
+        (nll(model, micro) * divide / count).backward()
+        for weight in model.parameters():
+            distributed.all_reduce(weight.grad)
+            weight.grad /= divide
+
+
+def means_each_time(model: nn.Module, micros: list[Any]) -> None:
+    reduced_each_time(model, micros, divide=distributed.get_world_size())
+
+
 def skips_empty(model: Any, micros: list[Any]) -> None:
     count = everywhere(targets(micros), distributed.get_world_size())
     for micro in micros:
@@ -94,6 +109,13 @@ def result(step: Any, **names: Any) -> Any:
 def test_sound_loops_are_exact() -> None:
     assert result(loop(everywhere)).verdict == "exact"
     assert result(reduced_by_hand, wrap=None).verdict == "exact"
+    assert result(means_each_time, wrap=None).verdict == "exact"
+
+
+def test_sums_that_are_summed_again_are_named() -> None:
+    found = result(reduced_each_time, wrap=None)
+    assert (found.verdict, found.cause) == ("inexact", "world-scaled")
+    assert "summed again" in found.evidence
 
 
 @pytest.mark.parametrize(

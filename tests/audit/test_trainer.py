@@ -193,6 +193,24 @@ def test_metrics_of_an_evaluation_are_judged() -> None:
     assert found(audit(make_trainer, "evaluation-batch")) == {"evaluation-batch": "exact"}
 
 
+def of_classes(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    return functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+def test_ranks_are_seen_by_a_trainer_that_does_not_ask_for_the_processor() -> None:
+    make_trainer = factory(
+        model=classifier,
+        data=rows(classes=3),
+        arguments={"use_cpu": False},
+        compute_loss_func=of_classes,
+    )
+    # As many targets on either rank: a repeated row explains what a mean of the ranks' would too.
+    assert found(audit(make_trainer, "ranks", "evaluation-ranks")) == {
+        "ranks": "duplicated-examples",
+        "evaluation-ranks": "duplicated-examples",
+    }
+
+
 def explodes(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     raise RuntimeError("the loss of a user is broken")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from samestep.audit.adapters.functions import LoopFunctions
+from samestep.audit.adapters.held import HeldState
 from samestep.audit.adapters.knobs import Knobs
 from samestep.audit.adapters.loop import LoopSubject
 from samestep.audit.axes.axis import Axis, AxisResult, run_axis
@@ -298,7 +299,8 @@ def as_subject(source: Any, *, name: str | None = None) -> Subject:
             ) from error
         declared = getattr(factory, "knobs", None) or _member(source, "knobs")
         knobs = Knobs.of(declared, functions=[factory], holder=source, open_ended=True)
-        return TrainerSubject(factory, name=label, knobs=knobs)
+        held = HeldState([factory], except_for=knobs.values)
+        return TrainerSubject(held.before(factory), name=label, knobs=knobs)
     functions = LoopFunctions.of(source)
     try:
         return LoopSubject(functions, name=label)

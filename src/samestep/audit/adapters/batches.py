@@ -128,11 +128,15 @@ def add_padding(
 
 
 Location: TypeAlias = tuple[int | slice, ...]
-"""Where an example lies in the tensors of a batch: a row, or a stretch of the only row."""
+"""Where an example lies in a batch: a row, a stretch of the only row, or several rows."""
 
 
 def locate_examples(
-    batch: Any, lengths: Sequence[int | None], *, side: Side = "right"
+    batch: Any,
+    lengths: Sequence[int | None],
+    *,
+    side: Side = "right",
+    rows: Sequence[int | None] = (),
 ) -> list[Location]:
     """Where each example lies.
 
@@ -140,9 +144,10 @@ def locate_examples(
         batch: Of these examples, in this order.
         lengths: Of each example by itself, from `token_length`.
         side: Of the padding.
+        rows: Of each example by itself, from `number_of_rows`.
 
     Raises:
-        CheckError: Neither a row each, nor all side by side in one row.
+        CheckError: Neither a row each, nor the rows of each in turn, nor all in one row.
     """
     _, inputs = _inputs_of(batch)
     tokens = [length for length in lengths if length is not None]
@@ -156,6 +161,11 @@ def locate_examples(
     if inputs.shape[0] == 1 and inputs.dim() > 1 and inputs.shape[1] == sum(tokens):
         ends = itertools.accumulate(tokens)
         return [(0, slice(end - n, end)) for end, n in zip(ends, tokens, strict=True)]
+    own = [number for number in rows if number is not None]
+    if len(own) == len(lengths) and inputs.shape[0] == sum(own):
+        return [
+            (slice(end - n, end),) for end, n in zip(itertools.accumulate(own), own, strict=True)
+        ]
     raise CheckError("the examples of a batch of this subject cannot be told apart")
 
 
@@ -187,11 +197,14 @@ def mask_targets(batch: Any, locations: Sequence[Location]) -> Any:
     """A batch in which some examples have no target.
 
     Raises:
-        CheckError: The labels are no classes.
+        CheckError: The labels are no classes, or not in the rows of the inputs.
     """
     labels = batch["labels"].clone()
     if labels.is_floating_point():
         raise CheckError("labels that are no classes cannot be masked")
+    several = any(isinstance(location[0], slice) for location in locations)
+    if several and labels.shape[:1] != _inputs_of(batch)[1].shape[:1]:
+        raise CheckError("the labels of an example with several rows cannot be told apart")
     for row, *stretch in locations:
         labels[(row, *stretch) if labels.shape[0] == 1 and labels.dim() > 1 else row] = IGNORE
     return _rebuild(batch, {**batch, "labels": labels})
@@ -296,6 +309,14 @@ def token_length(single: Any) -> int | None:
     return inputs.shape[1] if inputs.dim() > 1 and not inputs.is_floating_point() else None
 
 
+def number_of_rows(single: Any) -> int | None:
+    """Rows of the batch of one example, where they are the first dimension of its inputs."""
+    if not _tensors_of(single):
+        return None
+    _, inputs = _inputs_of(single)
+    return inputs.shape[0] if inputs.dim() else None
+
+
 def rows_and_width(batch: Any) -> tuple[int, int] | None:
     """Of the inputs of a batch; None where they have no two dimensions."""
     if not _tensors_of(batch):
@@ -304,11 +325,31 @@ def rows_and_width(batch: Any) -> tuple[int, int] | None:
     return (inputs.shape[0], inputs.shape[1]) if inputs.dim() > 1 else None
 
 
-def possible_denominators(batch: Any) -> dict[str, Denominator]:
+def unpadded_of(singles: Sequence[Any], whole: Any) -> frozenset[str]:
+    """Names of tensors that hold the rows of every example one after another, and nothing else.
+
+    Args:
+        singles: The batch of each example by itself.
+        whole: That of all.
+    """
+    names = []
+    for key, tensor in _tensors_of(whole):
+        own = [dict(_tensors_of(single)).get(key) for single in singles]
+        held = [each for each in own if each is not None and each.dim() == tensor.dim() > 0]
+        several = len({len(each) for each in held}) > 1
+        if several and sum(each.numel() for each in held) == tensor.numel():
+            names.append(key)
+    return frozenset(names)
+
+
+def possible_denominators(
+    batch: Any, *, unpadded: frozenset[str] = frozenset()
+) -> dict[str, Denominator]:
     """Everything that a loop could divide a batch by, and the cause that it is if it does.
 
     Args:
         batch: A mapping, a sequence or a tensor.
+        unpadded: Names of tensors without padding, from `unpadded_of`.
 
     Returns:
         By what is counted.
@@ -325,7 +366,9 @@ def possible_denominators(batch: Any) -> dict[str, Denominator]:
         if not tensor.dim():
             continue
         like_labels = isinstance(labels, Tensor) and tensor.shape == labels.shape
-        if tensor.dim() > 1:
+        if key in unpadded:
+            count(f"rows of {key}", "example-weighted", len(tensor))
+        elif tensor.dim() > 1:
             count(f"elements of {key}", "padding-counted", tensor.numel())
             count(f"elements of {key}[:, 1:]", "padding-counted", tensor[:, 1:].numel())
         if not tensor.is_floating_point():

@@ -111,6 +111,12 @@ class LoopFunctions:
         return replace(self, **given)
 
     @property
+    def functions(self) -> list[Callable[..., Any]]:
+        """Those of them that the user gives."""
+        held = (getattr(self, name) for name in _CALLED)
+        return [function for function in held if function is not None]
+
+    @property
     def evaluates_on_ranks(self) -> bool:
         """Whether ``evaluate`` reduces over ranks."""
         return self.evaluate is not None and _calls_distributed(self.evaluate)

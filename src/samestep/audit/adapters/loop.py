@@ -18,11 +18,14 @@ from samestep.audit.adapters.batches import (
     locate_examples,
     mask_boundaries,
     mask_targets,
+    number_of_rows,
     possible_denominators,
     rows_and_width,
     token_length,
+    unpadded_of,
 )
 from samestep.audit.adapters.functions import OPTIONAL, LoopFunctions
+from samestep.audit.adapters.held import HeldState
 from samestep.audit.adapters.instrument import (
     disable_dropout,
     end_step,
@@ -80,6 +83,7 @@ class LoopSubject:
         self.size = len(loop.examples)
         self.terms = loop.terms
         self.knobs = loop.knobs.values
+        self._held = HeldState(loop.functions, except_for=("examples", *loop.knobs.values))
         seed_all(0)
         self._initial = {key: value.clone() for key, value in loop.model().state_dict().items()}
         self._slowest = 0.0
@@ -87,6 +91,8 @@ class LoopSubject:
         self._counts = count_examples(singles)
         self._lists = isinstance(singles[0], list | tuple)
         self._lengths = [token_length(single) for single in singles]
+        self._rows = [number_of_rows(single) for single in singles]
+        self._unpadded = unpadded_of(singles, self._collate(loop.examples))
         by_length = sorted(range(self.size), key=lambda index: self._lengths[index] or 0)
         short, long = (loop.examples[at] for at in (by_length[0], by_length[-1]))
         self._padding = infer_padding(self._collate([short]), self._collate([long, short]))
@@ -130,7 +136,8 @@ class LoopSubject:
         self, micro_batch: tuple[int, ...], settings: RunSettings = DEFAULT_SETTINGS
     ) -> Mapping[str, Denominator]:
         """Of every tensor of the batch."""
-        return possible_denominators(self._batch(micro_batch, settings))
+        batch = self._batch(micro_batch, settings)
+        return possible_denominators(batch, unpadded=self._unpadded)
 
     def batch_shape(self, micro_batch: tuple[int, ...]) -> tuple[int, int] | None:
         """That of ``input_ids``, or else of the first tensor."""
@@ -308,6 +315,7 @@ class LoopSubject:
     @contextlib.contextmanager
     def _fresh_model(self, settings: RunSettings) -> Iterator[tuple[nn.Module, nn.Module]]:
         """The user's model with fresh weights, and the one that the loop gets."""
+        self._held.put_back()
         seed_all(settings.seed)
         inner = self.loop.model()
         self.loop.knobs.on_model(inner, settings.knob)
@@ -358,7 +366,8 @@ class LoopSubject:
             return batch
         side = "right" if self._padding is None else self._padding.side
         lengths = [self._lengths[index] for index in micro_batch]
-        locations = locate_examples(batch, lengths, side=side)
+        rows = [self._rows[index] for index in micro_batch]
+        locations = locate_examples(batch, lengths, side=side, rows=rows)
         if altered:
             batch = alter_inputs(batch, [locations[at] for at in altered])
         if masked:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -128,6 +129,9 @@ def _rank(
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
         )
+        # Else accelerate takes ranks without accelerators for processes that are alone.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        _forget_states()
         distributed.init_process_group(
             "gloo",
             store=FileStore(str(folder / "meeting"), world),
@@ -146,6 +150,14 @@ def _rank(
         )
     finally:
         os._exit(code)
+
+
+def _forget_states() -> None:
+    """Let accelerate find out again which process this is: what it knows is of the one before."""
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 _recent_groups: deque[Any] = deque(maxlen=2)

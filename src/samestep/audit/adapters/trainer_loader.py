@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from accelerate.state import PartialState
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 
@@ -50,7 +49,6 @@ class DealsRows:
         rows = without_repeats(rows, shares, self.shard(examples, len(shares)))
 
         def work(rank: int) -> Observation:
-            PartialState._reset_state()
             share = shares[rank]
             return self._train(share, settings, accumulation=len(share), all_rows=rows)
 
@@ -67,7 +65,6 @@ class DealsRows:
         """The trainer's own evaluation on each rank, of rows that its own loader deals."""
 
         def work(rank: int) -> Evaluated:
-            PartialState._reset_state()
             with self._fresh_trainer((tuple(examples),), settings, accumulation=1) as (trainer, of):
                 rows = self._rows(examples)
                 trainer.eval_dataset = select_evaluation_rows(trainer.eval_dataset, rows)
@@ -110,7 +107,6 @@ class DealsRows:
             return None
 
         def work(rank: int) -> Dealt:
-            PartialState._reset_state()
             cut = _cut(examples, micro_batch_size)
             return self._dealt(cut, settings, examples=examples, number=1, rank=rank)
 

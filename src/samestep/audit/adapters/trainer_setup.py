@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer
@@ -66,7 +66,18 @@ def make_trainer(factory: Callable[..., Any], batch_size: int, *, accumulation: 
         raise CheckError(
             f"make_trainer must pass its arguments on to the trainer: {', '.join(ignored)} was not"
         )
+    _check_world(trainer)
     return trainer
+
+
+def _check_world(trainer: Any) -> None:
+    """Refuse a trainer that does not see the ranks: it would train on its own on each of them."""
+    world = distributed.get_world_size() if distributed.is_initialized() else 1
+    if trainer.args.world_size != world:
+        raise CheckError(
+            f"the trainer takes itself for one of {trainer.args.world_size} processes, of which "
+            f"there are {world}: let TrainingArguments find out by itself"
+        )
 
 
 def describe_error(error: BaseException) -> str:

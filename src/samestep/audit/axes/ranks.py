@@ -10,6 +10,7 @@ from samestep.audit.diagnose.sizes import shortened_after_adding
 from samestep.audit.diagnose.split import diagnose_split
 from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import (
+    are_independent,
     compare_gradients,
     is_finite,
     least_squares,
@@ -203,7 +204,7 @@ def _diagnose(
     combination = least_squares(gradient, own)
     evidence = f"on the ranks' own gradients: {combination} (residual {combination.residual:.0e})"
     dealt = [index for share in shares for micro_batch in share for index in micro_batch]
-    predictions = list(_predictions(shares, own, whole=None if masked_examples else whole))
+    predictions = []  # what is seen to be repeated or missing before the laws that may fit alike
     if len(set(dealt)) < len(dealt):
         repeated = experiments.unclipped_gradient((tuple(dealt),), **masked)
         predictions.append(("duplicated-examples", repeated))
@@ -212,6 +213,7 @@ def _diagnose(
         kept = experiments.unclipped_gradient((tuple(sorted(set(dealt))),), **masked)
         predictions.append(("dropped-examples", kept))
         evidence = f"no rank sees {', '.join(f'example {index}' for index in missing)}; {evidence}"
+    predictions += _predictions(shares, own, whole=None if masked_examples else whole)
     scored = [(relative_difference(guess, gradient), name) for name, guess in predictions]
     best = min(scored)[0]
     # The first of those that fit alike: a multiple of the whole says more than of the ranks' own.
@@ -219,7 +221,10 @@ def _diagnose(
     cause = next(name for residual, name in scored if residual <= allowed)
     if best > experiments.residual_tolerance:
         within = _within_a_rank(experiments, shares, whole=whole, masked_examples=masked_examples)
-        return within or Diagnosis(UNEXPLAINED, best, evidence)
+        again = (
+            None if masked_examples else _reduced_again(experiments, shares, gradient, whole=whole)
+        )
+        return within or again or Diagnosis(UNEXPLAINED, best, evidence)
     local = cause in ("rank-local-count", "world-scaled")
     if local and least_squares(whole, own).residual > experiments.residual_tolerance:
         coupled = coupling(experiments, shares[0] + shares[-1], **masked)
@@ -246,6 +251,35 @@ def _within_a_rank(
         return None
     evidence = f"so do these micro-batches on one rank; {diagnosis.evidence}"
     return replace(diagnosis, evidence=evidence)
+
+
+def _reduced_again(
+    experiments: Experiments, shares: Sequence[Split], gradient: Gradient, *, whole: Gradient
+) -> Diagnosis | None:
+    """Whether what was summed over ranks is summed again with each later micro-batch.
+
+    Then a micro-batch weighs as many times the ranks, over what it does in the whole, as others
+    come after it on its rank.
+    """
+    number = len(shares[0])
+    if number < 2 or any(len(share) != number for share in shares):
+        return None
+    own = [experiments.unclipped_gradient((micro,)) for share in shares for micro in share]
+    seen, expected = least_squares(gradient, own), least_squares(whole, own)
+    residual = max(seen.residual, expected.residual)
+    if residual > experiments.residual_tolerance or not are_independent(own):
+        return None
+    for at, (times, of_whole) in enumerate(
+        zip(seen.coefficients, expected.coefficients, strict=True)
+    ):
+        later = number - 1 - at % number
+        if abs(times - WORLD**later * of_whole) > 1e-6 * abs(times):
+            return None
+    text = (
+        f"micro-batches weigh x {WORLD} for each that comes after them on their rank: gradients "
+        "that were summed over ranks are still in .grad when it is summed again"
+    )
+    return Diagnosis("world-scaled", residual, text)
 
 
 def _predictions(

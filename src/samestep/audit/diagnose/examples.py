@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median_high, median_low
 
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
-from samestep.audit.diagnose.state import order_dependence
+from samestep.audit.diagnose.state import carried_over, order_dependence
 from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import (
     LeastSquares,
@@ -16,6 +16,7 @@ from samestep.audit.gradients import (
     global_norm,
     least_squares,
     rank,
+    relative_difference,
     subtract,
 )
 from samestep.audit.hypotheses import SplitEvidence, collect_evidence
@@ -42,6 +43,8 @@ class _Fit:
     members: tuple[int, ...]
     ratios: dict[int, float]
     residual: float
+    chosen: tuple[int, ...]
+    """Examples that the split takes in and the whole batch leaves out."""
 
 
 def fits_by_example(
@@ -64,6 +67,13 @@ def by_example(
         return None
     readings = _readings(fit, split)
     relative = readings[-1]
+    if fit.chosen and all(_is_multiple(each, of_whole=1) for each in relative.values()):
+        out = ", ".join(f"example {index}" for index in fit.chosen)
+        text = f"the whole batch leaves out {out}, which the split takes in"
+        if _is_whole_the_same_reversed(experiments, split, evidence, **changes):
+            text = f"{text}: which examples count is chosen among those that share a batch"
+            return Diagnosis("batch-coupled-term", fit.residual, text)
+        return Diagnosis("dropped-examples", fit.residual, text)
     if not _odd(relative):
         return None
     group = next(
@@ -87,11 +97,22 @@ def by_example(
     ordered = order_dependence(experiments, split, **changes) or 0.0
     if ordered > evidence.residual_tolerance:
         text = f"{text}; the order of the micro-batches changes it by {ordered:.1e}"
+        carried = carried_over(experiments, split, **changes)
+        if carried is not None:
+            return Diagnosis("state-per-micro-batch", fit.residual, f"{text}; {carried}")
         return Diagnosis("misaligned-values", fit.residual, text)
     if group is not None:
         text = f"examples of one {group} in a micro-batch weigh alike, others do not; {text}"
         return Diagnosis("mean-of-means", fit.residual, text)
     return None
+
+
+def _is_whole_the_same_reversed(
+    experiments: Experiments, split: Split, evidence: SplitEvidence, **changes: object
+) -> bool:
+    """Whether the whole batch leaves out the same examples when they come in another order."""
+    turned = experiments.small_gradient((merged(split)[0][::-1],), **changes)
+    return relative_difference(turned, evidence.whole) <= evidence.residual_tolerance
 
 
 def _readings(fit: _Fit, split: Split) -> list[dict[int, float]]:
@@ -142,7 +163,9 @@ def _fit(
         own
     ):
         return None
-    return _Fit(members, _ratios(members, parts=parts, whole=whole), parts.residual)
+    triples = zip(members, parts.coefficients, whole.coefficients, strict=True)
+    chosen = tuple(at for at, own, of_all in triples if abs(of_all) < 1e-9 < 1e-6 < abs(own))
+    return _Fit(members, _ratios(members, parts=parts, whole=whole), parts.residual, chosen)
 
 
 def _ratios(

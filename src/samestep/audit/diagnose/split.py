@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.coupling import coupling, diagnose_seen_padding, leak_in_row
+from samestep.audit.diagnose.draws import drawn_each_time
 from samestep.audit.diagnose.examples import (
     by_example,
     cut_by_neighbours,
@@ -27,6 +28,7 @@ from samestep.audit.diagnose.sizes import (
     whole_follows_a_unit,
 )
 from samestep.audit.diagnose.state import (
+    carried_over,
     moved_between,
     moved_without_gradient,
     order_dependence,
@@ -246,7 +248,8 @@ def _checked(
             experiments, split, **changes
         ):
             return Diagnosis(hypothesis.cause, residual, f"{text}; the loss has two units")
-        return Diagnosis(UNEXPLAINED, residual, f"the whole follows no count; {text}")
+        unknown = Diagnosis(UNEXPLAINED, residual, f"the whole follows no count; {text}")
+        return by_example(experiments, split, evidence=evidence, **changes) or unknown
     if hypothesis.cause == "example-weighted":
         # The unit of the whole may be no count but a size of the micro-batch as a whole.
         coupled = coupling(experiments, split, **changes)
@@ -277,13 +280,21 @@ def _nonlinear(
         known = known or _lost_or_repeated(whole, parts, evidence=evidence)
         if known is not None:
             return known
+    drawn = drawn_each_time(experiments, split, **changes)
+    if drawn is not None:
+        text = (
+            f"micro-batches draw random numbers in turn; others change the gradient by {drawn:.1e}"
+        )
+        return Diagnosis("rng", drawn, text)
     inside = _inside(experiments, split, evidence=evidence, **changes)
     if inside is not None:
         return inside
     ordered = order_dependence(experiments, split, **changes) or 0.0
     if ordered > evidence.residual_tolerance:
         text = f"the order of the micro-batches changes the gradient by {ordered:.1e}; "
-        return Diagnosis(UNEXPLAINED, best, text + _shown(evidence))
+        carried = carried_over(experiments, split, **changes)
+        cause = UNEXPLAINED if carried is None else "state-per-micro-batch"
+        return Diagnosis(cause, best, f"{text}{_and(carried)}{_shown(evidence)}")
     explained = fits_by_example(experiments, split, evidence=evidence, **changes)
     if residual > evidence.residual_tolerance and not explained:
         text = (
@@ -354,6 +365,10 @@ def _lost_or_repeated(
     cause = "last-micro-batch-only" if kept <= 1 else "dropped-examples"
     lost = Diagnosis(cause, split.residual, _shown(evidence))
     return weighted_too(lost, evidence, split=split.coefficients, whole=whole.coefficients)
+
+
+def _and(text: str | None) -> str:
+    return "" if text is None else f"{text}; "
 
 
 def _in_words(evidence: SplitEvidence) -> str:

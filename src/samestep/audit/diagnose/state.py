@@ -4,13 +4,31 @@ And what moves between the micro-batches of a step, so that later ones see anoth
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from samestep.audit.causes import Diagnosis
 from samestep.audit.experiments import TOLERANCE_FACTOR, Experiments
-from samestep.audit.gradients import global_norm, norms, relative_difference, subtract
+from samestep.audit.gradients import (
+    global_norm,
+    is_finite,
+    least_squares,
+    norms,
+    rank,
+    relative_difference,
+    subtract,
+)
 from samestep.audit.splits import merged
 from samestep.audit.subject import Left, Observation, Split
+
+COPIES = 5
+"""Of an example, as micro-batches, that show whether something is carried over."""
+
+TERMS = 2
+"""Directions of their gradients where there is a second term."""
+
+FACTORS: Sequence[Callable[[int], float]] = (lambda n: 1.0, lambda n: n, lambda n: 1 / n)
+"""What bugs of counts multiply the gradient of so many copies by."""
 
 SHOWN = 3
 """Names of weights and buffers in a line of evidence."""
@@ -246,3 +264,48 @@ def order_dependence(experiments: Experiments, split: Split, **changes: object) 
     if not global_norm(subtract(gradient, turned)):
         return 0.0
     return relative_difference(turned, gradient)
+
+
+def carried_over(experiments: Experiments, split: Split, **changes: object) -> str | None:
+    """What shows that something is carried from micro-batch to micro-batch, in words.
+
+    Copies of one example mean the same whatever values they meet and are counted by. As
+    micro-batches of their own they give the gradient of one, times a factor that only their number
+    sets, or that and a second term. Where something unseen moves (an attribute that is no buffer,
+    a variable of the loop), the second copy gives what the first does not.
+
+    Args:
+        experiments: The subject's.
+        split: One at fault, whose order matters.
+        **changes: The settings that it was run under.
+    """
+    for example in dict.fromkeys((split[-1][-1], split[0][0], split[len(split) // 2][0])):
+        alone = experiments.small_gradient(((example,),), **changes)
+        copies = [
+            experiments.small_gradient(((example,),) * number, **changes)
+            for number in range(2, COPIES + 1)
+        ]
+        if not all(map(is_finite, (alone, *copies))):
+            continue
+        held = [gradient for gradient in (alone, *copies) if global_norm(gradient)]
+        factors = [least_squares(gradient, [alone]) for gradient in copies]
+        bound = experiments.residual_tolerance
+        if rank(held) > TERMS:
+            return f"copies of example {example} as micro-batches give ever other gradients"
+        if max(fit.residual for fit in factors) <= bound:
+            found = [fit.coefficients[0] for fit in factors]
+            if not any(_is_law(found, law=law) for law in FACTORS):
+                shown = " ".join(f"{factor:.4g}" for factor in found)
+                return (
+                    f"2 to {COPIES} copies of example {example} as micro-batches give its gradient "
+                    f"times {shown}"
+                )
+    return None
+
+
+def _is_law(factors: Sequence[float], *, law: Callable[[int], float]) -> bool:
+    """Whether copies have these factors up to one that the first of them sets."""
+    expected = [law(number) / law(2) * factors[0] for number in range(2, COPIES + 1)]
+    largest = max(map(abs, expected))
+    pairs = zip(factors, expected, strict=True)
+    return all(abs(factor - other) <= 1e-6 * largest for factor, other in pairs)
