@@ -42,6 +42,7 @@ from samestep.audit.adapters.trainer_data import (
 from samestep.audit.adapters.trainer_loader import DealsRows, deal_in_order, recognise_dealt
 from samestep.audit.adapters.trainer_observe import install_optimizer, observe_trainer, only_metrics
 from samestep.audit.adapters.trainer_setup import (
+    apart,
     check_signature,
     copied_tensors,
     describe_error,
@@ -210,8 +211,7 @@ class TrainerSubject(DealsRows):
         self, micro_batch: tuple[int, ...], settings: RunSettings = DEFAULT_SETTINGS
     ) -> Mapping[str, Denominator]:
         """Of every tensor of the batch."""
-        key = (micro_batch, settings)
-        if key not in self._denominators:
+        if (key := (micro_batch, settings)) not in self._denominators:
             self._denominators[key] = possible_denominators(self._batch(micro_batch, settings))
         return self._denominators[key]
 
@@ -341,7 +341,7 @@ class TrainerSubject(DealsRows):
         """
         order = [row for micro_batch in split for row in self._rows(micro_batch)]
         with contextlib.ExitStack() as stack:
-            stack.enter_context(suppress_output())
+            stack.enter_context(apart())
             seed_all(settings.seed)
             batch_size = len(split[0]) * self.rows_per_example
             stack.enter_context(self._knobs.on_holder(settings.knob))

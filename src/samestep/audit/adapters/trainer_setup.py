@@ -40,15 +40,19 @@ def check_signature(factory: Callable[..., Any], *, name: str) -> None:
         raise CheckError(f"{name}: make_trainer must take the keyword {' and '.join(missing)}")
 
 
+def _forget_states() -> None:
+    """What all trainers of a process, and loops of accelerate's, share outlives each of them."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
 def make_trainer(factory: Callable[..., Any], batch_size: int, *, accumulation: int) -> Any:
     """A new trainer of the user's.
 
     Raises:
         CheckError: The factory raises, returns something else, or ignores the sizes.
     """
-    # Both are shared by all trainers of a process, and outlive one that failed.
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
+    _forget_states()
     sizes = dict(zip(SIZES, (batch_size, accumulation), strict=True))
     try:
         # Who watches the types of a run is not to see those of the untouched model.
@@ -250,6 +254,16 @@ def named_tensors(network: nn.Module) -> dict[str, Tensor]:
 def copied_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Copies of weights and buffers, by name."""
     return {name: tensor.detach().clone() for name, tensor in named_tensors(network).items()}
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """A block for a trainer that says nothing, and leaves nothing to what comes after it."""
+    try:
+        with suppress_output():
+            yield
+    finally:
+        _forget_states()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from samestep.audit.causes import Diagnosis
+from samestep.audit.diagnose.draws import drawn_otherwise
 from samestep.audit.diagnose.examples import cut_by_neighbours
 from samestep.audit.experiments import Experiments
 from samestep.audit.gradients import (
@@ -94,6 +95,10 @@ def diagnose_padding(experiments: Experiments, *, side: Side) -> Diagnosis:
     labels = experiments.number_of_labels(whole[0], extra_padding=0, padding_side=side)
     if experiments.number_of_labels(whole[0], **added) > labels:
         return Diagnosis("padding-counted", 0.0, f"{evidence}; padding has labels of its own")
+    drawn = drawn_otherwise(experiments, (whole, added), (whole, {}))
+    if drawn is not None:
+        text = f"{evidence}; random numbers are drawn for them, and others change it by {drawn:.1e}"
+        return Diagnosis("rng", drawn, text)
     other_token = experiments.small_gradient(whole, **added, padding_offset=1)
     moved = relative_difference(other_token, padded)
     evidence += f"; another padding token moves it by {moved:.1e}"

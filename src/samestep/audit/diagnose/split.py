@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from samestep.audit.causes import UNEXPLAINED, Diagnosis
 from samestep.audit.diagnose.coupling import coupling, diagnose_seen_padding, leak_in_row
-from samestep.audit.diagnose.draws import drawn_each_time
+from samestep.audit.diagnose.draws import drawn_otherwise
 from samestep.audit.diagnose.examples import (
     by_example,
     cut_by_neighbours,
@@ -280,7 +280,7 @@ def _nonlinear(
         known = known or _lost_or_repeated(whole, parts, evidence=evidence)
         if known is not None:
             return known
-    drawn = drawn_each_time(experiments, split, **changes)
+    drawn = drawn_otherwise(experiments, (split, changes), (merged(split), changes))
     if drawn is not None:
         text = (
             f"micro-batches draw random numbers in turn; others change the gradient by {drawn:.1e}"
