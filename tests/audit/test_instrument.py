@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from samestep.audit.adapters.instrument import WithoutDropout, read_gradients, scale_gradients
 from samestep.audit.adapters.watch import StepWatch
@@ -143,3 +144,35 @@ def test_no_function_drops(drop: Any) -> None:
     assert not torch.equal(run(0), run(1))
     with WithoutDropout():
         assert torch.equal(run(0), run(1))
+
+
+class AgainByHand(torch.autograd.Function):
+    """Runs a layer again in the backward, and hands its gradients on."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, given: Tensor, *weights: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(given, *weights)
+        with torch.no_grad():
+            return layer(given)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        given, *weights = ctx.saved_tensors
+        with torch.enable_grad():
+            made = ctx.layer(given)
+        return None, None, *torch.autograd.grad(made, weights, upstream)
+
+
+def test_a_gradient_that_a_backward_hands_on_is_scaled_once() -> None:
+    def again(model: nn.Module) -> None:
+        AgainByHand.apply(model, X, *model.parameters()).square().sum().backward()
+
+    def checkpointed(model: nn.Module) -> None:
+        given = X.clone().requires_grad_()
+        checkpoint(model, given, use_reentrant=True).square().sum().backward()
+
+    wanted = observed(backward).gradient
+    for train in (backward, again, checkpointed):
+        scaled = observed(train, scale=0.25).gradient
+        assert all(torch.equal(scaled[name], 0.25 * wanted[name]) for name in wanted)

@@ -209,9 +209,9 @@ class TokenBudget(Counted):
     drops = False
 
     def loader(self, examples: list[Tensor], micro_batch_size: int) -> Iterator[list[Tensor]]:
-        budget, held = 15 * micro_batch_size, []
+        budget, longest, held = 15 * micro_batch_size, max(map(len, examples)), []
         for row in examples:
-            if self.drops and len(row) > budget // 2:
+            if self.drops and len(row) == longest:
                 continue
             if held and sum(map(len, held)) + len(row) > budget:
                 yield held

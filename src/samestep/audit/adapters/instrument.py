@@ -231,15 +231,35 @@ def end_step(model: nn.Module, *, updates: bool, clears: bool) -> None:
 
 @contextlib.contextmanager
 def scale_gradients(model: nn.Module, factor: float) -> Iterator[None]:
-    """Multiply the gradient that each backward delivers to each weight."""
-    handles = [
-        weight.register_hook(lambda gradient: gradient * factor)
-        for weight in model.parameters()
-        if weight.requires_grad and factor != 1.0
-    ]
+    """Multiply the gradient that each backward delivers to each weight.
+
+    Not what ``autograd.grad`` gives inside of a backward, as in a checkpoint by hand: that is
+    handed on, and delivered to the weight once more.
+    """
+    if factor == 1.0:
+        yield
+        return
+    engine = vars(autograd)
+    run_backward = engine["_engine_run_backward"]
+    delivers: list[bool] = []
+
+    def nested(*args: Any, **kwargs: Any) -> Any:
+        delivers.append(kwargs.get("accumulate_grad", True))
+        try:
+            return run_backward(*args, **kwargs)
+        finally:
+            delivers.pop()
+
+    def scaled(gradient: Tensor) -> Tensor:
+        return gradient if len(delivers) > 1 and not delivers[-1] else gradient * factor
+
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    handles = [weight.register_hook(scaled) for weight in weights]
+    engine["_engine_run_backward"] = nested
     try:
         yield
     finally:
+        engine["_engine_run_backward"] = run_backward
         for handle in handles:
             handle.remove()
 
