@@ -19,7 +19,7 @@ help:
 	@echo "make bench   compare speed and memory with TRL, Trainer and a plain loop (hours)"
 	@echo "make profile where the time of a training step goes"
 	@echo "make models  measure the named models and write docs/models.md (2 minutes)"
-	@echo "make corpus  audit the corpus of seeded bugs and sound loops (6 minutes)"
+	@echo "make corpus  audit the corpus of seeded bugs and sound loops (5 minutes)"
 	@echo "make audit   audit the trainers of transformers and TRL (half an hour; it resumes)"
 	@echo "make history audit the trainers of eight releases, each in its own environment (hours; it resumes)"
 	@echo "make chaos   break runs on purpose and count what is lost (minutes)"
