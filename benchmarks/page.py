@@ -53,7 +53,8 @@ REASONS = {
     ),
     "tokens/s on gsm rows": (
         "TRL's best takes one sequence at a time here, which needs no padding either; what is left "
-        "to win are the faster products and the head on targets alone."
+        "to win are the faster products and the head on targets alone. On Intel's processors both "
+        "multiply by the same library, and the faster products are not to be had."
     ),
     "tokens/s on tool chats": (
         "most of such a step are the long prompts, which both run through every layer; the head, "

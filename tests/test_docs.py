@@ -31,6 +31,7 @@ def tiny_model(folder: Path, name: str) -> Path:
     return next((make for kind, make in kinds.items() if kind in name), llama_folder)(folder)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config["objective"])
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]) -> None:
     monkeypatch.chdir(tmp_path)

@@ -102,7 +102,7 @@ def test_a_classifier_is_multiplied_by_the_accumulation() -> None:
     assert by_name["ranks"].ratio == pytest.approx(2)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     ("options", "cause"),
     [

@@ -165,6 +165,7 @@ def test_only_a_long_run_chooses_compiled_layers_by_itself(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_exactness_is_measured_on_a_tiny_model(
     load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,6 +71,7 @@ def gpu_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     attend_as_on_a_gpu(monkeypatch)
 
 
+@pytest.mark.thorough  # test_graphs.py counts over whole runs
 @pytest.mark.usefixtures("gpu_attention")
 def test_ragged_packs_need_a_handful_of_graphs_and_change_nothing(graphs: Graphs) -> None:
     model, loss = ready(), samestep.CausalLMLoss()

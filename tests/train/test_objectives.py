@@ -32,7 +32,7 @@ def test_it_learns(tmp_path: Path, case: str) -> None:
         assert after["loss"] < before["loss"]  # those two have no loss that falls as they learn
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_memory_knobs_do_not_change_the_weights(tmp_path: Path, case: str, precision: str) -> None:

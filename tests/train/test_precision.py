@@ -92,7 +92,7 @@ def test_knobs_differ_by_no_more_than_the_precision_s_own_error(
     assert distance(other, one) < 1.5 * distance(one, wanted)
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("case", CASES)
 def test_every_objective_keeps_its_digits(tmp_path: Path, case: str) -> None:
     settings = with_its_head(configured(tmp_path, case), tmp_path / "headed")
