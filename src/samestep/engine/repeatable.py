@@ -43,9 +43,8 @@ def repeatable_operations(setting: str, *, on_gpu: bool = True) -> Iterator[None
     filled.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     try:
-        if (
-            on_gpu and torch.cuda.is_initialized()
-        ):  # otherwise nothing was multiplied, and it is in time
+        # Where CUDA is not used yet nothing was multiplied, and the setting is in time.
+        if on_gpu and torch.cuda.is_initialized():
             multiply_on_gpu()
         yield
     except RuntimeError as error:

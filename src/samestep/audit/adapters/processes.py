@@ -131,7 +131,7 @@ def _rank(
         )
         # Else accelerate takes ranks without accelerators for processes that are alone.
         os.environ["ACCELERATE_USE_CPU"] = "true"
-        _forget_states()
+        forget_states(of_process=True)
         distributed.init_process_group(
             "gloo",
             store=FileStore(str(folder / "meeting"), world),
@@ -152,11 +152,15 @@ def _rank(
         os._exit(code)
 
 
-def _forget_states() -> None:
-    """Let accelerate find out again which process this is: what it knows is of the one before."""
+def forget_states(*, of_process: bool = False) -> None:
+    """Let accelerate forget what all trainers and loops of a process share, and outlives each.
+
+    Args:
+        of_process: And find out again which process this is.
+    """
     state = sys.modules.get("accelerate.state")
     if state is not None:
-        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.AcceleratorState._reset_state(reset_partial_state=of_process)
         state.GradientState._reset_state()
 
 

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer
 
 from samestep.audit.adapters.instrument import perturb_weights
+from samestep.audit.adapters.processes import forget_states
 from samestep.audit.adapters.trainer_data import is_stream
 from samestep.audit.subject import RunSettings, Side
 from samestep.engine.targets import IGNORE
@@ -40,19 +40,13 @@ def check_signature(factory: Callable[..., Any], *, name: str) -> None:
         raise CheckError(f"{name}: make_trainer must take the keyword {' and '.join(missing)}")
 
 
-def _forget_states() -> None:
-    """What all trainers of a process, and loops of accelerate's, share outlives each of them."""
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-
-
 def make_trainer(factory: Callable[..., Any], batch_size: int, *, accumulation: int) -> Any:
     """A new trainer of the user's.
 
     Raises:
         CheckError: The factory raises, returns something else, or ignores the sizes.
     """
-    _forget_states()
+    forget_states()
     sizes = dict(zip(SIZES, (batch_size, accumulation), strict=True))
     try:
         # Who watches the types of a run is not to see those of the untouched model.
@@ -263,7 +257,7 @@ def apart() -> Iterator[None]:
         with suppress_output():
             yield
     finally:
-        _forget_states()
+        forget_states()
 
 
 @contextlib.contextmanager
