@@ -1,6 +1,6 @@
 """Examples and records to a micro-batch: concatenated without padding, or padded for comparison."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -184,13 +184,24 @@ def to_device(micro: dict[str, Any], device: torch.device) -> DeviceCopy:
         A new micro-batch, which the step counts without asking the device. Copies may still be
         under way: the device orders them.
     """
-    return DeviceCopy(_copied(micro, device), data_of(micro))
+    copies = map_tensors(micro, lambda tensor: tensor.to(device, non_blocking=True))
+    return DeviceCopy(copies, data_of(micro))
 
 
-def _copied(micro: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    def moved(value: Any) -> Any:
+def map_tensors(micro: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """A micro-batch with every tensor changed but ``example_ids``, which only the CPU reads.
+
+    Args:
+        micro: Tensors, mappings of them, and anything else, which stays.
+        change: What a tensor becomes.
+
+    Returns:
+        A new micro-batch.
+    """
+
+    def changed(value: Any) -> Any:
         if isinstance(value, dict):
-            return _copied(value, device)
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            return map_tensors(value, change)
+        return change(value) if isinstance(value, Tensor) else value
 
-    return {key: value if key == "example_ids" else moved(value) for key, value in micro.items()}
+    return {key: value if key == "example_ids" else changed(value) for key, value in micro.items()}

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from samestep.data.collate import map_tensors
 from samestep.data.records import Records
 
 MicroBatch: TypeAlias = dict[str, Any]
@@ -114,10 +115,4 @@ def pinned(micro: MicroBatch, device: torch.device) -> MicroBatch:
     """
     if device.type != "cuda":
         return micro
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, dict):
-            return pinned(value, device)
-        return value.pin_memory() if isinstance(value, Tensor) else value
-
-    return {key: value if key == "example_ids" else moved(value) for key, value in micro.items()}
+    return map_tensors(micro, Tensor.pin_memory)
