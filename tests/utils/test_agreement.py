@@ -17,7 +17,14 @@ from samestep.losses.router import routing_probabilities
 from samestep.models import lm_head
 from samestep.models.lm_head import UpToHead
 from samestep.models.probes import choose_padding, cut_last_layer
-from samestep.utils.agreement import compare_in_one_precision, compare_ways, perturb, rounding_noise
+from samestep.utils import agreement
+from samestep.utils.agreement import (
+    compare_in_one_precision,
+    compare_outputs,
+    compare_ways,
+    perturb,
+    rounding_noise,
+)
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LEAK = 1e-5
@@ -212,3 +219,35 @@ def test_measuring_leaves_the_random_numbers_alone() -> None:
     assert cut_last_layer(model, "none")
     compare_ways(lambda: [torch.ones(V).cos()], lambda: [torch.ones(V).cos()])
     assert torch.equal(torch.rand(3), wanted)
+
+
+def test_casts_of_weights_are_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way rounds them alike; autocast makes one of each weight in each run."""
+    layer, states = nn.Linear(6, 5), torch.randn(3, 6)
+    shapes = []
+
+    def noted(tensor: Tensor, *more: Any) -> Tensor:
+        shapes.append(tuple(tensor.shape))
+        return perturb(tensor, *more)
+
+    def outputs() -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return [layer(states)]
+
+    monkeypatch.setattr(agreement, "perturb", noted)
+    (noise,) = rounding_noise(outputs)
+    assert noise > 2**-9
+    assert set(shapes) == {(3, 6), (3, 5)}
+
+
+def test_outputs_are_compared_one_by_one_in_as_many_runs() -> None:
+    runs = []
+
+    def ways(leak: float) -> list[Tensor]:
+        runs.append(leak)
+        values = torch.arange(1, 9).to(torch.bfloat16).cos()
+        return [values, values + leak]
+
+    alike, leaking = compare_outputs(lambda: ways(0.0), lambda: ways(1.0))
+    assert alike.holds and not leaking.holds
+    assert len(runs) == 8, "a base, two draws, and the other way; and the same in float32"

@@ -17,7 +17,7 @@ from samestep.models.dropout import ExampleDropout
 from samestep.models.lora import num_embeddings
 from samestep.models.outputs import run_model
 from samestep.models.routers import routers
-from samestep.utils.agreement import compare_ways
+from samestep.utils.agreement import compare_outputs, compare_ways
 
 log = logging.getLogger("samestep")
 
@@ -194,20 +194,13 @@ def _agrees(model: Any, padding: Padding) -> bool:
     micro = to_device(collate_examples(examples, padding=padding), model.device)
     at, training = micro["target_positions"], model.training
 
-    def logits(**more: Tensor) -> Tensor:
-        found: Tensor = run_model(model, micro, **more).logits
-        return found.flatten(0, 1)
-
-    def whole() -> Tensor:
-        return logits()
-
-    def narrow() -> Tensor:
-        return logits(**{lm_head.ARGUMENT: at})
+    def logits(**more: Tensor) -> list[Tensor]:
+        found = run_model(model, micro, **more).logits.flatten(0, 1)
+        return [found[at], found]
 
     model.eval()
     try:
-        at_targets = compare_ways(lambda: [whole()[at]], lambda: [narrow()[at]])
-        everywhere = compare_ways(lambda: [whole()], lambda: [narrow()])
+        at_targets, everywhere = compare_outputs(logits, lambda: logits(**{lm_head.ARGUMENT: at}))
     except (TypeError, ValueError, RuntimeError):
         return False
     finally:

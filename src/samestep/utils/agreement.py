@@ -17,10 +17,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -38,6 +38,8 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 Run: TypeAlias = Callable[[], Sequence[Tensor]]
 """A computation that can be repeated; its outputs are compared one by one."""
+
+Compared = TypeVar("Compared")
 
 _COLLECTIVES = ("c10d", "_c10d_functional", "fsdp")
 _LOOK_UPS = ("embedding", "index", "index_select", "gather")
@@ -81,16 +83,42 @@ def compare_ways(usual: Run, other: Run) -> Agreement:
         other: The way in question; it is run last.
 
     Returns:
-        The first comparison that does not hold, else the last one. Where an operation cannot be
-        run in float32, that in the computation's own types.
+        The first comparison that does not hold, else the last one; of all outputs together. Where
+        an operation cannot be run in float32, that in the computation's own types.
     """
     found = compare_in_one_precision(usual, other)
     if not (found.holds and found.low):
         return found
-    try:
-        return compare_in_one_precision(usual, other, wide=True)
-    except (TypeError, ValueError, RuntimeError):
+    wide = _if_possible(lambda: compare_in_one_precision(usual, other, wide=True))
+    return found if wide is None else wide
+
+
+@torch.no_grad()
+def compare_outputs(usual: Run, other: Run) -> list[Agreement]:
+    """`compare_ways` of each output by itself, for no more runs.
+
+    Args:
+        usual: As for `compare_ways`.
+        other: As for `compare_ways`.
+
+    Returns:
+        The comparison of each output.
+    """
+    found = _compare(usual, other, wide=False)
+    if not any(one.holds and one.low for one in found):
         return found
+    wide = _if_possible(lambda: _compare(usual, other, wide=True))
+    if wide is None:
+        return found
+    return [more if one.holds else one for one, more in zip(found, wide, strict=True)]
+
+
+def _if_possible(compare: Callable[[], Compared]) -> Compared | None:
+    """A comparison in float32; None where an operation cannot be run in it."""
+    try:
+        return compare()
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 @torch.no_grad()
@@ -103,13 +131,25 @@ def compare_in_one_precision(usual: Run, other: Run, *, wide: bool = False) -> A
         wide: Whether bfloat16 and float16 are computed as float32.
 
     Returns:
-        The comparison.
+        The comparison of all outputs together: the largest difference, and the largest noise.
     """
+    found = _compare(usual, other, wide=wide)
+    return Agreement(
+        _largest(one.difference for one in found),
+        _largest(one.noise for one in found),
+        any(one.low for one in found),
+    )
+
+
+def _compare(usual: Run, other: Run, *, wide: bool) -> list[Agreement]:
+    """The comparison of each output in one precision."""
     rounding = [_Arithmetic(wide=wide, seed=seed) for seed in range(DRAWS)]
     base = _run(usual, _Arithmetic(wide=wide))
-    noise = _largest(relative_differences(base, _run(usual, one)) for one in rounding)
-    difference = _largest([relative_differences(base, _run(other, _Arithmetic(wide=wide)))])
-    return Agreement(difference, noise, any(one.low and not one.sharded for one in rounding))
+    draws = [relative_differences(base, _run(usual, one)) for one in rounding]
+    noises = torch.stack(draws).amax(0).tolist()
+    differences = relative_differences(base, _run(other, _Arithmetic(wide=wide))).tolist()
+    low = any(one.low and not one.sharded for one in rounding)
+    return [Agreement(*pair, low) for pair in zip(differences, noises, strict=True)]
 
 
 @torch.no_grad()
@@ -207,7 +247,7 @@ class _Arithmetic(TorchDispatchMode):
             return result
         if self._wide:
             result = tree_map_only(Tensor, _float32, result)
-        if self._seed is None or not any(map(_is_floating, args)):
+        if self._seed is None or not any(map(_is_floating, args)) or _casts_weight(function, args):
             return result
         return tree_map_only(Tensor, lambda one: self._moved(one, function, args), result)
 
@@ -225,9 +265,18 @@ def _run(run: Run, arithmetic: _Arithmetic) -> Sequence[Tensor]:
         return run()
 
 
-def _largest(differences: Iterable[Tensor]) -> float:
+def _largest(values: Iterable[float]) -> float:
     """The largest of all; NaN if one is."""
-    return float(torch.cat(list(differences)).max())
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
+
+
+def _casts_weight(function: Any, args: Any) -> bool:
+    """Whether an operation is the cast of a weight, which every way of a computation rounds alike.
+
+    Autocast makes one of each weight in each run: to move them would take most of the time and,
+    on an accelerator, memory several times that of the largest weight.
+    """
+    return function is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter)
 
 
 @cache
