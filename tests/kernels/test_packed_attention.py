@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from samestep.errors import ConfigError
+from samestep.kernels import packed_attention as packs
 from samestep.kernels.packed_attention import packed_attention
 
 LENGTHS = [3, 1, 7]
@@ -86,3 +87,53 @@ def test_a_neighbour_is_never_seen() -> None:
 def test_what_it_does_not_do_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         attend(states(2), states(2), states(2), **options)
+
+
+def low_precision_pack(lengths: list[int]) -> tuple[list[Tensor], dict[str, Any]]:
+    """Queries and keys in float32, as rotations leave them, values as a layer gives them."""
+    torch.manual_seed(0)
+    found = [torch.randn(1, heads, sum(lengths), 8) for heads in (4, 2, 2)]
+    found[2] = found[2].bfloat16()
+    borders = torch.tensor([0, *lengths]).cumsum(0).int()
+    more = {"cu_seq_lens_q": borders, "max_length_q": max(lengths)}
+    return [one.requires_grad_() for one in found], more
+
+
+def test_short_sequences_attend_in_float32_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which type that is hangs on the sequence alone, not on what stands beside it."""
+    types = {}
+
+    def noted(query: Tensor, *others: Tensor, **options: Any) -> Tensor:
+        assert not torch.is_autocast_enabled("cpu"), "it would cast them back"
+        types[query.shape[2]] = {one.dtype for one in (query, *others)}
+        return scaled_dot_product_attention(query, *others, **options)
+
+    monkeypatch.setattr(packs, "scaled_dot_product_attention", noted)
+    inputs, borders = low_precision_pack([255, 5, 256])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = packed_attention(Layer(), *inputs, None, **borders)[0]
+    assert out.dtype == torch.bfloat16
+    assert types == {255: {torch.float32}, 5: {torch.float32}, 256: {torch.bfloat16}}
+
+
+def test_low_precision_is_no_further_from_float64_than_pytorchs_own() -> None:
+    lengths = [40, 7, 90]
+    inputs, borders = low_precision_pack(lengths)
+    upstream = torch.randn(1, sum(lengths), 4, 8).bfloat16()
+
+    def found(dtype: torch.dtype) -> list[Tensor]:
+        """Attention of each sequence by PyTorch, and its gradients."""
+        parts = zip(*(one.to(dtype).split(lengths, 2) for one in inputs), strict=True)
+        outs = [scaled_dot_product_attention(*p, is_causal=True, enable_gqa=True) for p in parts]
+        out = torch.cat([one.transpose(1, 2) for one in outs], 1)
+        return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = packed_attention(Layer(), *inputs, None, **borders)[0]
+    ours = [out, *torch.autograd.grad(out, inputs, upstream)]
+    for exact, plain_one, one in zip(
+        found(torch.float64), found(torch.bfloat16), ours, strict=True
+    ):
+        error, plain_error = ((other.double() - exact).norm() for other in (one, plain_one))
+        assert error <= plain_error
+        assert error > 0

@@ -15,8 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from samestep.errors import ConfigError
 from samestep.kernels.long_attention import causal_attention, is_faster
 from samestep.kernels.varlen import Pack, attend, has_kernels, why_none
-from samestep.utils.agreement import computes_in_float32
-from samestep.utils.autocast import product_dtype
+from samestep.utils.agreement import LOW_PRECISION, computes_in_float32
+from samestep.utils.autocast import in_own_types, product_dtype
 
 log = logging.getLogger("samestep")
 
@@ -25,6 +25,14 @@ _told: set[str] = set()
 
 NAME = "samestep"
 """The ``attn_implementation`` under which `register` makes it known to transformers."""
+
+MIN_LOW_PRECISION_LENGTH = 256
+"""Tokens of a sequence below which a CPU attends faster in float32 than in a lower precision.
+
+PyTorch's kernel takes up to three times as long in bfloat16, most of it in the backward, and for
+wide heads it breaks even from about 200 tokens on; queries and keys come in float32 anyway, by
+their rotation.
+"""
 
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 """Arguments of transformers' attention interface that change the result and are refused."""
@@ -99,7 +107,8 @@ def packed_attention(
         )
     causal = bool(module.is_causal) if is_causal is None else is_causal
     # Autocast knows PyTorch's own attention only; rotations leave queries and keys in float32.
-    query, key, value = (states.to(product_dtype(states)) for states in (query, key, value))
+    if on_accelerator(query):
+        query, key, value = (states.to(product_dtype(states)) for states in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = None if sliding_window is None or sliding_window >= max_length_q else sliding_window
     pack = Pack(query, key, value, cu_seq_lens_q, max_length_q, scale, causal, window)
@@ -129,14 +138,24 @@ def _by_sequence(pack: Pack) -> Tensor:
     lengths = pack.borders.diff().tolist()
     # split, not slices: the backward of a slice fills a tensor of the whole pack for each sequence.
     parts = (states.split(lengths, dim=2) for states in (pack.query, pack.key, pack.value))
-    outputs = [_attend_sequence(sequence, pack) for sequence in zip(*parts, strict=True)]
+    dtype = product_dtype(pack.query)
+    outputs = [_attend_in(dtype, sequence, pack) for sequence in zip(*parts, strict=True)]
     # Positions first: so they lie in memory, and the model wants them.
     return torch.cat([out.transpose(1, 2) for out in outputs], dim=1)
 
 
-def _attend_sequence(qkv: _QueryKeyValue, pack: Pack) -> Tensor:
-    """Attention of one sequence [1, heads, length, width]."""
-    query, key, value = qkv
+def _attend_in(dtype: torch.dtype, qkv: _QueryKeyValue, pack: Pack) -> Tensor:
+    """Attention of one sequence [1, heads, length, width]; the result has the type."""
+    query = qkv[0]
+    short = query.shape[2] < MIN_LOW_PRECISION_LENGTH and not on_accelerator(query)
+    inner = torch.float32 if short and dtype in LOW_PRECISION else dtype
+    query, key, value = (states.to(inner) for states in qkv)
+    return _attend_sequence(query, key, value, pack).to(dtype)
+
+
+@in_own_types
+def _attend_sequence(query: Tensor, key: Tensor, value: Tensor, pack: Pack) -> Tensor:
+    """Attention of one sequence [1, heads, length, width] in its own type."""
     length, mask = query.shape[2], None
     if pack.window is not None and length > pack.window:
         mask = _window_mask(length, pack.window, causal=pack.causal, device=query.device)
