@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from samestep.kernels import gemm
-from samestep.kernels.gemm import add_matmul_, matmul, uses_onednn
+from samestep.kernels.gemm import WideProduct, add_matmul_, matmul, uses_onednn
 
 
 def matrices(transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,3 +89,16 @@ def test_products_of_ever_new_shapes_do_not_pile_up() -> None:
 
     unbounded = pages_more(**dict.fromkeys(gemm.CACHE_CAPACITIES, "1024"))
     assert 3 * pages_more() < unbounded > 20_000
+
+
+def test_a_sum_of_products_needs_no_zeros_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = matrices(False)
+    monkeypatch.setattr(torch, "zeros_like", None)
+    wide = WideProduct(torch.empty(131, 67), dtype=torch.float64)
+    wide.add(a, b)
+    wide.add(-2 * a, b)
+    torch.testing.assert_close(wide.total(), -(a.double() @ b.double()))
+    monkeypatch.undo()
+    assert torch.equal(
+        WideProduct(torch.empty(3, 2), dtype=torch.float64).total(), torch.zeros(3, 2).double()
+    )

@@ -94,6 +94,35 @@ def matmul(a: Tensor, b: Tensor, *, bias: Tensor | None = None) -> Tensor:
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
+class WideProduct:
+    """A sum of products, in a type that may be wider than theirs.
+
+    On a CPU the first product takes the place of zeros, which would be another pass over all.
+
+    Args:
+        like: A tensor of the sum's shape [rows, columns], on its device.
+        dtype: The type of the sum.
+    """
+
+    def __init__(self, like: Tensor, *, dtype: torch.dtype) -> None:
+        self._like, self._dtype = like, dtype
+        on_cpu = like.device.type == "cpu"
+        self._total = None if on_cpu else torch.zeros_like(like, dtype=dtype)
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Add ``a @ b``; both as for `add_matmul_`."""
+        if self._total is None:
+            self._total = matmul(a.to(self._dtype), b.to(self._dtype))
+        else:
+            add_matmul_(self._total, a, b)
+
+    def total(self) -> Tensor:
+        """The sum [rows, columns]; zeros if nothing was added."""
+        if self._total is None:
+            self._total = torch.zeros_like(self._like, dtype=self._dtype)
+        return self._total
+
+
 def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b``, holding only blocks of the product.
 

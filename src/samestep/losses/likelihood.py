@@ -146,7 +146,7 @@ class _LinearLikelihoods(torch.autograd.Function):
         )
         _add_gradients(
             hidden,
-            weight.to(hidden.dtype),
+            gradients.weight,
             bias=bias,
             targets=targets,
             grad_nll=grad_nll,

@@ -208,7 +208,7 @@ def _sums_and_gradients(
     """The four sums, and the gradients of the first that are needed."""
     dtype = accumulation_dtype(hidden.dtype)
     gradients = HeadGradients(hidden, weight, bias=bias, needs_grad=needs_grad, dtype=dtype)
-    weight = weight.to(hidden.dtype)
+    weight = gradients.weight
     sums = torch.zeros(4, dtype=dtype, device=hidden.device)
     for start in range(0, len(hidden), options.chunk):
         rows = slice(start, start + options.chunk)

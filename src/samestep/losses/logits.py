@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from samestep.kernels.gemm import add_matmul_, matmul
+from samestep.kernels.gemm import WideProduct, matmul
 
 CHUNK_ELEMENTS = 2**23
 """Logits held at once on a CPU by default: 32 MB in float32, which its cache nearly holds."""
@@ -163,6 +163,9 @@ class HeadGradients:
         bias: [vocabulary], or None.
         needs_grad: Which of the three need a gradient.
         dtype: The type to add up in, of `accumulation_dtype`.
+
+    Attributes:
+        weight: [vocabulary, width], in the type of ``hidden``.
     """
 
     def __init__(
@@ -174,11 +177,11 @@ class HeadGradients:
         needs_grad: Sequence[bool],
         dtype: torch.dtype,
     ) -> None:
-        self._hidden, self._weight = hidden, weight.to(hidden.dtype)
+        self._hidden, self.weight = hidden, weight.to(hidden.dtype)
         self._dtypes = weight.dtype, None if bias is None else bias.dtype
         self._grad_hidden = torch.zeros_like(hidden) if needs_grad[0] else None
         # Low-precision products add up in float32 over the chunks, as inside one product.
-        self._grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_grad[1] else None
+        self._grad_weight = WideProduct(weight, dtype=dtype) if needs_grad[1] else None
         self._grad_bias = (
             torch.zeros_like(bias, dtype=dtype) if bias is not None and needs_grad[2] else None
         )
@@ -195,13 +198,13 @@ class HeadGradients:
         # There it multiplies in float32: in low precision the factor would be rounded too.
         factors = None if row_weights is None else row_weights[:, None]
         if self._grad_hidden is not None:
-            states = matmul(grad_logits, self._weight)
+            states = matmul(grad_logits, self.weight)
             self._grad_hidden[rows] = states if factors is None else states * factors
         if self._grad_weight is not None:
             states = self._hidden[rows]
             if factors is not None:
                 states = (states * factors).to(states.dtype)
-            add_matmul_(self._grad_weight, grad_logits.t(), states)
+            self._grad_weight.add(grad_logits.t(), states)
         if self._grad_bias is not None:
             self._grad_bias += (grad_logits if factors is None else grad_logits * factors).sum(0)
 
@@ -210,6 +213,6 @@ class HeadGradients:
         weight_dtype, bias_dtype = self._dtypes
         return (
             self._grad_hidden,
-            None if self._grad_weight is None else self._grad_weight.to(weight_dtype),
+            None if self._grad_weight is None else self._grad_weight.total().to(weight_dtype),
             None if self._grad_bias is None else self._grad_bias.to(bias_dtype),
         )
