@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from cases import build
 
 from samestep.train import micro_tokens
-from samestep.train.budget_range import ON_ACCELERATOR, ON_CPU
+from samestep.train.budget_range import ON_ACCELERATOR, ON_CPU, BudgetRange, budget_range
 from samestep.train.micro_tokens import (
     Costs,
     Sample,
@@ -46,6 +47,15 @@ def test_the_smallest_budget_with_little_fixed_cost_is_taken() -> None:
         choose_budget(Costs(0.0, 0.004, None, 0.0)) == ON_CPU.least_for_speed
     )  # never less for its time alone
     assert choose_budget(Costs(1e9, 0.004, None, 0.0)) == ON_CPU.budgets[-1]
+
+
+def test_low_precision_on_a_cpu_gets_more_since_code_is_made_for_every_shape() -> None:
+    def choice(precision: str) -> BudgetRange:
+        return budget_range(torch.device("cpu"), precision=precision)
+
+    assert [choose_budget(COSTS, choice=choice(one)) for one in ("float32", "mixed")] == [448, 896]
+    assert choice("bfloat16") == choice("mixed")
+    assert choice("float64") == ON_CPU
 
 
 def test_a_budget_below_the_longest_row_would_save_no_memory() -> None:

@@ -122,7 +122,9 @@ def test_smaller_ones_are_measured_where_memory_runs_out(
     caplog.set_level(logging.INFO, "samestep")
     full = FullAbove(300)
     monkeypatch.setattr(micro_tokens, "backward", full)
-    monkeypatch.setattr(micro_tokens, "budget_range", lambda _: replace(ON_CPU, measured=pairs))
+    monkeypatch.setattr(
+        micro_tokens, "budget_range", lambda *_, **__: replace(ON_CPU, measured=pairs)
+    )
     key = f"smaller {len(pairs)}"
     monkeypatch.setattr(micro_tokens, "_key", lambda *_: key)
     setup = set_up(run(tmp_path))

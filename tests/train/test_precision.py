@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import samestep
 from samestep.errors import ConfigError
 from samestep.train import precision, trainer
+from samestep.train import setup as train_setup
 from samestep.train.command import read_settings
 from samestep.train.forward import with_keyed_dropout
 from samestep.train.recipes.base import recipe_for
@@ -300,3 +301,18 @@ def test_layers_are_changed_for_cpus_alone(tmp_path: Path, kind: str) -> None:
     model = load_trainable(recipe, data, device=torch.device(kind))
     changed = ["forward" in vars(m) for m in model.modules() if type(m) is nn.Linear]
     assert set(changed) == {kind == "cpu"}
+
+
+@pytest.mark.parametrize("compiled", ["none", "layers"])
+def test_code_for_ever_new_shapes_is_bounded_before_the_first_product(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: str
+) -> None:
+    """PyTorch sends low precision to oneDNN by itself, also in layers that are left as they are."""
+    calls = []
+    monkeypatch.setattr(train_setup, "limit_caches", lambda: calls.append(compiled))
+    recipe = recipe_for(run_config(tmp_path, precision="mixed", compile=compiled))
+    data = [
+        recipe.read(str(tmp_path / "rows.jsonl"), recipe.load_tokenizer(str(tmp_path / "tiny")))
+    ]
+    load_trainable(recipe, data, device=torch.device("cpu"))
+    assert calls == [compiled]

@@ -26,6 +26,8 @@ BLOCK_ELEMENTS = 2**21
 CACHE_CAPACITIES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
 """How many shapes of products oneDNN, and PyTorch's layer over it, may remember code for.
 
+Low precision goes through oneDNN on every processor, float32 where it is faster.
+
 Their default is 1,024 each, of half a megabyte and more. Micro-batches without padding hardly ever
 have the same number of tokens, so nearly all of that is never used again; and it lies scattered
 between the tensors, which then leave holes of the wrong size. Few are enough for the shapes that
@@ -88,7 +90,7 @@ def matmul(a: Tensor, b: Tensor, *, bias: Tensor | None = None) -> Tensor:
         [rows, columns].
     """
     if uses_onednn(a, b, multiplications=a.numel() * b.shape[1]):
-        _limit_caches()
+        limit_caches()
         result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
         return result
     return a @ b if bias is None else torch.addmm(bias, a, b)
@@ -179,8 +181,11 @@ def adds_in_place(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -
 
 
 @cache
-def _limit_caches() -> None:
-    """Set oneDNN's limits, which it reads once at its first product; what the user set stays."""
+def limit_caches() -> None:
+    """Set oneDNN's limits, which it reads once at its first product; what the user set stays.
+
+    `matmul` does so by itself; products of low precision PyTorch sends to oneDNN without it.
+    """
     for name, capacity in CACHE_CAPACITIES.items():
         os.environ.setdefault(name, capacity)
 

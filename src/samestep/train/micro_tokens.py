@@ -229,7 +229,8 @@ def choose_micro_tokens(
     Returns:
         The budget.
     """
-    settings, choice = recipe.settings, budget_range(model.device)
+    settings = recipe.settings
+    choice = budget_range(model.device, precision=settings.precision)
     problem = ""
     try:
         costs = measured_costs(model, objective, settings=settings, cut=cut)

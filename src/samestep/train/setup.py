@@ -18,7 +18,7 @@ from samestep.engine.parallel import is_sharded, prepare_for_step
 from samestep.engine.terms import Objective
 from samestep.engine.two_pass import TwoPass
 from samestep.errors import ConfigError, is_no_fault_of_input
-from samestep.kernels.gemm import speed_up_linear
+from samestep.kernels.gemm import limit_caches, speed_up_linear
 from samestep.models.dropout import replace_dropout
 from samestep.models.lora import LoraVariant, add_lora
 from samestep.models.placement import made_on
@@ -264,8 +264,10 @@ def load_trainable(
     if settings.freeze:
         freeze(model, settings.freeze)
     replace_dropout(model)
-    if device.type == "cpu" and settings.compile != "layers":  # changed layers break their graphs
-        speed_up_linear(model)
+    if device.type == "cpu":
+        limit_caches()
+        if settings.compile != "layers":  # changed layers break their graphs
+            speed_up_linear(model)
     return model
 
 
