@@ -91,21 +91,23 @@ def save(name: str, result: dict[str, Any]) -> None:
     (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
 
 
-def file_of(work: str, processor: str) -> str:
-    """The result file of a work on a processor, by its maker."""
+def file_of(what: str, processor: str) -> str:
+    """The result file of what was measured on a processor, by its maker."""
     makers = [short.lower() for short, name in MAKERS.items() if name in processor]
-    return f"train-{work}-{makers[0] if makers else 'other'}"
+    return f"{what}-{makers[0] if makers else 'other'}"
 
 
 def _of_maker(maker: str) -> list[Bar]:
-    """The bars beside TRL, in the same precision, on one maker's processors."""
+    """The bars of speed and memory on one maker's processors; TRL has the same precision."""
     gsm, tools, mixed = (
-        load(file_of(work, MAKERS[maker])) for work in ("gsm", "tools", "gsm-mixed")
+        load(file_of(f"train-{work}", MAKERS[maker])) for work in ("gsm", "tools", "gsm-mixed")
     )
+    kernels = load(file_of("roofline", MAKERS[maker]))
     beside = [
         Bar(f"{maker}: tokens/s on gsm rows, x TRL's best", _over_trl(gsm), 2.0),
         Bar(f"{maker}: tokens/s on tool chats, x TRL's best", _over_trl(tools), 2.5),
         Bar(f"{maker}: memory on gsm rows, x TRL's default", _memory(gsm), 0.5, at_least=False),
+        Bar(f"{maker}: share of the GEMM roofline", kernels and kernels["share"], 0.85),
     ]
     if maker == "Intel":  # with AMX, where products in bfloat16 are several times as fast
         name = f"{maker}: tokens/s on gsm rows under mixed, x TRL's best with autocast"
@@ -115,10 +117,9 @@ def _of_maker(maker: str) -> list[Bar]:
 
 def all_bars() -> list[Bar]:
     """Every bar, on what the result files hold."""
-    kernels, growth = load("roofline"), load("growth")
+    growth = load("growth")
     return [
         *(bar for maker in MAKERS for bar in _of_maker(maker)),
-        Bar("share of the GEMM roofline", kernels and kernels["share"], 0.85),
         Bar(
             "time of exact normalisation, share of a step",
             growth and growth["normalisation"]["share"],

@@ -54,7 +54,8 @@ REASONS = {
     "tokens/s on gsm rows": (
         "TRL's best takes one sequence at a time here, which needs no padding either; what is left "
         "to win are the faster products and the head on targets alone. On Intel's processors both "
-        "multiply by the same library, and the faster products are not to be had."
+        "multiply by the same library, and the faster products are not to be had: this bar would "
+        "take some nine tenths of the roofline (below)."
     ),
     "tokens/s on tool chats": (
         "most of such a step are the long prompts, which both run through every layer; the head, "
@@ -137,7 +138,7 @@ def kernels(result: dict[str, Any]) -> str:
         for part, seconds in (result["parts"] | result["around"]).items()
     ]
     return (
-        "## Roofline and profile\n\n"
+        f"## Roofline and profile, on {result['processor']}\n\n"
         f"One micro-batch of {result['tokens']} tokens on {result['threads']} threads: its matrix "
         f"products alone would take {result['product_seconds']:.2f} s ({result['gflops']:.0f} "
         f"GFLOP/s; with MKL {result['gflops_of_mkl']:.0f}), its attention "
@@ -220,7 +221,7 @@ def page() -> str:
     if works:
         parts += [HOW, *(comparison(work) for work in works if work is not None)]
     sections = {
-        "roofline": kernels,
+        **dict.fromkeys(("roofline-amd", "roofline-intel"), kernels),
         "last-layer": last_layer,
         "growth": growth,
         "compiled": compiled,

@@ -19,7 +19,7 @@ import torch
 
 import bars
 from prepared import prepared
-from samestep.kernels.gemm import matmul
+from samestep.kernels.gemm import matmul, processor_name
 from samestep.models.lm_head import row_wise_modules as parts_of
 from works import WORKS
 
@@ -94,6 +94,7 @@ def measure(work_name: str, budget: int) -> dict[str, Any]:
         "around": around(model, examples, positions),
         "idle": max(0.0, 1 - busy / torch.get_num_threads()),
         "work": work_name,
+        "processor": processor_name(),
         "tokens": tokens,
         "targets": targets,
         "threads": torch.get_num_threads(),
@@ -200,7 +201,7 @@ def main() -> None:
         f"{result['attention_seconds']:.2f} s, measured {result['seconds']:.2f} s"
     )
     if options.work == "gsm":
-        bars.save("roofline", result)
+        bars.save(bars.file_of("roofline", result["processor"]), result)
 
 
 if __name__ == "__main__":

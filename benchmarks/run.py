@@ -114,7 +114,7 @@ def main() -> None:
     works = options.work or ([] if options.bars else [w for w in CONTENDERS if w != "smoke"])
     for work in works:
         names = options.contenders or CONTENDERS[work]
-        file = bars.file_of(work, processor_name())
+        file = bars.file_of(f"train-{work}", processor_name())
         known = bars.load(file) if options.add else None
         result = compare(
             work,

@@ -147,8 +147,9 @@ def _by_sequence(pack: Pack) -> Tensor:
 def _attend_in(dtype: torch.dtype, qkv: _QueryKeyValue, pack: Pack) -> Tensor:
     """Attention of one sequence [1, heads, length, width]; the result has the type."""
     query = qkv[0]
-    short = query.shape[2] < MIN_LOW_PRECISION_LENGTH and not on_accelerator(query)
-    inner = torch.float32 if short and dtype in LOW_PRECISION else dtype
+    low_on_cpu = dtype in LOW_PRECISION and not on_accelerator(query)
+    short = low_on_cpu and query.shape[2] < MIN_LOW_PRECISION_LENGTH
+    inner = torch.float32 if short else dtype
     query, key, value = (states.to(inner) for states in qkv)
     return _attend_sequence(query, key, value, pack).to(dtype)
 
