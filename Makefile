@@ -57,7 +57,7 @@ thorough: $(READY)
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-# Measured as it runs for a user: idle threads wait for the next product without sleeping.
+# Without a wait policy, for samestep and its peers alike: idle threads spin until the next product.
 bench: $(READY)
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/page.py
