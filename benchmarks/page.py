@@ -34,7 +34,9 @@ HOW = """\
 Every contender runs in a process of its own, in turn, on the same rows, effective batch, optimizer
 (AdamW, fused), clipping, precision and threads; each row is seen once. A `mixed` work has products
 in bfloat16: `precision: mixed` here, autocast there; all others are float32. The ratio is the
-median over rounds. Where a machine is shared, only the ratios mean something. `trl:B`, `trainer:B`
+median over rounds. Where a machine is shared, only the ratios mean something. Idle threads spin, as
+is OpenMP's default; the command `samestep` lets them sleep ([train.md](train.md) says why and what
+that costs). `trl:B`, `trainer:B`
 and `plain:B` are padded micro-batches of B rows; `trl-default` adds TRL's gradient checkpointing,
 `trl-free` its padding-free layout, `trl-packing` its packing (other rows a step); `plain` is a
 PyTorch loop with whole logits.
@@ -54,8 +56,7 @@ REASONS = {
     "tokens/s on gsm rows": (
         "TRL's best takes one sequence at a time here, which needs no padding either; what is left "
         "to win are the faster products and the head on targets alone. On Intel's processors both "
-        "multiply by the same library, and the faster products are not to be had: this bar would "
-        "take some nine tenths of the roofline (below)."
+        "multiply by the same library, and the faster products are not to be had."
     ),
     "tokens/s on tool chats": (
         "most of such a step are the long prompts, which both run through every layer; the head, "
@@ -221,7 +222,7 @@ def page() -> str:
     if works:
         parts += [HOW, *(comparison(work) for work in works if work is not None)]
     sections = {
-        **dict.fromkeys(("roofline-amd", "roofline-intel"), kernels),
+        **{bars.file_of("roofline", maker): kernels for maker in bars.MAKERS.values()},
         "last-layer": last_layer,
         "growth": growth,
         "compiled": compiled,

@@ -26,12 +26,11 @@ BLOCK_ELEMENTS = 2**21
 CACHE_CAPACITIES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
 """How many shapes of products oneDNN, and PyTorch's layer over it, may remember code for.
 
-Low precision goes through oneDNN on every processor, float32 where it is faster.
-
 Their default is 1,024 each, of half a megabyte and more. Micro-batches without padding hardly ever
 have the same number of tokens, so nearly all of that is never used again; and it lies scattered
 between the tensors, which then leave holes of the wrong size. Few are enough for the shapes that
-the layers of one micro-batch share.
+the layers of one micro-batch share. Low precision goes through oneDNN on every processor, float32
+where that is faster.
 """
 
 

@@ -107,6 +107,7 @@ def packed_attention(
         )
     causal = bool(module.is_causal) if is_causal is None else is_causal
     # Autocast knows PyTorch's own attention only; rotations leave queries and keys in float32.
+    # On a CPU each sequence has a type of its own (`_attend_in`).
     if on_accelerator(query):
         query, key, value = (states.to(product_dtype(states)) for states in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,6 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 Run: TypeAlias = Callable[[], Sequence[Tensor]]
 """A computation that can be repeated; its outputs are compared one by one."""
-
-Compared = TypeVar("Compared")
 
 _COLLECTIVES = ("c10d", "_c10d_functional", "fsdp")
 _LOOK_UPS = ("embedding", "index", "index_select", "gather")
@@ -86,11 +84,8 @@ def compare_ways(usual: Run, other: Run) -> Agreement:
         The first comparison that does not hold, else the last one; of all outputs together. Where
         an operation cannot be run in float32, that in the computation's own types.
     """
-    found = compare_in_one_precision(usual, other)
-    if not (found.holds and found.low):
-        return found
-    wide = _if_possible(lambda: compare_in_one_precision(usual, other, wide=True))
-    return found if wide is None else wide
+    [found] = _in_float32_too(lambda wide: [compare_in_one_precision(usual, other, wide=wide)])
+    return found
 
 
 @torch.no_grad()
@@ -104,21 +99,23 @@ def compare_outputs(usual: Run, other: Run) -> list[Agreement]:
     Returns:
         The comparison of each output.
     """
-    found = _compare(usual, other, wide=False)
+    return _in_float32_too(lambda wide: _compare(usual, other, wide=wide))
+
+
+def _in_float32_too(compare: Callable[[bool], list[Agreement]]) -> list[Agreement]:
+    """Comparisons in the computation's types, and of those that hold, if they are low, in float32.
+
+    Args:
+        compare: Gives them; its argument says whether low types are computed as float32.
+    """
+    found = compare(False)
     if not any(one.holds and one.low for one in found):
         return found
-    wide = _if_possible(lambda: _compare(usual, other, wide=True))
-    if wide is None:
+    try:
+        wide = compare(True)
+    except (TypeError, ValueError, RuntimeError):  # an operation cannot be run in float32
         return found
     return [more if one.holds else one for one, more in zip(found, wide, strict=True)]
-
-
-def _if_possible(compare: Callable[[], Compared]) -> Compared | None:
-    """A comparison in float32; None where an operation cannot be run in it."""
-    try:
-        return compare()
-    except (TypeError, ValueError, RuntimeError):
-        return None
 
 
 @torch.no_grad()
